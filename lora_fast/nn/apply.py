@@ -1,0 +1,237 @@
+"""``lora_fast.apply``: adapters for a whole model."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lora_fast import backends
+from lora_fast.nn import checks
+from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
+
+ALL_LINEAR = "all-linear"
+# where transformers' ...ForSequenceClassification models keep their head, as PEFT looks for it
+SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "alpha": lambda alpha, rank: alpha,
+    "alpha/r": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+def apply(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    *,
+    dora: bool = True,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: str | Iterable[str] = (),
+    dropout: float = 0.0,
+    scaling: str = "alpha",
+    norm_axis: str = "output",
+    detach_norm: bool = True,
+    norm_reuse: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> nn.Module:
+    """Replace the targeted linears of ``model`` in place by :class:`LinearWithDoRA`; ``dora=False``: LinearWithLoRA.
+
+    Returns ``model``, with every parameter frozen but the adapters', as PEFT leaves it. A new head that must learn is
+    yours to release: ``model.classifier.requires_grad_(True)``, and to hand to the optimizer.
+
+    Args:
+        rank, alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend: as in :class:`LinearWithDoRA`.
+        targets: as in PEFT. "all-linear": every linear but the output head (transformers' ``get_output_embeddings()``,
+            and the ``score`` or ``classifier`` of its sequence classification models). Names: each the whole name of a
+            module, or its end after a dot. Another str: a regular expression that matches the whole name.
+        exclude: names or a regular expression, in the same form, to leave alone.
+        scaling: what multiplies the update: "alpha", "alpha/r" (LoRA's and PEFT's default) or "alpha/sqrt(r)" (rsLoRA).
+
+    A linear that stands in several places is replaced by one module in all of them, if one of its names is a target and
+    none is excluded. Left out, and named in a warning: linears whose owner reads their weight without calling them,
+    which are the ``out_proj`` of nn.MultiheadAttention, and linear1 and linear2 of an nn.TransformerEncoderLayer with
+    batch_first=True while its fast path is on. ``torch.backends.mha.set_fastpath_enabled(False)`` before apply, and for
+    as long as the model is used, makes these two ordinary linears.
+
+    Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear and
+    layers that are adapted already; TypeError for a targeted linear that is quantised (bitsandbytes, torchao),
+    distributed (DTensor), parametrized, hooked, or has a forward of its own.
+    """
+    rank = checks.check_rank(rank)
+    alpha = checks.check_alpha(alpha)
+    checks.check_dropout(dropout)
+    checks.check_adapter_dtype(adapter_dtype)
+    checks.check_norm_axis(norm_axis)
+    backends.check_name(backend)
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(map(repr, SCALINGS))}")
+    linears = _targeted(model, targets, exclude)
+    for linear, names in linears.items():
+        checks.check_linear(linear, names[0])
+    _warn_of_large_ranks(linears, rank)
+
+    effective_alpha = SCALINGS[scaling](alpha, rank)
+    adapted: dict[nn.Module, AdaptedLinear] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="rank .* is above min")  # said above, once for all layers
+        for linear in linears:
+            if dora:
+                adapted[linear] = LinearWithDoRA(
+                    linear, rank, effective_alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend
+                )
+            else:
+                adapted[linear] = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in adapted:
+                setattr(parent, name, adapted[child])
+    _freeze_base(model)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """lora_A, lora_B and magnitude of every adapted layer in ``model``, each once, if it requires grad."""
+    for parameter in _adapter_parameters(model):
+        if parameter.requires_grad:
+            yield parameter
+
+
+class ParameterCount(NamedTuple):
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Number of elements of the parameters that require grad (a released head's too), and of all."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
+
+
+def _targeted(
+    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str]
+) -> dict[nn.Linear, list[str]]:
+    """The linears to replace, each with its names; ValueError when there is none or one is adapted already."""
+    if isinstance(model, (nn.Linear, AdaptedLinear)):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
+        )
+    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    is_target = (lambda name: True) if all_linear else _name_filter(targets, "targets")
+    is_excluded = _name_filter(exclude, "exclude")
+    heads = _output_heads(model) if all_linear else set()
+
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in _modules_outside_adapters(model):
+        if isinstance(module, (nn.Linear, AdaptedLinear)):
+            names.setdefault(module, []).append(name)
+
+    linears: dict[nn.Linear, list[str]] = {}
+    adapted: list[str] = []
+    for module, known_as in names.items():
+        if module in heads or any(map(is_excluded, known_as)) or not any(map(is_target, known_as)):
+            continue
+        if isinstance(module, nn.Linear):
+            linears[module] = known_as
+        else:
+            adapted += known_as
+    if adapted:
+        raise ValueError(f"targets: {_shortened(adapted)} adapted already; exclude them, or choose other targets")
+
+    left_out = {linear: linears.pop(linear) for linear in _read_without_call(model) if linear in linears}
+    if not linears:
+        present = [known_as[0] for module, known_as in names.items() if isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"targets: {targets!r} with exclude={exclude!r} match no linear that can be adapted; "
+            + (f"the model's linears are {_shortened(present)}" if present else "the model has no torch.nn.Linear")
+        )
+    if left_out:
+        warnings.warn(
+            "left out, because their owner reads the weight without calling the linear: "
+            f"{_shortened([name for known_as in left_out.values() for name in known_as])}. "
+            "MultiheadAttention never calls its out_proj; a TransformerEncoderLayer calls linear1 and linear2 after "
+            "torch.backends.mha.set_fastpath_enabled(False)",
+            stacklevel=3,
+        )
+    return linears
+
+
+def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules with every name of a shared module, without what is inside an adapted layer."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        yield name, module
+        if isinstance(module, AdaptedLinear):
+            inside = (name + ".",)
+
+
+def _name_filter(names: str | Iterable[str], argument: str) -> Callable[[str], bool]:
+    if isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{argument}: got {names!r}, expected a regular expression: {error}") from None
+        return lambda name: pattern.fullmatch(name) is not None
+    ends = tuple(names)
+    if not all(isinstance(end, str) for end in ends):
+        raise TypeError(f"{argument}: got {names!r}, expected a regular expression or names of modules")
+    return lambda name: any(name == end or name.endswith("." + end) for end in ends)
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        get_output_embeddings = getattr(module, "get_output_embeddings", None)
+        if not callable(get_output_embeddings):
+            continue
+        head = get_output_embeddings()
+        if isinstance(head, nn.Module):
+            heads.add(head)
+        elif "ForSequenceClassification" in type(module).__name__:
+            found = (getattr(module, name, None) for name in SEQUENCE_CLASSIFICATION_HEADS)
+            heads.update(part for head in found if isinstance(head, nn.Module) for part in head.modules())
+    return heads
+
+
+def _read_without_call(model: nn.Module) -> Iterator[nn.Module]:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield module.out_proj
+        # batch_first=False never takes the fast path
+        elif isinstance(module, nn.TransformerEncoderLayer) and fast_path and module.self_attn.batch_first:
+            yield from (module.linear1, module.linear2)
+
+
+def _warn_of_large_ranks(linears: dict[nn.Linear, list[str]], rank: int) -> None:
+    small = [names[0] for linear, names in linears.items() if rank > min(linear.in_features, linear.out_features)]
+    if small:
+        warnings.warn(f"rank {rank} is above min(in_features, out_features) of {_shortened(small)}", stacklevel=3)
+
+
+def _adapter_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
+    layers = (module for module in model.modules() if isinstance(module, AdaptedLinear))
+    return {parameter: None for layer in layers for parameter in layer.parameters(recurse=False)}
+
+
+def _freeze_base(model: nn.Module) -> None:
+    adapters = _adapter_parameters(model)
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

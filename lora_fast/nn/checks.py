@@ -1,0 +1,95 @@
+"""What the modules and :func:`lora_fast.apply` accept. Every check is made before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = "float64, float32, bfloat16 or float16"
+
+
+def check_linear(linear: Any, name: str = "linear") -> None:
+    """Raise TypeError unless ``linear`` computes F.linear(x, weight, bias) of plain parameters, and nothing else.
+
+    The adapter reads the parameters and never calls the module, so whatever a subclass, a quantised tensor, a
+    parametrization or a hook would add to that equation would be lost without a word.
+    """
+    kind = type(linear).__module__ + "." + type(linear).__qualname__
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name}: got {kind}, expected torch.nn.Linear")
+    if parametrize.is_parametrized(linear):
+        raise TypeError(f"{name}: it is parametrized; remove the parametrization first")
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(f"{name}: {kind} has a forward of its own; only torch.nn.Linear's forward can be replaced")
+    for parameter_name in ("weight", "bias"):
+        parameter: Any = linear._parameters.get(parameter_name)
+        if parameter_name == "bias" and linear.bias is None:
+            continue
+        if type(parameter) is not nn.Parameter:
+            found = type(getattr(linear, parameter_name, None)).__name__
+            raise TypeError(
+                f"{name}.{parameter_name}: got {found}, expected a plain torch.nn.Parameter; "
+                "quantised (bitsandbytes, torchao), distributed (DTensor) and computed (weight_norm, pruning) weights "
+                "are not supported"
+            )
+        if parameter.dtype not in DTYPES:
+            raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if any(getattr(linear, registry) for registry in hooks):
+        raise TypeError(f"{name}: it has hooks, which would no longer be called; remove them and register them anew")
+
+
+def check_rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
+        raise TypeError(f"rank: got {rank!r}, expected a positive int")
+    if rank < 1:
+        raise ValueError(f"rank: got {rank}, expected at least 1")
+    return int(rank)
+
+
+def warn_of_large_rank(rank: int, linear: nn.Linear, stacklevel: int) -> None:
+    smaller = min(linear.in_features, linear.out_features)
+    if rank > smaller:
+        warnings.warn(
+            f"rank {rank} is above min(in_features, out_features) = {smaller}: the update cannot have that rank",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_alpha(alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha: got {alpha!r}, expected a number")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha}, expected a finite number")
+    return float(alpha)
+
+
+def check_dropout(dropout: Any) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout: got {dropout!r}, expected a number in [0, 1)")
+    probability = float(dropout)
+    if not 0 <= probability < 1:
+        raise ValueError(f"dropout: got {dropout}, expected a number in [0, 1)")
+    return probability
+
+
+def check_adapter_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"adapter_dtype: got {dtype!r}, expected {_DTYPE_NAMES}, or None for the linear's")
+
+
+def check_norm_axis(norm_axis: Any) -> None:
+    if norm_axis not in ("output", "input"):
+        raise ValueError(f"norm_axis: got {norm_axis!r}, expected 'output' or 'input'")
+
+
+def magnitude_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any is float64, else float32: the dtype of norm, gain and magnitude (law 1)."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
