@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         print(f"lora-fast: error: {error}", file=sys.stderr)
         return 2

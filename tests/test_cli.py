@@ -1,0 +1,128 @@
+"""The command lora-fast, as a person and as a script use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_fast
+from lora_fast import backends, cli
+
+OPS = {"weight_norm", "lora_linear", "lora_compose", "merge_weight"}
+
+
+def lora_fast_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables})
+
+
+@pytest.fixture
+def missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backends, "extension_status", lambda: (False, "this installation is pure Python: no compiler", {})
+    )
+
+
+def test_info_says_what_is_installed_and_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert lora_fast.__version__ in out
+    assert torch.__version__ in out
+    assert "extension" in out
+    for op in OPS:
+        assert op in out
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert set(state) == {"versions", "cpu", "extension", "default_backend", "auto"}
+    assert {row["op"] for row in state["auto"]} == OPS
+    assert all(row["backend"] in backends.BACKENDS and row["reason"] for row in state["auto"])
+    assert state["extension"]["loaded"] == backends.extension_status()[0]
+
+
+def test_info_tells_the_reason_and_the_remedy(missing_extension: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "missing: this installation is pure Python: no compiler" in out
+    assert "LORA_FAST_BUILD=cpu" in out
+    assert f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation" in out
+
+
+def test_the_remedy_names_what_else_is_missing(missing_extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    compiler, requirements, *_, build = cli.collect()["extension"]["remedy"]
+    assert "compiler" in compiler
+    for name in ("ninja", "pybind11", "setuptools"):
+        assert name in requirements
+    assert build.startswith("LORA_FAST_BUILD=cpu ")
+
+
+def test_info_says_where_the_default_backend_comes_from() -> None:
+    state = json.loads(lora_fast_command("info", "--json", LORA_FAST_BACKEND="torch").stdout)
+    assert state["default_backend"] == {"name": "torch", "from": "LORA_FAST_BACKEND"}
+
+
+def test_an_unknown_default_backend_is_one_clear_line() -> None:
+    done = lora_fast_command("info", LORA_FAST_BACKEND="fpga")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lora-fast: error: LORA_FAST_BACKEND: got 'fpga', expected one of")
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import lora_fast.demo
+
+    calls: list[tuple[Path, dict[str, Any]]] = []
+
+    def run(output_dir: Path, **options: Any) -> int:
+        calls.append((output_dir, options))
+        return 3
+
+    monkeypatch.setattr(lora_fast.demo, "run", run)
+    assert cli.main(["demo", "--output", str(tmp_path), "--quick", "--seed", "7"]) == 3
+    assert calls == [(tmp_path, {"quick": True, "seed": 7})]
+
+
+def test_demo_without_its_packages_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lora_fast.demo
+
+    def run(output_dir: Path, **options: Any) -> int:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    monkeypatch.setattr(lora_fast.demo, "run", run)
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "peft" in line
+    assert "pip install" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["info", "--nonsense"], ["demo", "--seed", "x"], ["demo", "--output", __file__]],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    done = lora_fast_command(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+
+
+def test_the_console_script_is_the_same_command() -> None:
+    script = Path(sys.executable).with_name("lora-fast")
+    if not script.exists():
+        pytest.skip("lora_fast is not installed in this environment, only importable")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"lora_fast {lora_fast.__version__}"
