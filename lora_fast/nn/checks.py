@@ -29,8 +29,8 @@ def check_linear(linear: Any, name: str = "linear") -> None:
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise TypeError(f"{name}: {kind} has a forward of its own; only torch.nn.Linear's forward can be replaced")
     for parameter_name in ("weight", "bias"):
-        parameter: Any = linear._parameters.get(parameter_name)
-        if parameter_name == "bias" and linear.bias is None:
+        parameter: Any = linear._parameters.get(parameter_name, ...)
+        if parameter_name == "bias" and parameter is None:
             continue
         if type(parameter) is not nn.Parameter:
             found = type(getattr(linear, parameter_name, None)).__name__

@@ -23,10 +23,10 @@ def invalidate_norms(model: nn.Module) -> None:
 def freeze_norms(model: nn.Module) -> None:
     """Make every DoRA gain in ``model`` the constant that it is now: for export, decoding and CUDA graphs.
 
-    It is the caller's promise that weights, adapters and magnitudes stay as they are; only ``.to()``, load_state_dict and
-    :func:`invalidate_norms` compute the constant anew. While frozen, magnitude gets no gradient (its ``.grad`` is left alone) and lora_A and
-    lora_B get theirs through the product alone: this is not for training, and ``train()`` unfreezes, as
-    :func:`unfreeze_norms` does.
+    It is the caller's promise that weights, adapters and magnitudes stay as they are; only ``.to()``,
+    ``load_state_dict``, ``unmerge_`` and :func:`invalidate_norms` compute the constant anew. While frozen, magnitude
+    gets no gradient (its ``.grad`` is left alone) and lora_A and lora_B get theirs through the product alone: this is
+    not for training, and ``train()`` unfreezes, as :func:`unfreeze_norms` does.
 
     Raises RuntimeError, before anything is frozen, when a layer is in training mode or merged.
     """
