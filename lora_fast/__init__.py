@@ -1,0 +1,34 @@
+"""LoRA and DoRA at almost no cost on top of the frozen layer they adapt.
+
+    V    = W + s * lora_B @ lora_A                       # never built by lora_fast
+    lora = F.linear(x, V, bias)
+    dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
+"""
+
+from lora_fast import functional
+from lora_fast.backends import use_backend
+from lora_fast.nn import (
+    LinearWithDoRA,
+    LinearWithLoRA,
+    apply,
+    count_parameters,
+    freeze_norms,
+    invalidate_norms,
+    trainable_parameters,
+    unfreeze_norms,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearWithDoRA",
+    "LinearWithLoRA",
+    "apply",
+    "count_parameters",
+    "freeze_norms",
+    "functional",
+    "invalidate_norms",
+    "trainable_parameters",
+    "unfreeze_norms",
+    "use_backend",
+]

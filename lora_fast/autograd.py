@@ -1,0 +1,174 @@
+"""One torch.autograd.Function per op. First order only: jvp, vmap and double backward raise.
+
+Kept for backward: x and, when the gain wants a gradient, the product before gain and bias [..., N] (law 2);
+h [..., R] and the parameters besides. The output is never kept: users write it in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_fast import ops  # noqa: F401  (defines torch.ops.lora_fast)
+
+_ops = torch.ops.lora_fast
+
+
+class WeightNormFunction(torch.autograd.Function):
+    """norm = ‖W + s lora_B lora_A‖, from a norm that was already computed, with gradients to lora_A and lora_B."""
+
+    @staticmethod
+    def forward(
+        norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, backend: str
+    ) -> Tensor:
+        return norm.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        norm, weight, lora_A, lora_B, ctx.scaling, ctx.axis, ctx.backend = inputs
+        ctx.save_for_backward(norm, weight, lora_A, lora_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        norm, weight, lora_A, lora_B = ctx.saved_tensors
+        need_A, need_B = ctx.needs_input_grad[2:4]
+        grad_A, grad_B = _ops.weight_norm_bwd(
+            grad, norm, weight, lora_A, lora_B, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend
+        )
+        return None, None, _asked(grad_A, need_A), _asked(grad_B, need_B), None, None, None
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = gain ⊙ (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias; axis "input" applies the gain to x instead."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gain: Tensor | None,
+        scaling: float,
+        axis: str,
+        dropout_p: float,
+        seed: Tensor | None,
+        keep_product: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.lora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, bias, lora_A, lora_B, gain, ctx.scaling, ctx.axis, ctx.dropout_p, seed, keep_product, ctx.backend = (
+            inputs
+        )
+        _, product, h = output
+        ctx.mark_non_differentiable(product, h)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        need_A, need_B, need_gain = ctx.needs_input_grad[3:6]
+        keep_x = need_A or (need_gain and ctx.axis == "input")
+        ctx.save_for_backward(
+            x if keep_x else None,
+            weight,
+            lora_A,
+            lora_B,
+            gain,
+            product if keep_product else None,
+            h if need_B else None,
+            seed,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
+        if grad_y is None:
+            return (None,) * 12
+        x, weight, lora_A, lora_B, gain, product, h, seed = ctx.saved_tensors
+        need_x, _, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
+        needs = (need_x, need_A, need_B, need_gain, need_bias)
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = _ops.lora_linear_bwd(
+            grad_y,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            ctx.scaling,
+            gain,
+            ctx.axis,
+            product,
+            h,
+            ctx.dropout_p,
+            seed,
+            needs,
+            ctx.backend,
+        )
+        return (
+            _asked(grad_x, need_x),
+            None,
+            _asked(grad_bias, need_bias, ctx.bias_dtype),
+            _asked(grad_A, need_A),
+            _asked(grad_B, need_B),
+            _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
+            *(None,) * 6,
+        )
+
+
+class LoraComposeFunction(torch.autograd.Function):
+    """y = gain ⊙ (base + s h lora_Bᵀ) + bias."""
+
+    @staticmethod
+    def forward(
+        base: Tensor,
+        h: Tensor,
+        lora_B: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        scaling: float,
+        keep_product: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return _ops.lora_compose_fwd(base, h, lora_B, scaling, gain, bias, keep_product, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, h, lora_B, gain, bias, ctx.scaling, keep_product, ctx.backend = inputs
+        product = output[1]
+        ctx.mark_non_differentiable(product)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(h, lora_B, gain, product if keep_product else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
+        if grad_y is None:
+            return (None,) * 8
+        h, lora_B, gain, product = ctx.saved_tensors
+        need_base, need_h, need_B, need_gain, need_bias = needs = tuple(ctx.needs_input_grad[:5])
+        grad_base, grad_h, grad_B, grad_gain, grad_bias = _ops.lora_compose_bwd(
+            grad_y, h, lora_B, ctx.scaling, gain, product, needs, ctx.backend
+        )
+        return (
+            _asked(grad_y if gain is None else grad_base, need_base),
+            _asked(grad_h, need_h),
+            _asked(grad_B, need_B),
+            _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
+            _asked(grad_bias, need_bias, ctx.bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:
+    if not needed:
+        return None
+    return grad if dtype is None else grad.to(dtype)

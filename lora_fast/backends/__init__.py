@@ -1,0 +1,214 @@
+"""Which backend runs: the table behind ``backend="auto"``, the default, and what ``lora-fast info`` explains.
+
+A backend is one row (or more) in :data:`TABLE` and one module of this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cpu", "torch")
+ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of choice: the first row whose device, ops and dtypes match, and that is there, is taken."""
+
+    backend: str
+    devices: tuple[str, ...]  # device types; () is any
+    ops: tuple[str, ...]  # () is any
+    dtypes: tuple[torch.dtype, ...]  # of the activation (of the weight for weight_norm, merge_weight); () is any
+    reason: str
+
+    def matches(self, op: str, device_type: str, dtype: torch.dtype) -> bool:
+        return (
+            (not self.devices or device_type in self.devices)
+            and (not self.ops or op in self.ops)
+            and (not self.dtypes or dtype in self.dtypes)
+        )
+
+
+TABLE = (
+    Row(
+        backend="cpu",
+        devices=("cpu",),
+        ops=(),
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        reason="C++ passes around PyTorch's products",
+    ),
+    Row(
+        backend="torch",
+        devices=(),
+        ops=(),
+        dtypes=(),
+        reason="PyTorch calls only: any device and dtype",
+    ),
+)
+
+_modules: dict[str, ModuleType] = {}
+_extension: tuple[bool, str, dict] | None = None
+_warned = False
+
+
+def module(name: str) -> ModuleType:
+    """The module that implements a resolved backend."""
+    found = _modules.get(name)
+    if found is None:
+        file = "torch_ops" if name == "torch" else name
+        found = _modules[name] = importlib.import_module(f"{__name__}.{file}")
+    return found
+
+
+def extension_status() -> tuple[bool, str, dict]:
+    """``(loaded, reason, build_info)`` of the compiled extension ``lora_fast._C``; never raises.
+
+    ``reason`` says why it is missing, or how it was built; ``build_info`` is what the extension says of itself.
+    """
+    global _extension
+    if _extension is None:
+        try:
+            from lora_fast.backends import cpu
+
+            _extension = (True, "loaded", cpu.load())
+        except Exception as error:  # a broken binary raises anything from ImportError to OSError: it is reported, not hidden
+            _extension = (False, _why_missing(error), {})
+    return _extension
+
+
+def _why_missing(error: Exception) -> str:
+    try:
+        from lora_fast import _build
+    except ImportError:
+        return f"lora_fast._C could not be imported: {error}"
+    if _build.KIND == "none":
+        return f"this installation is pure Python: {_build.REASON}"
+    return f"lora_fast._C was built ({_build.KIND}) but could not be loaded: {error}"
+
+
+def _present(backend: str) -> bool:
+    return backend == "torch" or extension_status()[0]
+
+
+def _warn_once_missing() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"lora_fast runs without its compiled extension, on backend 'torch': {extension_status()[1]}. "
+            "`lora-fast info` gives the command that builds it.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def check_name(backend: str, argument: str = "backend") -> None:
+    """Raise ValueError unless ``backend`` is "auto" or one of :data:`BACKENDS`."""
+    if backend != "auto" and backend not in BACKENDS:
+        choices = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"{argument}: got {backend!r}, expected one of {choices}")
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> Row:
+    """The row of the table that ``auto`` takes for this op, device type and dtype."""
+    for row in TABLE:
+        if row.matches(op, device_type, dtype):
+            if _present(row.backend):
+                return row
+            _warn_once_missing()
+    raise AssertionError("the last row of the table matches everything")
+
+
+def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend's name for one call. Under ``torch.compile`` this is decided at trace time.
+
+    A named backend is used or refused: RuntimeError with the reason when it is not there, ValueError when unknown.
+    """
+    if backend == "auto":
+        backend = default_backend()
+    if backend == "auto":
+        return choose(op, device_type, dtype).backend
+    check_name(backend)
+    if not _present(backend):
+        raise RuntimeError(f"backend {backend!r} is not available: {extension_status()[1]}")
+    if backend == "cpu" and device_type != "cpu":
+        raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device_type!r}")
+    if backend == "cpu" and dtype not in TABLE[0].dtypes:
+        raise RuntimeError(f"backend 'cpu' does not compute in {dtype}")
+    return backend
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, 1.3 s, with lora_fast.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_default: str | None = None
+
+
+def default_backend() -> str:
+    """What ``backend="auto"`` stands for: :class:`use_backend`'s, else ``LORA_FAST_BACKEND``, else "auto"."""
+    return default_backend_source()[0]
+
+
+def default_backend_source() -> tuple[str, str]:
+    """The default backend and where it comes from."""
+    if _default is not None:
+        return _default, "use_backend"
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    if value:
+        check_name(value, ENVIRONMENT_VARIABLE)
+        return value, ENVIRONMENT_VARIABLE
+    return "auto", "built-in"
+
+
+class use_backend:
+    """Set the backend that ``backend="auto"`` means, for the whole process.
+
+    As a function it stays set; as a context manager the former one returns at the end::
+
+        lora_fast.use_backend("torch")
+        with lora_fast.use_backend("cpu"):
+            ...
+
+    Raises ValueError for an unknown name. The backend must be there when an op runs, not yet here.
+    """
+
+    def __init__(self, backend: str) -> None:
+        global _default
+        check_name(backend)
+        self._former = _default
+        _default = backend
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _default
+        _default = self._former
+
+
+OPS = ("weight_norm", "lora_linear", "lora_compose", "merge_weight")
+
+
+def explain(device_type: str = "cpu") -> list[dict[str, str]]:
+    """What ``auto`` chooses for each op and dtype on ``device_type``, and why: rows for ``lora-fast info``."""
+    rows = []
+    for op in OPS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            row = choose(op, device_type, dtype)
+            rows.append(
+                {
+                    "op": op,
+                    "device": device_type,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "backend": row.backend,
+                    "reason": row.reason,
+                }
+            )
+    return rows

@@ -1,0 +1,197 @@
+"""lora_linear and lora_compose as PyTorch's own products with a backend's passes around them.
+
+    forward   base = x Wᵀ      h = drop(x) Aᵀ      y = gain ⊙ (base + s h Bᵀ) + bias
+    backward  dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v  dbias = Σ_t dy
+              dh = dv B        dB = s dvᵀ h        dA = s dhᵀ drop(x)      dx = dv W + s drop(dh A)
+
+With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
+For backends whose products are PyTorch's (torch, cpu); a fused backend writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SplitLinear:
+    """The linears of one backend, from its three passes over activations [T, N]."""
+
+    compose_: Callable[..., None]
+    """(base, h, lora_B, scaling, gain, bias, product): base ← gain ⊙ v + bias, product ← v; v = base + s h lora_Bᵀ"""
+    gain_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(grad, product, gain, need_scaled, need_gain, need_bias) → (gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad)"""
+    dropout: Callable[[Tensor, Tensor, float], Tensor]
+    """(x, seed, p) → drop(x)"""
+
+    def lora_linear_fwd(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        axis: str,
+        dropout_p: float,
+        seed: Tensor | None,
+        keep_product: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        x2 = self._scaled_input(_rows(x), gain, axis)
+        output_gain = gain if axis == "output" else None
+        # without a gain the bias goes into the product as in nn.Linear, so that lora_B = 0 gives its output to the bit
+        base = F.linear(x2, weight, bias if output_gain is None else None)
+        h = F.linear(self._dropped(x2, seed, dropout_p), lora_A.to(x.dtype))
+        product = base.new_empty(base.shape if keep_product else 0)
+        self.compose_(
+            base,
+            h,
+            lora_B,
+            scaling,
+            output_gain,
+            None if output_gain is None else bias,
+            product if keep_product else None,
+        )
+        leading = x.shape[:-1]
+        y = base.view(*leading, weight.shape[0])
+        return y, product.view_as(y) if keep_product else product, h.view(*leading, h.shape[-1])
+
+    def lora_linear_bwd(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        axis: str,
+        product: Tensor | None,
+        h: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        need_x, need_A, need_B, need_gain, need_bias = needs
+        dtype = grad_y.dtype
+        grad_y2 = _rows(grad_y)
+        scale_input = axis == "input" and gain is not None
+        need_input = need_x or (scale_input and need_gain)
+
+        grad_v, grad_gain, grad_bias = self.gain_bwd(
+            grad_y2,
+            None if product is None else _rows(product),
+            None if scale_input else gain,
+            need_input or need_A or need_B,
+            need_gain and not scale_input,
+            need_bias,
+        )
+        if gain is None or scale_input:
+            grad_v = grad_y2
+        grad_x = grad_A = grad_B = grad_y.new_empty(0)
+        if need_B:
+            assert h is not None
+            grad_B = _scaled_product(grad_v.T, _rows(h), scaling, lora_B)
+        if need_input or need_A:
+            grad_h = grad_v @ lora_B.to(dtype)
+        if need_A:
+            assert x is not None
+            dropped = self._dropped(self._scaled_input(_rows(x), gain, axis), seed, dropout_p)
+            grad_A = _scaled_product(grad_h.T, dropped, scaling, lora_A)
+        if need_input:
+            grad_x = grad_v @ weight.to(dtype)
+            self._add_adapter_grad(grad_x, grad_h, lora_A, scaling, dropout_p, seed)
+            if scale_input:
+                x2 = _rows(x) if x is not None else None
+                grad_x, grad_gain, _ = self.gain_bwd(grad_x, x2, gain, need_x, need_gain, False)
+            if need_x:
+                grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+        return grad_x, grad_A, grad_B, grad_gain, grad_bias
+
+    def lora_compose_fwd(
+        self,
+        base: Tensor,
+        h: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        keep_product: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y = _rows(base).clone()
+        product = y.new_empty(y.shape if keep_product else 0)
+        self.compose_(y, _rows(h), lora_B, scaling, gain, bias, product if keep_product else None)
+        return y.view(base.shape), product.view(base.shape) if keep_product else product
+
+    def lora_compose_bwd(
+        self,
+        grad_y: Tensor,
+        h: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        product: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        need_base, need_h, need_B, need_gain, need_bias = needs
+        grad_y2 = _rows(grad_y)
+        grad_base, grad_gain, grad_bias = self.gain_bwd(
+            grad_y2,
+            None if product is None else _rows(product),
+            gain,
+            need_base or need_h or need_B,
+            need_gain,
+            need_bias,
+        )
+        grad_v = grad_y2 if gain is None else grad_base
+        grad_h = grad_B = grad_y.new_empty(0)
+        if need_h:
+            grad_h = (grad_v @ lora_B.to(grad_v.dtype)).to(h.dtype).mul_(scaling).view(h.shape)
+        if need_B:
+            grad_B = _scaled_product(grad_v.T, _rows(h).to(grad_v.dtype), scaling, lora_B)
+        grad_base = grad_base.view(grad_y.shape) if need_base and gain is not None else grad_y.new_empty(0)
+        return grad_base, grad_h, grad_B, grad_gain, grad_bias
+
+    def _scaled_input(self, x2: Tensor, gain: Tensor | None, axis: str) -> Tensor:
+        if axis == "output" or gain is None:
+            return x2
+        return self.gain_bwd(x2, None, gain, True, False, False)[0]
+
+    def _dropped(self, x2: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+        if dropout_p == 0.0:
+            return x2
+        assert seed is not None
+        return self.dropout(x2, seed, dropout_p)
+
+    def _add_adapter_grad(
+        self,
+        grad_x: Tensor,
+        grad_h: Tensor,
+        lora_A: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        """grad_x += s drop(grad_h lora_A)"""
+        if dropout_p == 0.0:
+            self.compose_(grad_x, grad_h, lora_A.T, scaling, None, None, None)
+        else:
+            assert seed is not None
+            grad_x.add_(self.dropout(grad_h @ lora_A.to(grad_h.dtype), seed, dropout_p), alpha=scaling)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., C] as [T, C]"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scaled_product(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
+    """s · left @ right in the parameter's dtype"""
+    return (left @ right).to(like.dtype).mul_(scaling)

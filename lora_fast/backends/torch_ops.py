@@ -1,0 +1,242 @@
+"""Portable backend: PyTorch calls only, any device and dtype, no [N, K] temporary.
+
+Work on W goes in chunks of rows, V_chunk = W_chunk + s B_chunk A, so the direct sum is used throughout and nothing
+cancels. Work on activations goes in chunks of tokens, in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import norm_cache
+from lora_fast.backends.split import SplitLinear
+from lora_fast.dtypes import accumulate_dtype
+
+CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
+SMALLEST_CHUNK = 1 << 14  # below this the cost of the calls dominates
+_UINT32 = 0xFFFFFFFF
+
+
+def _norm_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The norm's products stay float32 also where PyTorch's matmul setting allows TF32 or bfloat16 inside."""
+    return torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
+
+
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows: together 1/128 of the weight, within [SMALLEST_CHUNK, CHUNK] elements."""
+    rows, columns = weight.shape
+    elements = min(max(rows * columns // 128, SMALLEST_CHUNK), CHUNK)
+    step = max(1, elements // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
+    step = max(1, 4 * CHUNK // max(width, 1))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def _adapted_rows(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``."""
+    product = _norm_product_dtype(dtype)
+    lora_A = lora_A.to(product)
+    for rows in _row_chunks(weight):
+        delta = lora_B[rows].to(product) @ lora_A
+        yield rows, delta.to(dtype).mul_(scaling).add_(weight[rows])
+
+
+def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
+    """vector_norm over ``dim`` without overflow or underflow of the squares; NaN and Inf are carried through."""
+    largest = torch.linalg.vector_norm(tensor, torch.inf, dim=dim, keepdim=True)
+    scale = torch.where((largest == 0) | ~torch.isfinite(largest), 1.0, largest)
+    return scale.squeeze(dim) * torch.linalg.vector_norm(tensor / scale, dim=dim)
+
+
+def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    dim = 1 if axis == "output" else 0
+    norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype))
+    if axis == "output":
+        return torch.cat(list(norms))
+    return functools.reduce(lambda total, part: _scaled_norm(torch.stack((total, part)), 0), norms)
+
+
+def weight_norm_kept(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    kept_norm: Tensor,
+    kept_key: Tensor,
+) -> Tensor:
+    def compute() -> Tensor:
+        return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
+
+    # on another device the comparison would make the host wait, and a tensor without a version can't be trusted
+    if weight.device.type != "cpu" or weight.is_inference():
+        return compute()
+    return norm_cache.reuse(kept_norm, kept_key, content_key(weight, lora_A, lora_B, scaling, axis), compute)
+
+
+def content_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
+    """int64 [KEY_LENGTH]: everything that the norm depends on (law 3)."""
+    layout = hash((weight.shape, weight.stride(), weight.dtype, lora_A.shape, lora_A.dtype, lora_B.dtype, axis))
+    adapter = _bit_hash(lora_A) * 3 + _bit_hash(lora_B)
+    host = torch.tensor([weight.data_ptr(), weight._version, layout, hash(scaling)])
+    return torch.cat([torch.stack([adapter, _bit_hash(_sample(weight))]), host])
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """About two thousand elements, spread over all rows and columns."""
+    rows, columns = weight.shape
+    step = torch.arange(min(2048, rows * columns), device=weight.device)
+    return weight[step * 0x9E3779B1 % rows, step * 0x85EBCA77 % columns]
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bit_hash(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bits, in order: the sum of a mix of each element with its position."""
+    bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).reshape(-1).to(torch.int64)
+    z = torch.arange(bits.numel(), device=bits.device).mul_(0x632BE59BD9B4E019).add_(bits)
+    for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):  # splitmix64's, as signed numbers
+        z ^= (z >> 30) & 0x3FFFFFFFF
+        z *= multiplier
+    z ^= (z >> 31) & 0x1FFFFFFFF
+    return z.sum()
+
+
+def weight_norm_bwd(
+    grad: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    product = _norm_product_dtype(dtype)
+    # c = grad / n, and 0 for a zero row
+    c = torch.where(norm == 0, 0.0, grad / torch.where(norm == 0, 1.0, norm)).to(dtype)
+    wide_A = lora_A.to(product)
+    grad_A = torch.zeros(lora_A.shape, dtype=product, device=lora_A.device) if need_A else lora_A.new_empty(0)
+    grad_B = torch.empty_like(lora_B) if need_B else lora_B.new_empty(0)
+    for rows, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype):
+        grad_V = chunk.mul_(c[rows, None] if axis == "output" else c).to(product)
+        if need_A:
+            grad_A.addmm_(lora_B[rows].to(product).T, grad_V, alpha=scaling)
+        if need_B:
+            grad_B[rows] = (grad_V @ wide_A.T).mul_(scaling).to(lora_B.dtype)
+    return grad_A.to(lora_A.dtype), grad_B
+
+
+def merge_weight(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gain: Tensor | None, axis: str
+) -> None:
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    for rows, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype):
+        if gain is not None:
+            chunk.mul_(gain[rows, None] if axis == "output" else gain)
+        weight[rows] = chunk.to(weight.dtype)
+
+
+def compose_(
+    base: Tensor,
+    h: Tensor | None,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    product: Tensor | None,
+) -> None:
+    """base ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, and product ← v where it is given."""
+    dtype = accumulate_dtype(base)
+    lora_B = lora_B.to(dtype)
+    for tokens in _token_chunks(*base.shape):
+        v = base[tokens].to(dtype)
+        if h is not None:
+            v = v.add(F.linear(h[tokens].to(dtype), lora_B), alpha=scaling)
+        if product is not None:
+            product[tokens] = v.to(base.dtype)
+        if gain is not None:
+            v = v * gain
+        if bias is not None:
+            v = v + bias
+        base[tokens] = v.to(base.dtype)
+
+
+def gain_bwd(
+    grad: Tensor, product: Tensor | None, gain: Tensor | None, need_scaled: bool, need_gain: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad), each only if asked for; without a gain the first is empty."""
+    dtype = accumulate_dtype(grad)
+    width = grad.shape[1]
+    need_scaled = need_scaled and gain is not None
+    scaled = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_scaled else grad.new_empty(0)
+    grad_gain = grad.new_zeros(width if need_gain else 0, dtype=dtype)
+    grad_bias = grad.new_zeros(width if need_bias else 0, dtype=dtype)
+    for tokens in _token_chunks(*grad.shape):
+        chunk = grad[tokens].to(dtype)
+        if need_scaled:
+            scaled[tokens] = (chunk * gain).to(grad.dtype)
+        if need_gain:
+            assert product is not None
+            grad_gain += (chunk * product[tokens]).sum(0)
+        if need_bias:
+            grad_bias += chunk.sum(0)
+    return scaled, grad_gain, grad_bias
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+    """bool [T, K], True where kept: the counter-based mask that every backend draws from ``seed``.
+
+    All arithmetic is modulo 2^32, held in int64.
+    """
+    tokens, width = shape
+    lo, hi = seed & _UINT32, (seed >> 32) & _UINT32
+    t = torch.arange(tokens, device=seed.device)
+    r1 = _mix(lo + (t & _UINT32) * 0x9E3779B9)
+    r2 = _mix(hi ^ _mix(r1 + (t >> 32)))
+    z = (torch.arange(width, device=seed.device) + r1[:, None]) & _UINT32
+    z = _times(z ^ (z >> 16), 0x85EBCA6B) ^ r2[:, None]
+    z = _times(z ^ (z >> 13), 0xC2B2AE35)
+    return (z ^ (z >> 16)) >= int(p * 2**32)
+
+
+def _times(z: Tensor, multiplier: int) -> Tensor:
+    return (z * multiplier) & _UINT32
+
+
+def _mix(z: Tensor) -> Tensor:
+    """murmur3's 32-bit finalizer."""
+    z = z & _UINT32
+    z = _times(z ^ (z >> 16), 0x85EBCA6B)
+    z = _times(z ^ (z >> 13), 0xC2B2AE35)
+    return z ^ (z >> 16)
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x / (1 - p) where the mask keeps, else 0; x [T, K]."""
+    if p == 1.0:
+        return torch.zeros_like(x)
+    return torch.where(dropout_mask(seed, (x.shape[0], x.shape[1]), p), x / (1.0 - p), 0.0)
+
+
+_linear = SplitLinear(compose_, gain_bwd, dropout)
+lora_linear_fwd = _linear.lora_linear_fwd
+lora_linear_bwd = _linear.lora_linear_bwd
+lora_compose_fwd = _linear.lora_compose_fwd
+lora_compose_bwd = _linear.lora_compose_bwd

@@ -1,0 +1,107 @@
+"""Validation of the public functions' arguments: each message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AXES = ("output", "input")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], terms: str) -> None:
+    """``None`` in ``expected`` is any size; ``terms`` names the sizes, as in "[N, K]"."""
+    if value.dim() != len(expected) or any(e is not None and s != e for s, e in zip(value.shape, expected)):
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected {terms} = [{sizes}]")
+
+
+def check_optional_vector(name: str, value: Any, size: int, terms: str, device: torch.device) -> None:
+    if value is not None:
+        check_tensor(name, value)
+        check_shape(name, value, (size,), terms)
+        check_device(name, value, device, "the activation" if name != "gain" else "the other tensors")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, expected {device}, that of {of}")
+
+
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Python float")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+
+
+def check_axis(axis: Any) -> None:
+    if axis not in AXES:
+        raise ValueError(f"axis: got {axis!r}, expected 'output' or 'input'")
+
+
+def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any) -> None:
+    """weight [N, K], lora_A [R, K], lora_B [N, R] on one device, a finite scaling; R, N, K at least 1."""
+    check_tensor("weight", weight)
+    check_shape("weight", weight, (None, None), "[N, K]")
+    N, K = weight.shape
+    if N == 0 or K == 0:
+        raise ValueError(f"weight: got shape {[N, K]}, expected at least one row and one column")
+    check_tensor("lora_A", lora_A)
+    check_shape("lora_A", lora_A, (None, K), "[R, K]")
+    R = lora_A.shape[0]
+    if R == 0:
+        raise ValueError("lora_A: got shape [0, K], expected a rank R of at least 1")
+    check_lora_B(lora_B, N, R)
+    check_device("lora_A", lora_A, weight.device, "weight")
+    check_device("lora_B", lora_B, weight.device, "weight")
+    check_number("scaling", scaling)
+
+
+def check_lora_B(lora_B: Any, N: int, R: int) -> None:
+    check_tensor("lora_B", lora_B)
+    check_shape("lora_B", lora_B, (N, R), "[N, R]")
+
+
+def check_frozen(weight: Tensor) -> None:
+    if weight.requires_grad:
+        raise ValueError(
+            "weight: got requires_grad=True, expected a frozen weight (weight.requires_grad_(False)): "
+            "lora_fast computes no gradient for it"
+        )
+
+
+def check_activation(name: str, value: Any, width: int, terms: str, weight: Tensor) -> None:
+    """``value`` [..., width] of the weight's device; its dtype is left to :func:`check_dtype`."""
+    check_tensor(name, value)
+    if value.dim() == 0 or value.shape[-1] != width:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected {terms} = [..., {width}]")
+    check_device(name, value, weight.device, "weight")
+
+
+def check_dtype(name: str, value: Tensor, expected: torch.dtype, of: str) -> None:
+    if value.dtype != expected:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}, that of {of} (or use torch.autocast)")
+
+
+def check_dropout(dropout_p: Any, seed: Any) -> None:
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1]")
+    if dropout_p == 0.0:
+        return
+    if seed is None:
+        raise ValueError("seed: got None, expected an int64 tensor (functional.draw_seed) when dropout_p > 0")
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"seed: got {seed!r}, expected an int64 tensor of one element (functional.draw_seed)")

@@ -1,0 +1,280 @@
+"""The public functions: validate, resolve the backend, call.
+
+    lora = F.linear(x, W, bias) + s * F.linear(F.linear(x, lora_A), lora_B)
+    V    = W + s * lora_B @ lora_A                               # never built
+    n    = V.norm(dim=1)                                         # dim=0 for axis="input"
+    dora = F.linear(x, (m / n)[:, None] * V, bias)               # V * (m / n)[None, :] for axis="input"
+
+Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]; norm, gain and magnitude [N] for
+axis="output", [K] for axis="input". Weights may have any strides. x and weight share a dtype (or run under autocast);
+lora_A, lora_B, bias, gain and magnitude may each have their own. All tensors are on one device. Gradients go to
+every tensor but the weight, which is frozen. Sources: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353.
+
+All functions raise TypeError for wrong types and dtypes, ValueError for wrong shapes, devices and values, and
+RuntimeError when a backend that was asked for is not there, before anything is computed or changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_fast import checks
+from lora_fast.autograd import LoraComposeFunction, LoraLinearFunction, WeightNormFunction
+from lora_fast.backends import resolve
+from lora_fast.dtypes import accumulate_dtype
+from lora_fast.norm_cache import NormCache
+
+_ops = torch.ops.lora_fast
+
+__all__ = ["dora_linear", "draw_seed", "lora_compose", "lora_linear", "merge_weight", "weight_norm"]
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """``torch.randint(0, 2**63 - 1, (), device=device)``: a dropout seed from the device's default generator.
+
+    ``torch.manual_seed``, activation checkpointing, ``torch.compile`` and CUDA graphs govern it as any random number.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    axis: str = "output",
+    kept: NormCache | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``(W + s * lora_B @ lora_A).norm(dim=1)``, or ``dim=0`` for ``axis="input"``, without building the sum.
+
+    Args:
+        weight: [N, K], frozen. lora_A: [R, K]. lora_B: [N, R]. scaling: Python float s.
+        axis: "output" gives one norm per output row, as in the paper's code and PEFT; "input" one per input column.
+        kept: a layer's :class:`~lora_fast.norm_cache.NormCache`; the norm is then computed only if the content of the
+            arguments has changed since the last call with it.
+
+    Returns:
+        [N] or [K], float32 (float64 when an input is float64), differentiable in lora_A and lora_B.
+        A zero row has norm 0 and a zero gradient; NaN and Inf are carried through.
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 (the denominator).
+    """
+    checks.check_adapter(weight, lora_A, lora_B, scaling)
+    checks.check_frozen(weight)
+    checks.check_axis(axis)
+    name = resolve("weight_norm", backend, weight.device.type, weight.dtype)
+    scaling = float(scaling)
+    size = weight.shape[0] if axis == "output" else weight.shape[1]
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
+    with torch.no_grad():
+        if kept_tensors is None:
+            norm = _ops.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis, name)
+        else:
+            norm = _ops.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, *kept_tensors, name)
+    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+        return WeightNormFunction.apply(norm, weight, lora_A, lora_B, scaling, axis, name)
+    return norm
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``gain * (F.linear(x, W) + s * F.linear(F.linear(drop(x), lora_A), lora_B)) + bias``.
+
+    Args:
+        x: [..., K], of the weight's dtype, or of any under autocast. weight: [N, K], frozen, any strides.
+        bias: [N] or None. lora_A: [R, K]. lora_B: [N, R]. scaling: Python float s.
+        gain: [N] or None: None is LoRA; ``gain = m / n`` is DoRA. float32 is kept float32 whatever x's dtype.
+        dropout_p: in [0, 1]; acts on the adapter's branch only, with the mask that ``seed`` (int64 scalar tensor,
+            :func:`draw_seed`) determines; the mask is made again in backward, not kept.
+
+    Returns:
+        [..., N] of x's dtype (autocast's under autocast). Kept for backward: x and, if gain requires grad, one [..., N].
+
+    Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
+    """
+    checks.check_adapter(weight, lora_A, lora_B, scaling)
+    checks.check_frozen(weight)
+    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+    checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
+    checks.check_dropout(dropout_p, seed)
+    return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, "output", dropout_p, seed, backend)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    *,
+    axis: str = "output",
+    norm: Tensor | None = None,
+    detach_norm: bool = True,
+    kept: NormCache | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``F.linear(x, (m / n)[:, None] * V, bias)`` with ``V = W + s * lora_B @ lora_A`` and ``n = V.norm(dim=1)``.
+
+    ``axis="input"`` is the other convention, ``F.linear(x, V * (m / n)[None, :], bias)`` with ``n = V.norm(dim=0)``.
+
+    Args:
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed: as for :func:`lora_linear`.
+        magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
+        norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
+        detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False gives the full gradient.
+        kept: as for :func:`weight_norm`; used when ``norm`` is None.
+
+    Returns:
+        [..., N] of x's dtype (autocast's under autocast).
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
+    """
+    checks.check_adapter(weight, lora_A, lora_B, scaling)
+    checks.check_frozen(weight)
+    checks.check_axis(axis)
+    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+    size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
+    checks.check_tensor("magnitude", magnitude)
+    checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
+    checks.check_optional_vector("norm", norm, size, terms, weight.device)
+    checks.check_dropout(dropout_p, seed)
+    if norm is None:
+        A, B = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
+        norm = weight_norm(weight, A, B, scaling, axis=axis, kept=kept, backend=backend)
+    elif detach_norm:
+        norm = norm.detach()
+    gain = _gain(magnitude, norm)
+    return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
+
+
+def lora_compose(
+    base: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``gain * (base + s * F.linear(h, lora_B)) + bias``: the second half of :func:`lora_linear`.
+
+    For a base product x Wᵀ (without bias) that someone else computed: a quantised layer, a sharded layer.
+
+    Args:
+        base: [..., N]. h: x lora_Aᵀ, [..., R], leading dimensions as base's. lora_B: [N, R]. scaling: Python float s.
+        gain: [N] or None. bias: [N] or None.
+
+    Returns:
+        [..., N] of base's dtype; base is not changed. Kept for backward: h and, if gain requires grad, one [..., N].
+    """
+    checks.check_tensor("base", base)
+    if base.dim() == 0:
+        raise ValueError("base: got shape [], expected [..., N]")
+    checks.check_tensor("h", h)
+    if h.dim() == 0 or h.shape[-1] == 0:
+        raise ValueError(f"h: got shape {list(h.shape)}, expected [..., R] with a rank R of at least 1")
+    N, R = base.shape[-1], h.shape[-1]
+    checks.check_shape("h", h, (*base.shape[:-1], R), "[..., R] with base's leading sizes")
+    checks.check_device("h", h, base.device, "base")
+    checks.check_lora_B(lora_B, N, R)
+    checks.check_device("lora_B", lora_B, base.device, "base")
+    checks.check_number("scaling", scaling)
+    checks.check_optional_vector("gain", gain, N, "[N]", base.device)
+    checks.check_optional_vector("bias", bias, N, "[N]", base.device)
+    name = resolve("lora_compose", backend, base.device.type, base.dtype)
+    y, _ = LoraComposeFunction.apply(base, h, lora_B, gain, bias, float(scaling), _wants_grad(gain), name)
+    return y
+
+
+def merge_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    *,
+    axis: str = "output",
+    backend: str = "auto",
+) -> None:
+    """``weight.copy_(gain * (W + s * lora_B @ lora_A))``, in place and in tiles, rounded once to the weight's dtype.
+
+    Args:
+        weight: [N, K], any strides, overwritten. lora_A: [R, K]. lora_B: [N, R]. scaling: Python float s.
+        gain: [N] (axis "output") or [K] (axis "input"), or None.
+    """
+    checks.check_adapter(weight, lora_A, lora_B, scaling)
+    checks.check_axis(axis)
+    size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
+    checks.check_optional_vector("gain", gain, size, terms, weight.device)
+    name = resolve("merge_weight", backend, weight.device.type, weight.dtype)
+    with torch.no_grad():
+        _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
+
+
+def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / n in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
+    return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None,
+    axis: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        # the weight is cast inside the op, so that backward keeps the weight itself and no copy
+        x = x.to(torch.get_autocast_dtype(device_type))
+    else:
+        checks.check_dtype("x", x, weight.dtype, "weight")
+    name = resolve("lora_linear", backend, device_type, x.dtype)
+    keep_product = axis == "output" and _wants_grad(gain)
+    y, _, _ = LoraLinearFunction.apply(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        gain,
+        float(scaling),
+        axis,
+        float(dropout_p),
+        seed if dropout_p > 0.0 else None,
+        keep_product,
+        name,
+    )
+    return y
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,77 @@
+"""The norm is recomputed when something changed, and only then; content decides, not bookkeeping (law 3).
+
+A layer keeps its last norm and a key of what it was computed from: a 64-bit hash of the bits of lora_A and lora_B,
+the scaling, the axis, and for the frozen weight its data pointer, version, shape, strides and a hash of some thousand
+sampled elements. The op ``weight_norm_kept`` computes the key anew at every call, at run time, and compares.
+So no optimizer, collective, ``.data`` write or ``load_state_dict`` needs to tell anybody.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KEY_LENGTH = 6
+_lock = threading.Lock()
+
+
+class NormCache:
+    """The kept norm of one layer: two plain tensors (not buffers, which DDP would broadcast). Copies and pickles empty."""
+
+    def __init__(self) -> None:
+        self.norm: Tensor | None = None
+        self.key: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget what is kept: the next call computes the norm."""
+        self.norm = self.key = None
+
+    def tensors(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The kept norm [size] and its key int64 [KEY_LENGTH], or None where there is none that fits and can be made."""
+        if not self._fits(size, dtype, device) and not torch.compiler.is_compiling():
+            self.prepare(size, dtype, device)
+        if self.norm is not None and self.key is not None and self._fits(size, dtype, device):
+            return self.norm, self.key
+        return None
+
+    def prepare(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the tensors, holding nothing yet. Ahead of ``torch.compile``, which can't make them while it traces."""
+        with torch.inference_mode(False):
+            norm = torch.zeros(size, dtype=dtype, device=device)
+            # no tensor has version -2: an unwritten key matches nothing
+            key = torch.full((KEY_LENGTH,), -2, dtype=torch.int64, device=device)
+        # inside a function transform or a fake mode these are wrappers that must not outlive it
+        plain = type(norm) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(norm)
+        self.norm, self.key = (norm, key) if plain else (None, None)
+
+    def _fits(self, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        norm = self.norm
+        return norm is not None and norm.shape[0] == size and norm.dtype == dtype and norm.device == device
+
+    def __deepcopy__(self, memo: dict) -> NormCache:
+        return NormCache()
+
+    def __copy__(self) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple:
+        return NormCache, ()
+
+
+def reuse(kept_norm: Tensor, kept_key: Tensor, key: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """A fresh copy of ``kept_norm`` if ``key`` equals ``kept_key``, else ``compute()``, which is then kept.
+
+    For tensors whose values the host can read without a wait. The lock makes the pair of tensors one thing to
+    other threads; the norm is written before its key.
+    """
+    with _lock:
+        if torch.equal(kept_key, key):
+            return kept_norm.clone()
+    norm = compute()
+    with _lock:
+        kept_norm.copy_(norm)
+        kept_key.copy_(key)
+    return norm

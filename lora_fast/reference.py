@@ -1,0 +1,147 @@
+"""The specification: dense, plain PyTorch, differentiable by autograd.
+
+    V    = W + s * lora_B @ lora_A
+    n    = V.norm(dim=1)                                      # axis="output", [N];  dim=0 for axis="input", [K]
+    lora = F.linear(x, W, bias) + s * F.linear(F.linear(drop(x), lora_A), lora_B)
+    dora = F.linear(x, (m / n)[:, None] * V, bias)            # axis="input": V * (m / n)[None, :]
+
+Every function computes in float32, or float64 when an input is float64, and returns the activation's dtype.
+``compute_dtype`` runs the same formula in another dtype: ``compute_dtype=x.dtype`` is what a user's eager code does,
+and its error is the yardstick of the error budget (:mod:`lora_fast.testing`). Fast code never imports this module.
+
+Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _upcast(compute_dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    if compute_dtype is None:
+        double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+        compute_dtype = torch.float64 if double else torch.float32
+    return [None if t is None else t.to(compute_dtype) for t in tensors]
+
+
+def adapted_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``W + s * lora_B @ lora_A``, dense [N, K]."""
+    return weight + scaling * (lora_B @ lora_A)
+
+
+def weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    axis: str = "output",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``(W + s * lora_B @ lora_A).norm(dim)``: [N] for ``axis="output"``, [K] for ``axis="input"``."""
+    weight, lora_A, lora_B = _upcast(compute_dtype, weight, lora_A, lora_B)
+    return torch.linalg.vector_norm(adapted_weight(weight, lora_A, lora_B, scaling), dim=1 if axis == "output" else 0)
+
+
+def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``m / n``, 0 where ``n = 0``."""
+    zero = norm == 0
+    return torch.where(zero, 0.0, magnitude / torch.where(zero, 1.0, norm))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    *,
+    dropout_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``gain * (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias``; ``dropout_mask`` [..., K] holds 0 or 1/(1-p)."""
+    dtype = x.dtype
+    x, weight, bias, lora_A, lora_B, gain = _upcast(compute_dtype, x, weight, bias, lora_A, lora_B, gain)
+    dropped = x if dropout_mask is None else x * dropout_mask
+    y = F.linear(x, weight) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
+    if gain is not None:
+        y = y * gain
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    *,
+    axis: str = "output",
+    norm: Tensor | None = None,
+    detach_norm: bool = True,
+    dropout_mask: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x ((m / n) V)ᵀ + bias`` with ``V = W + s * lora_B @ lora_A`` built densely.
+
+    With a ``dropout_mask`` the adapter's branch sees the masked input, as in :func:`lora_linear`.
+    """
+    dtype = x.dtype
+    x, weight, bias, lora_A, lora_B, magnitude, norm = _upcast(
+        compute_dtype, x, weight, bias, lora_A, lora_B, magnitude, norm
+    )
+    if norm is None:
+        norm = weight_norm(weight, lora_A, lora_B, scaling, axis=axis, compute_dtype=weight.dtype)
+        norm = norm.detach() if detach_norm else norm
+    gain = gain_of(magnitude, norm)
+    scale = gain[:, None] if axis == "output" else gain[None, :]
+    if dropout_mask is None:
+        y = F.linear(x, scale * adapted_weight(weight, lora_A, lora_B, scaling))
+    else:
+        delta = scaling * (lora_B @ lora_A)
+        y = F.linear(x, scale * weight) + F.linear(x * dropout_mask, scale * delta)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def lora_compose(
+    base: Tensor,
+    h: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``gain * (base + s h lora_Bᵀ) + bias`` for a base product that someone else computed."""
+    dtype = base.dtype
+    base, h, lora_B, gain, bias = _upcast(compute_dtype, base, h, lora_B, gain, bias)
+    y = base + scaling * F.linear(h, lora_B)
+    if gain is not None:
+        y = y * gain
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def merge_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    *,
+    axis: str = "output",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``gain * (W + s * lora_B @ lora_A)``, returned as a new tensor of the weight's dtype."""
+    dtype = weight.dtype
+    weight, lora_A, lora_B, gain = _upcast(compute_dtype, weight, lora_A, lora_B, gain)
+    merged = adapted_weight(weight, lora_A, lora_B, scaling)
+    if gain is not None:
+        merged = merged * (gain[:, None] if axis == "output" else gain[None, :])
+    return merged.to(dtype)
