@@ -1,0 +1,236 @@
+"""Inputs, cases and the error budget, shared by the tests and the benchmarks.
+
+Budget (law 1), with truth the reference in float64 on the same input and eager the reference's formula run in the
+input's own dtype:  RMS error ≤ 1.1 × eager's + one ulp,  largest error ≤ 2 × eager's + one ulp;
+an ulp is that of the output's dtype at the output's scale.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_fast.backends import torch_ops
+from lora_fast.functional import draw_seed
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input to every op: sizes, dtypes, layouts."""
+
+    leading: tuple[int, ...]  # x's dimensions before the last
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None  # the case's dtype if None
+    bias: bool = True
+    layout: str = "contiguous"  # of x and weight; or "transposed", "strided"
+    scaling: float = 0.7
+
+    def __str__(self) -> str:
+        leading = "x".join(map(str, self.leading)) or "1d"
+        text = f"{leading}-{self.N}x{self.K}-r{self.R}-{str(self.dtype).removeprefix('torch.')}"
+        if self.adapter_dtype is not None:
+            text += f"-adapter_{str(self.adapter_dtype).removeprefix('torch.')}"
+        if not self.bias:
+            text += "-nobias"
+        return text if self.layout == "contiguous" else f"{text}-{self.layout}"
+
+
+_f64, _f32, _bf16, _f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+_SIZES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
+    # leading, N, K, R: plain, prime, ragged around vector and tile widths, rank 1 and above min(N, K), single rows and columns
+    ((4, 8), 64, 96, 16),
+    ((13,), 31, 37, 5),
+    ((2, 3, 5), 33, 65, 17),
+    ((17,), 129, 127, 1),
+    ((1,), 48, 80, 33),
+    ((), 40, 24, 8),
+    ((0,), 16, 24, 4),
+    ((7,), 1, 19, 1),
+    ((6,), 23, 1, 2),
+    ((40,), 257, 131, 64),
+)
+CASES: tuple[Case, ...] = (
+    *(Case(*size, dtype) for size in _SIZES for dtype in (_f32, _bf16)),
+    *(Case(*size, dtype) for size in _SIZES[:3] for dtype in (_f16, _f64)),
+    *(Case((5, 4), 48, 56, rank, dtype) for rank in (3, 100, 384, 768) for dtype in (_f32, _bf16)),
+    *(Case((9,), 47, 61, 7, dtype, layout=layout) for layout in ("transposed", "strided") for dtype in (_f32, _bf16)),
+    Case((12,), 50, 70, 8, _bf16, adapter_dtype=_f32),
+    Case((12,), 50, 70, 8, _f16, adapter_dtype=_f32),
+    Case((12,), 50, 70, 8, _f32, adapter_dtype=_bf16),
+    Case((12,), 50, 70, 8, _f32, bias=False),
+    Case((12,), 50, 70, 8, _bf16, bias=False),
+)
+
+
+@dataclass
+class Inputs:
+    """Random tensors for a case; ``magnitude`` and ``gain`` by axis. Scales are those of a trained layer."""
+
+    case: Case
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    h: Tensor
+    base: Tensor
+    grad_y: Tensor
+    magnitude: dict[str, Tensor] = field(default_factory=dict)
+    gain: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> float:
+        return self.case.scaling
+
+
+def make_inputs(case: Case, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
+    """x ~ N(0, 1), W ~ N(0, 1/K), lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R): the update is as large as W."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter_dtype = case.adapter_dtype or case.dtype
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+    N, K, R = case.N, case.K, case.R
+    inputs = Inputs(
+        case=case,
+        x=normal(*case.leading, K),
+        weight=normal(N, K, scale=K**-0.5),
+        bias=normal(N) if case.bias else None,
+        lora_A=normal(R, K, scale=K**-0.5, dtype=adapter_dtype),
+        lora_B=normal(N, R, scale=R**-0.5, dtype=adapter_dtype),
+        h=normal(*case.leading, R),
+        base=normal(*case.leading, N),
+        grad_y=normal(*case.leading, N),
+    )
+    for axis, size in (("output", N), ("input", K)):
+        inputs.magnitude[axis] = normal(size, dtype=wide).abs() + 0.5
+        inputs.gain[axis] = 1 + 0.2 * normal(size, dtype=wide)
+    if case.layout != "contiguous":
+        inputs.x, inputs.weight = _laid_out(inputs.x, case.layout), _laid_out(inputs.weight, case.layout)
+    return inputs
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides: the last two dimensions swapped in memory, or every other element."""
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    spread = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] * 2), torch.nan)
+    spread[..., ::2] = tensor
+    return spread[..., ::2]
+
+
+def budget_fault(name: str, actual: Tensor, eager: Tensor, truth: Tensor) -> str | None:
+    """How ``actual`` misses the error budget, or None. Shapes and dtypes must match, NaN is always a fault."""
+    if actual.shape != truth.shape:
+        return f"{name} has shape {list(actual.shape)}, expected {list(truth.shape)}"
+    if actual.dtype != eager.dtype:
+        return f"{name} has dtype {actual.dtype}, expected {eager.dtype}"
+    if actual.numel() == 0:
+        return None
+    truth = truth.double()
+    error, yardstick = (actual.double() - truth).abs(), (eager.double() - truth).abs()
+    ulp = torch.finfo(actual.dtype).eps
+    rms, rms_bound = _rms(error), 1.1 * _rms(yardstick) + ulp * _rms(truth)
+    if not rms <= rms_bound:
+        return f"{name} has an RMS error of {rms:.3g}, more than {rms_bound:.3g}"
+    largest, bound = float(error.max()), 2 * float(yardstick.max()) + ulp * float(truth.abs().max())
+    if not largest <= bound:
+        return f"{name} has a largest error of {largest:.3g}, more than {bound:.3g}"
+    return None
+
+
+def assert_within_budget(name: str, actual: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Raise AssertionError with what is missed; see :func:`budget_fault`."""
+    if fault := budget_fault(name, actual, eager, truth):
+        raise AssertionError(fault)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """The mask that every backend draws from ``seed`` for an input of ``shape`` [..., K]: bool, True where kept."""
+    if p == 1.0:
+        return torch.zeros(shape, dtype=torch.bool, device=seed.device)
+    width = shape[-1]
+    tokens = 1
+    for size in shape[:-1]:
+        tokens *= size
+    return torch_ops.dropout_mask(seed, (tokens, width), p).view(shape)
+
+
+def scaled_dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """:func:`dropout_mask` as the reference wants it: float64, 1/(1-p) where kept and 0 elsewhere."""
+    return dropout_mask(seed, shape, p).double() / max(1.0 - p, torch.finfo(torch.float64).tiny)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is filled with NaN, so that an element which nobody wrote shows."""
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes that one call of ``step`` holds at once, beyond what was allocated before it.
+
+    Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
+    too (a dispatch mode does not). Native scratch taken past PyTorch's allocator is asked from its own counter and
+    added. Call the step once before, or what it allocates only once counts as transient.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
+    _native_scratch()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
+        step()
+    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = [event for event in recorded if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak + _native_scratch()
+
+
+def _native_scratch() -> int:
+    """Peak of lora_fast's own scratch since the last call; 0 where nothing is compiled."""
+    try:
+        return int(torch.ops.lora_fast_c.scratch_peak_bytes(True))
+    except (AttributeError, NotImplementedError):
+        return 0
+
+
+__all__ = [
+    "CASES",
+    "LOW_PRECISION",
+    "Case",
+    "Inputs",
+    "assert_within_budget",
+    "budget_fault",
+    "draw_seed",
+    "dropout_mask",
+    "make_inputs",
+    "peak_bytes",
+    "poisoned_memory",
+    "scaled_dropout_mask",
+]
