@@ -170,7 +170,10 @@ def render(state: dict[str, Any]) -> str:
         f"CPU        {features} (torch: {cpu['torch']}), {cpu['threads']} threads",
     ]
     if extension["loaded"]:
-        build = ", ".join(f"{key} {value}" for key, value in extension["build"].items())
+        build = ", ".join(
+            f"{key} {' '.join(value) if isinstance(value, list) else value}"
+            for key, value in extension["build"].items()
+        )
         lines.append(f"extension  loaded{': ' if build else ''}{build}")
     else:
         lines.append(f"extension  missing: {extension['reason']}")

@@ -1,0 +1,240 @@
+"""The sdist, the wheels and the kinds of build, each made and installed for real from a copy of the tree."""
+
+from __future__ import annotations
+
+import email
+import email.message
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lora_fast
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("lora_fast", "csrc", "benchmarks", "tests", "docs")
+GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc", "_build.py", "results")
+
+# On an installation without the extension: works on backend torch, warns once, and says why.
+USE = """
+import warnings
+import torch, lora_fast
+x, weight, lora_A, lora_B = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = lora_fast.functional.lora_linear(x, weight, None, lora_A, lora_B, 2.0)
+torch.testing.assert_close(y, x @ (weight + 2.0 * lora_B @ lora_A).T)
+print(lora_fast.__file__)
+for warning in caught:
+    print(f"{warning.category.__name__}: {warning.message}")
+"""
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LORA_FAST_BUILD": "", **variables}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={name: value for name, value in environment.items() if value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def succeed(*command: str | Path, cwd: Path, **variables: str) -> str:
+    done = run(*command, cwd=cwd, **variables)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def pip_wheel(tree: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
+    return run(*pip, "--wheel-dir", out, tree, cwd=tree, **variables)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def use(wheel: Path, folder: Path) -> list[str]:
+    """The warnings of the first use of an installed wheel."""
+    target = folder / "installed"
+    succeed(
+        *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel),
+        cwd=folder,
+    )
+    where, *warned = succeed(sys.executable, "-c", USE, cwd=folder, PYTHONPATH=str(target)).splitlines()
+    assert Path(where).is_relative_to(target)
+    return warned
+
+
+def copy_tree(to: Path) -> Path:
+    for source in SOURCES:
+        shutil.copytree(ROOT / source, to / source, ignore=GENERATED)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy2(path, to)
+    return to
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository, which a build may write into."""
+    return copy_tree(tmp_path / "tree")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist."""
+    folder = tmp_path_factory.mktemp("sdist")
+    tree = copy_tree(folder / "tree")
+    build = (sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder)
+    succeed(*build, tree, cwd=folder, LORA_FAST_BUILD="none")
+    with tarfile.open(only(folder, "*.tar.gz")) as archive:
+        archive.extractall(folder, filter="data")
+    return only(folder, "lora_fast-*/")
+
+
+@pytest.fixture(scope="session")
+def pure_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pure")
+    done = pip_wheel(sdist, out, LORA_FAST_BUILD="none")
+    assert done.returncode == 0, done.stdout
+    return only(out, "*.whl")
+
+
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_sdist_holds_all_sources(sdist: Path) -> None:
+    expected = {
+        path.relative_to(ROOT)
+        for folder in SOURCES
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".j2", ".typed"} and path.name != "_build.py"
+    }
+    expected |= {
+        Path(name) for name in ("setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md")
+    }
+    assert sorted(path for path in expected if not (sdist / path).exists()) == []
+
+
+def test_the_wheel_holds_one_top_level_package(pure_wheel: Path) -> None:
+    names = zipfile.ZipFile(pure_wheel).namelist()
+    top_level = {name.split("/")[0] for name in names}
+    assert top_level == {"lora_fast", f"lora_fast-{lora_fast.__version__}.dist-info"}
+    assert {Path(name).suffix for name in names if name.startswith("lora_fast/")} <= {".py", ".typed", ".j2"}
+
+
+def test_the_wheel_holds_every_module(pure_wheel: Path) -> None:
+    names = set(zipfile.ZipFile(pure_wheel).namelist())
+    here = {f"lora_fast/{path.relative_to(ROOT / 'lora_fast')}" for path in (ROOT / "lora_fast").rglob("*.py")}
+    here |= {
+        f"lora_fast/benchmarks/{path.relative_to(ROOT / 'benchmarks')}" for path in (ROOT / "benchmarks").rglob("*.py")
+    }
+    assert here - {"lora_fast/_build.py"} <= names
+    assert "lora_fast/py.typed" in names
+
+
+def test_metadata(pure_wheel: Path) -> None:
+    fields = metadata(pure_wheel)
+    assert fields["Name"] == "lora_fast"
+    assert fields["Version"] == lora_fast.__version__
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["License-File"] == "LICENSE"
+    assert fields["Requires-Python"] == ">=3.10"
+    assert [name for name in fields.get_all("Requires-Dist", []) if "extra ==" not in name] == ["torch>=2.10"]
+    assert set(fields.get_all("Provides-Extra", [])) == {"demo", "lint", "test"}
+    with zipfile.ZipFile(pure_wheel) as archive:
+        dist_info = f"lora_fast-{lora_fast.__version__}.dist-info"
+        assert archive.read(f"{dist_info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        assert "lora-fast = lora_fast.cli:main" in archive.read(f"{dist_info}/entry_points.txt").decode()
+
+
+def test_a_pure_wheel_works_and_warns_once(pure_wheel: Path, tmp_path: Path) -> None:
+    assert pure_wheel.name.endswith("py3-none-any.whl")
+    (warning,) = use(pure_wheel, tmp_path)
+    assert "LORA_FAST_BUILD=none" in warning
+    assert "lora-fast info" in warning
+
+
+def test_a_compiled_wheel_from_the_sdist_does_not_warn(sdist: Path, tmp_path: Path) -> None:
+    done = pip_wheel(sdist, tmp_path, LORA_FAST_BUILD="cpu")
+    assert done.returncode == 0, done.stdout
+    wheel = only(tmp_path, "*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so") and name.startswith("lora_fast/_C.")]
+    assert {name.split("/")[0] for name in names} == {"lora_fast", f"lora_fast-{lora_fast.__version__}.dist-info"}
+    assert use(wheel, tmp_path) == []
+
+
+def test_a_build_environment_without_torch_gives_pure_python(tree: Path, tmp_path: Path) -> None:
+    """What an isolated build sees: setuptools and no torch."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    packages = Path(
+        succeed(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    )
+    import setuptools
+
+    for path in Path(setuptools.__file__).parent.parent.iterdir():
+        if path.name.split("-")[0] in {"setuptools", "_distutils_hack", "packaging"}:
+            (packages / path.name).symlink_to(path)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    said = succeed(python, "-c", code, cwd=tree)
+    assert "lora_fast" in said
+    assert "torch" in said
+    wheel = only(tmp_path, "*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    (warning,) = use(wheel, tmp_path)
+    assert "torch" in warning
+
+
+def test_no_compiler_gives_pure_python_and_says_so(tree: Path, tmp_path: Path) -> None:
+    done = pip_wheel(tree, tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc")
+    assert done.returncode == 0, done.stdout
+    assert "/nonexistent/c++" in done.stdout
+    wheel = only(tmp_path, "*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    (warning,) = use(wheel, tmp_path)
+    assert "/nonexistent/c++" in warning
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"LORA_FAST_BUILD": "cpu", "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}, "/nonexistent/c++"),
+        ({"LORA_FAST_BUILD": "cuda"}, "cuda"),
+        ({"LORA_FAST_BUILD": "fpga"}, "fpga"),
+    ],
+    ids=["no compiler", "no cuda kernels yet", "unknown kind"],
+)
+def test_a_demanded_build_that_cannot_be_had_fails(
+    tree: Path, tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    done = pip_wheel(tree, tmp_path, **variables)
+    assert done.returncode != 0
+    assert "LORA_FAST_BUILD" in done.stdout
+    assert said in done.stdout
+    assert list(tmp_path.glob("*.whl")) == []
+
+
+def test_torch_is_no_build_requirement() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (requires,) = (line for line in text.splitlines() if line.startswith("requires = "))
+    assert "torch" not in requires
