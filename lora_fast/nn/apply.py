@@ -148,17 +148,19 @@ def _targeted(
     if adapted:
         raise ValueError(f"targets: {_shortened(adapted)} adapted already; exclude them, or choose other targets")
 
-    left_out = {linear: linears.pop(linear) for linear in _read_without_call(model) if linear in linears}
+    read_without_call = set(_read_without_call(model))
+    left_out = [linear for linear in linears if linear in read_without_call]
+    names_left_out = [name for linear in left_out for name in linears.pop(linear)]
     if not linears:
         present = [known_as[0] for module, known_as in names.items() if isinstance(module, nn.Linear)]
         raise ValueError(
             f"targets: {targets!r} with exclude={exclude!r} match no linear that can be adapted; "
             + (f"the model's linears are {_shortened(present)}" if present else "the model has no torch.nn.Linear")
         )
-    if left_out:
+    if names_left_out:
         warnings.warn(
             "left out, because their owner reads the weight without calling the linear: "
-            f"{_shortened([name for known_as in left_out.values() for name in known_as])}. "
+            f"{_shortened(names_left_out)}. "
             "MultiheadAttention never calls its out_proj; a TransformerEncoderLayer calls linear1 and linear2 after "
             "torch.backends.mha.set_fastpath_enabled(False)",
             stacklevel=3,
