@@ -1,0 +1,87 @@
+// out = x / (1 - p) where kept, 0 elsewhere; what is kept depends on seed, row and column alone.
+#include <cmath>
+
+#include "ops.h"
+#include "parallel.h"
+#include "rank_tile.h"
+
+namespace lora_fast {
+namespace {
+
+struct Dropout {
+  const void* x;
+  void* out;
+  ScalarType dtype;
+  int64_t rows, cols;
+  uint64_t seed, threshold;
+  double scale;
+};
+
+uint32_t mix(uint32_t z) {
+  z ^= z >> 16;
+  z *= 0x85EBCA6Bu;
+  z ^= z >> 13;
+  z *= 0xC2B2AE35u;
+  return z ^ (z >> 16);
+}
+
+template <class F, class T>
+LORA_FAST_INLINE void drop_row(const Dropout& op, int64_t row, uint32_t r1, uint32_t r2) {
+  const T* x = static_cast<const T*>(op.x) + row * op.cols;
+  T* out = static_cast<T*>(op.out) + row * op.cols;
+  const Vec<F> scale = splat(static_cast<F>(op.scale));
+  const u32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const uint32_t threshold = static_cast<uint32_t>(op.threshold);
+  for (int64_t k = 0; k < op.cols; k += kLanes) {
+    u32x16 z = lanes + (static_cast<uint32_t>(k) + r1);
+    z ^= z >> 16;
+    z *= 0x85EBCA6Bu;
+    z ^= r2;
+    z ^= z >> 13;
+    z *= 0xC2B2AE35u;
+    z ^= z >> 16;
+    const Vec<F> kept = load_n<F>(x + k, op.cols - k) * scale;
+    if constexpr (sizeof(F) == 8) {
+      using u64x16 = uint64_t __attribute__((vector_size(128)));
+      store_n<F>(out + k, __builtin_convertvector(z, u64x16) >= op.threshold ? kept : Vec<F>{}, op.cols - k);
+    } else {
+      store_n<F>(out + k, z >= threshold ? kept : Vec<F>{}, op.cols - k);
+    }
+  }
+}
+
+LORA_FAST_CLONES void drop_rows(const Dropout& op, int64_t begin, int64_t end) {
+  const uint32_t lo = static_cast<uint32_t>(op.seed), hi = static_cast<uint32_t>(op.seed >> 32);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint32_t r1 = mix(lo + static_cast<uint32_t>(row) * 0x9E3779B9u);
+    const uint32_t r2 = mix(hi ^ mix(r1 + static_cast<uint32_t>(row >> 32)));
+    LORA_FAST_BY_DTYPE(op.dtype, T, drop_row<Compute<T>, T>(op, row, r1, r2))
+  }
+}
+
+}  // namespace
+
+Tensor cpu::dropout(Tensor x, Tensor seed, double p) {
+  check_matrix(x, "x");
+  STD_TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed must be one int64 on the CPU");
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "p must be in [0, 1], got ", p);
+  const Tensor in = torch::stable::contiguous(x);
+  const int64_t size[] = {x.size(0), x.size(1)};
+  Tensor out = torch::stable::new_empty(x, {size, 2});
+  if (p == 1) return torch::stable::zero_(out);
+  Dropout op{in.const_data_ptr(),
+             out.mutable_data_ptr(),
+             x.scalar_type(),
+             size[0],
+             size[1],
+             static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
+             static_cast<uint64_t>(std::floor(p * 4294967296.0)),
+             1 / (1 - p)};
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, op.cols));
+  for_chunks(chunk_count(op.rows, grain), op.rows,
+             [&](int64_t, int64_t begin, int64_t end) { drop_rows(op, begin, end); });
+  return out;
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,57 @@
+#include "isa.h"
+
+#include <atomic>
+
+#if LORA_FAST_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace lora_fast {
+namespace {
+
+bool detect_amx() {
+#if LORA_FAST_HAS_AMX
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if ((edx & amx_bf16) == 0 || (edx & amx_tile) == 0) return false;
+  // Linux saves the tile registers of a process only after it has asked for them.
+  constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
+  return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
+#else
+  return false;
+#endif
+}
+
+bool amx_available() {
+  static const bool available = detect_amx();
+  return available;
+}
+
+std::atomic<bool> amx_allowed{true};
+
+}  // namespace
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.emplace_back("avx512");
+#endif
+  if (amx_available()) found.emplace_back("amx_bf16");
+  return found;
+}
+
+bool amx_enabled() {
+  return amx_available() && amx_allowed.load(std::memory_order_relaxed);
+}
+
+void allow_amx(bool allowed) {
+  amx_allowed.store(allowed, std::memory_order_relaxed);
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,33 @@
+// What the compiler and the processor allow. No torch header here: the module's build information reads it
+// too.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// One body, three instruction sets, chosen by the loader.
+#define LORA_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define LORA_FAST_HAS_CLONES 1
+#else
+#define LORA_FAST_CLONES
+#define LORA_FAST_HAS_CLONES 0
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
+#define LORA_FAST_HAS_AMX 1
+#else
+#define LORA_FAST_HAS_AMX 0
+#endif
+
+#define LORA_FAST_INLINE inline __attribute__((always_inline))
+
+namespace lora_fast {
+
+std::vector<std::string> cpu_features();
+
+// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off.
+bool amx_enabled();
+void allow_amx(bool allowed);
+
+}  // namespace lora_fast

@@ -1,0 +1,117 @@
+// base ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, each element read and rounded once.
+#include "adapted_weight.h"
+#include "ops.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace lora_fast {
+namespace {
+
+struct Compose {
+  void* base;     // [tokens, width]
+  void* product;  // the same, or null
+  ScalarType dtype;
+  int64_t tokens, width;
+  Factor lora_B;
+  double scaling;
+  bool wide;
+  RankLayout layout;
+  const PackedRows* h;  // null without columns
+  const void* gain;     // padded to whole tiles, or null
+  const void* bias;
+};
+
+// x ← gain ⊙ v + bias, v = x + s c, product = v, for n ≤ kLanes columns
+template <class F, class T>
+LORA_FAST_INLINE void compose_lanes(const Compose& op, T* x, T* product, const F* c, Vec<F> s, int64_t j,
+                                    int64_t n) {
+  Vec<F> v = load_n<F>(x, n);
+  if (c != nullptr) v += s * load<F>(c);
+  if (product != nullptr) store_n<F>(product, v, n);
+  if (op.gain != nullptr) v *= load<F>(static_cast<const F*>(op.gain) + j);
+  if (op.bias != nullptr) v += load<F>(static_cast<const F*>(op.bias) + j);
+  store_n<F>(x, v, n);
+}
+
+// Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
+template <class F, class T>
+LORA_FAST_INLINE void compose(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  alignas(64) F c[kTileRows * kTileCols];
+  const Vec<F> s = splat(static_cast<F>(op.scaling));
+  for (int64_t j = begin * kTileCols; j < std::min(op.width, end * kTileCols); j += kTileCols) {
+    const int64_t cols = std::min(kTileCols, op.width - j);
+    if (op.h != nullptr) pack_panel_into(panel, op.lora_B, op.layout, op.wide, j, cols);
+    for (int64_t i = 0; i < op.tokens; i += kTileRows) {
+      const int64_t rows = std::min(kTileRows, op.tokens - i);
+      if (op.h != nullptr) rank_tile(op.layout, op.h->at(i), panel, c, rows, cols);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* base = static_cast<T*>(op.base) + (i + r) * op.width + j;
+        T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.width + j : nullptr;
+        const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
+        for (int64_t k = 0; k < cols; k += kLanes) {
+          compose_lanes<F, T>(op, base + k, product != nullptr ? product + k : nullptr,
+                              c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
+        }
+      }
+    }
+  }
+}
+
+LORA_FAST_CLONES void compose_float(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose<float, T>(op, panel, begin, end))
+}
+
+void compose_double(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose<double, T>(op, panel, begin, end))
+}
+
+}  // namespace
+
+void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling, std::optional<Tensor> gain,
+                           std::optional<Tensor> bias, std::optional<Tensor> product) {
+  check_matrix(base, "base");
+  check_contiguous(base, "base");
+  check_matrix(h, "h");
+  check_matrix(lora_B, "lora_B");
+  const int64_t tokens = base.size(0), width = base.size(1), rank = h.size(1);
+  check_size(h, "h", 0, tokens);
+  check_size(lora_B, "lora_B", 0, width);
+  check_size(lora_B, "lora_B", 1, rank);
+  if (gain) check_wide(*gain, "gain", width);
+  if (bias) check_vector(*bias, "bias", width);
+  if (product) {
+    check_same(*product, "product", base, "base");
+    check_contiguous(*product, "product");
+  }
+  if (tokens == 0 || width == 0) return;
+  const bool wide = is_double(base) || is_double(h) || is_double(lora_B) || (gain && is_double(*gain)) ||
+                    (bias && is_double(*bias));
+  const Factor h_rows = factor_of(h, 0), columns = factor_of(lora_B, 0);
+  const RankLayout layout(rank, use_amx(h_rows, columns, wide));
+  std::optional<PackedRows> packed_h;
+  std::optional<PackedVector> packed_gain, packed_bias;
+  if (rank > 0) packed_h.emplace(h_rows, tokens, layout, wide);
+  if (gain) packed_gain.emplace(*gain, wide);
+  if (bias) packed_bias.emplace(*bias, wide);
+  const Compose op{base.mutable_data_ptr(),
+                   product ? product->mutable_data_ptr() : nullptr,
+                   base.scalar_type(),
+                   tokens,
+                   width,
+                   columns,
+                   scaling,
+                   wide,
+                   layout,
+                   packed_h ? &*packed_h : nullptr,
+                   packed_gain ? packed_gain->data() : nullptr,
+                   packed_bias ? packed_bias->data() : nullptr};
+  const int64_t blocks = round_up(width, kTileCols) / kTileCols;
+  const int64_t grain = std::max<int64_t>(1, 16384 / (kTileCols * (tokens + rank)));
+  for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    const Scratch<char> panel(layout.depth * kTileCols * packed_size(layout, wide));
+    const AmxScope scope(layout.amx, layout.step);
+    (op.wide ? compose_double : compose_float)(op, panel.data(), begin, end);
+  });
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,108 @@
+// scaled = gain ⊙ grad_y, dgain = Σ_t grad_y ⊙ product, dbias = Σ_t grad_y, in one pass. The threads split
+// the columns, so that the sums do not depend on how many there are.
+#include "adapted_weight.h"
+#include "ops.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace lora_fast {
+namespace {
+
+// Columns that one pass down the tokens takes; rows whose sum is made in registers.
+constexpr int64_t kStrip = 512;
+constexpr int64_t kGroup = 4;
+
+struct GainGrad {
+  const void* grad;     // [tokens, width], rows adjacent
+  const void* product;  // the same, or null
+  void* scaled;         // the same, or null
+  ScalarType dtype;
+  int64_t tokens, width;
+  const void* gain;  // padded to whole tiles
+  void* grad_gain;   // [width] or null
+  void* grad_bias;
+};
+
+template <class F, class T>
+LORA_FAST_INLINE void group_lanes(const GainGrad& op, int64_t t, int64_t rows, int64_t j, int64_t n,
+                                  F* gain_sum, F* bias_sum) {
+  Vec<F> gain_part{}, bias_part{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (t + r) * op.width + j;
+    const Vec<F> g = load_n<F>(static_cast<const T*>(op.grad) + at, n);
+    if (op.scaled != nullptr)
+      store_n<F>(static_cast<T*>(op.scaled) + at, g * load<F>(static_cast<const F*>(op.gain) + j), n);
+    if (op.product != nullptr) gain_part += g * load_n<F>(static_cast<const T*>(op.product) + at, n);
+    bias_part += g;
+  }
+  store<F>(gain_sum, load<F>(gain_sum) + gain_part);
+  store<F>(bias_sum, load<F>(bias_sum) + bias_part);
+}
+
+template <class F, class T>
+LORA_FAST_INLINE void gain_grad(const GainGrad& op, int64_t begin, int64_t end) {
+  for (int64_t j0 = begin; j0 < end; j0 += kStrip) {
+    const int64_t cols = std::min(kStrip, end - j0);
+    alignas(64) F gain_sums[kStrip] = {}, bias_sums[kStrip] = {};
+    for (int64_t t = 0; t < op.tokens; t += kGroup) {
+      const int64_t rows = std::min(kGroup, op.tokens - t);
+      for (int64_t k = 0; k < cols; k += kLanes) {
+        group_lanes<F, T>(op, t, rows, j0 + k, cols - k, gain_sums + k, bias_sums + k);
+      }
+    }
+    if (op.grad_gain != nullptr)
+      std::memcpy(static_cast<F*>(op.grad_gain) + j0, gain_sums, static_cast<size_t>(cols) * sizeof(F));
+    if (op.grad_bias != nullptr)
+      std::memcpy(static_cast<F*>(op.grad_bias) + j0, bias_sums, static_cast<size_t>(cols) * sizeof(F));
+  }
+}
+
+LORA_FAST_CLONES void gain_grad_float(const GainGrad& op, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, gain_grad<float, T>(op, begin, end))
+}
+
+void gain_grad_double(const GainGrad& op, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, gain_grad<double, T>(op, begin, end))
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cpu::lora_gain_bwd(Tensor grad_y, std::optional<Tensor> product,
+                                                      std::optional<Tensor> gain, bool need_scaled,
+                                                      bool need_gain, bool need_bias) {
+  check_matrix(grad_y, "grad_y");
+  const int64_t tokens = grad_y.size(0), width = grad_y.size(1);
+  if (gain) check_wide(*gain, "gain", width);
+  STD_TORCH_CHECK(!need_gain || product, "product must be given where need_gain is true");
+  if (product) check_same(*product, "product", grad_y, "grad_y");
+  const bool wide = is_double(grad_y) || (gain && is_double(*gain));
+  const ScalarType sum_dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const int64_t none[] = {0}, columns[] = {width}, whole[] = {tokens, width};
+  const bool scale = need_scaled && gain;
+  Tensor scaled =
+      scale ? torch::stable::new_empty(grad_y, {whole, 2}) : torch::stable::new_empty(grad_y, {none, 1});
+  Tensor grad_gain = torch::stable::new_empty(grad_y, {need_gain ? columns : none, 1}, sum_dtype);
+  Tensor grad_bias = torch::stable::new_empty(grad_y, {need_bias ? columns : none, 1}, sum_dtype);
+  if (!scale && !need_gain && !need_bias) return {scaled, grad_gain, grad_bias};
+  const Tensor grad = torch::stable::contiguous(grad_y);
+  const Tensor v = need_gain ? torch::stable::contiguous(*product) : grad;
+  std::optional<PackedVector> packed_gain;
+  if (scale) packed_gain.emplace(*gain, wide);
+  const GainGrad op{grad.const_data_ptr(),
+                    need_gain ? v.const_data_ptr() : nullptr,
+                    scale ? scaled.mutable_data_ptr() : nullptr,
+                    grad.scalar_type(),
+                    tokens,
+                    width,
+                    packed_gain ? packed_gain->data() : nullptr,
+                    need_gain ? grad_gain.mutable_data_ptr() : nullptr,
+                    need_bias ? grad_bias.mutable_data_ptr() : nullptr};
+  const int64_t blocks = round_up(width, kLanes) / kLanes;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * std::max<int64_t>(1, tokens)));
+  for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    (wide ? gain_grad_double : gain_grad_float)(op, begin * kLanes, std::min(width, end * kLanes));
+  });
+  return {scaled, grad_gain, grad_bias};
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,34 @@
+// The CPU kernels by their names in the library; each is defined in <name>.cpp.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+
+namespace lora_fast::cpu {
+
+Tensor weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output);
+
+std::tuple<Tensor, Tensor> weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A,
+                                           Tensor lora_B, double scaling, bool per_output, bool need_A,
+                                           bool need_B);
+
+void lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling, std::optional<Tensor> gain,
+                      std::optional<Tensor> bias, std::optional<Tensor> product);
+
+std::tuple<Tensor, Tensor, Tensor> lora_gain_bwd(Tensor grad_y, std::optional<Tensor> product,
+                                                 std::optional<Tensor> gain, bool need_scaled, bool need_gain,
+                                                 bool need_bias);
+
+Tensor dropout(Tensor x, Tensor seed, double p);
+
+void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, std::optional<Tensor> gain,
+                  bool per_output);
+
+Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
+                   int64_t version);
+
+int64_t scratch_peak_bytes(bool reset);
+
+}  // namespace lora_fast::cpu

@@ -1,0 +1,228 @@
+// n = ‖W + s B A‖ by rows or by columns: one read of W, squares summed as each tile is made.
+#include <cmath>
+
+#include "adapted_weight.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace lora_fast {
+namespace {
+
+// Sums of squares outside these are redone by norm_of_line: inside, no square has under- or overflowed
+// that could be seen in the result.
+bool needs_redo(double squares, bool wide) {
+  return !(squares >= (wide ? 1e-280 : 1e-24) && squares <= (wide ? 1e300 : 1e36));
+}
+
+template <class F, class T>
+LORA_FAST_INLINE Vec<F> value(const T* w, const F* c, Vec<F> s) {
+  return load<F>(w) + s * load<F>(c);
+}
+
+template <class F, class T>
+LORA_FAST_INLINE Vec<F> value_n(const T* w, const F* c, Vec<F> s, int64_t n) {
+  return load_n<F>(w, n) + s * load_n<F>(c, n);
+}
+
+// squares[i] for the blocks of kTileRows rows in [begin, end)
+template <class F, class T>
+LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
+                                  int64_t begin, int64_t end) {
+  alignas(64) F c[kTileRows * kTileCols];
+  alignas(64) T gathered[kTileRows * kTileCols];
+  const Vec<F> s = splat(static_cast<F>(v.scaling));
+  for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
+    const int64_t rows = std::min(kTileRows, v.rows - i);
+    alignas(64) F sums[kTileRows * kLanes] = {};
+    for (int64_t j = 0; j < v.cols; j += kTileCols) {
+      const int64_t cols = std::min(kTileCols, v.cols - j);
+      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
+      const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* w_row = w.data + r * w.stride;
+        const F* c_row = c + r * kTileCols;
+        Vec<F> even{}, odd{};
+        if (cols == kTileCols) {
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < kTileCols; k += 2 * kLanes) {
+            const Vec<F> a = value(w_row + k, c_row + k, s);
+            const Vec<F> b = value(w_row + k + kLanes, c_row + k + kLanes, s);
+            even += a * a;
+            odd += b * b;
+          }
+        } else {
+          for (int64_t k = 0; k < cols; k += kLanes) {
+            const Vec<F> a = value_n(w_row + k, c_row + k, s, cols - k);
+            even += a * a;
+          }
+        }
+        F* sum = sums + r * kLanes;
+        store<F>(sum, load<F>(sum) + (even + odd));
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) squares[i + r] = sum_lanes<F>(load<F>(sums + r * kLanes));
+  }
+}
+
+// sums[j] += the squares of the same rows; sums [cols rounded up to kLanes]
+template <class F, class T>
+LORA_FAST_INLINE void square_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
+                                     int64_t begin, int64_t end) {
+  alignas(64) F c[kTileRows * kTileCols];
+  alignas(64) T gathered[kTileRows * kTileCols];
+  const Vec<F> s = splat(static_cast<F>(v.scaling));
+  constexpr int64_t kVecs = kTileCols / kLanes;
+  for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
+    const int64_t rows = std::min(kTileRows, v.rows - i);
+    for (int64_t j = 0; j < v.cols; j += kTileCols) {
+      const int64_t cols = std::min(kTileCols, v.cols - j);
+      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
+      const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
+      if (cols == kTileCols) {
+        Vec<F> total[kVecs] = {};
+        for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+          for (int64_t k = 0; k < kVecs; ++k) {
+            const Vec<F> a = value(w.data + r * w.stride + k * kLanes, c + r * kTileCols + k * kLanes, s);
+            total[k] += a * a;
+          }
+        }
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kVecs; ++k) {
+          F* sum = sums + j + k * kLanes;
+          store<F>(sum, load<F>(sum) + total[k]);
+        }
+      } else {
+        for (int64_t k = 0; k < cols; k += kLanes) {
+          Vec<F> total{};
+          for (int64_t r = 0; r < rows; ++r) {
+            const Vec<F> a = value_n(w.data + r * w.stride + k, c + r * kTileCols + k, s, cols - k);
+            total += a * a;
+          }
+          store<F>(sums + j + k, load<F>(sums + j + k) + total);
+        }
+      }
+    }
+  }
+}
+
+LORA_FAST_CLONES void square_rows_float(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
+                                        int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(v.dtype, T, square_rows<float, T>(v, adapter, squares, begin, end))
+}
+
+void square_rows_double(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares, int64_t begin,
+                        int64_t end){
+    LORA_FAST_BY_DTYPE(v.dtype, T, square_rows<double, T>(v, adapter, squares, begin, end))}
+
+LORA_FAST_CLONES void square_columns_float(const AdaptedWeight& v, const PackedAdapter& adapter, void* sums,
+                                           int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(v.dtype, T, square_columns<float, T>(v, adapter, static_cast<float*>(sums), begin, end))
+}
+
+void square_columns_double(const AdaptedWeight& v, const PackedAdapter& adapter, void* sums, int64_t begin,
+                           int64_t end){
+    LORA_FAST_BY_DTYPE(v.dtype, T,
+                       square_columns<double, T>(v, adapter, static_cast<double*>(sums), begin, end))}
+
+// One row (or column) of V in double, scaled by its largest entry, so that no square under- or overflows.
+// buffer has room for two lines and R elements.
+LORA_FAST_CLONES double norm_of_line(const AdaptedWeight& v, bool row, int64_t index, double* buffer) {
+  const int64_t length = row ? v.cols : v.rows;
+  const int64_t across = row ? v.row_stride : v.col_stride, along = row ? v.col_stride : v.row_stride;
+  double *line = buffer, *factor = line + length, *weights = factor + length;
+  const Factor& one = row ? v.p : v.q;
+  const Factor& all = row ? v.q : v.p;
+  LORA_FAST_BY_DTYPE(v.dtype, T,
+                     convert_line(line, static_cast<const T*>(v.data) + index * across, along, length))
+  LORA_FAST_BY_DTYPE(one.dtype, T,
+                     convert_line(weights, static_cast<const T*>(one.data) + index * one.stride_outer,
+                                  one.stride_rank, v.rank))
+  for (int64_t r = 0; r < v.rank; ++r) {
+    LORA_FAST_BY_DTYPE(
+        all.dtype, T,
+        convert_line(factor, static_cast<const T*>(all.data) + r * all.stride_rank, all.stride_outer, length))
+    const double x = v.scaling * weights[r];
+    for (int64_t k = 0; k < length; ++k) line[k] += x * factor[k];
+  }
+  double largest = 0, squares = 0;
+  for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(line[k]));
+  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1;
+  for (int64_t k = 0; k < length; ++k) squares += (line[k] / unit) * (line[k] / unit);
+  return unit * std::sqrt(squares);
+}
+
+template <class F>
+void write_norms(const AdaptedWeight& v, bool row, const double* squares, F* norms, int64_t begin,
+                 int64_t end) {
+  const int64_t length = row ? v.cols : v.rows;
+  std::optional<Scratch<double>> buffer;
+  for (int64_t i = begin; i < end; ++i) {
+    if (needs_redo(squares[i], v.wide)) {
+      if (!buffer) buffer.emplace(2 * length + v.rank);
+      norms[i] = static_cast<F>(norm_of_line(v, row, i, buffer->data()));
+    } else {
+      norms[i] = static_cast<F>(std::sqrt(squares[i]));
+    }
+  }
+}
+
+template <class F>
+void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
+  Scratch<double> squares(v.rows);
+  const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
+  const int64_t grain = std::max<int64_t>(1, 65536 / (kTileRows * v.cols));
+  for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    {
+      const AmxScope scope(adapter.layout.amx, adapter.layout.step);
+      (v.wide ? square_rows_double : square_rows_float)(v, adapter, squares.data(), begin, end);
+    }
+    write_norms(v, true, squares.data(), norms, begin * kTileRows, std::min(v.rows, end * kTileRows));
+  });
+}
+
+template <class F>
+void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
+  const int64_t width = round_up(v.cols, kLanes);
+  const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
+  const int64_t chunks = chunk_count(blocks, std::max<int64_t>(1, 65536 / (kTileRows * v.cols)));
+  Scratch<F> sums(chunks * width);  // one row per chunk
+  for_chunks(chunks, blocks, [&](int64_t chunk, int64_t begin, int64_t end) {
+    F* own = sums.data() + chunk * width;
+    std::fill(own, own + width, F{});
+    const AmxScope scope(adapter.layout.amx, adapter.layout.step);
+    (v.wide ? square_columns_double : square_columns_float)(v, adapter, own, begin, end);
+  });
+  Scratch<double> squares(v.cols);
+  for (int64_t j = 0; j < v.cols; ++j) {
+    squares.data()[j] = 0;
+    for (int64_t c = 0; c < chunks; ++c) squares.data()[j] += static_cast<double>(sums.data()[c * width + j]);
+  }
+  for_chunks(chunk_count(v.cols, 256), v.cols, [&](int64_t, int64_t begin, int64_t end) {
+    write_norms(v, false, squares.data(), norms, begin, end);
+  });
+}
+
+template <class F>
+void norm(const AdaptedWeight& v, bool by_rows, F* norms) {
+  const PackedAdapter adapter(v);
+  by_rows ? norm_rows(v, adapter, norms) : norm_columns(v, adapter, norms);
+}
+
+}  // namespace
+
+Tensor cpu::weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output) {
+  check_adapter(weight, lora_A, lora_B);
+  const AdaptedWeight v(weight, lora_A, lora_B, scaling);
+  const int64_t size[] = {weight.size(per_output ? 0 : 1)};
+  Tensor norms = torch::stable::new_empty(weight, {size, 1}, v.wide ? ScalarType::Double : ScalarType::Float);
+  const bool by_rows = per_output != v.transposed;
+  if (v.wide) {
+    norm(v, by_rows, static_cast<double*>(norms.mutable_data_ptr()));
+  } else {
+    norm(v, by_rows, static_cast<float*>(norms.mutable_data_ptr()));
+  }
+  return norms;
+}
+
+}  // namespace lora_fast

@@ -1,0 +1,50 @@
+// The Python module: loading it registers the kernels of ops.cpp; by itself it only tells how it was built.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+#ifndef LORA_FAST_TORCH_VERSION
+#error "setup.py defines LORA_FAST_TORCH_VERSION"
+#endif
+
+namespace {
+
+std::vector<std::string> isa_compiled() {
+  std::vector<std::string> isa{"generic"};
+#if LORA_FAST_HAS_CLONES
+  isa.emplace_back("avx2");
+  isa.emplace_back("avx512");
+#endif
+#if LORA_FAST_HAS_AMX
+  isa.emplace_back("amx_bf16");
+#endif
+  return isa;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["kind"] = "cpu";
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch"] = LORA_FAST_TORCH_VERSION;
+  info["torch_target"] = "2.10";
+  info["isa"] = isa_compiled();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of lora_fast; import torch first.";
+  m.def("build_info", &build_info, "How this module was built: kind, compiler, torch, torch_target, isa.");
+  m.def("cpu_features", &lora_fast::cpu_features, "What this processor has of isa.");
+  m.def("allow_amx", &lora_fast::allow_amx, pybind11::arg("allowed"),
+        "Tests turn AMX off to reach the other kernels.");
+}
