@@ -299,8 +299,9 @@ class LinearWithDoRA(AdaptedLinear):
         self.magnitude = nn.Parameter(linear.weight.new_empty(size, dtype=dtype))
         self._kept_norm = NormCache()
         self._frozen_gain: Tensor | None = None
-        self.register_load_state_dict_post_hook(_renew_norm)
+        self.register_load_state_dict_post_hook(_after_load)
         self.reset_parameters()
+        self._forget_norm()
         linear.requires_grad_(False)
 
     def reset_parameters(self) -> None:
@@ -367,9 +368,22 @@ class LinearWithDoRA(AdaptedLinear):
 
     def invalidate_norm(self) -> None:
         """Forget the kept norm; a frozen one is computed anew."""
-        self._kept_norm.clear()
+        self._forget_norm()
         if self._frozen_gain is not None and not self.is_merged:
             self.freeze_norm()
+
+    def _forget_norm(self) -> None:
+        self._kept_norm.clear()
+        weight = self.weight
+        if self.norm_reuse and not weight.is_meta:
+            # now, because torch.compile cannot make the tensors that keep the norm
+            dtype = checks.magnitude_dtype(weight, self.lora_A, self.lora_B)
+            self._kept_norm.prepare(self.magnitude.shape[0], dtype, weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, which carries no kept norm."""
+        super().__setstate__(state)
+        self._forget_norm()
 
     def _norm(self) -> Tensor:
         return functional.weight_norm(
@@ -417,7 +431,7 @@ def _check_not_adapted(linear: object) -> None:
         raise ValueError(f"linear: got a {type(linear).__name__}, which is adapted already; expected torch.nn.Linear")
 
 
-def _renew_norm(layer: nn.Module, incompatible_keys: object) -> None:
-    """After load_state_dict, the weight of ``layer.linear`` included."""
+def _after_load(layer: nn.Module, incompatible_keys: object) -> None:
+    """Called when load_state_dict has loaded the layer and the linear inside."""
     assert isinstance(layer, LinearWithDoRA)
     layer.invalidate_norm()
