@@ -1,0 +1,241 @@
+"""The ways to run one adapted linear layer that are measured beside each other.
+
+All share one frozen weight and start from the same lora_A, lora_B and magnitude. Each builder returns a `Layer`: a
+module to call, and its trained tensors under their canonical names and layouts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_fast
+from lora_fast import functional
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every contender gets. x [T, K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  grad_y [T, N]."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    grad_y: Tensor
+
+    def magnitude(self, axis: str) -> Tensor:
+        """A magnitude near the norm, as training finds it: n · (1 ± 5%), float32."""
+        norm = (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).norm(
+            dim=1 if axis == "output" else 0
+        )
+        generator = torch.Generator().manual_seed(1)
+        return norm * (1 + 0.05 * (2 * torch.rand(norm.shape, generator=generator) - 1))
+
+
+def layer_inputs(
+    out_features: int, in_features: int, rank: int, tokens: int, dtype: torch.dtype, seed: int = 0
+) -> LayerInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(rows, columns, generator=generator)).to(dtype)
+
+    weight = normal(out_features, in_features, in_features**-0.5)
+    lora_A = normal(rank, in_features, in_features**-0.5)
+    lora_B = normal(out_features, rank, 0.1)
+    x = normal(tokens, in_features).requires_grad_()
+    return LayerInputs(x, weight, lora_A, lora_B, 2.0, normal(tokens, out_features))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A built contender. `trained` maps the canonical name to the parameter, and to whether it is stored transposed."""
+
+    module: nn.Module
+    trained: dict[str, tuple[nn.Parameter, bool]] = field(default_factory=dict)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter, _ in self.trained.values()]
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Gradients in the canonical layout: lora_A [R, K], lora_B [N, R], magnitude [N] or [K]."""
+        found: dict[str, Tensor | None] = {}
+        for name, (parameter, transposed) in self.trained.items():
+            grad = parameter.grad
+            if grad is not None:
+                grad = grad.T if transposed else grad
+                grad = grad.reshape(-1) if name == "magnitude" else grad
+            found[name] = grad
+        return found
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`formula` names what the layer computes: "frozen", "lora", or "dora" with `axis` and `detach_norm`.
+
+    `ours` is held to the project's error budget by the correctness gate, the others to the same function.
+    """
+
+    name: str
+    build: Callable[[LayerInputs], Layer]
+    formula: str
+    axis: str = "output"
+    detach_norm: bool = True
+    ours: bool = False
+    requires: str | None = None
+
+    def missing(self) -> str | None:
+        """Name of the package that this contender needs and that is not installed."""
+        return self.requires if self.requires and importlib.util.find_spec(self.requires) is None else None
+
+
+def frozen_linear(weight: Tensor) -> nn.Linear:
+    """An nn.Linear around `weight`, which it shares with every other contender."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _frozen(inputs: LayerInputs) -> Layer:
+    return Layer(frozen_linear(inputs.weight))
+
+
+class MergedDoRA(nn.Module):
+    """The from-scratch class of the articles: y = x (m ⊙ V/‖V‖)ᵀ, V = W + s (A B)ᵀ, one norm per input column.
+
+    A [K, R], B [R, N], m [1, K]; autograd goes through the norm too.
+    """
+
+    def __init__(self, inputs: LayerInputs) -> None:
+        super().__init__()
+        self.linear = frozen_linear(inputs.weight)
+        self.A = nn.Parameter(inputs.lora_A.T.contiguous())
+        self.B = nn.Parameter(inputs.lora_B.T.contiguous())
+        self.m = nn.Parameter(inputs.magnitude("input")[None, :].to(inputs.weight.dtype))
+        self.scaling = inputs.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged = self.linear.weight + self.scaling * (self.A @ self.B).T
+        return F.linear(x, self.m * (merged / merged.norm(p=2, dim=0, keepdim=True)))
+
+
+def _article(inputs: LayerInputs) -> Layer:
+    module = MergedDoRA(inputs)
+    return Layer(module, {"lora_A": (module.A, True), "lora_B": (module.B, True), "magnitude": (module.m, False)})
+
+
+class DenseDoRA(nn.Module):
+    """The strongest dense form: the norm from a dense, detached W + s B A, the product from the low-rank factors."""
+
+    def __init__(self, inputs: LayerInputs) -> None:
+        super().__init__()
+        self.linear = frozen_linear(inputs.weight)
+        self.lora_A = nn.Parameter(inputs.lora_A.clone())
+        self.lora_B = nn.Parameter(inputs.lora_B.clone())
+        self.magnitude = nn.Parameter(inputs.magnitude("output"))
+        self.scaling = inputs.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(
+                self.linear.weight + self.scaling * (self.lora_B @ self.lora_A), dim=1, dtype=torch.float32
+            )
+        lora = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return ((self.magnitude / norm) * (self.linear(x) + self.scaling * lora)).to(x.dtype)
+
+
+def _dense(inputs: LayerInputs) -> Layer:
+    module = DenseDoRA(inputs)
+    return Layer(module, {name: (getattr(module, name), False) for name in ("lora_A", "lora_B", "magnitude")})
+
+
+def _peft(dora: bool, float32_adapters: bool) -> Callable[[LayerInputs], Layer]:
+    def build(inputs: LayerInputs) -> Layer:
+        from peft import LoraConfig, get_peft_model
+
+        rank = inputs.lora_A.shape[0]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=inputs.scaling * rank,  # type: ignore[arg-type]  # PEFT divides whatever number it gets by r
+            lora_dropout=0.0,
+            target_modules=["0"],
+            use_dora=dora,
+        )
+        model = get_peft_model(
+            nn.Sequential(frozen_linear(inputs.weight)), config, autocast_adapter_dtype=float32_adapters
+        )
+        layer: Any = model.get_submodule("base_model.model.0")
+        trained = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+        start = {"lora_A": inputs.lora_A, "lora_B": inputs.lora_B}
+        if dora:
+            trained["magnitude"] = layer.lora_magnitude_vector["default"].weight
+            start["magnitude"] = inputs.magnitude("output")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(start[name])
+        # the layer itself: PEFT's model around it would add its hooks and its keyword handling to every call
+        return Layer(layer, {name: (parameter, False) for name, parameter in trained.items()})
+
+    return build
+
+
+def _ours(dora: bool, backend: str) -> Callable[[LayerInputs], Layer]:
+    def build(inputs: LayerInputs) -> Layer:
+        rank = inputs.lora_A.shape[0]
+        linear = frozen_linear(inputs.weight)
+        module: nn.Module
+        if dora:
+            module = lora_fast.LinearWithDoRA(linear, rank, inputs.scaling, backend=backend)
+        else:
+            module = lora_fast.LinearWithLoRA(linear, rank, inputs.scaling, backend=backend)
+        names = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+        with torch.no_grad():
+            for name in names:
+                start = inputs.magnitude("output") if name == "magnitude" else getattr(inputs, name)
+                getattr(module, name).copy_(start)
+        return Layer(module, {name: (getattr(module, name), False) for name in names})
+
+    return build
+
+
+FROZEN = Contender("frozen linear", _frozen, "frozen")
+ARTICLE = Contender("article's class", _article, "dora", axis="input", detach_norm=False)
+DENSE = Contender("dense B@A", _dense, "dora")
+PEFT_LORA = Contender("PEFT LoRA", _peft(False, False), "lora", requires="peft")
+PEFT_LORA_FP32 = Contender("PEFT LoRA, fp32 adapters", _peft(False, True), "lora", requires="peft")
+PEFT_DORA = Contender("PEFT DoRA", _peft(True, False), "dora", requires="peft")
+PEFT_DORA_FP32 = Contender("PEFT DoRA, fp32 adapters", _peft(True, True), "dora", requires="peft")
+
+
+def lora(backend: str = "auto") -> Contender:
+    return Contender(_our_name("LoRA", backend), _ours(False, backend), "lora", ours=True)
+
+
+def dora(backend: str = "auto") -> Contender:
+    return Contender(_our_name("DoRA", backend), _ours(True, backend), "dora", ours=True)
+
+
+def _our_name(kind: str, backend: str) -> str:
+    return f"lora_fast {kind}" if backend == "auto" else f"lora_fast {kind}, {backend}"
+
+
+# Functions of (weight, lora_A, lora_B, scaling) that give the norm [N].
+NormFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def dense_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1, dtype=torch.float32)
+
+
+def our_norm(backend: str = "auto") -> NormFunction:
+    def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        return functional.weight_norm(weight, lora_A, lora_B, scaling, backend=backend)
+
+    return norm

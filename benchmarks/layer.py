@@ -1,0 +1,150 @@
+"""One linear layer: the training step, inference and the norm alone, of every contender.
+
+pytest benchmarks/bench_layer.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from lora_fast import backends, reference
+
+from . import contenders as c
+from .gate import Gate, error_fault
+from .registry import FROZEN, INFERENCE, NORM, STEP, Case, Row
+from .runner import Step, measure
+
+# Of AdamW, so every step moves an element by about this much: more than half a bfloat16 ulp of most of lora_A.
+LEARNING_RATE = 1e-4
+
+
+def speed_cases() -> list[Case]:
+    """The table of one layer's speed, with its bars."""
+    bf16, size = torch.bfloat16, (4096, 4096)
+    per_backend = installed_backends()
+    doras = (c.dora(), *(c.dora(name) for name in per_backend))
+    loras = (c.lora(), *(c.lora(name) for name in per_backend))
+    peft_doras = (c.PEFT_DORA, c.PEFT_DORA_FP32)
+    float32 = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, c.PEFT_DORA)
+    everything = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, *peft_doras)
+    dora, lora, peft_dora, peft_lora = c.dora().name, c.lora().name, c.PEFT_DORA.name, c.PEFT_LORA.name
+    step = Case(STEP, *size, 512, bf16, everything, dora)
+    norm = Case(NORM, *size, 16, bf16, (), "weight_norm", at_most=1.0, memory_fraction=1 / 16)
+    return [
+        replace(step, at_most=1.20, faster={peft_dora: 3.0}),
+        replace(step, tokens=16, at_most=1.45, aim=1.35, faster={peft_dora: 15.0}),
+        replace(step, mode=INFERENCE, tokens=16, at_most=1.10, faster={peft_dora: 30.0}),
+        replace(
+            step,
+            contenders=(c.FROZEN, *loras, c.PEFT_LORA, c.PEFT_LORA_FP32),
+            subject=lora,
+            at_most=1.10,
+            faster={peft_lora: 1.0},
+        ),
+        norm,
+        replace(norm, rank=64, at_most=2.5, aim=2.0),
+        Case(STEP, 2048, 2048, 512, torch.float32, float32, dora, at_most=1.15),
+    ]
+
+
+def installed_backends() -> list[str]:
+    """The backends to set beside "auto", so that the table shows where each earns its place; none if there is one."""
+    loaded, _, _ = backends.extension_status()
+    return ["torch", "cpu"] if loaded else []
+
+
+def run(case: Case, *, budget_s: float = 4.0, on_progress: Callable[[float], None] | None = None) -> Row:
+    """Check every contender of a case against the reference, then measure those that pass."""
+    inputs = inputs_of(case)
+    steps, left_out = norm_steps(inputs) if case.mode == NORM else layer_steps(case, inputs)
+    return Row(case, measure(steps, budget_s=budget_s, on_progress=on_progress), left_out)
+
+
+def inputs_of(case: Case) -> c.LayerInputs:
+    return c.layer_inputs(case.out_features, case.in_features, case.rank, case.tokens, case.dtype)
+
+
+def layer_steps(case: Case, inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
+    layers, left_out = build(case.contenders, inputs)
+    make = inference if case.mode == INFERENCE else training_step
+    return {name: make(layer, inputs) for name, layer in layers.items()}, left_out
+
+
+def build(contenders: Iterable[c.Contender], inputs: c.LayerInputs) -> tuple[dict[str, c.Layer], dict[str, str]]:
+    """The layers that compute what they should, and why the others are left out."""
+    gate = Gate(inputs)
+    layers: dict[str, c.Layer] = {}
+    left_out: dict[str, str] = {}
+    for contender in contenders:
+        if missing := contender.missing():
+            left_out[contender.name] = f"{missing} is not installed"
+            continue
+        layer = contender.build(inputs)
+        if fault := gate.fault(contender, layer):
+            left_out[contender.name] = f"wrong result: {fault}"
+        else:
+            layers[contender.name] = layer
+    return layers, left_out
+
+
+def training_step(layer: c.Layer, inputs: c.LayerInputs) -> Step:
+    """forward, backward to x and to what is trained, AdamW's step. The frozen linear has nothing to optimise."""
+    parameters = layer.parameters()
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0, fused=True) if parameters else None
+    x, grad_y, module = inputs.x, inputs.grad_y, layer.module.train()
+
+    def step() -> None:
+        module(x).backward(grad_y)
+        x.grad = None
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    factors = [parameter for name, (parameter, _) in layer.trained.items() if name != "magnitude"]
+    before = [parameter.detach().clone() for parameter in factors]
+    step()
+    if any(torch.equal(old, new) for old, new in zip(before, factors, strict=True)):
+        raise RuntimeError("an optimizer step left lora_A or lora_B as it was: the norm would not be renewed")
+    return step
+
+
+def inference(layer: c.Layer, inputs: c.LayerInputs) -> Step:
+    module, x = layer.module.eval(), inputs.x.detach()
+
+    def step() -> None:
+        with torch.inference_mode():
+            module(x)
+
+    return step
+
+
+def norm_steps(inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
+    weight, lora_A, lora_B, scaling = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
+    frozen, x = c.frozen_linear(weight), inputs.x.detach()
+    functions = {"weight_norm": c.our_norm()}
+    functions |= {f"weight_norm, {name}": c.our_norm(name) for name in installed_backends()}
+    functions["dense B@A"] = c.dense_norm
+    truth = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), scaling)
+    eager = reference.weight_norm(weight, lora_A, lora_B, scaling, compute_dtype=weight.dtype)
+    steps: dict[str, Step] = {FROZEN: lambda: frozen(x)}
+    left_out = {}
+    for name, function in functions.items():
+        if fault := error_fault("norm", function(weight, lora_A, lora_B, scaling), eager, truth, ours=True):
+            left_out[name] = f"wrong result: {fault}"
+        else:
+            steps[name] = lambda function=function: function(weight, lora_A, lora_B, scaling)  # type: ignore[misc]
+    return steps, left_out
+
+
+def subject_step(case: Case) -> Step:
+    """The subject of a case alone, for a harness that times one function."""
+    inputs = inputs_of(case)
+    steps = (norm_steps(inputs) if case.mode == NORM else layer_steps(_only_subject(case), inputs))[0]
+    return steps[case.subject]
+
+
+def _only_subject(case: Case) -> Case:
+    return replace(case, contenders=tuple(one for one in case.contenders if one.name == case.subject))

@@ -1,0 +1,97 @@
+"""What a benchmark case is: inputs, contenders, bars, and the bytes and FLOPs that bound it from below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .contenders import Contender
+from .runner import Record
+
+STEP = "training step"  # forward, backward to x and to the adapter, optimizer step; a DoRA norm is renewed each time
+INFERENCE = "inference"  # forward in evaluation; nothing changed since the last call
+NORM = "weight_norm"  # the norm alone, renewed, beside the frozen forward
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table: one mode at one size. `subject` is the contender that the bars hold."""
+
+    mode: str
+    out_features: int
+    in_features: int
+    tokens: int
+    dtype: torch.dtype
+    contenders: tuple[Contender, ...]
+    subject: str = ""
+    rank: int = 16
+    at_most: float | None = None  # times the frozen linear's median
+    aim: float | None = None  # wished for, not required
+    faster: dict[str, float] = field(default_factory=dict)  # contender: at least so many times faster than it
+    memory_fraction: float | None = None  # peak at most this fraction of the weight's bytes
+
+    @property
+    def title(self) -> str:
+        if self.mode == NORM:
+            return f"{NORM}, rank {self.rank}, {self.size}, beside the frozen forward of {self.tokens} tokens"
+        return f"{self.mode}, {self.tokens} token{'s'[: self.tokens > 1]}, {self.size}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.out_features}×{self.in_features} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.out_features * self.in_features * self.dtype.itemsize
+
+    @property
+    def frozen_flops(self) -> int:
+        """Multiply-adds of the frozen layer's products, counted as two each: one product forward, one for dx."""
+        return 2 * self.tokens * self.out_features * self.in_features * (2 if self.mode == STEP else 1)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bound and what was measured. `at_most` tells the direction."""
+
+    text: str
+    measured: float
+    bound: float
+    at_most: bool
+    aim: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured case. `left_out` gives the reason for each contender without a record."""
+
+    case: Case
+    records: dict[str, Record]
+    left_out: dict[str, str]
+
+    def ratio(self, name: str, baseline: str) -> float:
+        """Median time of `name` in units of `baseline`'s."""
+        return self.records[name].median_ms / self.records[baseline].median_ms
+
+    def bars(self) -> list[Bar]:
+        case, subject = self.case, self.case.subject
+        if subject not in self.records:
+            return []
+        bars = []
+        if case.at_most is not None:
+            bars.append(Bar("× frozen linear", self.ratio(subject, FROZEN), case.at_most, True, case.aim))
+        for other, factor in case.faster.items():
+            if other in self.records:
+                bars.append(Bar(f"× faster than {other}", self.ratio(other, subject), factor, False))
+        if case.memory_fraction is not None:
+            fraction = self.records[subject].peak_bytes / case.weight_bytes
+            bars.append(Bar("× W in extra memory", fraction, case.memory_fraction, True))
+        return bars
+
+
+FROZEN = "frozen linear"

@@ -1,0 +1,156 @@
+"""Tables for the terminal, and records for a file that says where, when and with what they were measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from lora_fast import backends
+
+from .registry import FROZEN, NORM, Bar, Row
+from .runner import Record
+
+PACKAGES = ("lora_fast", "torch", "peft", "transformers", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    loaded, reason, build = backends.extension_status()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+        "extension": {"loaded": loaded, "reason": reason, "build": build},
+    }
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def device_slug() -> str:
+    """Folder name of this device's results: the CPU and the number of threads."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", cpu_model().lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {torch.get_num_threads()} threads").strip("-")
+
+
+def row_as_dict(row: Row) -> dict[str, Any]:
+    case = row.case
+    return {
+        "title": case.title,
+        "mode": case.mode,
+        "out_features": case.out_features,
+        "in_features": case.in_features,
+        "tokens": case.tokens,
+        "rank": case.rank,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "weight_bytes": case.weight_bytes,
+        "frozen_flops": case.frozen_flops,
+        "baseline": FROZEN,
+        "records": {name: record.as_dict() for name, record in row.records.items()},
+        "left_out": row.left_out,
+        "bars": [bar_as_dict(bar) for bar in row.bars()],
+    }
+
+
+def bar_as_dict(bar: Bar) -> dict[str, Any]:
+    return {
+        "what": bar.text,
+        "measured": bar.measured,
+        "at_most" if bar.at_most else "at_least": bar.bound,
+        "aim": bar.aim,
+        "met": bar.met,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def bars_table(rows: Iterable[Row], title: str) -> Table:
+    """One line per bar: the measured ratio, the bar, met or missed."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("case", "bound on", "measured", "bar", ""):
+        table.add_column(heading, justify="right" if heading in ("measured", "bar") else "left")
+    for row in rows:
+        first = True
+        title = row.case.title if row.case.mode == NORM else f"{row.case.subject}: {row.case.title}"
+        for bar in row.bars():
+            sign = "≤" if bar.at_most else "≥"
+            aim = f" (aim {bar.aim:g})" if bar.aim is not None else ""
+            verdict = Text("met", style="green") if bar.met else Text("missed", style="bold red")
+            table.add_row(
+                title if first else "", bar.text, f"{bar.measured:.3g}", f"{sign} {bar.bound:.3g}{aim}", verdict
+            )
+            first = False
+        for name, reason in row.left_out.items():
+            table.add_row(title if first else "", f"{name}: left out", "", "", Text(reason, style="yellow"))
+            first = False
+        table.add_section()
+    return table
+
+
+def records_table(row: Row) -> Table:
+    """Every contender of one case: time, its spread, the ratio to the frozen linear, peak memory."""
+    table = Table(title=row.case.title, title_justify="left")
+    for heading in ("", "ms", "p20 to p80", "× frozen", "peak MiB", "rounds"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, record in row.records.items():
+        ratio = f"{row.ratio(name, FROZEN):.2f}" if FROZEN in row.records else ""
+        table.add_row(name, f"{record.median_ms:.3g}", spread(record), ratio, mebibytes(record), str(record.rounds))
+    for name, reason in row.left_out.items():
+        table.add_row(name, Text(reason, style="yellow"))
+    return table
+
+
+def spread(record: Record) -> str:
+    return f"{record.p20_ms:.3g} to {record.p80_ms:.3g}"
+
+
+def mebibytes(record: Record) -> str:
+    return f"{record.peak_bytes / 2**20:.3g}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, with "+" where it has changes; None for an installed wheel."""
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,126 @@
+"""Time and peak memory of several functions, alternated in one process.
+
+Timing one function after the other lets the clock, the caches and other jobs favour one of them. Here every round calls
+each function once, so that a ratio of two medians compares calls made side by side.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One function's time and memory, measured in one run. Times in milliseconds, memory in bytes."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    peak_bytes: int  # most memory that one call holds at once, beyond what was there before it
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def measure(
+    steps: Mapping[str, Step],
+    *,
+    budget_s: float = 2.0,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+    warm_up: int = 2,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Record]:
+    """Return a `Record` for each step.
+
+    `budget_s` is the time per step, shortened to `max_rounds` calls and stretched to `min_rounds`; the last of
+    `warm_up` calls tells how many fit. `on_progress` gets the finished fraction, from 0 to 1.
+    """
+    rounds = {}
+    for name, step in steps.items():
+        for _ in range(warm_up):
+            once = _timed(step)
+        rounds[name] = int(min(max(budget_s / max(once, 1e-9), min_rounds), max_rounds))
+    peaks = {name: peak_bytes(step) for name, step in steps.items()}
+    samples = alternate(steps, rounds, on_progress=on_progress)
+    return {name: summarise(samples[name], peaks[name]) for name in steps}
+
+
+def summarise(seconds: list[float], peak: int) -> Record:
+    p20, median, p80 = (float(value) * 1e3 for value in np.percentile(seconds, [20, 50, 80]))
+    return Record(median, p20, p80, len(seconds), peak)
+
+
+def alternate(
+    steps: Mapping[str, Step],
+    rounds: Mapping[str, int],
+    *,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, list[float]]:
+    """Return `rounds[name]` times of each step, in seconds, from calls in turn.
+
+    A slow step takes part in fewer rounds, spread evenly over all of them, so that it meets the same weather. The order
+    turns by one from round to round: no step always runs behind the one that empties the cache.
+    """
+    names = list(steps)
+    total = max(rounds.values(), default=0)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(total):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                if (turn + 1) * rounds[name] // total > turn * rounds[name] // total:
+                    samples[name].append(_timed(steps[name]))
+            if on_progress is not None:
+                on_progress((turn + 1) / total)
+    finally:
+        if enabled:
+            gc.enable()
+    return samples
+
+
+def peak_bytes(step: Step) -> int:
+    """Most bytes that one call of `step` holds at once, beyond what was allocated before it.
+
+    Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
+    too (a dispatch mode does not), and oneDNN's scratch. Native scratch that lora_fast takes past PyTorch's allocator
+    is asked from its own counter and added. Warm the step up first, or what it allocates once counts as transient.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
+    _native_scratch()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak + _native_scratch()
+
+
+def _native_scratch() -> int:
+    """Peak of lora_fast's own scratch since the last call; 0 where nothing is compiled."""
+    try:
+        return int(torch.ops.lora_fast_c.scratch_peak_bytes(True))
+    except (AttributeError, NotImplementedError):
+        return 0
+
+
+def _timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start

@@ -1,0 +1,257 @@
+"""What the demo says: tables on the terminal, report.html with pictures, report.json with every number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+from lora_fast.benchmarks import report as benchmark_report
+from lora_fast.benchmarks.contenders import dora
+from lora_fast.benchmarks.registry import FROZEN, STEP, Row
+
+from . import pictures
+from .docstrings import LABELS
+from .finetune import ACCURACY_BAR, ALPHA, BATCH, COMPARED_STEPS, LOSS_BAR, MAX_TOKENS, RANK, Comparison, Training
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table, for the terminal and for the page."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A bar: what was measured, what it must be, whether it is."""
+
+    what: str
+    measured: str
+    bar: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    comparison: Comparison
+    rows: list[Row]
+    quick: bool
+    seed: int
+    seconds: float
+
+    def checks(self) -> list[Check]:
+        c = self.comparison
+        steps = min(COMPARED_STEPS, len(c.fast.losses))
+        accuracy, chance, apart = 100 * c.fast.accuracy, 100 / len(LABELS), 100 * c.accuracy_difference
+        layers = [(row, name) for row in self.rows for name in row.left_out if name.startswith("lora_fast")]
+        wrong = "; ".join(f"{name}, {row.case.title}" for row, name in layers)
+        checks = [
+            Check(
+                f"Same losses: largest relative difference in the first {steps} steps",
+                f"{c.worst_difference:.1e}",
+                f"at most {LOSS_BAR:.0e}",
+                c.losses_agree,
+            ),
+            Check(
+                "Same held-out accuracy: difference",
+                f"{apart:.1f} points",
+                f"at most {100 * ACCURACY_BAR:g} point",
+                c.accuracies_agree,
+            ),
+            Check("Every layer of lora_fast's passed the correctness gate", wrong or "all", "all", not wrong),
+        ]
+        if not self.quick:  # a few steps teach nothing
+            bar = f"at least {5 * chance:g}% (chance {chance:g}%)"
+            checks.append(Check("It learned: held-out accuracy", f"{accuracy:.0f}%", bar, c.learned))
+        return checks
+
+    @property
+    def correct(self) -> bool:
+        return all(check.met for check in self.checks())
+
+
+def show(console: Console, result: Result) -> None:
+    """Print the tables."""
+    for sheet in [training_sheet(result.comparison), *layer_sheets(result.rows)]:
+        table = Table(title=sheet.title, title_justify="left", caption=sheet.note or None, caption_justify="left")
+        for index, heading in enumerate(sheet.headings):
+            table.add_column(heading, justify="right" if index else "left")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    verdicts = Table(title="Checks", title_justify="left")
+    for heading in ("", "measured", "bar", ""):
+        verdicts.add_column(heading)
+    for check in result.checks():
+        verdicts.add_row(check.what, check.measured, check.bar, "[green]met" if check.met else "[bold red]missed")
+    console.print(verdicts)
+
+
+def write(folder: Path, result: Result) -> tuple[Path, Path]:
+    """Write report.html and report.json into `folder` and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    html, record = folder / "report.html", folder / "report.json"
+    content = as_dict(result)
+    benchmark_report.write_json(record, content)
+    template = jinja2.Template(
+        resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    c = result.comparison
+    page = template.render(
+        result=result,
+        comparison=c,
+        checks=result.checks(),
+        training=training_sheet(c),
+        layers=layer_sheets(result.rows),
+        details=[detail_sheet(row) for row in result.rows],
+        loss_picture=pictures.losses(c),
+        layer_pictures=[pictures.times(rows) for rows in by_size_and_mode(result.rows)],
+        memory_picture=pictures.memory([row for row in result.rows if row.case.mode == STEP]),
+        facts=content,
+        rank=RANK,
+        alpha=ALPHA,
+        batch=BATCH,
+        max_tokens=MAX_TOKENS,
+        labels=LABELS,
+    )
+    html.write_text(page, encoding="utf-8")
+    return html, record
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """Every number of the run."""
+    c = result.comparison
+    return benchmark_report.provenance() | {
+        "seed": result.seed,
+        "quick": result.quick,
+        "seconds": result.seconds,
+        "checks": [asdict(check) for check in result.checks()],
+        "training": {
+            "model": "all-MiniLM-L6-v2",
+            "rank": RANK,
+            "alpha": ALPHA,
+            "batch": BATCH,
+            "max_tokens": MAX_TOKENS,
+            "steps": len(c.fast.losses),
+            "labels": list(LABELS),
+            "train_texts": c.train_size,
+            "held_out_texts": c.test_size,
+            "adapted_layers": c.adapted_layers,
+            "trained_parameters": c.trained_parameters,
+            "frozen_parameters": c.frozen_parameters,
+            "reference": training_as_dict(c.reference),
+            "lora_fast": training_as_dict(c.fast),
+            "relative_difference": c.difference(),
+            "noise_other_threads": {"threads": c.threads_of_other, "relative_difference": c.thread_noise()},
+            "noise_other_order": {"relative_difference": c.order_noise()},
+        },
+        "layers": [benchmark_report.row_as_dict(row) for row in result.rows],
+    }
+
+
+def training_as_dict(training: Training) -> dict[str, Any]:
+    p20, median, p80 = training.step_ms()
+    return {
+        "losses": training.losses,
+        "accuracy": training.accuracy,
+        "step_ms": {"median": median, "p20": p20, "p80": p80},
+        "peak_bytes": training.peak_bytes,
+    }
+
+
+def training_sheet(c: Comparison) -> Sheet:
+    """Reference and lora_fast side by side."""
+    ref, fast = c.reference, c.fast
+    (ref20, ref_ms, ref80), (fast20, fast_ms, fast80) = ref.step_ms(), fast.step_ms()
+    last = min(10, len(ref.losses))
+    compared = min(COMPARED_STEPS, len(fast.losses))
+    peaks = f"{ref.peak_bytes / MIB:.0f}", f"{fast.peak_bytes / MIB:.0f}"
+    noise = f"{max(c.thread_noise()):.1e}", f"{max(c.order_noise()):.1e}"
+    rows = [
+        ["loss, first step", f"{ref.losses[0]:.4f}", f"{fast.losses[0]:.4f}"],
+        [f"loss, mean of last {last} steps", f"{_mean(ref.losses[-last:]):.4f}", f"{_mean(fast.losses[-last:]):.4f}"],
+        ["held-out accuracy", f"{100 * ref.accuracy:.1f}%", f"{100 * fast.accuracy:.1f}%"],
+        ["step, median ms", f"{ref_ms:.0f}", f"{fast_ms:.0f}", f"{fast_ms / ref_ms:.2f}"],
+        ["step, p20 to p80 ms", f"{ref20:.0f} to {ref80:.0f}", f"{fast20:.0f} to {fast80:.0f}"],
+        ["peak memory of a step, MiB", *peaks, f"{fast.peak_bytes / ref.peak_bytes:.2f}"],
+        [
+            f"losses of {compared} steps: largest relative difference from the reference",
+            "",
+            f"{c.worst_difference:.1e}",
+        ],
+        [f"the same for the reference on {c.threads_of_other} instead of {c.threads} threads", noise[0]],
+        ["the same for the reference with each batch's rows reversed", noise[1]],
+    ]
+    return Sheet(
+        "Fine-tuning all-MiniLM-L6-v2, float32",
+        ["", "reference", "lora_fast", "ratio"],
+        [row + [""] * (4 - len(row)) for row in rows],
+    )
+
+
+def by_size_and_mode(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case.size, row.case.mode), []).append(row)
+    return list(groups.values())
+
+
+def layer_sheets(rows: list[Row]) -> list[Sheet]:
+    """For each size and mode the times, with their ratio to the frozen linear, by number of tokens."""
+    sheets = []
+    for group in by_size_and_mode(rows):
+        case = group[0].case
+        headings = [""]
+        for row in group:
+            headings += [f"{row.case.tokens} token{'s'[: row.case.tokens > 1]}, ms", "× frozen", "peak MiB"]
+        names = dict.fromkeys(name for row in group for name in row.records)
+        body = [[name, *(cell for row in group for cell in _cells(row, name))] for name in names]
+        missing = dict.fromkeys(f"{name}: {why}" for row in group for name, why in row.left_out.items())
+        sheets.append(
+            Sheet(f"{case.mode.capitalize()}, {case.size}, rank {case.rank}", headings, body, "; ".join(missing))
+        )
+    return sheets
+
+
+def detail_sheet(row: Row) -> Sheet:
+    """Medians and spread of one case, and how many times lora_fast's DoRA is faster."""
+    ours = dora().name
+    body = [
+        [
+            name,
+            f"{record.median_ms:.3g}",
+            benchmark_report.spread(record),
+            f"{row.ratio(name, ours):.2f}" if ours in row.records else "",
+            benchmark_report.mebibytes(record),
+            str(record.rounds),
+        ]
+        for name, record in row.records.items()
+    ]
+    return Sheet(row.case.title, ["", "median ms", "p20 to p80", f"× {ours}", "peak MiB", "calls"], body)
+
+
+def _cells(row: Row, name: str) -> list[str]:
+    record = row.records.get(name)
+    if record is None:
+        return ["", "", ""]
+    return [f"{record.median_ms:.3g}", f"{row.ratio(name, FROZEN):.2f}", benchmark_report.mebibytes(record)]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
