@@ -55,10 +55,10 @@ struct Factor {
 //   AMX:     P [rows][depth], Q panel [kTileCols / 16][depth / 2][16][2] of bfloat16; depth = steps · step ≥
 //   R
 struct RankLayout {
-  RankLayout(int64_t rank, bool amx)
+  RankLayout(int64_t rank, bool use_amx)
       : rank(rank),
-        amx(amx),
-        steps(amx ? std::max<int64_t>(1, (rank + 31) / 32) : 1),
+        amx(use_amx && rank > 0),
+        steps(amx ? (rank + 31) / 32 : 1),
         step(amx ? (rank + 2 * steps - 1) / (2 * steps) * 2 : rank),
         depth(steps * step) {}
   int64_t rank;
