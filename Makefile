@@ -22,7 +22,7 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE))
 
 bench-layer: setup
-	$(BIN)/pytest benchmarks/bench_layer.py --benchmark-only --benchmark-json=bench-layer.json
+	$(BIN)/pytest benchmarks/bench_layer.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -133,7 +133,7 @@ def _remedy() -> list[str]:
     steps = []
     compiler = os.environ.get("CXX", "c++")
     if not any(shutil.which(name) for name in (compiler.split()[0], "g++", "clang++")):
-        steps.append("# install a C++17 compiler, for example: apt-get install g++ python3-dev")
+        steps.append("# install a C++20 compiler, for example: apt-get install g++ python3-dev")
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     missing = [
         requirement for name, requirement in BUILD_REQUIREMENTS.items() if importlib.util.find_spec(name) is None

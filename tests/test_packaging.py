@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -75,7 +76,9 @@ def use(wheel: Path, folder: Path) -> list[str]:
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel),
         cwd=folder,
     )
-    where, *warned = succeed(sys.executable, "-c", USE, cwd=folder, PYTHONPATH=str(target)).splitlines()
+    # -S: an editable install's import hook would lend its lora_fast._C; torch is found through PYTHONPATH
+    path = os.pathsep.join((str(target), sysconfig.get_path("purelib")))
+    where, *warned = succeed(sys.executable, "-S", "-c", USE, cwd=folder, PYTHONPATH=path).splitlines()
     assert Path(where).is_relative_to(target)
     return warned
 
