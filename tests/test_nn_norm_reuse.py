@@ -372,6 +372,7 @@ def test_evaluation_before_training(kind: str, mode: Any, backend: str, computed
 
 @pytest.mark.parametrize("kind", DORA_KINDS)
 def test_under_compile(kind: str, backend: str, computed: list[str]) -> None:
+    torch.compiler.reset()  # all layers share one forward, and recompilations are limited
     layer = make_layer(kind, backend=backend)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, IN)

@@ -18,8 +18,8 @@ class MergedUpdate:
     ``kept`` are the rows of W (axis "output") or its columns ("input") at ``kept_index``, which no division restores.
     """
 
-    lora_A: Tensor  # noqa: N815 (the name in PEFT and the papers)
-    lora_B: Tensor  # noqa: N815
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
     gain: Tensor | None
     axis: str
