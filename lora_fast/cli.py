@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--quick", action="store_true", help="a few steps of everything: a check, not a measurement")
     demo.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the data order and the adapters (default: 0)"
+        "--seed", type=_seed, default=0, metavar="N", help="seed of the data order and the adapters (default: 0)"
     )
     demo.set_defaults(run=_demo)
 
@@ -64,9 +64,17 @@ class UsageError(Exception):
     """Something the user said that cannot be done; its text is the whole message."""
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 2**32 - 1")
+    return int(text)
+
+
 def _demo(args: argparse.Namespace) -> int:
-    if args.output.exists() and not args.output.is_dir():
-        raise UsageError(f"--output: {args.output} is a file, expected a folder")
+    try:  # before minutes of work, not after
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: {args.output} cannot be a folder: {error.strerror}") from error
     try:
         from lora_fast import demo
 

@@ -111,7 +111,7 @@ def test_demo_without_its_packages_says_how_to_get_them(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["info", "--nonsense"], ["demo", "--seed", "x"], ["demo", "--output", __file__]],
+    [[], ["nonsense"], ["info", "--nonsense"], ["demo", "--seed", "-1"], ["demo", "--output", __file__]],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     done = lora_fast_command(*arguments)

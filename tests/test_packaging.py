@@ -145,13 +145,15 @@ def test_the_wheel_holds_one_top_level_package(pure_wheel: Path) -> None:
 
 
 def test_the_wheel_holds_every_module(pure_wheel: Path) -> None:
-    names = set(zipfile.ZipFile(pure_wheel).namelist())
-    here = {f"lora_fast/{path.relative_to(ROOT / 'lora_fast')}" for path in (ROOT / "lora_fast").rglob("*.py")}
-    here |= {
-        f"lora_fast/benchmarks/{path.relative_to(ROOT / 'benchmarks')}" for path in (ROOT / "benchmarks").rglob("*.py")
+    folders = {"lora_fast": ROOT / "lora_fast", "lora_fast/benchmarks": ROOT / "benchmarks"}
+    here = {
+        f"{package}/{path.relative_to(folder)}"
+        for package, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.suffix in {".py", ".typed", ".j2"}
     }
-    assert here - {"lora_fast/_build.py"} <= names
-    assert "lora_fast/py.typed" in names
+    assert here - {"lora_fast/_build.py"} <= set(zipfile.ZipFile(pure_wheel).namelist())
+    assert "lora_fast/py.typed" in here
 
 
 def test_metadata(pure_wheel: Path) -> None:
