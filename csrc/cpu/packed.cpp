@@ -51,6 +51,9 @@ void pack_panel_into(void* dst, const Factor& factor, const RankLayout& layout, 
   pack_panel_any(dst, factor, layout, wide, first, cols);
 }
 
+void widen_line(double* dst, const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n){
+    LORA_FAST_BY_DTYPE(dtype, T, convert_line(dst, static_cast<const T*>(data) + offset, stride, n))}
+
 PackedRows::PackedRows(const Factor& factor, int64_t count, const RankLayout& layout, bool wide)
     : row_bytes_(layout.depth * packed_size(layout, wide)), data_(round_up(count, kTileRows) * row_bytes_) {
   for_chunks(chunk_count(count, grain_of(layout.depth)), count, [&](int64_t, int64_t begin, int64_t end) {

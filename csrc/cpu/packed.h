@@ -11,6 +11,9 @@ void pack_rows_into(void* dst, const Factor& factor, const RankLayout& layout, b
 void pack_panel_into(void* dst, const Factor& factor, const RankLayout& layout, bool wide, int64_t first,
                      int64_t cols);
 
+// dst[0..n) = the elements at offset, offset + stride, ... of data
+void widen_line(double* dst, const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n);
+
 inline int64_t packed_size(const RankLayout& layout, bool wide) {
   return layout.amx ? 2 : wide ? 8 : 4;
 }

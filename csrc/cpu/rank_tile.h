@@ -164,53 +164,12 @@ LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, int64_t rank,
   }
 }
 
-// C[M × NV·lanes] (+)= A[M × k] B[k × NV·lanes], accumulated in registers
-template <class F, int M, int NV>
-LORA_FAST_INLINE void gemm_micro(const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, F* c,
-                                 int64_t ldc, int64_t k, bool accumulate) {
-  using V = std::conditional_t<sizeof(F) == 8, f64x8, f32x16>;
-  constexpr int64_t lanes = 64 / sizeof(F);
-  V acc[M][NV] = {};
-  for (int64_t kk = 0; kk < k; ++kk) {
-    V row[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) row[v] = load_bits<V>(b + kk * ldb + v * lanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const V x = a[m * a_row + kk * a_col] - V{};
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      F* out = c + m * ldc + v * lanes;
-      store_bits(out, accumulate ? load_bits<V>(out) + acc[m][v] : acc[m][v]);
-    }
-  }
-}
-
 // C[m × n] (+)= A[m × k] B[k × n]; A's strides are free (a transposed A costs nothing), n is a multiple of
-// kLanes
-template <class F>
-LORA_FAST_INLINE void gemm_tile(const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, F* c,
-                                int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate) {
-  constexpr int64_t lanes = 64 / sizeof(F);
-  int64_t i = 0;
-  for (; i + 8 <= m; i += 8) {
-    int64_t j = 0;
-    for (; j + 2 * lanes <= n; j += 2 * lanes)
-      gemm_micro<F, 8, 2>(a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, k, accumulate);
-    for (; j < n; j += lanes)
-      gemm_micro<F, 8, 1>(a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, k, accumulate);
-  }
-  for (; i < m; ++i) {
-    for (int64_t j = 0; j < n; j += lanes)
-      gemm_micro<F, 1, 1>(a + i * a_row, a_row, a_col, b + j, ldb, c + i * ldc + j, ldc, k, accumulate);
-  }
-}
+// kLanes. The sums over k are made in registers before they are added to C.
+void gemm_tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
+               int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
+void gemm_tile(const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb, double* c,
+               int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
 
 // c [rows][kTileCols] = P Q for packed rows of P and one packed panel of Q; columns past cols, rounded up to
 // kLanes, are not written.

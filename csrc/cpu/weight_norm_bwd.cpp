@@ -88,14 +88,12 @@ LORA_FAST_CLONES void grad_q_float(const NormGrad& g, const void* p_rows, int64_
 }
 
 void grad_q_double(const NormGrad& g, const void* p_rows, int64_t depth, void* out, int64_t width,
-                   int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(g.v.dtype, T,
-                     grad_q<double, T>(g, static_cast<const double*>(p_rows), depth,
-                                       static_cast<double*>(out), width, begin, end))
-}
+                   int64_t begin, int64_t end){
+    LORA_FAST_BY_DTYPE(g.v.dtype, T,
+                       grad_q<double, T>(g, static_cast<const double*>(p_rows), depth,
+                                         static_cast<double*>(out), width, begin, end))}
 
 // The factor as [count][width] of F, whatever way the tiles are made.
-template <class F>
 RankLayout unpadded(const AdaptedWeight& v, int64_t width) {
   RankLayout layout(v.rank, false);
   layout.depth = width;
@@ -126,7 +124,7 @@ void norm_grads(const NormGrad& g, const Tensor* grad_p_out, int64_t p_dim, cons
   const AdaptedWeight& v = g.v;
   if (grad_p_out != nullptr && v.rows > 0 && v.rank > 0) {
     const int64_t width = round_up(v.rank, kLanes);
-    const PackedRows q_rows(v.q, v.cols, unpadded<F>(v, width), v.wide);
+    const PackedRows q_rows(v.q, v.cols, unpadded(v, width), v.wide);
     Scratch<F> out(v.rows * width);
     std::fill(out.data(), out.data() + v.rows * width, F{});
     const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
@@ -138,7 +136,7 @@ void norm_grads(const NormGrad& g, const Tensor* grad_p_out, int64_t p_dim, cons
     write_grad(out.data(), width, 1, *grad_p_out, p_dim, v.scaling);
   }
   if (grad_q_out != nullptr && v.cols > 0 && v.rank > 0) {
-    const RankLayout layout = unpadded<F>(v, v.rank);
+    const RankLayout layout = unpadded(v, v.rank);
     const PackedRows p_rows(v.p, v.rows, layout, v.wide);
     const int64_t width = round_up(v.cols, kLanes);
     Scratch<F> out(v.rank * width);

@@ -121,27 +121,23 @@ LORA_FAST_CLONES void square_columns_float(const AdaptedWeight& v, const PackedA
 }
 
 void square_columns_double(const AdaptedWeight& v, const PackedAdapter& adapter, void* sums, int64_t begin,
-                           int64_t end){
-    LORA_FAST_BY_DTYPE(v.dtype, T,
-                       square_columns<double, T>(v, adapter, static_cast<double*>(sums), begin, end))}
+                           int64_t end) {
+  LORA_FAST_BY_DTYPE(v.dtype, T,
+                     square_columns<double, T>(v, adapter, static_cast<double*>(sums), begin, end))
+}
 
 // One row (or column) of V in double, scaled by its largest entry, so that no square under- or overflows.
 // buffer has room for two lines and R elements.
-LORA_FAST_CLONES double norm_of_line(const AdaptedWeight& v, bool row, int64_t index, double* buffer) {
+double norm_of_line(const AdaptedWeight& v, bool row, int64_t index, double* buffer) {
   const int64_t length = row ? v.cols : v.rows;
   const int64_t across = row ? v.row_stride : v.col_stride, along = row ? v.col_stride : v.row_stride;
   double *line = buffer, *factor = line + length, *weights = factor + length;
   const Factor& one = row ? v.p : v.q;
   const Factor& all = row ? v.q : v.p;
-  LORA_FAST_BY_DTYPE(v.dtype, T,
-                     convert_line(line, static_cast<const T*>(v.data) + index * across, along, length))
-  LORA_FAST_BY_DTYPE(one.dtype, T,
-                     convert_line(weights, static_cast<const T*>(one.data) + index * one.stride_outer,
-                                  one.stride_rank, v.rank))
+  widen_line(line, v.data, v.dtype, index * across, along, length);
+  widen_line(weights, one.data, one.dtype, index * one.stride_outer, one.stride_rank, v.rank);
   for (int64_t r = 0; r < v.rank; ++r) {
-    LORA_FAST_BY_DTYPE(
-        all.dtype, T,
-        convert_line(factor, static_cast<const T*>(all.data) + r * all.stride_rank, all.stride_outer, length))
+    widen_line(factor, all.data, all.dtype, r * all.stride_rank, all.stride_outer, length);
     const double x = v.scaling * weights[r];
     for (int64_t k = 0; k < length; ++k) line[k] += x * factor[k];
   }
