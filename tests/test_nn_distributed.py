@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nn_helpers import DORA_KINDS, IN, adapter_names, expected, make_layer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_fast import backends
+import lora_fast
+from lora_fast import LinearWithDoRA, LinearWithLoRA, backends
 
 WORLD = 2
 
@@ -66,6 +71,17 @@ def check_collectives(kind: str, backend: str, rank: int, never_looks: bool) -> 
     assert all(right) != never_looks
 
 
+def check_dtensor() -> None:
+    linear = nn.Linear(IN, 8)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+    for layer_class in (LinearWithLoRA, LinearWithDoRA):
+        with pytest.raises(TypeError, match=r"linear.weight: got DTensor, expected a plain torch.nn.Parameter"):
+            layer_class(linear, 2, 1.0)
+    with pytest.raises(TypeError, match=r"0.weight: got DTensor"):
+        lora_fast.apply(nn.Sequential(linear), 2, 1.0)
+
+
 def process(rank: int, store: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
@@ -78,6 +94,8 @@ def process(rank: int, store: str, names: list[str]) -> None:
         # last, as it breaks the backend of this process
         for backend in names:
             check_collectives("dora-output", backend, rank, never_looks=True)
+        check_dtensor()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
