@@ -27,7 +27,7 @@ from lora_fast.norm_cache import NormCache
 
 _ops = torch.ops.lora_fast
 
-__all__ = ["dora_linear", "draw_seed", "lora_compose", "lora_linear", "merge_weight", "weight_norm"]
+__all__ = ["dora_gain", "dora_linear", "draw_seed", "lora_compose", "lora_linear", "merge_weight", "weight_norm"]
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
@@ -164,7 +164,7 @@ def dora_linear(
         norm = weight_norm(weight, A, B, scaling, axis=axis, kept=kept, backend=backend)
     elif detach_norm:
         norm = norm.detach()
-    gain = _gain(magnitude, norm)
+    gain = dora_gain(magnitude, norm)
     return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
 
 
@@ -233,8 +233,8 @@ def merge_weight(
         _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
 
 
-def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / n in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
+def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
     return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
 
 

@@ -30,5 +30,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh_state() -> None:
     torch.manual_seed(0)
+    torch.compiler.reset()  # else tests of one function add up to dynamo's limit of recompilations

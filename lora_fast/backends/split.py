@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,24 +45,22 @@ class SplitLinear:
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        x2 = self._scaled_input(_rows(x), gain, axis)
+        x = self._scaled_input(x, gain, axis)
         output_gain = gain if axis == "output" else None
         # without a gain the bias goes into the product as in nn.Linear, so that lora_B = 0 gives its output to the bit
-        base = F.linear(x2, weight, bias if output_gain is None else None)
-        h = F.linear(self._dropped(x2, seed, dropout_p), lora_A.to(x.dtype))
-        product = base.new_empty(base.shape if keep_product else 0)
+        y = F.linear(x, weight, bias if output_gain is None else None).contiguous()
+        h = F.linear(self._dropped(x, seed, dropout_p), lora_A.to(x.dtype))
+        product = y.new_empty(y.shape if keep_product else 0)
         self.compose_(
-            base,
-            h,
+            _rows(y),
+            _rows(h),
             lora_B,
             scaling,
             output_gain,
             None if output_gain is None else bias,
-            product if keep_product else None,
+            _rows(product) if keep_product else None,
         )
-        leading = x.shape[:-1]
-        y = base.view(*leading, weight.shape[0])
-        return y, product.view_as(y) if keep_product else product, h.view(*leading, h.shape[-1])
+        return y, product, h
 
     def lora_linear_bwd(
         self,
@@ -95,7 +94,7 @@ class SplitLinear:
         )
         if gain is None or scale_input:
             grad_v = grad_y2
-        grad_x = grad_A = grad_B = grad_y.new_empty(0)
+        grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
         if need_B:
             assert h is not None
             grad_B = _scaled_product(grad_v.T, _rows(h), scaling, lora_B)
@@ -103,8 +102,8 @@ class SplitLinear:
             grad_h = grad_v @ lora_B.to(dtype)
         if need_A:
             assert x is not None
-            dropped = self._dropped(self._scaled_input(_rows(x), gain, axis), seed, dropout_p)
-            grad_A = _scaled_product(grad_h.T, dropped, scaling, lora_A)
+            dropped = self._dropped(self._scaled_input(x, gain, axis), seed, dropout_p)
+            grad_A = _scaled_product(grad_h.T, _rows(dropped), scaling, lora_A)
         if need_input:
             grad_x = grad_v @ weight.to(dtype)
             self._add_adapter_grad(grad_x, grad_h, lora_A, scaling, dropout_p, seed)
@@ -125,10 +124,10 @@ class SplitLinear:
         bias: Tensor | None,
         keep_product: bool,
     ) -> tuple[Tensor, Tensor]:
-        y = _rows(base).clone()
+        y = base.clone(memory_format=torch.contiguous_format)
         product = y.new_empty(y.shape if keep_product else 0)
-        self.compose_(y, _rows(h), lora_B, scaling, gain, bias, product if keep_product else None)
-        return y.view(base.shape), product.view(base.shape) if keep_product else product
+        self.compose_(_rows(y), _rows(h), lora_B, scaling, gain, bias, _rows(product) if keep_product else None)
+        return y, product
 
     def lora_compose_bwd(
         self,
@@ -151,7 +150,7 @@ class SplitLinear:
             need_bias,
         )
         grad_v = grad_y2 if gain is None else grad_base
-        grad_h = grad_B = grad_y.new_empty(0)
+        grad_h, grad_B = (grad_y.new_empty(0) for _ in range(2))
         if need_h:
             grad_h = (grad_v @ lora_B.to(grad_v.dtype)).to(h.dtype).mul_(scaling).view(h.shape)
         if need_B:
@@ -159,16 +158,16 @@ class SplitLinear:
         grad_base = grad_base.view(grad_y.shape) if need_base and gain is not None else grad_y.new_empty(0)
         return grad_base, grad_h, grad_B, grad_gain, grad_bias
 
-    def _scaled_input(self, x2: Tensor, gain: Tensor | None, axis: str) -> Tensor:
+    def _scaled_input(self, x: Tensor, gain: Tensor | None, axis: str) -> Tensor:
         if axis == "output" or gain is None:
-            return x2
-        return self.gain_bwd(x2, None, gain, True, False, False)[0]
+            return x
+        return self.gain_bwd(_rows(x), None, gain, True, False, False)[0].view(x.shape)
 
-    def _dropped(self, x2: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    def _dropped(self, x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
         if dropout_p == 0.0:
-            return x2
+            return x
         assert seed is not None
-        return self.dropout(x2, seed, dropout_p)
+        return self.dropout(_rows(x), seed, dropout_p).view(x.shape)
 
     def _add_adapter_grad(
         self,

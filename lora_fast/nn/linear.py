@@ -398,7 +398,7 @@ class LinearWithDoRA(AdaptedLinear):
     def _gain(self) -> Tensor | None:
         if self.weight.is_meta:
             return torch.empty_like(self.magnitude)
-        return functional._gain(self.magnitude.detach(), self._norm())
+        return functional.dora_gain(self.magnitude.detach(), self._norm())
 
     def _frozen_forward(self, x: Tensor, gain: Tensor) -> Tensor:
         if self.norm_axis == "input":

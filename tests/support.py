@@ -1,0 +1,72 @@
+"""Comparing a fast function with the reference: the output, every gradient, each gradient alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_fast.testing import Case, Inputs, assert_within_budget, make_inputs, poisoned_memory
+
+Tensors = Mapping[str, "Tensor | None"]
+
+
+def run(function: Callable[..., Tensor], tensors: Tensors, grad_y: Tensor, wanted: set[str]) -> dict[str, Tensor]:
+    """{"y": output, name: gradient of each name in ``wanted``}; asserts that nothing else got a gradient."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(name in wanted)
+        for name, tensor in tensors.items()
+    }
+    y = function(**leaves)
+    results = {"y": y.detach()}
+    if wanted:
+        y.backward(grad_y.to(y.dtype))
+    for name, leaf in leaves.items():
+        assert leaf is None or (leaf.grad is not None) == (name in wanted), name
+        if name in wanted:
+            results[name] = leaf.grad
+    return results
+
+
+def check(
+    fast: Callable[[Inputs], Callable[..., Tensor]],
+    specification: Callable[[Inputs], Callable[..., Tensor]],
+    tensors_of: Callable[[Inputs], Tensors],
+    case: Case,
+) -> None:
+    """Hold ``fast``, its output and all gradients, to the error budget of ``specification`` (it takes ``compute_dtype``).
+
+    Errors are pooled over draws until there are enough numbers to compare a root mean square within 10%.
+    """
+    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(2 if case.N * case.K >= 1 << 12 else 12 if case.N < 32 else 6):
+        inputs = make_inputs(case, seed)
+        tensors, grad_y, spec = tensors_of(inputs), inputs.grad_y, specification(inputs)
+        names = {name for name, tensor in tensors.items() if tensor is not None}
+        wide = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+        truth = run(spec, wide, grad_y, names)
+        eager = run(partial(spec, compute_dtype=case.dtype), tensors, grad_y, names)
+        with poisoned_memory():
+            actual = run(fast(inputs), tensors, grad_y, names)
+        for name in actual:
+            assert actual[name].shape == truth[name].shape, name
+            pooled.setdefault(name, []).append((actual[name], eager[name], truth[name]))
+    for name, results in pooled.items():
+        actual_, eager_, truth_ = (torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results))
+        if case.dtype == torch.float64:
+            torch.testing.assert_close(actual_, truth_, rtol=1e-11, atol=1e-12)
+        else:
+            assert_within_budget(name, actual_, eager_, truth_)
+
+
+def check_each_alone(function: Callable[..., Tensor], tensors: Tensors, grad_y: Tensor) -> None:
+    """Each gradient asked for alone, and none, give what asking for all gives."""
+    names = {name for name, tensor in tensors.items() if tensor is not None}
+    together = run(function, tensors, grad_y, names)
+    for wanted in [set(), *({name} for name in sorted(names))]:
+        with poisoned_memory():
+            alone = run(function, tensors, grad_y, wanted)
+        for name, value in alone.items():
+            torch.testing.assert_close(value, together[name], msg=lambda text, name=name: f"{name}: {text}")

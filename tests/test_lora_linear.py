@@ -1,0 +1,373 @@
+"""lora_linear and dora_linear on every backend against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import functional, reference
+from lora_fast.functional import draw_seed
+from lora_fast.testing import (
+    CASES,
+    Case,
+    Inputs,
+    dropout_mask,
+    make_inputs,
+    peak_bytes,
+    scaled_dropout_mask,
+)
+from support import check, check_each_alone
+
+FORMS = ("lora", "gain", "output", "output-full", "input", "input-full")
+
+
+def tensors_of(inputs: Inputs, form: str) -> dict[str, Tensor | None]:
+    tensors = {"x": inputs.x, "bias": inputs.bias, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B}
+    if form == "gain":
+        tensors["gain"] = inputs.gain["output"]
+    elif form != "lora":
+        tensors["magnitude"] = inputs.magnitude[form.split("-")[0]]
+    return tensors
+
+
+def call(module, inputs: Inputs, form: str, **options):
+    """lora_linear or dora_linear of ``module`` (functional or reference) as a function of the tensors that train."""
+
+    def function(x, bias, lora_A, lora_B, gain=None, magnitude=None, **more):
+        common = (x, inputs.weight, bias, lora_A, lora_B)
+        if form in ("lora", "gain"):
+            return module.lora_linear(*common, inputs.scaling, gain, **options, **more)
+        axis, *full = form.split("-")
+        return module.dora_linear(
+            *common, magnitude, inputs.scaling, axis=axis, detach_norm=not full, **options, **more
+        )
+
+    return function
+
+
+def fast_and_specification(form: str, backend: str, **options):
+    """The two sides of :func:`check`, each a function of the inputs."""
+    return (
+        lambda inputs: call(functional, inputs, form, backend=backend, **options),
+        lambda inputs: call(reference, inputs, form),
+        lambda inputs: tensors_of(inputs, form),
+    )
+
+
+# a norm over one element is |V|, so that in the reference V / n loses its rounding errors, and its error is no yardstick
+@pytest.mark.parametrize(
+    "case, form",
+    [
+        pytest.param(case, form, id=f"{case}-{form}")
+        for case in CASES
+        for form in FORMS
+        if not (form.startswith("output") and case.K == 1) and not (form.startswith("input") and case.N == 1)
+    ],
+)
+def test_against_the_reference(case: Case, form: str, backend: str) -> None:
+    check(*fast_and_specification(form, backend), case)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_gradient_alone(case: Case, form: str, backend: str) -> None:
+    inputs = make_inputs(case)
+    check_each_alone(call(functional, inputs, form, backend=backend), tensors_of(inputs, form), inputs.grad_y)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(dtype: torch.dtype, form: str, p: float, backend: str) -> None:
+    case, seed = Case((3, 5), 47, 61, 8, dtype), draw_seed("cpu")
+    mask = scaled_dropout_mask(seed, (*case.leading, case.K), p)
+
+    def specification(inputs: Inputs):
+        def function(compute_dtype=None, **tensors):
+            rounded = mask.to(compute_dtype or torch.float64)
+            return call(reference, inputs, form, dropout_mask=rounded)(compute_dtype=compute_dtype, **tensors)
+
+        return function
+
+    fast, _, tensors = fast_and_specification(form, backend, dropout_p=p, seed=seed)
+    check(fast, specification, tensors, case)
+
+
+def scalar_mask(seed: int, t: int, k: int, p: float) -> bool:
+    """One element of the mask, in Python's integers."""
+
+    def mix(z: int) -> int:
+        z ^= z >> 16
+        z = z * 0x85EBCA6B & 0xFFFFFFFF
+        z ^= z >> 13
+        z = z * 0xC2B2AE35 & 0xFFFFFFFF
+        return z ^ z >> 16
+
+    r1 = mix((seed + t * 0x9E3779B9) & 0xFFFFFFFF)
+    r2 = mix(seed >> 32 ^ mix(r1))
+    z = (k + r1) & 0xFFFFFFFF
+    z = ((z ^ z >> 16) * 0x85EBCA6B & 0xFFFFFFFF) ^ r2
+    z = (z ^ z >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return (z ^ z >> 16) >= int(p * 2**32)
+
+
+def test_dropout_mask_is_the_documented_one(backend: str) -> None:
+    seed, p, shape = torch.tensor(0x1234_5678_9ABC_DEF1), 0.3, (37, 53)
+    expected = torch.tensor([[scalar_mask(int(seed), t, k, p) for k in range(shape[1])] for t in range(shape[0])])
+    assert torch.equal(dropout_mask(seed, shape, p), expected)
+    # through an adapter that is the identity, the output is the dropped input
+    x, eye = torch.rand(shape) + 1, torch.eye(shape[1])
+    y = functional.lora_linear(
+        x, torch.zeros(shape[1], shape[1]), None, eye, eye, 1.0, dropout_p=p, seed=seed, backend=backend
+    )
+    torch.testing.assert_close(y, x * expected / (1 - p))
+
+
+def test_dropout_keeps_the_right_share_everywhere() -> None:
+    mask = dropout_mask(torch.tensor(99), (2000, 1500), 0.25).double()
+    # five standard deviations of a mean of n independent draws
+    for share, n in ((mask.mean(), 3_000_000), (mask.mean(0), 2000), (mask.mean(1), 1500)):
+        assert float((share - 0.75).abs().max()) < 5 * (0.25 * 0.75 / n) ** 0.5
+    neighbours = torch.corrcoef(torch.stack([mask[:, :-1].flatten(), mask[:, 1:].flatten()]))[0, 1]
+    rows = torch.corrcoef(torch.stack([mask[:-1].flatten(), mask[1:].flatten()]))[0, 1]
+    other = torch.corrcoef(torch.stack([mask.flatten(), dropout_mask(torch.tensor(100), (2000, 1500), 0.25).double().flatten()]))
+    assert max(abs(float(neighbours)), abs(float(rows)), abs(float(other[0, 1]))) < 5 * 3_000_000**-0.5
+
+
+@pytest.mark.parametrize("form", ["gain", "output-full", "input-full"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck(form: str, p: float, backend: str) -> None:
+    inputs = make_inputs(Case((2, 3), 5, 4, 2, torch.float64))
+    seed = draw_seed("cpu")
+    tensors = tensors_of(inputs, form)
+    function = call(functional, inputs, form, dropout_p=p, seed=seed, backend=backend)
+    torch.autograd.gradcheck(
+        lambda *values: function(**dict(zip(tensors, values))), tuple(t.requires_grad_() for t in tensors.values())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_zero_lora_B_gives_the_linear_to_the_bit(bias: bool, dtype: torch.dtype, backend: str) -> None:
+    inputs = make_inputs(Case((5, 7), 129, 65, 8, dtype, bias=bias))
+    y = functional.lora_linear(
+        inputs.x, inputs.weight, inputs.bias, inputs.lora_A, torch.zeros_like(inputs.lora_B), 0.7, backend=backend
+    )
+    assert torch.equal(y, F.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+def test_the_gain_is_not_rounded_to_the_activations_dtype(backend: str) -> None:
+    """1.02 is 1.0234 in bfloat16, whose square is 7e-3 away; what rounding the outputs leaves of their mean is 1e-4."""
+    inputs = make_inputs(Case((512,), 64, 64, 4, torch.bfloat16, bias=False))
+    x, zero_B = inputs.x, torch.zeros_like(inputs.lora_B)
+
+    def mean_square(gain: float) -> float:
+        gains = torch.full((64,), gain)
+        y = functional.lora_linear(x, inputs.weight, None, inputs.lora_A, zero_B, 0.7, gains, backend=backend)
+        return float(y.double().square().mean())
+
+    assert mean_square(1.02) / mean_square(1.0) == pytest.approx(1.02**2, abs=1e-3)
+
+
+@pytest.mark.parametrize("gain_value", [0.0, 1e-2])
+def test_gradient_of_a_small_gain_under_a_large_bias(gain_value: float, backend: str) -> None:
+    """(y - bias) / gain would have lost the product; and users write the output in place."""
+    inputs = make_inputs(Case((33,), 40, 48, 4))
+    assert inputs.bias is not None
+    gain = torch.full((40,), gain_value, requires_grad=True)
+    y = functional.lora_linear(
+        inputs.x, inputs.weight, 100 * inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, gain, backend=backend
+    )
+    (y * 1.0).backward(inputs.grad_y)
+    kept = gain.grad.clone()
+    gain.grad = None
+    y = functional.lora_linear(
+        inputs.x, inputs.weight, 100 * inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, gain, backend=backend
+    )
+    y.mul_(0).backward(inputs.grad_y)  # d(0·y) = 0
+    assert torch.equal(gain.grad, torch.zeros_like(gain))
+    truth = (
+        inputs.grad_y.double()
+        * reference.lora_linear(inputs.x.double(), inputs.weight, None, inputs.lora_A, inputs.lora_B, 0.7)
+    ).sum(0)
+    torch.testing.assert_close(kept.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_in_place_write_on_the_output_keeps_gradients_right(backend: str) -> None:
+    fast, specification, tensors = fast_and_specification("output", backend)
+    check(
+        lambda inputs: lambda **kw: fast(inputs)(**kw).relu_(),
+        lambda inputs: lambda **kw: specification(inputs)(**kw).relu(),
+        tensors,
+        Case((33,), 40, 48, 4),
+    )
+
+
+def test_gain_zero_at_zero_rows(backend: str) -> None:
+    inputs = make_inputs(Case((9,), 20, 30, 2))
+    weight = inputs.weight.clone()
+    weight[4] = 0
+    lora_B = inputs.lora_B.clone()
+    lora_B[4] = 0
+    lora_A, lora_B = inputs.lora_A.requires_grad_(), lora_B.requires_grad_()
+    magnitude = inputs.magnitude["output"].requires_grad_()
+    y = functional.dora_linear(
+        inputs.x, weight, inputs.bias, lora_A, lora_B, magnitude, 0.7, detach_norm=False, backend=backend
+    )
+    y.backward(inputs.grad_y)
+    assert torch.equal(y[:, 4], inputs.bias[4].expand(9))
+    for gradient in (lora_A.grad, lora_B.grad, magnitude.grad):
+        assert torch.isfinite(gradient).all()
+    assert magnitude.grad[4] == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_come_out(value: float, backend: str) -> None:
+    inputs = make_inputs(Case((9,), 20, 30, 2))
+    inputs.x[3, 5] = value
+    y = functional.lora_linear(
+        inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"], backend=backend
+    )
+    assert not torch.isfinite(y[3]).any()
+    assert torch.isfinite(y[[0, 1, 2, 4]]).all()
+
+
+@pytest.mark.parametrize("form", ["lora", "output", "input-full"])
+def test_autocast_is_that_of_the_linear(form: str, backend: str) -> None:
+    """float32 parameters, bfloat16 products and output, float32 gradients; also when backward runs inside."""
+    inputs = make_inputs(Case((6, 5), 40, 48, 8))
+    tensors = {n: None if t is None else t.clone().requires_grad_() for n, t in tensors_of(inputs, form).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(functional, inputs, form, backend=backend)(**tensors)
+        assert y.dtype == torch.bfloat16
+        y.backward(inputs.grad_y.bfloat16())
+    truth = {n: None if t is None else t.detach().double().requires_grad_() for n, t in tensors.items()}
+    expected = call(reference, inputs, form)(**truth)
+    expected.backward(inputs.grad_y.bfloat16().double())
+    for name, tensor in tensors.items():
+        assert tensor.grad.dtype == torch.float32
+        error = (tensor.grad - truth[name].grad).norm() / truth[name].grad.norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, name
+    assert (y - expected).norm() / expected.norm() < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_float64_stays_float64_under_autocast(backend: str) -> None:
+    inputs = make_inputs(Case((6,), 12, 10, 2, torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(functional, inputs, "output", backend=backend)(**tensors_of(inputs, "output"))
+    expected = call(reference, inputs, "output")(**tensors_of(inputs, "output"))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_break(form: str, backend: str) -> None:
+    inputs = make_inputs(Case((6, 5), 40, 48, 8))
+    tensors = tensors_of(inputs, form)
+
+    def function(**kw):
+        return call(functional, inputs, form, backend=backend)(**kw) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    results = []
+    for candidate in (function, compiled):
+        leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
+        y = candidate(**leaves)
+        y.backward(inputs.grad_y)
+        results.append([y, *(leaf.grad for leaf in leaves.values())])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_first_order_only(backend: str) -> None:
+    inputs = make_inputs(Case((4,), 6, 5, 2))
+
+    def function(x: Tensor) -> Tensor:
+        return call(functional, inputs, "lora", backend=backend)(x, None, inputs.lora_A, inputs.lora_B)
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(function, (inputs.x,), (inputs.x,))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(function)(inputs.x)
+    x = inputs.x.requires_grad_()
+    (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+SIZE = Case((64,), 768, 1024, 8, torch.bfloat16)  # T · max(N, K) < N · K / 8
+
+
+@pytest.mark.parametrize("form", ["lora", "output", "output-full", "input", "input-full"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_no_temporary_of_the_weights_size(form: str, layout: str, backend: str) -> None:
+    case = Case(SIZE.leading, SIZE.N, SIZE.K, SIZE.R, SIZE.dtype, layout=layout)
+    inputs = make_inputs(case)
+    tensors = {n: t.clone().requires_grad_() for n, t in tensors_of(inputs, form).items()}
+
+    def step(module, **options):
+        call(module, inputs, form, **options)(**tensors).backward(inputs.grad_y)
+
+    def frozen():
+        F.linear(tensors["x"], inputs.weight, tensors["bias"]).backward(inputs.grad_y)
+
+    frozen(), step(functional, backend=backend)  # gradients are allocated once
+    extra = peak_bytes(lambda: step(functional, backend=backend)) - peak_bytes(frozen)
+    assert extra < inputs.weight.nbytes / 2
+    assert peak_bytes(lambda: step(reference)) - peak_bytes(frozen) > inputs.weight.nbytes
+
+
+@pytest.mark.parametrize("form", ["lora", "output", "output-full", "input"])
+def test_kept_for_backward(form: str, backend: str) -> None:
+    """x, one [T, N] tensor where the gain trains, and small things: counted over what autograd packs."""
+    inputs = make_inputs(SIZE)
+    tensors = {n: t.clone().requires_grad_() for n, t in tensors_of(inputs, form).items()}
+    given = {t.untyped_storage().data_ptr() for t in (*tensors.values(), inputs.weight)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call(functional, inputs, form, backend=backend)(**tensors)
+    activation = y.nbytes
+    assert y.untyped_storage().data_ptr() not in kept
+    assert sum(kept.values()) < (activation if form.startswith("output") else 0) + activation / 2
+
+
+def test_opcheck(backend: str) -> None:
+    inputs = make_inputs(Case((3, 4), 12, 10, 2))
+    ops, seed = torch.ops.lora_fast, draw_seed("cpu")
+    x, weight, bias, A, B = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
+    for axis in ("output", "input"):
+        gain, norm = inputs.gain[axis], inputs.magnitude[axis]
+        kept = torch.zeros_like(norm), torch.zeros(6, dtype=torch.int64)
+        product = inputs.base if axis == "output" else None
+        calls = [
+            (ops.weight_norm_fwd, (weight, A, B, 0.7, axis, backend)),
+            (ops.weight_norm_kept, (weight, A, B, 0.7, axis, *kept, backend)),
+            (ops.weight_norm_bwd, (norm, norm, weight, A, B, 0.7, axis, True, True, backend)),
+            (ops.lora_linear_fwd, (x, weight, bias, A, B, 0.7, gain, axis, 0.3, seed, axis == "output", backend)),
+            (
+                ops.lora_linear_bwd,
+                (inputs.grad_y, x, weight, A, B, 0.7, gain, axis, product, inputs.h, 0.3, seed, [True] * 5, backend),
+            ),
+            (
+                ops.lora_linear_bwd,
+                (inputs.grad_y, None, weight, A, B, 0.7, None, axis, None, None, 0.0, None, [False] * 5, backend),
+            ),
+            (ops.merge_weight, (weight.clone(), A, B, 0.7, gain, axis, backend)),
+        ]
+        for op, args in calls:
+            torch.library.opcheck(op.default, args)
+    torch.library.opcheck(
+        ops.lora_compose_fwd.default, (inputs.base, inputs.h, B, 0.7, inputs.gain["output"], bias, True, backend)
+    )
+    torch.library.opcheck(
+        ops.lora_compose_bwd.default,
+        (inputs.grad_y, inputs.h, B, 0.7, inputs.gain["output"], inputs.base, [True] * 5, backend),
+    )
