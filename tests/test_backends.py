@@ -1,0 +1,120 @@
+"""The table of choice, the default, and what happens without the extension."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_fast
+from lora_fast import backends, functional
+
+
+def norm(**options) -> torch.Tensor:
+    return functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0, **options)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends whose weight_norm_fwd ran."""
+    seen: list[str] = []
+    for name in ("torch", "cpu"):
+        module = backends.module(name)
+
+        def spy(*args, name=name, original=module.weight_norm_fwd):
+            seen.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, "weight_norm_fwd", spy)
+    return seen
+
+
+def test_asked_for_means_used(backend: str, calls: list[str]) -> None:
+    norm(backend=backend)
+    with lora_fast.use_backend(backend):
+        norm()
+    assert calls == [backend, backend]
+
+
+def test_use_backend_as_function_and_nested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+    assert backends.default_backend_source() == ("auto", "built-in")
+    lora_fast.use_backend("torch")
+    with lora_fast.use_backend("cpu"):
+        assert backends.default_backend() == "cpu"
+        with pytest.raises(KeyError), lora_fast.use_backend("auto"):
+            raise KeyError
+        assert backends.default_backend() == "cpu"
+    assert backends.default_backend_source() == ("torch", "use_backend")
+
+
+def test_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setenv("LORA_FAST_BACKEND", "torch")
+    norm()
+    assert calls == ["torch"]
+    monkeypatch.setenv("LORA_FAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LORA_FAST_BACKEND: got 'fast', expected one of 'auto'"):
+        norm()
+
+
+def test_use_backend_refuses_an_unknown_name_and_changes_nothing() -> None:
+    before = backends.default_backend()
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        lora_fast.use_backend("fast")
+    assert backends.default_backend() == before
+
+
+def test_a_named_backend_that_is_missing_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_extension", (False, "no compiler was found", {}))
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: no compiler was found"):
+        norm(backend="cpu")
+
+
+def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    monkeypatch.setattr(backends, "_extension", (False, "no compiler was found", {}))
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+    with pytest.warns(RuntimeWarning, match="without its compiled extension.*no compiler was found.*lora-fast info") as warned:
+        norm(), norm()
+    assert len(warned) == 1
+    assert calls == ["torch", "torch"]
+
+
+def test_explain_covers_every_op_and_agrees_with_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+    rows = backends.explain()
+    assert {row["op"] for row in rows} == set(backends.OPS)
+    for row in rows:
+        assert row["backend"] == backends.resolve(row["op"], "auto", row["device"], getattr(torch, row["dtype"]))
+        assert row["reason"]
+
+
+def test_a_missing_extension_is_survived() -> None:
+    """In a process where lora_fast._C cannot be imported, auto works and cpu says why not."""
+    script = """
+import sys, warnings
+sys.modules["lora_fast._C"] = None
+import torch, lora_fast
+from lora_fast import functional
+args = torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(functional.weight_norm(*args).tolist())
+    functional.weight_norm(*args)
+print(len(caught), caught[0].message)
+try:
+    functional.weight_norm(*args, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("[1.73205")
+    assert second.startswith("1 ") and "lora_fast._C" in second
+    assert third.startswith("backend 'cpu' is not available: ")
