@@ -32,7 +32,7 @@ def speed_cases() -> list[Case]:
     everything = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, *peft_doras)
     dora, lora, peft_dora, peft_lora = c.dora().name, c.lora().name, c.PEFT_DORA.name, c.PEFT_LORA.name
     step = Case(STEP, *size, 512, bf16, everything, dora)
-    norm = Case(NORM, *size, 16, bf16, (), "weight_norm", at_most=1.0, memory_fraction=1 / 16)
+    norm = Case(NORM, *size, 16, bf16, (), NORM, at_most=1.0, memory_fraction=1 / 16)
     return [
         replace(step, at_most=1.20, faster={peft_dora: 3.0}),
         replace(step, tokens=16, at_most=1.45, aim=1.35, faster={peft_dora: 15.0}),
@@ -124,15 +124,16 @@ def inference(layer: c.Layer, inputs: c.LayerInputs) -> Step:
 def norm_steps(inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
     weight, lora_A, lora_B, scaling = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
     frozen, x = c.frozen_linear(weight), inputs.x.detach()
-    functions = {"weight_norm": c.our_norm()}
-    functions |= {f"weight_norm, {name}": c.our_norm(name) for name in installed_backends()}
+    functions = {NORM: c.our_norm()}
+    functions |= {f"{NORM}, {name}": c.our_norm(name) for name in installed_backends()}
     functions["dense B@A"] = c.dense_norm
     truth = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), scaling)
-    eager = reference.weight_norm(weight, lora_A, lora_B, scaling, compute_dtype=weight.dtype)
+    eager = reference.weight_norm(weight, lora_A, lora_B, scaling, compute_dtype=weight.dtype).float()
     steps: dict[str, Step] = {FROZEN: lambda: frozen(x)}
     left_out = {}
     for name, function in functions.items():
-        if fault := error_fault("norm", function(weight, lora_A, lora_B, scaling), eager, truth, ours=True):
+        norm, ours = function(weight, lora_A, lora_B, scaling), name.startswith(NORM)
+        if fault := error_fault("norm", norm, eager, truth, ours=ours):
             left_out[name] = f"wrong result: {fault}"
         else:
             steps[name] = lambda function=function: function(weight, lora_A, lora_B, scaling)  # type: ignore[misc]

@@ -7,13 +7,13 @@ each function once, so that a ratio of two medians compares calls made side by s
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
+
+from lora_fast.testing import peak_bytes
 
 Step = Callable[[], object]
 
@@ -90,34 +90,6 @@ def alternate(
         if enabled:
             gc.enable()
     return samples
-
-
-def peak_bytes(step: Step) -> int:
-    """Most bytes that one call of `step` holds at once, beyond what was allocated before it.
-
-    Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
-    too (a dispatch mode does not), and oneDNN's scratch. Native scratch that lora_fast takes past PyTorch's allocator
-    is asked from its own counter and added. Warm the step up first, or what it allocates once counts as transient.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
-    _native_scratch()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak + _native_scratch()
-
-
-def _native_scratch() -> int:
-    """Peak of lora_fast's own scratch since the last call; 0 where nothing is compiled."""
-    try:
-        return int(torch.ops.lora_fast_c.scratch_peak_bytes(True))
-    except (AttributeError, NotImplementedError):
-        return 0
 
 
 def _timed(step: Step) -> float:

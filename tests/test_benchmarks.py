@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -17,7 +18,9 @@ from lora_fast.benchmarks import contenders as c
 from lora_fast.benchmarks import layer, report
 from lora_fast.benchmarks.gate import Gate, error_fault
 from lora_fast.benchmarks.registry import FROZEN, INFERENCE, NORM, STEP, Bar, Case, Row
-from lora_fast.benchmarks.runner import Record, alternate, measure, peak_bytes
+from lora_fast.benchmarks.runner import Record, alternate, measure
+
+from lora_fast.testing import peak_bytes
 
 N, K, R = 96, 64, 4
 
@@ -75,7 +78,7 @@ def test_calls_alternate_and_slow_ones_are_spread() -> None:
     assert [len(samples["fast"]), len(samples["slow"])] == [12, 3]
     assert fractions == pytest.approx([turn / 12 for turn in range(1, 13)])
     places = [index for index, name in enumerate(calls) if name == "slow"]
-    assert all(3 <= later - earlier <= 7 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(3 <= later - earlier <= 7 for earlier, later in itertools.pairwise(places))
 
 
 def test_order_turns_from_round_to_round() -> None:

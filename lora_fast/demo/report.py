@@ -182,6 +182,7 @@ def training_sheet(c: Comparison) -> Sheet:
     last = min(10, len(ref.losses))
     compared = min(COMPARED_STEPS, len(fast.losses))
     peaks = f"{ref.peak_bytes / MIB:.0f}", f"{fast.peak_bytes / MIB:.0f}"
+    noisy = len(c.thread_noise())
     noise = f"{max(c.thread_noise()):.1e}", f"{max(c.order_noise()):.1e}"
     rows = [
         ["loss, first step", f"{ref.losses[0]:.4f}", f"{fast.losses[0]:.4f}"],
@@ -195,8 +196,8 @@ def training_sheet(c: Comparison) -> Sheet:
             "",
             f"{c.worst_difference:.1e}",
         ],
-        [f"the same for the reference on {c.threads_of_other} instead of {c.threads} threads", noise[0]],
-        ["the same for the reference with each batch's rows reversed", noise[1]],
+        [f"noise of {noisy} steps: reference on {c.threads_of_other} instead of {c.threads} threads", noise[0]],
+        [f"noise of {noisy} steps: reference with each batch's rows reversed", noise[1]],
     ]
     return Sheet(
         "Fine-tuning all-MiniLM-L6-v2, float32",
