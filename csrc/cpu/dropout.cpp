@@ -25,28 +25,42 @@ uint32_t mix(uint32_t z) {
   return z ^ (z >> 16);
 }
 
+// x where the columns k are kept, 0 elsewhere
+template <class F>
+LORA_FAST_INLINE Vec<F> drop(Vec<F> x, u32x16 k, uint32_t r1, uint32_t r2, uint32_t threshold) {
+  u32x16 z = k + r1;
+  z ^= z >> 16;
+  z *= 0x85EBCA6Bu;
+  z ^= r2;
+  z ^= z >> 13;
+  z *= 0xC2B2AE35u;
+  z ^= z >> 16;
+  if constexpr (sizeof(F) == 8) {
+    using u64x16 = uint64_t __attribute__((vector_size(128)));
+    return __builtin_convertvector(z, u64x16) >= threshold ? x : Vec<F>{};
+  } else {
+    return z >= threshold ? x : Vec<F>{};
+  }
+}
+
 template <class F, class T>
 LORA_FAST_INLINE void drop_row(const Dropout& op, int64_t row, uint32_t r1, uint32_t r2) {
   const T* x = static_cast<const T*>(op.x) + row * op.cols;
   T* out = static_cast<T*>(op.out) + row * op.cols;
   const Vec<F> scale = splat(static_cast<F>(op.scale));
-  const u32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32_t threshold = static_cast<uint32_t>(op.threshold);
-  for (int64_t k = 0; k < op.cols; k += kLanes) {
-    u32x16 z = lanes + (static_cast<uint32_t>(k) + r1);
-    z ^= z >> 16;
-    z *= 0x85EBCA6Bu;
-    z ^= r2;
-    z ^= z >> 13;
-    z *= 0xC2B2AE35u;
-    z ^= z >> 16;
-    const Vec<F> kept = load_n<F>(x + k, op.cols - k) * scale;
-    if constexpr (sizeof(F) == 8) {
-      using u64x16 = uint64_t __attribute__((vector_size(128)));
-      store_n<F>(out + k, __builtin_convertvector(z, u64x16) >= op.threshold ? kept : Vec<F>{}, op.cols - k);
-    } else {
-      store_n<F>(out + k, z >= threshold ? kept : Vec<F>{}, op.cols - k);
-    }
+  u32x16 even = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, odd = even + kLanes;
+  if (kDealt<T>) {
+    even *= 2;
+    odd = even + 1;
+  }
+  for (int64_t k = 0; k < op.cols; k += kStrip) {
+    const uint32_t first = static_cast<uint32_t>(k);
+    const Strip<F> in = load_strip_n<F>(x + k, op.cols - k);
+    store_strip_n<F>(out + k,
+                     {drop<F>(in.even * scale, even + first, r1, r2, threshold),
+                      drop<F>(in.odd * scale, odd + first, r1, r2, threshold)},
+                     op.cols - k);
   }
 }
 

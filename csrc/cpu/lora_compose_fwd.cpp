@@ -17,20 +17,29 @@ struct Compose {
   bool wide;
   RankLayout layout;
   const PackedRows* h;  // null without columns
-  const void* gain;     // padded to whole tiles, or null
+  const void* gain;     // packed, or null
   const void* bias;
 };
 
-// x ← gain ⊙ v + bias, v = x + s c, product = v, for n ≤ kLanes columns
+// x ← gain ⊙ v + bias, v = x + s c, product = v, for the first n columns of a strip
 template <class F, class T>
-LORA_FAST_INLINE void compose_lanes(const Compose& op, T* x, T* product, const F* c, Vec<F> s, int64_t j,
+LORA_FAST_INLINE void compose_strip(const Compose& op, T* x, T* product, const F* c, Vec<F> s, int64_t j,
                                     int64_t n) {
-  Vec<F> v = load_n<F>(x, n);
-  if (c != nullptr) v += s * load<F>(c);
-  if (product != nullptr) store_n<F>(product, v, n);
-  if (op.gain != nullptr) v *= load<F>(static_cast<const F*>(op.gain) + j);
-  if (op.bias != nullptr) v += load<F>(static_cast<const F*>(op.bias) + j);
-  store_n<F>(x, v, n);
+  Strip<F> v = load_strip_n<F>(x, n);
+  if (c != nullptr) {
+    const Strip<F> update = load_packed(c);
+    v = {v.even + s * update.even, v.odd + s * update.odd};
+  }
+  if (product != nullptr) store_strip_n<F>(product, v, n);
+  if (op.gain != nullptr) {
+    const Strip<F> gain = load_packed(static_cast<const F*>(op.gain) + j);
+    v = {v.even * gain.even, v.odd * gain.odd};
+  }
+  if (op.bias != nullptr) {
+    const Strip<F> bias = load_packed(static_cast<const F*>(op.bias) + j);
+    v = {v.even + bias.even, v.odd + bias.odd};
+  }
+  store_strip_n<F>(x, v, n);
 }
 
 // Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
@@ -48,8 +57,8 @@ LORA_FAST_INLINE void compose(const Compose& op, void* panel, int64_t begin, int
         T* base = static_cast<T*>(op.base) + (i + r) * op.width + j;
         T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.width + j : nullptr;
         const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
-        for (int64_t k = 0; k < cols; k += kLanes) {
-          compose_lanes<F, T>(op, base + k, product != nullptr ? product + k : nullptr,
+        for (int64_t k = 0; k < cols; k += kStrip) {
+          compose_strip<F, T>(op, base + k, product != nullptr ? product + k : nullptr,
                               c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
         }
       }
@@ -87,12 +96,13 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   const bool wide = is_double(base) || is_double(h) || is_double(lora_B) || (gain && is_double(*gain)) ||
                     (bias && is_double(*bias));
   const Factor h_rows = factor_of(h, 0), columns = factor_of(lora_B, 0);
-  const RankLayout layout(rank, use_amx(h_rows, columns, wide));
+  const bool dealt = is_dealt(base.scalar_type());
+  const RankLayout layout(rank, use_amx(h_rows, columns, wide), dealt);
   std::optional<PackedRows> packed_h;
   std::optional<PackedVector> packed_gain, packed_bias;
   if (rank > 0) packed_h.emplace(h_rows, tokens, layout, wide);
-  if (gain) packed_gain.emplace(*gain, wide);
-  if (bias) packed_bias.emplace(*bias, wide);
+  if (gain) packed_gain.emplace(*gain, wide, dealt);
+  if (bias) packed_bias.emplace(*bias, wide, dealt);
   const Compose op{base.mutable_data_ptr(),
                    product ? product->mutable_data_ptr() : nullptr,
                    base.scalar_type(),

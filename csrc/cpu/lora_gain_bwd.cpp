@@ -9,7 +9,7 @@ namespace lora_fast {
 namespace {
 
 // Columns that one pass down the tokens takes; rows whose sum is made in registers.
-constexpr int64_t kStrip = 512;
+constexpr int64_t kPass = 512;
 constexpr int64_t kGroup = 4;
 
 struct GainGrad {
@@ -18,42 +18,52 @@ struct GainGrad {
   void* scaled;         // the same, or null
   ScalarType dtype;
   int64_t tokens, width;
-  const void* gain;  // padded to whole tiles
+  const void* gain;  // packed
   void* grad_gain;   // [width] or null
   void* grad_bias;
 };
 
 template <class F, class T>
-LORA_FAST_INLINE void group_lanes(const GainGrad& op, int64_t t, int64_t rows, int64_t j, int64_t n,
+LORA_FAST_INLINE void group_strip(const GainGrad& op, int64_t t, int64_t rows, int64_t j, int64_t n,
                                   F* gain_sum, F* bias_sum) {
-  Vec<F> gain_part{}, bias_part{};
+  Strip<F> gain{}, gain_part{}, bias_part{};
+  if (op.scaled != nullptr) gain = load_packed(static_cast<const F*>(op.gain) + j);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (t + r) * op.width + j;
-    const Vec<F> g = load_n<F>(static_cast<const T*>(op.grad) + at, n);
+    const Strip<F> g = load_strip_n<F>(static_cast<const T*>(op.grad) + at, n);
     if (op.scaled != nullptr)
-      store_n<F>(static_cast<T*>(op.scaled) + at, g * load<F>(static_cast<const F*>(op.gain) + j), n);
-    if (op.product != nullptr) gain_part += g * load_n<F>(static_cast<const T*>(op.product) + at, n);
-    bias_part += g;
+      store_strip_n<F>(static_cast<T*>(op.scaled) + at, {g.even * gain.even, g.odd * gain.odd}, n);
+    if (op.product != nullptr) {
+      const Strip<F> v = load_strip_n<F>(static_cast<const T*>(op.product) + at, n);
+      gain_part.even += g.even * v.even;
+      gain_part.odd += g.odd * v.odd;
+    }
+    bias_part.even += g.even;
+    bias_part.odd += g.odd;
   }
-  store<F>(gain_sum, load<F>(gain_sum) + gain_part);
-  store<F>(bias_sum, load<F>(bias_sum) + bias_part);
+  const Strip<F> gain_old = load_packed(gain_sum), bias_old = load_packed(bias_sum);
+  store_packed<F>(gain_sum, {gain_old.even + gain_part.even, gain_old.odd + gain_part.odd});
+  store_packed<F>(bias_sum, {bias_old.even + bias_part.even, bias_old.odd + bias_part.odd});
+}
+
+template <class F>
+LORA_FAST_INLINE void write_sums(void* out, const F* sums, int64_t j0, int64_t cols, bool dealt) {
+  if (out == nullptr) return;
+  for (int64_t j = 0; j < cols; ++j) static_cast<F*>(out)[j0 + j] = sums[dealt ? dealt_position(j) : j];
 }
 
 template <class F, class T>
 LORA_FAST_INLINE void gain_grad(const GainGrad& op, int64_t begin, int64_t end) {
-  for (int64_t j0 = begin; j0 < end; j0 += kStrip) {
-    const int64_t cols = std::min(kStrip, end - j0);
-    alignas(64) F gain_sums[kStrip] = {}, bias_sums[kStrip] = {};
+  for (int64_t j0 = begin; j0 < end; j0 += kPass) {
+    const int64_t cols = std::min(kPass, end - j0);
+    alignas(64) F gain_sums[kPass] = {}, bias_sums[kPass] = {};
     for (int64_t t = 0; t < op.tokens; t += kGroup) {
       const int64_t rows = std::min(kGroup, op.tokens - t);
-      for (int64_t k = 0; k < cols; k += kLanes) {
-        group_lanes<F, T>(op, t, rows, j0 + k, cols - k, gain_sums + k, bias_sums + k);
-      }
+      for (int64_t k = 0; k < cols; k += kStrip)
+        group_strip<F, T>(op, t, rows, j0 + k, cols - k, gain_sums + k, bias_sums + k);
     }
-    if (op.grad_gain != nullptr)
-      std::memcpy(static_cast<F*>(op.grad_gain) + j0, gain_sums, static_cast<size_t>(cols) * sizeof(F));
-    if (op.grad_bias != nullptr)
-      std::memcpy(static_cast<F*>(op.grad_bias) + j0, bias_sums, static_cast<size_t>(cols) * sizeof(F));
+    write_sums(op.grad_gain, gain_sums, j0, cols, kDealt<T>);
+    write_sums(op.grad_bias, bias_sums, j0, cols, kDealt<T>);
   }
 }
 
@@ -87,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu::lora_gain_bwd(Tensor grad_y, std::option
   const Tensor grad = torch::stable::contiguous(grad_y);
   const Tensor v = need_gain ? torch::stable::contiguous(*product) : grad;
   std::optional<PackedVector> packed_gain;
-  if (scale) packed_gain.emplace(*gain, wide);
+  if (scale) packed_gain.emplace(*gain, wide, is_dealt(grad.scalar_type()));
   const GainGrad op{grad.const_data_ptr(),
                     need_gain ? v.const_data_ptr() : nullptr,
                     scale ? scaled.mutable_data_ptr() : nullptr,
@@ -97,10 +107,10 @@ std::tuple<Tensor, Tensor, Tensor> cpu::lora_gain_bwd(Tensor grad_y, std::option
                     packed_gain ? packed_gain->data() : nullptr,
                     need_gain ? grad_gain.mutable_data_ptr() : nullptr,
                     need_bias ? grad_bias.mutable_data_ptr() : nullptr};
-  const int64_t blocks = round_up(width, kLanes) / kLanes;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * std::max<int64_t>(1, tokens)));
+  const int64_t blocks = round_up(width, kStrip) / kStrip;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (kStrip * std::max<int64_t>(1, tokens)));
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
-    (wide ? gain_grad_double : gain_grad_float)(op, begin * kLanes, std::min(width, end * kLanes));
+    (wide ? gain_grad_double : gain_grad_float)(op, begin * kStrip, std::min(width, end * kStrip));
   });
   return {scaled, grad_gain, grad_bias};
 }

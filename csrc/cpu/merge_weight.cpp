@@ -6,7 +6,7 @@
 namespace lora_fast {
 namespace {
 
-// Row blocks [begin, end). row_gain and col_gain: at most one is given; col_gain has room for whole tiles.
+// Row blocks [begin, end). row_gain and col_gain: at most one is given; col_gain is packed.
 template <class F, class T>
 LORA_FAST_INLINE void merge(const AdaptedWeight& v, const PackedAdapter& adapter, const F* row_gain,
                             const F* col_gain, int64_t begin, int64_t end) {
@@ -21,11 +21,13 @@ LORA_FAST_INLINE void merge(const AdaptedWeight& v, const PackedAdapter& adapter
       const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
       for (int64_t r = 0; r < rows; ++r) {
         const Vec<F> row = splat(row_gain != nullptr ? row_gain[i + r] : F{1});
-        for (int64_t k = 0; k < cols; k += kLanes) {
+        for (int64_t k = 0; k < cols; k += kStrip) {
           T* out = w.data + r * w.stride + k;
-          Vec<F> x = load_n<F>(out, cols - k) + s * load<F>(c + r * kTileCols + k);
-          x = col_gain != nullptr ? x * load<F>(col_gain + j + k) : x * row;
-          store_n<F>(out, x, cols - k);
+          const Strip<F> x = load_strip_n<F>(out, cols - k), update = load_packed(c + r * kTileCols + k);
+          Strip<F> gain{row, row};
+          if (col_gain != nullptr) gain = load_packed(col_gain + j + k);
+          store_strip_n<F>(out, {(x.even + s * update.even) * gain.even, (x.odd + s * update.odd) * gain.odd},
+                           cols - k);
         }
       }
       if (v.col_stride == 1) continue;
@@ -62,9 +64,9 @@ void cpu::merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
   v.wide = v.wide || (gain && is_double(*gain));
   if (v.rows == 0 || v.cols == 0) return;
   const PackedAdapter adapter(v);
-  std::optional<PackedVector> factor;
-  if (gain) factor.emplace(*gain, v.wide);
   const bool by_rows = per_output != v.transposed;
+  std::optional<PackedVector> factor;
+  if (gain) factor.emplace(*gain, v.wide, !by_rows && is_dealt(v.dtype));
   const void* row_gain = factor && by_rows ? factor->data() : nullptr;
   const void* col_gain = factor && !by_rows ? factor->data() : nullptr;
   const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;

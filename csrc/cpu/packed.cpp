@@ -15,27 +15,22 @@ int64_t grain_of(int64_t elements_each) {
 LORA_FAST_CLONES void pack_rows_any(void* dst, const Factor& f, const RankLayout& layout, bool wide,
                                     int64_t first, int64_t rows) {
   if (layout.amx) {
-    pack_rows<bf16, bf16>(static_cast<bf16*>(dst), f, layout.rank, layout.depth, first, rows);
+    pack_rows<bf16, bf16>(static_cast<bf16*>(dst), f, layout, first, rows);
   } else if (wide) {
-    LORA_FAST_BY_DTYPE(
-        f.dtype, T,
-        pack_rows<double, T>(static_cast<double*>(dst), f, layout.rank, layout.depth, first, rows))
+    LORA_FAST_BY_DTYPE(f.dtype, T, pack_rows<double, T>(static_cast<double*>(dst), f, layout, first, rows))
   } else {
-    LORA_FAST_BY_DTYPE(
-        f.dtype, T, pack_rows<float, T>(static_cast<float*>(dst), f, layout.rank, layout.depth, first, rows))
+    LORA_FAST_BY_DTYPE(f.dtype, T, pack_rows<float, T>(static_cast<float*>(dst), f, layout, first, rows))
   }
 }
 
 LORA_FAST_CLONES void pack_panel_any(void* dst, const Factor& f, const RankLayout& layout, bool wide,
                                      int64_t first, int64_t cols) {
   if (layout.amx) {
-    pack_panel_pairs(static_cast<bf16*>(dst), f, layout.rank, layout.depth, first, cols);
+    pack_panel_pairs(static_cast<bf16*>(dst), f, layout, first, cols);
   } else if (wide) {
-    LORA_FAST_BY_DTYPE(f.dtype, T,
-                       pack_panel<double, T>(static_cast<double*>(dst), f, layout.rank, first, cols))
+    LORA_FAST_BY_DTYPE(f.dtype, T, pack_panel<double, T>(static_cast<double*>(dst), f, layout, first, cols))
   } else {
-    LORA_FAST_BY_DTYPE(f.dtype, T,
-                       pack_panel<float, T>(static_cast<float*>(dst), f, layout.rank, first, cols))
+    LORA_FAST_BY_DTYPE(f.dtype, T, pack_panel<float, T>(static_cast<float*>(dst), f, layout, first, cols))
   }
 }
 
@@ -77,13 +72,19 @@ PackedPanels::PackedPanels(const Factor& factor, int64_t count, const RankLayout
   });
 }
 
-PackedVector::PackedVector(const Tensor& vector, bool wide)
+PackedVector::PackedVector(const Tensor& vector, bool wide, bool dealt)
     : data_(round_up(vector.size(0), kTileCols) * (wide ? 8 : 4)) {
   const int64_t count = vector.size(0), padded = round_up(count, kTileCols);
-  RankLayout layout(count, false);
+  RankLayout layout(count, false, false);
   layout.depth = padded;
   pack_rows_any(data_.data(), {vector.const_data_ptr(), vector.scalar_type(), 0, vector.stride(0)}, layout,
                 wide, 0, 1);
+  if (!dealt) return;
+  if (wide) {
+    deal(reinterpret_cast<double*>(data_.data()), padded);
+  } else {
+    deal(reinterpret_cast<float*>(data_.data()), padded);
+  }
 }
 
 }  // namespace lora_fast

@@ -14,6 +14,10 @@ void pack_panel_into(void* dst, const Factor& factor, const RankLayout& layout, 
 // dst[0..n) = the elements at offset, offset + stride, ... of data
 void widen_line(double* dst, const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n);
 
+inline bool is_dealt(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
 inline int64_t packed_size(const RankLayout& layout, bool wide) {
   return layout.amx ? 2 : wide ? 8 : 4;
 }
@@ -40,10 +44,10 @@ class PackedPanels {
   Scratch<char> data_;
 };
 
-// A vector as float, or double where wide, zero-padded to whole tiles.
+// A vector as float, or double where wide, zero-padded to whole tiles, in the order of strips where dealt.
 class PackedVector {
  public:
-  PackedVector(const Tensor& vector, bool wide);
+  PackedVector(const Tensor& vector, bool wide, bool dealt);
   const void* data() const { return data_.data(); }
 
  private:

@@ -55,13 +55,15 @@ struct Factor {
 //   AMX:     P [rows][depth], Q panel [kTileCols / 16][depth / 2][16][2] of bfloat16; depth = steps · step ≥
 //   R
 struct RankLayout {
-  RankLayout(int64_t rank, bool use_amx)
+  RankLayout(int64_t rank, bool use_amx, bool dealt)
       : rank(rank),
+        dealt(dealt),
         amx(use_amx && rank > 0),
         steps(amx ? (rank + 31) / 32 : 1),
         step(amx ? (rank + 2 * steps - 1) / (2 * steps) * 2 : rank),
         depth(steps * step) {}
   int64_t rank;
+  bool dealt;  // Q's columns lie as strips of a 16-bit W do
   bool amx;
   int64_t steps, step, depth;
 };
@@ -84,81 +86,97 @@ LORA_FAST_INLINE void convert_line(Out* dst, const In* src, int64_t stride, int6
   using F = Compute<Out>;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t count = std::min(kLanes, n - i);
-    if (stride == 1) {
-      store_n<F>(dst + i, load_n<F>(src + i, count), count);
-    } else {
-      In part[kLanes] = {};
-      for (int64_t l = 0; l < count; ++l) part[l] = src[(i + l) * stride];
-      store_n<F>(dst + i, load<F>(part), count);
+    if (stride == 1 && count == kLanes) {
+      store<F>(dst + i, load<F>(src + i));
+      continue;
     }
+    In in[kLanes] = {};
+    Out out[kLanes];
+    for (int64_t l = 0; l < count; ++l) in[l] = src[(i + l) * stride];
+    store<F>(out, load<F>(in));
+    std::memcpy(dst + i, out, static_cast<size_t>(count) * sizeof(Out));
+  }
+}
+
+// A line of whole strips from the order of its columns to that of strips.
+template <class F>
+inline void deal(F* line, int64_t count) {
+  F strip[kStrip];
+  for (; count > 0; count -= kStrip, line += kStrip) {
+    std::copy(line, line + kStrip, strip);
+    for (int64_t c = 0; c < kStrip; ++c) line[dealt_position(c)] = strip[c];
   }
 }
 
 // dst [rows][depth] from rows first .. first + rows of the factor; columns past its rank are zero.
 template <class Out, class In>
-LORA_FAST_INLINE void pack_rows(Out* dst, const Factor& f, int64_t rank, int64_t depth, int64_t first,
+LORA_FAST_INLINE void pack_rows(Out* dst, const Factor& f, const RankLayout& layout, int64_t first,
                                 int64_t rows) {
   const In* src = static_cast<const In*>(f.data) + first * f.stride_outer;
-  for (int64_t o = 0; o < rows; ++o, src += f.stride_outer, dst += depth) {
-    convert_line(dst, src, f.stride_rank, rank);
-    std::fill(dst + rank, dst + depth, Out{});
+  for (int64_t o = 0; o < rows; ++o, src += f.stride_outer, dst += layout.depth) {
+    convert_line(dst, src, f.stride_rank, layout.rank);
+    std::fill(dst + layout.rank, dst + layout.depth, Out{});
   }
 }
 
 // dst [rank][kTileCols] from columns first .. first + cols of the factor; columns past cols are zero.
 template <class F, class In>
-LORA_FAST_INLINE void pack_panel(F* dst, const Factor& f, int64_t rank, int64_t first, int64_t cols) {
+LORA_FAST_INLINE void pack_panel(F* dst, const Factor& f, const RankLayout& layout, int64_t first,
+                                 int64_t cols) {
   const In* src = static_cast<const In*>(f.data) + first * f.stride_outer;
-  if (f.stride_outer == 1 || cols == 1) {
-    for (int64_t r = 0; r < rank; ++r) {
-      convert_line(dst + r * kTileCols, src + r * f.stride_rank, 1, cols);
-      std::fill(dst + r * kTileCols + cols, dst + (r + 1) * kTileCols, F{});
+  if (f.stride_outer == 1) {
+    for (int64_t r = 0; r < layout.rank; ++r) {
+      F* line = dst + r * kTileCols;
+      convert_line(line, src + r * f.stride_rank, 1, cols);
+      std::fill(line + cols, line + kTileCols, F{});
+      if (layout.dealt) deal(line, kTileCols);
     }
     return;
   }
   constexpr int64_t kPart = 64;
-  F line[kPart];
-  for (int64_t r0 = 0; r0 < rank; r0 += kPart) {
-    const int64_t count = std::min(kPart, rank - r0);
+  F line[kPart] = {};
+  for (int64_t r0 = 0; r0 < layout.rank; r0 += kPart) {
+    const int64_t count = std::min(kPart, layout.rank - r0);
     for (int64_t o = 0; o < kTileCols; ++o) {
       if (o < cols) {
         convert_line(line, src + o * f.stride_outer + r0 * f.stride_rank, f.stride_rank, count);
-      } else {
+      } else if (o == cols) {
         std::fill(line, line + count, F{});
       }
-      for (int64_t r = 0; r < count; ++r) dst[(r0 + r) * kTileCols + o] = line[r];
+      F* out = dst + r0 * kTileCols + (layout.dealt ? dealt_position(o) : o);
+      for (int64_t r = 0; r < count; ++r) out[r * kTileCols] = line[r];
     }
   }
 }
 
-// The same for AMX: dst [kTileCols / 16][depth / 2][16][2].
-LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, int64_t rank, int64_t depth, int64_t first,
+// The same for AMX: dst [kTileCols / 16][depth / 2][16][2]; whole strips of columns are written.
+LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, const RankLayout& layout, int64_t first,
                                        int64_t cols) {
-  const bf16* src = static_cast<const bf16*>(f.data) + first * f.stride_outer;
+  const int64_t rank = layout.rank, group = layout.depth * kLanes;  // elements of 16 columns
   uint16_t* out = reinterpret_cast<uint16_t*>(dst);
-  for (int64_t g = 0; g * kLanes < cols; ++g, out += depth * kLanes) {
-    const bf16* group = src + g * kLanes * f.stride_outer;
-    const int64_t count = std::min(kLanes, cols - g * kLanes);
-    const bool whole = count == kLanes && rank == depth;
-    if (!whole) std::memset(out, 0, static_cast<size_t>(depth * kLanes) * sizeof(bf16));
+  for (int64_t j = 0; j < cols; j += kStrip, out += 2 * group) {
+    const bf16* src = static_cast<const bf16*>(f.data) + (first + j) * f.stride_outer;
+    const int64_t count = std::min(kStrip, cols - j);
+    const bool whole = count == kStrip && rank == layout.depth && layout.dealt;
     if (whole && f.stride_outer == 1) {
       for (int64_t r = 0; r < rank; r += 2) {
-        const u16x16 even = load_bits<u16x16>(group + r * f.stride_rank);
-        const u16x16 odd = load_bits<u16x16>(group + (r + 1) * f.stride_rank);
-        store_bits(out + r * kLanes,
-                   __builtin_convertvector(even, u32x16) | (__builtin_convertvector(odd, u32x16) << 16));
+        const u32x16 low = load_bits<u32x16>(src + r * f.stride_rank);
+        const u32x16 high = load_bits<u32x16>(src + (r + 1) * f.stride_rank);
+        store_bits(out + r * kLanes, (low & 0xffffu) | (high << 16));
+        store_bits(out + group + r * kLanes, (low >> 16) | (high & 0xffff0000u));
       }
     } else if (whole && f.stride_rank == 1) {
-      for (int64_t o = 0; o < kLanes; ++o) {
-        for (int64_t r = 0; r < rank; r += 2) {
-          std::memcpy(out + r * kLanes + 2 * o, group + o * f.stride_outer + r, 4);
-        }
+      for (int64_t c = 0; c < kStrip; ++c) {
+        uint16_t* to = out + c % 2 * group + c / 2 * 2;
+        for (int64_t r = 0; r < rank; r += 2) std::memcpy(to + r * kLanes, src + c * f.stride_outer + r, 4);
       }
     } else {
-      for (int64_t o = 0; o < count; ++o) {
-        for (int64_t r = 0; r < rank; ++r) {
-          out[(r / 2 * kLanes + o) * 2 + r % 2] = group[o * f.stride_outer + r * f.stride_rank].bits;
-        }
+      std::memset(out, 0, static_cast<size_t>(2 * group) * sizeof(bf16));
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t at = layout.dealt ? dealt_position(c) : c;
+        uint16_t* to = out + at / kLanes * group + at % kLanes * 2;
+        for (int64_t r = 0; r < rank; ++r)
+          to[r / 2 * kStrip + r % 2] = src[c * f.stride_outer + r * f.stride_rank].bits;
       }
     }
   }
@@ -171,20 +189,28 @@ void gemm_tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int
 void gemm_tile(const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb, double* c,
                int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
 
-// c [rows][kTileCols] = P Q for packed rows of P and one packed panel of Q; columns past cols, rounded up to
-// kLanes, are not written.
+// c [rows][kTileCols] = P Q for packed rows of P and one packed panel of Q. Columns past cols are zero to the
+// end of their strip, whatever P holds, and not written beyond it.
 template <class F>
 LORA_FAST_INLINE void rank_tile(const RankLayout& layout, const void* p, const void* panel, F* c,
                                 int64_t rows, int64_t cols) {
+  const int64_t written = round_up(cols, kStrip);
+  bool done = false;
   if constexpr (sizeof(F) == 4) {
     if (layout.amx) {
       amx_rank_tile(static_cast<const bf16*>(p), static_cast<const bf16*>(panel), layout.steps, layout.step,
-                    c, rows, cols);
-      return;
+                    c, rows, written);
+      done = true;
     }
   }
-  gemm_tile(static_cast<const F*>(p), layout.depth, 1, static_cast<const F*>(panel), kTileCols, c, kTileCols,
-            rows, round_up(cols, kLanes), layout.depth, false);
+  if (!done) {
+    gemm_tile(static_cast<const F*>(p), layout.depth, 1, static_cast<const F*>(panel), kTileCols, c,
+              kTileCols, rows, written, layout.depth, false);
+  }
+  for (int64_t j = cols; j < written; ++j) {
+    const int64_t at = layout.dealt ? dealt_position(j) : j;
+    for (int64_t r = 0; r < rows; ++r) c[r * kTileCols + at] = 0;
+  }
 }
 
 }  // namespace lora_fast

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -12,7 +13,6 @@ constexpr int64_t kLanes = 16;
 
 using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
-using f64x8 = double __attribute__((vector_size(64)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 
@@ -55,20 +55,18 @@ LORA_FAST_INLINE void store_bits(P* p, V v) {
 }
 
 // float16 to float32: rebias the exponent; Inf and NaN keep an all-ones exponent, subnormals are made normal.
-LORA_FAST_INLINE f32x16 widen_f16(u16x16 h) {
-  const u32x16 x = __builtin_convertvector(h, u32x16);
+LORA_FAST_INLINE f32x16 widen_f16(u32x16 x) {
   const u32x16 magnitude = (x & 0x7fffu) << 13;
   const u32x16 rebias = u32x16{} + (112u << 23);
-  const u32x16 normal = magnitude + rebias;
-  const u32x16 special = magnitude + 2 * rebias;
   const u32x16 one = u32x16{} + (113u << 23);
   const f32x16 subnormal = (f32x16)(magnitude + one) - (f32x16)one;
-  u32x16 bits = magnitude < (1u << 23) ? (u32x16)subnormal : normal;
-  bits = magnitude >= (31u << 23) ? special : bits;
+  u32x16 bits = magnitude < (1u << 23) ? (u32x16)subnormal : magnitude + rebias;
+  bits = magnitude >= (31u << 23) ? magnitude + 2 * rebias : bits;
   return (f32x16)(bits | ((x & 0x8000u) << 16));
 }
 
-LORA_FAST_INLINE u16x16 narrow_f16(f32x16 f) {
+// To nearest, ties to even, in the low half of each lane; NaN stays NaN.
+LORA_FAST_INLINE u32x16 narrow_f16(f32x16 f) {
   const u32x16 x = (u32x16)f;
   const u32x16 magnitude = x & 0x7fffffffu;
   const u32x16 half = u32x16{} + (126u << 23);
@@ -79,84 +77,142 @@ LORA_FAST_INLINE u16x16 narrow_f16(f32x16 f) {
   u32x16 bits = magnitude < (113u << 23) ? subnormal : normal;
   bits = magnitude >= (143u << 23) ? inf : bits;
   bits = magnitude > 0x7f800000u ? nan : bits;
-  return __builtin_convertvector(bits | ((x >> 16) & 0x8000u), u16x16);
+  return bits | ((x >> 16) & 0x8000u);
 }
 
-LORA_FAST_INLINE f32x16 widen_bf16(u16x16 h) {
-  return (f32x16)(__builtin_convertvector(h, u32x16) << 16);
-}
-
-LORA_FAST_INLINE u16x16 narrow_bf16(f32x16 f) {
+LORA_FAST_INLINE u32x16 narrow_bf16(f32x16 f) {
   const u32x16 x = (u32x16)f;
   const u32x16 rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
   const u32x16 nan = (x >> 16) | 0x40u;
-  return __builtin_convertvector((x & 0x7fffffffu) > 0x7f800000u ? nan : rounded, u16x16);
+  return (x & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
 }
 
-LORA_FAST_INLINE f32x16 load_f32(const float* p) {
-  return load_bits<f32x16>(p);
+LORA_FAST_INLINE f32x16 widen(u32x16 x, bf16) {
+  return (f32x16)(x << 16);
 }
-LORA_FAST_INLINE f32x16 load_f32(const bf16* p) {
-  return widen_bf16(load_bits<u16x16>(p));
+LORA_FAST_INLINE f32x16 widen(u32x16 x, f16) {
+  return widen_f16(x);
 }
-LORA_FAST_INLINE f32x16 load_f32(const f16* p) {
-  return widen_f16(load_bits<u16x16>(p));
+LORA_FAST_INLINE u32x16 narrow(f32x16 v, bf16) {
+  return narrow_bf16(v);
 }
-LORA_FAST_INLINE f32x16 load_f32(const double* p) {
-  return __builtin_convertvector(load_bits<f64x16>(p), f32x16);
-}
-LORA_FAST_INLINE void store_f32(float* p, f32x16 v) {
-  store_bits(p, v);
-}
-LORA_FAST_INLINE void store_f32(bf16* p, f32x16 v) {
-  store_bits(p, narrow_bf16(v));
-}
-LORA_FAST_INLINE void store_f32(f16* p, f32x16 v) {
-  store_bits(p, narrow_f16(v));
-}
-LORA_FAST_INLINE void store_f32(double* p, f32x16 v) {
-  store_bits(p, __builtin_convertvector(v, f64x16));
+LORA_FAST_INLINE u32x16 narrow(f32x16 v, f16) {
+  return narrow_f16(v);
 }
 
-// Sixteen elements of any storage type as F.
+// Between float lanes and F's.
+template <class F>
+LORA_FAST_INLINE Vec<F> from_f32(f32x16 v) {
+  if constexpr (sizeof(F) == 4) {
+    return v;
+  } else {
+    return __builtin_convertvector(v, f64x16);
+  }
+}
+
+template <class F>
+LORA_FAST_INLINE f32x16 to_f32(Vec<F> v) {
+  if constexpr (sizeof(F) == 4) {
+    return v;
+  } else {
+    return __builtin_convertvector(v, f32x16);
+  }
+}
+
+// Sixteen adjacent elements of any storage type as F.
 template <class F, class T>
 LORA_FAST_INLINE Vec<F> load(const T* p) {
-  if constexpr (sizeof(F) == 4) {
-    return load_f32(p);
-  } else if constexpr (sizeof(T) == 8) {
-    return load_bits<f64x16>(p);
+  if constexpr (sizeof(T) == 2) {
+    return from_f32<F>(widen(__builtin_convertvector(load_bits<u16x16>(p), u32x16), T{}));
+  } else if constexpr (sizeof(T) == sizeof(F)) {
+    return load_bits<Vec<F>>(p);
   } else {
-    return __builtin_convertvector(load_f32(p), f64x16);
+    return __builtin_convertvector(load_bits<Vec<T>>(p), Vec<F>);
   }
 }
 
 template <class F, class T>
 LORA_FAST_INLINE void store(T* p, Vec<F> v) {
-  if constexpr (sizeof(F) == 4) {
-    store_f32(p, v);
-  } else if constexpr (sizeof(T) == 8) {
+  if constexpr (sizeof(T) == 2) {
+    store_bits(p, __builtin_convertvector(narrow(to_f32<F>(v), T{}), u16x16));
+  } else if constexpr (sizeof(T) == sizeof(F)) {
     store_bits(p, v);
   } else {
-    store_f32(p, __builtin_convertvector(v, f32x16));
+    store_bits(p, __builtin_convertvector(v, Vec<T>));
   }
 }
 
-// The first n of sixteen elements; the other lanes are zero and are not written.
+// A strip is 32 adjacent columns in two vectors. Of a 16-bit type they are dealt, the even columns to the
+// first and the odd ones to the second, which costs a shift and a mask where widening in order costs
+// shuffles; of wider types they are the two halves. What meets them lane by lane is packed in the same order.
+constexpr int64_t kStrip = 2 * kLanes;
+
+template <class T>
+constexpr bool kDealt = sizeof(T) == 2;
+
+// Where a column of a dealt line lies.
+inline int64_t dealt_position(int64_t column) {
+  const int64_t within = column % kStrip;
+  return column - within + within % 2 * kLanes + within / 2;
+}
+
+template <class F>
+struct Strip {
+  Vec<F> even, odd;
+};
+
 template <class F, class T>
-LORA_FAST_INLINE Vec<F> load_n(const T* p, int64_t n) {
-  if (n >= kLanes) return load<F>(p);
-  T part[kLanes];
-  std::memset(part, 0, sizeof(part));
-  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
-  return load<F>(part);
+LORA_FAST_INLINE Strip<F> load_strip(const T* p) {
+  if constexpr (kDealt<T>) {
+    const u32x16 x = load_bits<u32x16>(p);
+    if constexpr (std::is_same_v<T, bf16>) {
+      return {from_f32<F>((f32x16)(x << 16)), from_f32<F>((f32x16)(x & 0xffff0000u))};
+    } else {
+      return {from_f32<F>(widen_f16(x)), from_f32<F>(widen_f16(x >> 16))};
+    }
+  } else {
+    return {load<F>(p), load<F>(p + kLanes)};
+  }
 }
 
 template <class F, class T>
-LORA_FAST_INLINE void store_n(T* p, Vec<F> v, int64_t n) {
-  if (n >= kLanes) return store<F>(p, v);
-  T part[kLanes];
-  store<F>(part, v);
+LORA_FAST_INLINE void store_strip(T* p, Strip<F> s) {
+  if constexpr (kDealt<T>) {
+    store_bits(p, narrow(to_f32<F>(s.even), T{}) | (narrow(to_f32<F>(s.odd), T{}) << 16));
+  } else {
+    store<F>(p, s.even);
+    store<F>(p + kLanes, s.odd);
+  }
+}
+
+// The first n columns of a strip; the others are zero and are not written.
+template <class F, class T>
+LORA_FAST_INLINE Strip<F> load_strip_n(const T* p, int64_t n) {
+  if (n >= kStrip) return load_strip<F>(p);
+  T part[kStrip];
+  std::memset(part, 0, sizeof(part));
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  return load_strip<F>(part);
+}
+
+template <class F, class T>
+LORA_FAST_INLINE void store_strip_n(T* p, Strip<F> s, int64_t n) {
+  if (n >= kStrip) return store_strip<F>(p, s);
+  T part[kStrip];
+  store_strip<F>(part, s);
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Two vectors as they lie, already in the order of the strip.
+template <class F>
+LORA_FAST_INLINE Strip<F> load_packed(const F* p) {
+  return {load<F>(p), load<F>(p + kLanes)};
+}
+
+template <class F>
+LORA_FAST_INLINE void store_packed(F* p, Strip<F> s) {
+  store<F>(p, s.even);
+  store<F>(p + kLanes, s.odd);
 }
 
 template <class F>

@@ -11,11 +11,11 @@ namespace {
 struct NormGrad {
   const AdaptedWeight& v;
   const PackedAdapter& adapter;
-  const void* coefficients;  // c, padded to whole tiles
+  const void* coefficients;  // c, packed
   bool by_rows;
 };
 
-// c [rows][kTileCols] = dV at (i, j), zero past cols
+// c [rows][kTileCols] = dV at (i, j), zero past cols, in the order of strips
 template <class F, class T>
 LORA_FAST_INLINE void grad_tile(const NormGrad& g, int64_t i, int64_t j, int64_t rows, int64_t cols, F* c,
                                 T* gathered) {
@@ -25,11 +25,12 @@ LORA_FAST_INLINE void grad_tile(const NormGrad& g, int64_t i, int64_t j, int64_t
   const WeightTile<T> w = weight_tile(g.v, i, j, rows, cols, gathered);
   for (int64_t r = 0; r < rows; ++r) {
     const Vec<F> row = splat(g.by_rows ? coefficients[i + r] : F{1});
-    for (int64_t k = 0; k < cols; k += kLanes) {
+    for (int64_t k = 0; k < cols; k += kStrip) {
       F* out = c + r * kTileCols + k;
-      const Vec<F> x = load_n<F>(w.data + r * w.stride + k, cols - k) + s * load_n<F>(out, cols - k);
-      const Vec<F> scale = g.by_rows ? row : load<F>(coefficients + j + k);
-      store<F>(out, x * scale);
+      const Strip<F> x = load_strip_n<F>(w.data + r * w.stride + k, cols - k), update = load_packed(out);
+      Strip<F> scale{row, row};
+      if (!g.by_rows) scale = load_packed(coefficients + j + k);
+      store_packed<F>(out, {(x.even + s * update.even) * scale.even, (x.odd + s * update.odd) * scale.odd});
     }
   }
 }
@@ -45,7 +46,8 @@ LORA_FAST_INLINE void grad_p(const NormGrad& g, const F* q_rows, int64_t width, 
     for (int64_t j = 0; j < g.v.cols; j += kTileCols) {
       const int64_t cols = std::min(kTileCols, g.v.cols - j);
       grad_tile<F, T>(g, i, j, rows, cols, c, gathered);
-      gemm_tile(c, kTileCols, 1, q_rows + j * width, width, out + i * width, width, rows, width, cols, j > 0);
+      gemm_tile(c, kTileCols, 1, q_rows + j * width, width, out + i * width, width, rows, width,
+                round_up(cols, kStrip), j > 0);
     }
   }
 }
@@ -61,7 +63,7 @@ LORA_FAST_INLINE void grad_q(const NormGrad& g, const F* p_rows, int64_t depth, 
     for (int64_t j = begin * kTileCols; j < std::min(g.v.cols, end * kTileCols); j += kTileCols) {
       const int64_t cols = std::min(kTileCols, g.v.cols - j);
       grad_tile<F, T>(g, i, j, rows, cols, c, gathered);
-      gemm_tile(p_rows + i * depth, 1, depth, c, kTileCols, out + j, width, g.v.rank, round_up(cols, kLanes),
+      gemm_tile(p_rows + i * depth, 1, depth, c, kTileCols, out + j, width, g.v.rank, round_up(cols, kStrip),
                 rows, i > 0);
     }
   }
@@ -93,73 +95,87 @@ void grad_q_double(const NormGrad& g, const void* p_rows, int64_t depth, void* o
                        grad_q<double, T>(g, static_cast<const double*>(p_rows), depth,
                                          static_cast<double*>(out), width, begin, end))}
 
-// The factor as [count][width] of F, whatever way the tiles are made.
-RankLayout unpadded(const AdaptedWeight& v, int64_t width) {
-  RankLayout layout(v.rank, false);
+// A factor's rows, unpadded but for width, whatever way the tiles are made.
+RankLayout plain_rows(const AdaptedWeight& v, int64_t width) {
+  RankLayout layout(v.rank, false, false);
   layout.depth = width;
   return layout;
 }
 
-// dst[outer, r] = s · src[outer · stride_outer + r · stride_rank]
+// rows [whole strips][width] from the order of V's columns to that of strips
 template <class F>
-void write_grad(const F* src, int64_t stride_outer, int64_t stride_rank, const Tensor& out, int64_t outer_dim,
-                double scaling) {
+void deal_rows(F* rows, int64_t count, int64_t width) {
+  Scratch<F> strip(kStrip * width);
+  for (int64_t o = 0; o < count; o += kStrip, rows += kStrip * width) {
+    std::copy(rows, rows + kStrip * width, strip.data());
+    for (int64_t c = 0; c < kStrip; ++c)
+      std::copy_n(strip.data() + c * width, width, rows + dealt_position(c) * width);
+  }
+}
+
+// out[outer, r] = s · src[outer · stride_outer + r · stride_rank]
+template <class F>
+void write_grad(const F* src, int64_t stride_outer, int64_t stride_rank, bool dealt, const Tensor& out,
+                int64_t outer_dim, double scaling) {
   const int64_t count = out.size(outer_dim), rank = out.size(1 - outer_dim);
   const int64_t to_outer = out.stride(outer_dim), to_rank = out.stride(1 - outer_dim);
   const F s = static_cast<F>(scaling);
   LORA_FAST_BY_DTYPE(out.scalar_type(), T, {
     T* dst = static_cast<T*>(out.mutable_data_ptr());
     for (int64_t o = 0; o < count; ++o) {
+      const F* from = src + (dealt ? dealt_position(o) : o) * stride_outer;
       for (int64_t r = 0; r < rank; ++r) {
-        const F x = s * src[o * stride_outer + r * stride_rank];
+        const F x = s * from[r * stride_rank];
         convert_line(dst + o * to_outer + r * to_rank, &x, 1, 1);
       }
     }
   })
 }
 
+struct GradOut {
+  const Tensor* tensor;  // null where not needed
+  int64_t outer_dim;     // its dimension along V's
+};
+
 template <class F>
-void norm_grads(const NormGrad& g, const Tensor* grad_p_out, int64_t p_dim, const Tensor* grad_q_out,
-                int64_t q_dim) {
+void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
   const AdaptedWeight& v = g.v;
-  if (grad_p_out != nullptr && v.rows > 0 && v.rank > 0) {
-    const int64_t width = round_up(v.rank, kLanes);
-    const PackedRows q_rows(v.q, v.cols, unpadded(v, width), v.wide);
-    Scratch<F> out(v.rows * width);
-    std::fill(out.data(), out.data() + v.rows * width, F{});
+  const RankLayout& tiles = g.adapter.layout;
+  if (p_out.tensor != nullptr) {
+    const int64_t width = round_up(v.rank, kLanes), padded = round_up(v.cols, kStrip);
+    Scratch<F> q_rows(padded * width), out(v.rows * width);
+    pack_rows_into(q_rows.data(), v.q, plain_rows(v, width), v.wide, 0, v.cols);
+    std::fill(q_rows.data() + v.cols * width, q_rows.data() + padded * width, F{});
+    if (tiles.dealt) deal_rows(q_rows.data(), v.cols, width);
     const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kTileRows * std::max<int64_t>(1, v.cols)));
+    const int64_t grain = std::max<int64_t>(1, 32768 / (kTileRows * v.cols));
     for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
-      const AmxScope scope(g.adapter.layout.amx, g.adapter.layout.step);
-      (g.v.wide ? grad_p_double : grad_p_float)(g, q_rows.at(0), width, out.data(), begin, end);
+      const AmxScope scope(tiles.amx, tiles.step);
+      (v.wide ? grad_p_double : grad_p_float)(g, q_rows.data(), width, out.data(), begin, end);
     });
-    write_grad(out.data(), width, 1, *grad_p_out, p_dim, v.scaling);
+    write_grad(out.data(), width, 1, false, *p_out.tensor, p_out.outer_dim, v.scaling);
   }
-  if (grad_q_out != nullptr && v.cols > 0 && v.rank > 0) {
-    const RankLayout layout = unpadded(v, v.rank);
-    const PackedRows p_rows(v.p, v.rows, layout, v.wide);
-    const int64_t width = round_up(v.cols, kLanes);
-    Scratch<F> out(v.rank * width);
-    std::fill(out.data(), out.data() + v.rank * width, F{});
+  if (q_out.tensor != nullptr) {
+    const int64_t width = round_up(v.cols, kStrip);
+    Scratch<F> p_rows(v.rows * v.rank), out(v.rank * width);
+    pack_rows_into(p_rows.data(), v.p, plain_rows(v, v.rank), v.wide, 0, v.rows);
     const int64_t blocks = round_up(v.cols, kTileCols) / kTileCols;
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kTileCols * std::max<int64_t>(1, v.rows)));
+    const int64_t grain = std::max<int64_t>(1, 32768 / (kTileCols * v.rows));
     for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
-      const AmxScope scope(g.adapter.layout.amx, g.adapter.layout.step);
-      (g.v.wide ? grad_q_double : grad_q_float)(g, p_rows.at(0), layout.depth, out.data(), width, begin, end);
+      const AmxScope scope(tiles.amx, tiles.step);
+      (v.wide ? grad_q_double : grad_q_float)(g, p_rows.data(), v.rank, out.data(), width, begin, end);
     });
-    write_grad(out.data(), 1, width, *grad_q_out, q_dim, v.scaling);
+    write_grad(out.data(), 1, width, tiles.dealt, *q_out.tensor, q_out.outer_dim, v.scaling);
   }
 }
 
 // c = grad / norm, 0 where norm is 0
 template <class F>
-void fill_coefficients(F* c, const Tensor& grad, const Tensor& norm, int64_t padded) {
-  const PackedVector g(grad, true), n(norm, true);
+void fill_coefficients(F* c, const Tensor& grad, const Tensor& norm, int64_t padded, bool dealt) {
+  const PackedVector g(grad, true, dealt), n(norm, true, dealt);
   const double* top = static_cast<const double*>(g.data());
   const double* bottom = static_cast<const double*>(n.data());
-  const int64_t count = norm.size(0);
-  for (int64_t i = 0; i < padded; ++i)
-    c[i] = i < count && bottom[i] != 0 ? static_cast<F>(top[i] / bottom[i]) : F{};
+  for (int64_t i = 0; i < padded; ++i) c[i] = bottom[i] != 0 ? static_cast<F>(top[i] / bottom[i]) : F{};
 }
 
 }  // namespace
@@ -179,21 +195,24 @@ std::tuple<Tensor, Tensor> cpu::weight_norm_bwd(Tensor grad, Tensor norm, Tensor
   Tensor grad_B =
       need_B ? torch::stable::new_empty(lora_B, {size_B, 2}) : torch::stable::new_empty(lora_B, {none, 1});
   if (!need_A && !need_B) return {grad_A, grad_B};
+  if (v.rows == 0 || v.cols == 0 || v.rank == 0) {
+    torch::stable::zero_(grad_A);
+    torch::stable::zero_(grad_B);
+    return {grad_A, grad_B};
+  }
   const PackedAdapter adapter(v);
-  const Tensor* of_A = need_A ? &grad_A : nullptr;
-  const Tensor* of_B = need_B ? &grad_B : nullptr;
-  const Tensor* p_out = v.transposed ? of_A : of_B;
-  const Tensor* q_out = v.transposed ? of_B : of_A;
-  const int64_t p_dim = v.transposed ? 1 : 0, q_dim = v.transposed ? 0 : 1;
+  const GradOut of_A{need_A ? &grad_A : nullptr, 1}, of_B{need_B ? &grad_B : nullptr, 0};
+  const GradOut p_out = v.transposed ? of_A : of_B, q_out = v.transposed ? of_B : of_A;
   const int64_t padded = round_up(lines, kTileCols);
   Scratch<char> coefficients(padded * (v.wide ? 8 : 4));
   const NormGrad g{v, adapter, coefficients.data(), per_output != v.transposed};
+  const bool dealt = !g.by_rows && adapter.layout.dealt;
   if (v.wide) {
-    fill_coefficients(reinterpret_cast<double*>(coefficients.data()), grad, norm, padded);
-    norm_grads<double>(g, p_out, p_dim, q_out, q_dim);
+    fill_coefficients(reinterpret_cast<double*>(coefficients.data()), grad, norm, padded, dealt);
+    norm_grads<double>(g, p_out, q_out);
   } else {
-    fill_coefficients(reinterpret_cast<float*>(coefficients.data()), grad, norm, padded);
-    norm_grads<float>(g, p_out, p_dim, q_out, q_dim);
+    fill_coefficients(reinterpret_cast<float*>(coefficients.data()), grad, norm, padded, dealt);
+    norm_grads<float>(g, p_out, q_out);
   }
   return {grad_A, grad_B};
 }

@@ -14,14 +14,19 @@ bool needs_redo(double squares, bool wide) {
   return !(squares >= (wide ? 1e-280 : 1e-24) && squares <= (wide ? 1e300 : 1e36));
 }
 
-template <class F, class T>
-LORA_FAST_INLINE Vec<F> value(const T* w, const F* c, Vec<F> s) {
-  return load<F>(w) + s * load<F>(c);
+// The next tile's part of this row: more rows are read side by side than the processor's own prefetcher
+// follows.
+template <class T>
+LORA_FAST_INLINE void prefetch_next(const T* w) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+#pragma GCC unroll 16
+  for (int64_t k = 0; k < kTileCols; k += kLine) __builtin_prefetch(w + kTileCols + k);
 }
 
 template <class F, class T>
-LORA_FAST_INLINE Vec<F> value_n(const T* w, const F* c, Vec<F> s, int64_t n) {
-  return load_n<F>(w, n) + s * load_n<F>(c, n);
+LORA_FAST_INLINE Strip<F> strip_of(const T* w, const F* c, Vec<F> s, int64_t cols) {
+  const Strip<F> x = load_strip_n<F>(w, cols), update = load_packed(c);
+  return {x.even + s * update.even, x.odd + s * update.odd};
 }
 
 // squares[i] for the blocks of kTileRows rows in [begin, end)
@@ -41,19 +46,20 @@ LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& a
       for (int64_t r = 0; r < rows; ++r) {
         const T* w_row = w.data + r * w.stride;
         const F* c_row = c + r * kTileCols;
+        prefetch_next(w_row);
         Vec<F> even{}, odd{};
         if (cols == kTileCols) {
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < kTileCols; k += 2 * kLanes) {
-            const Vec<F> a = value(w_row + k, c_row + k, s);
-            const Vec<F> b = value(w_row + k + kLanes, c_row + k + kLanes, s);
-            even += a * a;
-            odd += b * b;
+          for (int64_t k = 0; k < kTileCols; k += kStrip) {
+            const Strip<F> x = strip_of(w_row + k, c_row + k, s, kStrip);
+            even += x.even * x.even;
+            odd += x.odd * x.odd;
           }
         } else {
-          for (int64_t k = 0; k < cols; k += kLanes) {
-            const Vec<F> a = value_n(w_row + k, c_row + k, s, cols - k);
-            even += a * a;
+          for (int64_t k = 0; k < cols; k += kStrip) {
+            const Strip<F> x = strip_of(w_row + k, c_row + k, s, cols - k);
+            even += x.even * x.even;
+            odd += x.odd * x.odd;
           }
         }
         F* sum = sums + r * kLanes;
@@ -64,43 +70,39 @@ LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& a
   }
 }
 
-// sums[j] += the squares of the same rows; sums [cols rounded up to kLanes]
+// sums[j] += the squares of the same rows; sums [cols rounded up to kTileCols], in the order of strips
 template <class F, class T>
 LORA_FAST_INLINE void square_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
                                      int64_t begin, int64_t end) {
   alignas(64) F c[kTileRows * kTileCols];
   alignas(64) T gathered[kTileRows * kTileCols];
   const Vec<F> s = splat(static_cast<F>(v.scaling));
-  constexpr int64_t kVecs = kTileCols / kLanes;
+  constexpr int64_t kStrips = kTileCols / kStrip;
   for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
     const int64_t rows = std::min(kTileRows, v.rows - i);
     for (int64_t j = 0; j < v.cols; j += kTileCols) {
       const int64_t cols = std::min(kTileCols, v.cols - j);
       rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
       const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
-      if (cols == kTileCols) {
-        Vec<F> total[kVecs] = {};
-        for (int64_t r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-          for (int64_t k = 0; k < kVecs; ++k) {
-            const Vec<F> a = value(w.data + r * w.stride + k * kLanes, c + r * kTileCols + k * kLanes, s);
-            total[k] += a * a;
-          }
+      Strip<F> total[kStrips] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* w_row = w.data + r * w.stride;
+        const F* c_row = c + r * kTileCols;
+        prefetch_next(w_row);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < kStrips; ++k) {
+          const int64_t left = cols - k * kStrip;
+          if (left <= 0) break;
+          const Strip<F> x = strip_of(w_row + k * kStrip, c_row + k * kStrip, s, left);
+          total[k].even += x.even * x.even;
+          total[k].odd += x.odd * x.odd;
         }
-#pragma GCC unroll 8
-        for (int64_t k = 0; k < kVecs; ++k) {
-          F* sum = sums + j + k * kLanes;
-          store<F>(sum, load<F>(sum) + total[k]);
-        }
-      } else {
-        for (int64_t k = 0; k < cols; k += kLanes) {
-          Vec<F> total{};
-          for (int64_t r = 0; r < rows; ++r) {
-            const Vec<F> a = value_n(w.data + r * w.stride + k, c + r * kTileCols + k, s, cols - k);
-            total += a * a;
-          }
-          store<F>(sums + j + k, load<F>(sums + j + k) + total);
-        }
+      }
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kStrips; ++k) {
+        F* sum = sums + j + k * kStrip;
+        const Strip<F> old = load_packed(sum);
+        store_packed<F>(sum, {old.even + total[k].even, old.odd + total[k].odd});
       }
     }
   }
@@ -179,7 +181,7 @@ void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
 
 template <class F>
 void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
-  const int64_t width = round_up(v.cols, kLanes);
+  const int64_t width = round_up(v.cols, kTileCols);
   const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
   const int64_t chunks = chunk_count(blocks, std::max<int64_t>(1, 65536 / (kTileRows * v.cols)));
   Scratch<F> sums(chunks * width);  // one row per chunk
@@ -191,8 +193,10 @@ void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms
   });
   Scratch<double> squares(v.cols);
   for (int64_t j = 0; j < v.cols; ++j) {
+    const int64_t at = adapter.layout.dealt ? dealt_position(j) : j;
     squares.data()[j] = 0;
-    for (int64_t c = 0; c < chunks; ++c) squares.data()[j] += static_cast<double>(sums.data()[c * width + j]);
+    for (int64_t c = 0; c < chunks; ++c)
+      squares.data()[j] += static_cast<double>(sums.data()[c * width + at]);
   }
   for_chunks(chunk_count(v.cols, 256), v.cols, [&](int64_t, int64_t begin, int64_t end) {
     write_norms(v, false, squares.data(), norms, begin, end);
