@@ -117,19 +117,24 @@ def records_table(row: Row) -> Table:
     for heading in ("", "ms", "p20 to p80", "× frozen", "peak MiB", "rounds"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, record in row.records.items():
-        ratio = f"{row.ratio(name, FROZEN):.2f}" if FROZEN in row.records else ""
-        table.add_row(name, f"{record.median_ms:.3g}", spread(record), ratio, mebibytes(record), str(record.rounds))
+        ratio = digits(row.ratio(name, FROZEN)) if FROZEN in row.records else ""
+        table.add_row(name, digits(record.median_ms), spread(record), ratio, mebibytes(record), str(record.rounds))
     for name, reason in row.left_out.items():
         table.add_row(name, Text(reason, style="yellow"))
     return table
 
 
 def spread(record: Record) -> str:
-    return f"{record.p20_ms:.3g} to {record.p80_ms:.3g}"
+    return f"{digits(record.p20_ms)} to {digits(record.p80_ms)}"
 
 
 def mebibytes(record: Record) -> str:
-    return f"{record.peak_bytes / 2**20:.3g}"
+    return digits(record.peak_bytes / 2**20)
+
+
+def digits(value: float) -> str:
+    """About three significant digits, without exponents."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ each function once, so that a ratio of two medians compares calls made side by s
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -69,10 +70,11 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Return `rounds[name]` times of each step, in seconds, from calls in turn.
 
-    A slow step takes part in fewer rounds, spread evenly over all of them, so that it meets the same weather. The order
-    turns by one from round to round: no step always runs behind the one that empties the cache.
+    A slow step takes part in fewer rounds, spread evenly over all of them, so that it meets the same weather. Every
+    round shuffles the order (the same way in every run): no step always runs behind the one that empties the cache.
     """
     names = list(steps)
+    order = random.Random(0)
     total = max(rounds.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
@@ -80,8 +82,8 @@ def alternate(
     gc.disable()
     try:
         for turn in range(total):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            order.shuffle(names)
+            for name in names:
                 if (turn + 1) * rounds[name] // total > turn * rounds[name] // total:
                     samples[name].append(_timed(steps[name]))
             if on_progress is not None:

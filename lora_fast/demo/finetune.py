@@ -40,7 +40,7 @@ LOSS_BAR = 1e-3
 ACCURACY_BAR = 0.01
 # On a machine busy with other work, training ends early rather than go on for long: after this time, but not before the
 # compared steps are done, both models at the same step. The noise has its own limit.
-TRAINING_SECONDS, NOISE_SECONDS = 90.0, 45.0
+TRAINING_SECONDS, NOISE_SECONDS = 70.0, 40.0
 
 Progress = Callable[[str, float], None]  # called with a stage and its finished fraction
 
@@ -184,14 +184,14 @@ def compare(train: list[Example], test: list[Example], *, steps: int, seed: int,
 
     begin = time.perf_counter()
     for done, batch in enumerate(data):
-        on_progress("fine-tuning, reference and lora_fast in turn", done / steps)
+        on_progress("fine-tuning, both in turn", done / steps)
         for run in runs.values():
             run.timed_step(batch)
         if done + 1 >= COMPARED_STEPS and time.perf_counter() - begin > TRAINING_SECONDS:
             break
-    on_progress("fine-tuning, reference and lora_fast in turn", 1.0)
+    on_progress("fine-tuning, both in turn", 1.0)
 
-    stage = f"the reference against itself: {threads_of_other} instead of {threads} threads, reversed rows"
+    stage = "reference against itself"
     begin = time.perf_counter()
     for done, batch in enumerate(data[:COMPARED_STEPS]):
         on_progress(stage, done / COMPARED_STEPS)
@@ -207,7 +207,7 @@ def compare(train: list[Example], test: list[Example], *, steps: int, seed: int,
         answers = predict(run.model, tokenizer, test)
         run.accuracy = sum(answer == example.label for answer, example in zip(answers, test, strict=True)) / len(test)
         run.peak_bytes = peak_bytes(partial(run.step, data[0]))
-        on_progress("held-out texts and peak memory", done / len(runs))
+        on_progress("held-out texts, memory", done / len(runs))
 
     reference_run, fast_run = runs.values()
     count = lora_fast.count_parameters(fast)

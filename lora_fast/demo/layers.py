@@ -38,7 +38,7 @@ def compare(cases: list[Case], *, on_progress: Callable[[str, float], None]) -> 
     for index, case in enumerate(cases):
 
         def report(fraction: float, done: float = float(index), of: int = len(cases)) -> None:
-            on_progress("one layer, every contender in turn", (done + fraction) / of)
+            on_progress("one layer, all in turn", (done + fraction) / of)
 
         inputs = layer.inputs_of(case)
         layers, left_out = layer.build(case.contenders, inputs)
@@ -46,7 +46,7 @@ def compare(cases: list[Case], *, on_progress: Callable[[str, float], None]) -> 
             steps = {name: make(built, inputs) for name, built in layers.items()}
             records = measure(
                 steps,
-                budget_s=0.5,
+                budget_s=0.3,
                 min_rounds=3,
                 warm_up=1,
                 on_progress=lambda fraction, half=half: report((half + fraction) / 2),

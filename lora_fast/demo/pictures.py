@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lora_fast.benchmarks.registry import FROZEN, Row
+from lora_fast.benchmarks.report import digits
 
 from .finetune import COMPARED_STEPS, LOSS_BAR, Comparison
 
@@ -88,7 +89,9 @@ def times(rows: Sequence[Row]) -> Figure:
     limit = 8 * max(row.ratio(name, FROZEN) for row in rows for name in row.records)
     for panel, row in zip(panels, rows, strict=True):
         ratios = {name: row.ratio(name, FROZEN) for name in row.records}
-        labels = [f"{_milliseconds(row.records[name].median_ms)}  ({_times(ratio)})" for name, ratio in ratios.items()]
+        labels = [
+            f"{_milliseconds(row.records[name].median_ms)}  ({digits(ratio)} ×)" for name, ratio in ratios.items()
+        ]
         _bars(panel, ratios, labels)
         panel.set(xscale="log", xlim=(0.5, limit))
         panel.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
@@ -107,11 +110,11 @@ def memory(rows: Sequence[Row]) -> Figure:
     limit = 1.35 * max(record.peak_bytes for row in rows for record in row.records.values()) / 2**20
     for panel, row in zip(panels, rows, strict=True):
         peaks = {name: record.peak_bytes / 2**20 for name, record in row.records.items()}
-        _bars(panel, peaks, [f"{value:.3g} MiB" for value in peaks.values()])
+        _bars(panel, peaks, [f"{digits(value)} MiB" for value in peaks.values()])
         weight = row.case.weight_bytes / 2**20
         panel.axvline(weight, color="#555", linewidth=0.8, linestyle=":")
         panel.set_xlim(0, limit)
-        panel.set_title(f"{row.case.size}; dotted: the weight itself, {weight:.3g} MiB", fontsize=10)
+        panel.set_title(f"{row.case.size}; dotted: the weight itself, {digits(weight)} MiB", fontsize=10)
     panels[-1].set_xlabel("MiB")
     figure.suptitle(f"Memory that a training step of {most} tokens takes at its peak", x=0.02, ha="left")
     return figure
@@ -126,14 +129,10 @@ def _panels(rows: Sequence[Row]) -> tuple[Figure, list[Axes]]:
 def _bars(panel: Axes, values: dict[str, float], labels: Sequence[str]) -> None:
     colours = [BASELINE if name == FROZEN else OURS if name.startswith("lora_fast") else OTHERS for name in values]
     bars = panel.barh(list(values), list(values.values()), color=colours, height=0.72)
-    panel.bar_label(bars, labels, padding=4, fontsize=8.5)
+    panel.bar_label(bars, labels, padding=4, fontsize=8.5, bbox={"color": "white", "pad": 0.5})
     panel.invert_yaxis()
     panel.tick_params(axis="y", length=0)
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f} ×" if ratio < 10 else f"{ratio:.0f} ×"
+    return f"{digits(value)} ms" if value < 1000 else f"{digits(value / 1000)} s"

@@ -218,11 +218,10 @@ def layer_sheets(rows: list[Row]) -> list[Sheet]:
     sheets = []
     for group in by_size_and_mode(rows):
         case = group[0].case
-        headings = [""]
-        for row in group:
-            headings += [f"{row.case.tokens} token{'s'[: row.case.tokens > 1]}, ms", "× frozen", "peak MiB"]
+        counts = [f"{row.case.tokens} token{'s'[: row.case.tokens > 1]}" for row in group]
         names = dict.fromkeys(name for row in group for name in row.records)
-        body = [[name, *(cell for row in group for cell in _cells(row, name))] for name in names]
+        body = [[name, *(_time(row, name) for row in group), _peak(group[-1], name)] for name in names]
+        headings = ["ms (× frozen)", *counts, f"MiB, {counts[-1]}"]
         missing = dict.fromkeys(f"{name}: {why}" for row in group for name, why in row.left_out.items())
         sheets.append(
             Sheet(f"{case.mode.capitalize()}, {case.size}, rank {case.rank}", headings, body, "; ".join(missing))
@@ -236,9 +235,9 @@ def detail_sheet(row: Row) -> Sheet:
     body = [
         [
             name,
-            f"{record.median_ms:.3g}",
+            benchmark_report.digits(record.median_ms),
             benchmark_report.spread(record),
-            f"{row.ratio(name, ours):.2f}" if ours in row.records else "",
+            benchmark_report.digits(row.ratio(name, ours)) if ours in row.records else "",
             benchmark_report.mebibytes(record),
             str(record.rounds),
         ]
@@ -247,11 +246,16 @@ def detail_sheet(row: Row) -> Sheet:
     return Sheet(row.case.title, ["", "median ms", "p20 to p80", f"× {ours}", "peak MiB", "calls"], body)
 
 
-def _cells(row: Row, name: str) -> list[str]:
+def _time(row: Row, name: str) -> str:
     record = row.records.get(name)
     if record is None:
-        return ["", "", ""]
-    return [f"{record.median_ms:.3g}", f"{row.ratio(name, FROZEN):.2f}", benchmark_report.mebibytes(record)]
+        return ""
+    return f"{benchmark_report.digits(record.median_ms)} ({benchmark_report.digits(row.ratio(name, FROZEN))})"
+
+
+def _peak(row: Row, name: str) -> str:
+    record = row.records.get(name)
+    return benchmark_report.mebibytes(record) if record else ""
 
 
 def _mean(values: list[float]) -> float:
