@@ -100,11 +100,11 @@ LORA_FAST_INLINE void convert_line(Out* dst, const In* src, int64_t stride, int6
 
 // A line of whole strips from the order of its columns to that of strips.
 template <class F>
-inline void deal(F* line, int64_t count) {
-  F strip[kStrip];
+LORA_FAST_INLINE void deal(F* line, int64_t count) {
   for (; count > 0; count -= kStrip, line += kStrip) {
-    std::copy(line, line + kStrip, strip);
-    for (int64_t c = 0; c < kStrip; ++c) line[dealt_position(c)] = strip[c];
+    Strip<F> strip = load_packed(line);
+    deal_strip(strip.even, strip.odd);
+    store_packed(line, strip);
   }
 }
 
@@ -129,24 +129,39 @@ LORA_FAST_INLINE void pack_panel(F* dst, const Factor& f, const RankLayout& layo
       F* line = dst + r * kTileCols;
       convert_line(line, src + r * f.stride_rank, 1, cols);
       std::fill(line + cols, line + kTileCols, F{});
-      if (layout.dealt) deal(line, kTileCols);
     }
+    if (layout.dealt) deal(dst, layout.rank * kTileCols);
     return;
   }
-  constexpr int64_t kPart = 64;
-  F line[kPart] = {};
-  for (int64_t r0 = 0; r0 < layout.rank; r0 += kPart) {
-    const int64_t count = std::min(kPart, layout.rank - r0);
-    for (int64_t o = 0; o < kTileCols; ++o) {
-      if (o < cols) {
-        convert_line(line, src + o * f.stride_outer + r0 * f.stride_rank, f.stride_rank, count);
-      } else if (o == cols) {
-        std::fill(line, line + count, F{});
+  for (int64_t o = 0; o < kTileCols; o += kLanes) {
+    const In* rows = src + o * f.stride_outer;
+    int64_t r = 0;
+    if constexpr (sizeof(F) == 4 && sizeof(In) <= 4) {
+      constexpr int64_t kBlock = 8 * 4 / sizeof(In);
+      if (f.stride_rank == 1 && o + kLanes <= cols) {
+        for (; r + kBlock <= layout.rank; r += kBlock) {
+          u32x16 words[8];
+          transpose_words(rows + r, f.stride_outer * static_cast<int64_t>(sizeof(In)), words);
+          for (int64_t w = 0; w < 8; ++w) {
+            F* out = dst + o + (r + w * kBlock / 8) * kTileCols;
+            if constexpr (sizeof(In) == 2) {
+              store<F>(out, widen(words[w] & 0xffffu, In{}));
+              store<F>(out + kTileCols, widen(words[w] >> 16, In{}));
+            } else {
+              store_bits(out, words[w]);
+            }
+          }
+        }
       }
-      F* out = dst + r0 * kTileCols + (layout.dealt ? dealt_position(o) : o);
-      for (int64_t r = 0; r < count; ++r) out[r * kTileCols] = line[r];
+    }
+    for (; r < layout.rank; ++r) {
+      F* out = dst + o + r * kTileCols;
+      const int64_t count = std::max<int64_t>(0, std::min(kLanes, cols - o));
+      convert_line(out, rows + r * f.stride_rank, f.stride_outer, count);
+      std::fill(out + count, out + kLanes, F{});
     }
   }
+  if (layout.dealt) deal(dst, layout.rank * kTileCols);
 }
 
 // The same for AMX: dst [kTileCols / 16][depth / 2][16][2]; whole strips of columns are written.
@@ -165,10 +180,13 @@ LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, const RankLay
         store_bits(out + r * kLanes, (low & 0xffffu) | (high << 16));
         store_bits(out + group + r * kLanes, (low >> 16) | (high & 0xffff0000u));
       }
-    } else if (whole && f.stride_rank == 1) {
-      for (int64_t c = 0; c < kStrip; ++c) {
-        uint16_t* to = out + c % 2 * group + c / 2 * 2;
-        for (int64_t r = 0; r < rank; r += 2) std::memcpy(to + r * kLanes, src + c * f.stride_outer + r, 4);
+    } else if (whole && f.stride_rank == 1 && rank % 16 == 0) {
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t r = 0; r < rank; r += 16) {
+          u32x16 pairs[8];
+          transpose_words(src + half * f.stride_outer + r, 4 * f.stride_outer, pairs);
+          for (int64_t p = 0; p < 8; ++p) store_bits(out + half * group + r * kLanes + p * kStrip, pairs[p]);
+        }
       }
     } else {
       std::memset(out, 0, static_cast<size_t>(2 * group) * sizeof(bf16));

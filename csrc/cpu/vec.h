@@ -203,6 +203,50 @@ LORA_FAST_INLINE void store_strip_n(T* p, Strip<F> s, int64_t n) {
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
+// The two vectors of a strip of F from the order of its columns to the dealt one.
+template <class V>
+LORA_FAST_INLINE void deal_strip(V& first, V& second) {
+  const V even =
+      __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  second = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  first = even;
+}
+
+// out[p] lane l = word p of row l, for sixteen rows of eight 32-bit words: 8 × 8 blocks are transposed by
+// exchanging one bit of the row with one bit of the word at a time.
+LORA_FAST_INLINE void transpose_words(const void* rows, int64_t row_bytes, u32x16 out[8]) {
+  const char* p = static_cast<const char*>(rows);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    std::memcpy(&out[i], p + i * row_bytes, 32);
+    std::memcpy(reinterpret_cast<char*>(&out[i]) + 32, p + (i + 8) * row_bytes, 32);
+  }
+  const auto exchange = [](u32x16& a, u32x16& b, auto step) __attribute__((always_inline)) {
+    const u32x16 x = a, y = b;
+    if constexpr (step == 1) {
+      a = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+      b = __builtin_shufflevector(x, y, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    } else if constexpr (step == 2) {
+      a = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      b = __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    } else {
+      a = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+      b = __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+  };
+  const std::integral_constant<int, 1> one{};
+  const std::integral_constant<int, 2> two{};
+  const std::integral_constant<int, 4> four{};
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) exchange(out[i], out[i + 1], one);
+  exchange(out[0], out[2], two);
+  exchange(out[1], out[3], two);
+  exchange(out[4], out[6], two);
+  exchange(out[5], out[7], two);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) exchange(out[i], out[i + 4], four);
+}
+
 // Two vectors as they lie, already in the order of the strip.
 template <class F>
 LORA_FAST_INLINE Strip<F> load_packed(const F* p) {
