@@ -1,8 +1,8 @@
 """Decides what to build, cpu | cuda | none, says which and why, and builds it. Metadata lives in pyproject.toml.
 
-``LORA_FAST_BUILD=cpu|cuda|none`` demands a kind and fails where it cannot be had. Unset, the best kind that this machine
-can build is taken, and the pure Python package where none can. What was decided is kept in ``lora_fast/_build.py``, so
-that the installed package can tell it.
+``LORA_FAST_BUILD=cpu|cuda|none`` demands a kind and fails where it cannot be had. Unset, the best kind that this
+machine can build is taken, and the pure Python package where none can. What was decided is kept in
+``lora_fast/_build.py``, so that the installed package can tell it.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
-def torch_version() -> str | None:
-    """The version of the torch in this environment; None if there is none."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    return torch.__version__
-
-
 def obstacle() -> str | None:
     """Why the CPU kernels cannot be built here; None if they can."""
-    version = torch_version()
-    if version is None:
-        return "torch is not importable (install torch, then use pip install --no-build-isolation)"
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
-        return f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}, whose stable ABI is used"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not there at build time (install it first, then use pip install --no-build-isolation)"
+    try:
+        import torch
+    except Exception as error:  # a broken torch fails in many ways
+        return f"torch cannot be imported: {error}"
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}, whose stable ABI is used"
     if sys.platform == "win32":
         return "the kernels are written for GCC and Clang"
     compiler = find_compiler()
     if compiler is None:
-        return f"no C++ compiler was found (CXX={os.environ['CXX']})" if os.environ.get("CXX") else "no C++ compiler was found"
-    trial = subprocess.run([compiler, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"], input="#include <optional>\n",
-                           capture_output=True, text=True, check=False)
+        named = f" (CXX={os.environ['CXX']})" if os.environ.get("CXX") else ""
+        return f"no C++ compiler was found{named}"
+    trial = subprocess.run(
+        [compiler, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"],
+        input="#include <optional>\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if trial.returncode != 0:
         return f"{compiler} does not compile C++20: {trial.stderr.strip().splitlines()[-1:]}"
     return None
@@ -79,7 +79,7 @@ def decide() -> tuple[str, str, bool]:
         raise BuildRefused(kind, "setup.py does not know how to build csrc/cuda")
     why_not = obstacle()
     if why_not is None:
-        return "cpu", "LORA_FAST_BUILD=cpu" if kind else f"torch {torch_version()} and {find_compiler()} were found", bool(kind)
+        return "cpu", "LORA_FAST_BUILD=cpu" if kind else f"torch and {find_compiler()} were found", bool(kind)
     if kind:
         raise BuildRefused(kind, why_not)
     return "none", why_not, False

@@ -1,0 +1,99 @@
+"""setup.py's decision, and what the sources may include."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+# What the stable ABI of torch is made of; every other header of torch ties a binary to one release.
+STABLE = ("torch/csrc/stable/", "torch/headeronly/")
+UNSTABLE = ("torch/", "ATen/", "c10/", "caffe2/")
+
+
+def includes(path: Path) -> list[str]:
+    return INCLUDE.findall(path.read_text(encoding="utf-8"))
+
+
+def test_there_are_sources() -> None:
+    assert {"module.cpp", "ops.cpp", "checks.h"} <= {path.name for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_only_stable_headers_of_torch_are_included(path: Path) -> None:
+    torchs = [name for name in includes(path) if name.startswith(UNSTABLE)]
+    assert [name for name in torchs if not name.startswith(STABLE)] == []
+
+
+def test_headers_for_other_projects_include_no_torch() -> None:
+    shared = [path for path in SOURCES if "include" in path.relative_to(ROOT / "csrc").parts]
+    assert [(path, name) for path in shared for name in includes(path) if name.startswith(UNSTABLE)] == []
+
+
+def test_the_module_includes_nothing_of_torch() -> None:
+    names = includes(ROOT / "csrc" / "module.cpp")
+    assert [name for name in names if name.startswith(UNSTABLE)] == []
+    assert any(name.startswith("pybind11/") for name in names)
+
+
+def decide(**variables: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py decides in this environment with these variables."""
+    environment = {name: value for name, value in os.environ.items() if name != "LORA_FAST_BUILD"} | variables
+    code = (
+        "import runpy; decision = runpy.run_path('setup.py', run_name='decision'); "
+        "print(decision['KIND'], decision['DEMANDED'], decision['REASON'])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"LORA_FAST_BUILD": "cuda"}, "no CUDA sources"),
+        ({"LORA_FAST_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "no C++ compiler was found (CXX=/nonexistent/c++)"),
+        ({"LORA_FAST_BUILD": "cpu", "CXX": "false"}, "does not compile C++20"),
+        ({"LORA_FAST_BUILD": "gpu"}, "must be one of cpu, cuda, none, got 'gpu'"),
+    ],
+    ids=["cuda", "no compiler", "broken compiler", "unknown"],
+)
+def test_a_demand_that_cannot_be_met_fails_with_the_reason(variables: dict[str, str], said: str) -> None:
+    done = decide(**variables)
+    assert done.returncode != 0
+    assert "LORA_FAST_BUILD" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "decision"),
+    [
+        ({"LORA_FAST_BUILD": "none"}, "none True LORA_FAST_BUILD=none"),
+        ({"CXX": "/nonexistent/c++"}, "none False no C++ compiler was found (CXX=/nonexistent/c++)"),
+        ({"CXX": "false"}, "none False"),
+    ],
+    ids=["demanded", "no compiler", "broken compiler"],
+)
+def test_the_pure_python_package_is_decided_with_a_reason(variables: dict[str, str], decision: str) -> None:
+    done = decide(**variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(decision)
+
+
+@pytest.mark.native
+def test_the_module_says_how_it_was_built() -> None:
+    from lora_fast import _C
+
+    info = _C.build_info()
+    assert info["kind"] == "cpu"
+    assert info["torch_target"] == "2.10"
+    assert set(info) == {"kind", "compiler", "torch", "torch_target", "isa"}
+    assert info["isa"][0] == "generic"
+    assert set(_C.cpu_features()) <= {"avx2", "avx512", "amx_bf16"}
