@@ -1,8 +1,8 @@
 """LoRA and DoRA at almost no cost on top of the frozen layer they adapt.
 
-    V    = W + s * lora_B @ lora_A                       # never built by lora_fast
-    lora = F.linear(x, V, bias)
-    dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
+V    = W + s * lora_B @ lora_A                       # never built by lora_fast
+lora = F.linear(x, V, bias)
+dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
 """
 
 from lora_fast import functional

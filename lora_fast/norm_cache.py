@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 
 class NormCache:
-    """The kept norm of one layer: two plain tensors (not buffers, which DDP would broadcast). Copies and pickles empty."""
+    """The kept norm of a layer: two plain tensors, no buffers (DDP would broadcast them). Copies and pickles empty."""
 
     def __init__(self) -> None:
         self.norm: Tensor | None = None
@@ -30,7 +30,7 @@ class NormCache:
         self.norm = self.key = None
 
     def tensors(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The kept norm [size] and its key int64 [KEY_LENGTH], or None where there is none that fits and can be made."""
+        """The kept norm [size] and its key int64 [KEY_LENGTH], or None where none fits and none can be made."""
         if not self._fits(size, dtype, device) and not torch.compiler.is_compiling():
             self.prepare(size, dtype, device)
         if self.norm is not None and self.key is not None and self._fits(size, dtype, device):

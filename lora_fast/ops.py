@@ -1,6 +1,6 @@
 """The contract: each op's schema, its kernel (which calls the backend's module) and its fake, one after the other.
 
-Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain, norm [N] (axis "output") or [K] ("input").
+Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain, norm [N] or, for axis "input", [K].
 ``backend`` is a resolved name ("torch", "cpu", …), never "auto". Outputs that were not asked for are empty tensors.
 Everything here is below autograd (:mod:`lora_fast.autograd`) and below validation (:mod:`lora_fast.functional`).
 """
@@ -47,9 +47,7 @@ def _norm_like(weight: Tensor, lora_A: Tensor, lora_B: Tensor, axis: str) -> Ten
 @_define(
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, str backend) -> Tensor norm"
 )
-def _weight_norm_fwd(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, backend: str
-) -> Tensor:
+def _weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, backend: str) -> Tensor:
     with _outside_autocast(weight):
         return backends.module(backend).weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
 
@@ -175,8 +173,8 @@ def _(
 
 
 @_define(
-    "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
-    "str axis, Tensor? product, Tensor? h, float dropout_p, Tensor? seed, bool[] needs, str backend) "
+    "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? gain, str axis, Tensor? product, Tensor? h, float dropout_p, Tensor? seed, bool[] needs, str backend) "
     "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_gain, Tensor grad_bias)"
 )
 def _lora_linear_bwd(

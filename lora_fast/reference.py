@@ -14,12 +14,14 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _upcast(compute_dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
+def _upcast(compute_dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Any]:
     if compute_dtype is None:
         double = any(t is not None and t.dtype == torch.float64 for t in tensors)
         compute_dtype = torch.float64 if double else torch.float32

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Case:
 
 _f64, _f32, _bf16, _f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 _SIZES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
-    # leading, N, K, R: plain, prime, ragged around vector and tile widths, rank 1 and above min(N, K), single rows and columns
+    # leading, N, K, R: plain, prime, ragged around vector and tile widths, rank 1 and above min(N, K), one row, column
     ((4, 8), 64, 96, 16),
     ((13,), 31, 37, 5),
     ((2, 3, 5), 33, 65, 17),
@@ -180,15 +181,16 @@ def scaled_dropout_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tenso
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory is filled with NaN, so that an element which nobody wrote shows."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its attribute is a property, which type checkers do not see
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
@@ -203,7 +205,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
         step()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded = profiler.profiler.kineto_results.events()
     events = [event for event in recorded if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

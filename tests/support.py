@@ -36,7 +36,7 @@ def check(
     tensors_of: Callable[[Inputs], Tensors],
     case: Case,
 ) -> None:
-    """Hold ``fast``, its output and all gradients, to the error budget of ``specification`` (it takes ``compute_dtype``).
+    """Hold ``fast``, its output and all gradients, to the error budget of ``specification`` (takes ``compute_dtype``).
 
     Errors are pooled over draws until there are enough numbers to compare a root mean square within 10%.
     """
@@ -54,7 +54,9 @@ def check(
             assert actual[name].shape == truth[name].shape, name
             pooled.setdefault(name, []).append((actual[name], eager[name], truth[name]))
     for name, results in pooled.items():
-        actual_, eager_, truth_ = (torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results))
+        actual_, eager_, truth_ = (
+            torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results, strict=True)
+        )
         if case.dtype == torch.float64:
             torch.testing.assert_close(actual_, truth_, rtol=1e-11, atol=1e-12)
         else:

@@ -73,7 +73,12 @@ BAD: dict[str, list[tuple[type[Exception], Any]]] = {
     "gain": [(ValueError, torch.rand(N + 1)), (TypeError, torch.ones(N, dtype=torch.int64))],
     "base": [(ValueError, torch.tensor(1.0)), (TypeError, torch.ones(T, N, dtype=torch.int64))],
     "h": [(ValueError, torch.randn(T + 1, R)), (ValueError, torch.randn(T, 0)), (TypeError, None)],
-    "scaling": [(ValueError, float("nan")), (ValueError, float("inf")), (TypeError, torch.tensor(0.5)), (TypeError, None)],
+    "scaling": [
+        (ValueError, float("nan")),
+        (ValueError, float("inf")),
+        (TypeError, torch.tensor(0.5)),
+        (TypeError, None),
+    ],
 }
 
 GRID = [
@@ -84,14 +89,15 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("function, name, error, value", GRID)
+@pytest.mark.parametrize(("function", "name", "error", "value"), GRID)
 def test_bad_argument(function: Callable, name: str, error: type[Exception], value: Any) -> None:
     given = {key: tensor for key, tensor in arguments().items() if key in TAKES[function]}
     before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor)}
     # a misshapen weight is found where it disagrees with the next tensor, whose name the message then bears
     with pytest.raises(error, match=rf"^({name}|lora_A|lora_B)?.*: got .*expected|^{name}: ") as caught:
         function(**{**given, name: value})
-    assert "got" in str(caught.value) and "expected" in str(caught.value)
+    assert "got" in str(caught.value)
+    assert "expected" in str(caught.value)
     for key, tensor in before.items():
         assert torch.equal(given[key], tensor)
 
@@ -109,7 +115,7 @@ def test_bad_axis(axis: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "error, options",
+    ("error", "options"),
     [
         (ValueError, {"dropout_p": -0.1}),
         (ValueError, {"dropout_p": 1.1}),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import Tensors, check, check_each_alone
 from torch import Tensor
 
 from lora_fast import functional, reference
 from lora_fast.testing import CASES, Case, Inputs, make_inputs, peak_bytes
-from support import Tensors, check, check_each_alone
 
 
 def tensors_of(inputs: Inputs, gain: bool) -> dict[str, Tensor | None]:

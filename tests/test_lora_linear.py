@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support import check, check_each_alone
 from torch import Tensor
 
 from lora_fast import functional, reference
@@ -18,7 +19,6 @@ from lora_fast.testing import (
     peak_bytes,
     scaled_dropout_mask,
 )
-from support import check, check_each_alone
 
 FORMS = ("lora", "gain", "output", "output-full", "input", "input-full")
 
@@ -56,9 +56,9 @@ def fast_and_specification(form: str, backend: str, **options):
     )
 
 
-# a norm over one element is |V|, so that in the reference V / n loses its rounding errors, and its error is no yardstick
+# a norm over one element is |V|: in the reference V / n loses its rounding errors, and its error is no yardstick
 @pytest.mark.parametrize(
-    "case, form",
+    ("case", "form"),
     [
         pytest.param(case, form, id=f"{case}-{form}")
         for case in CASES
@@ -132,7 +132,8 @@ def test_dropout_keeps_the_right_share_everywhere() -> None:
         assert float((share - 0.75).abs().max()) < 5 * (0.25 * 0.75 / n) ** 0.5
     neighbours = torch.corrcoef(torch.stack([mask[:, :-1].flatten(), mask[:, 1:].flatten()]))[0, 1]
     rows = torch.corrcoef(torch.stack([mask[:-1].flatten(), mask[1:].flatten()]))[0, 1]
-    other = torch.corrcoef(torch.stack([mask.flatten(), dropout_mask(torch.tensor(100), (2000, 1500), 0.25).double().flatten()]))
+    another = dropout_mask(torch.tensor(100), (2000, 1500), 0.25).double()
+    other = torch.corrcoef(torch.stack([mask.flatten(), another.flatten()]))
     assert max(abs(float(neighbours)), abs(float(rows)), abs(float(other[0, 1]))) < 5 * 3_000_000**-0.5
 
 
@@ -144,7 +145,8 @@ def test_gradcheck(form: str, p: float, backend: str) -> None:
     tensors = tensors_of(inputs, form)
     function = call(functional, inputs, form, dropout_p=p, seed=seed, backend=backend)
     torch.autograd.gradcheck(
-        lambda *values: function(**dict(zip(tensors, values))), tuple(t.requires_grad_() for t in tensors.values())
+        lambda *values: function(**dict(zip(tensors, values, strict=True))),
+        tuple(t.requires_grad_() for t in tensors.values()),
     )
 
 
@@ -276,7 +278,7 @@ def test_compiles_without_a_break(form: str, backend: str) -> None:
         y = candidate(**leaves)
         y.backward(inputs.grad_y)
         results.append([y, *(leaf.grad for leaf in leaves.values())])
-    for ours, theirs in zip(*results):
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -16,7 +16,8 @@ if sys.argv[1] == "fast":
     lora_fast.use_backend(sys.argv[2])
 N = K = 6144
 weight = torch.randn(N, 1).bfloat16().expand(N, K).contiguous()
-lora_A, lora_B, magnitude = (t.requires_grad_() for t in (torch.randn(16, K).bfloat16(), torch.randn(N, 16).bfloat16(), torch.rand(N)))
+lora_A, lora_B = torch.randn(16, K).bfloat16().requires_grad_(), torch.randn(N, 16).bfloat16().requires_grad_()
+magnitude = torch.rand(N).requires_grad_()
 x = torch.randn(8, K).bfloat16().requires_grad_()
 
 def step(call):
@@ -34,7 +35,8 @@ def peak(call):
     return resident() - before
 
 frozen = peak(lambda: torch.nn.functional.linear(x, weight))
-print(peak(lambda: module.dora_linear(x, weight, None, lora_A, lora_B, magnitude, 0.5, detach_norm=False)) - frozen, weight.nbytes)
+adapted = peak(lambda: module.dora_linear(x, weight, None, lora_A, lora_B, magnitude, 0.5, detach_norm=False))
+print(adapted - frozen, weight.nbytes)
 """
 
 

@@ -56,7 +56,7 @@ def test_backward(case: Case, axis: str, needs: tuple[bool, bool], backend: str)
         truth[dtype] = (true_A.grad, true_B.grad)
     # the truth's gradients are float64 sums rounded once to the leaf's dtype
     for name, leaf, needed, exact, eager in zip(
-        ("lora_A", "lora_B"), (lora_A, lora_B), needs, truth[torch.float64], truth[case.dtype]
+        ("lora_A", "lora_B"), (lora_A, lora_B), needs, truth[torch.float64], truth[case.dtype], strict=True
     ):
         assert (leaf.grad is not None) == needed
         if needed:
@@ -140,7 +140,8 @@ def test_zero_rows_have_a_finite_gradient(axis: str, backend: str) -> None:
     norm = functional.weight_norm(weight, lora_A, lora_B, 0.7, axis=axis, backend=backend)
     norm.sum().backward()
     assert torch.equal(norm, torch.zeros_like(norm))
-    assert torch.equal(lora_A.grad, torch.zeros_like(lora_A)) and torch.equal(lora_B.grad, torch.zeros_like(lora_B))
+    assert torch.equal(lora_A.grad, torch.zeros_like(lora_A))
+    assert torch.equal(lora_B.grad, torch.zeros_like(lora_B))
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])

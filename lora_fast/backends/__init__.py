@@ -19,7 +19,7 @@ ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of choice: the first row whose device, ops and dtypes match, and that is there, is taken."""
+    """One line of the table of choice: the first whose device, ops and dtypes match, and that is there, is taken."""
 
     backend: str
     devices: tuple[str, ...]  # device types; () is any
@@ -77,7 +77,7 @@ def extension_status() -> tuple[bool, str, dict]:
             from lora_fast.backends import cpu
 
             _extension = (True, "loaded", cpu.load())
-        except Exception as error:  # a broken binary raises anything from ImportError to OSError: it is reported, not hidden
+        except Exception as error:  # a broken binary raises anything from ImportError to OSError; it is reported
             _extension = (False, _why_missing(error), {})
     return _extension
 

@@ -191,6 +191,7 @@ def gain_bwd(
     for tokens in _token_chunks(*grad.shape):
         chunk = grad[tokens].to(dtype)
         if need_scaled:
+            assert gain is not None
             scaled[tokens] = (chunk * gain).to(grad.dtype)
         if need_gain:
             assert product is not None
