@@ -48,7 +48,9 @@ def rows(threads: None, pytestconfig: pytest.Config) -> Iterator[list[Row]]:
         console.print(f"written to {path}")
 
 
-@pytest.mark.parametrize("case", layer.speed_cases(), ids=lambda case: f"{case.subject}, {case.title}")
+@pytest.mark.parametrize(
+    "case", layer.speed_cases(), ids=lambda case: f"{case.subject}, {case.title}".replace("×", "x")
+)
 def test_layer(case: Case, rows: list[Row], benchmark: Any) -> None:
     row = layer.run(case)
     rows.append(row)

@@ -32,6 +32,7 @@ def provenance() -> dict[str, Any]:
         "device": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),  # far above the threads used here, others had their share of the cores
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
