@@ -2,6 +2,8 @@
 
 Kept for backward: x and, when the gain wants a gradient, the product before gain and bias [..., N] (law 2);
 h [..., R] and the parameters besides. The output is never kept: users write it in place.
+A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply binds the
+arguments to forward's signature at every call, which costs 50 µs for twelve named ones.
 """
 
 from __future__ import annotations
@@ -21,9 +23,7 @@ class WeightNormFunction(torch.autograd.Function):
     """norm = ‖W + s lora_B lora_A‖, from a norm that was already computed, with gradients to lora_A and lora_B."""
 
     @staticmethod
-    def forward(
-        norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, backend: str
-    ) -> Tensor:
+    def forward(norm: Tensor, *_: Any) -> Tensor:
         return norm.clone()
 
     @staticmethod
@@ -46,34 +46,19 @@ class LoraLinearFunction(torch.autograd.Function):
     """y = gain ⊙ (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias; axis "input" applies the gain to x instead."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        gain: Tensor | None,
-        scaling: float,
-        axis: str,
-        dropout_p: float,
-        seed: Tensor | None,
-        keep_product: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.lora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product, backend
-        )
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.lora_linear_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, lora_A, lora_B, gain, ctx.scaling, ctx.axis, ctx.dropout_p, seed, keep_product, ctx.backend = (
+        x, weight, bias, lora_A, lora_B, ctx.scaling, gain, ctx.axis, ctx.dropout_p, seed, keep_product, ctx.backend = (
             inputs
         )
         _, product, h = output
         ctx.mark_non_differentiable(product, h)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        need_A, need_B, need_gain = ctx.needs_input_grad[3:6]
+        _, _, _, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
         keep_x = need_A or (need_gain and ctx.axis == "input")
         ctx.save_for_backward(
             x if keep_x else None,
@@ -92,7 +77,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 12
         x, weight, lora_A, lora_B, gain, product, h, seed = ctx.saved_tensors
-        need_x, _, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
+        need_x, _, need_bias, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
         needs = (need_x, need_A, need_B, need_gain, need_bias)
         grad_x, grad_A, grad_B, grad_gain, grad_bias = _ops.lora_linear_bwd(
             grad_y,
@@ -116,8 +101,9 @@ class LoraLinearFunction(torch.autograd.Function):
             _asked(grad_bias, need_bias, ctx.bias_dtype),
             _asked(grad_A, need_A),
             _asked(grad_B, need_B),
+            None,
             _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 
@@ -125,21 +111,12 @@ class LoraComposeFunction(torch.autograd.Function):
     """y = gain ⊙ (base + s h lora_Bᵀ) + bias."""
 
     @staticmethod
-    def forward(
-        base: Tensor,
-        h: Tensor,
-        lora_B: Tensor,
-        gain: Tensor | None,
-        bias: Tensor | None,
-        scaling: float,
-        keep_product: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return _ops.lora_compose_fwd(base, h, lora_B, scaling, gain, bias, keep_product, backend)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _ops.lora_compose_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, h, lora_B, gain, bias, ctx.scaling, keep_product, ctx.backend = inputs
+        _, h, lora_B, ctx.scaling, gain, bias, keep_product, ctx.backend = inputs
         product = output[1]
         ctx.mark_non_differentiable(product)
         ctx.set_materialize_grads(False)
@@ -152,7 +129,8 @@ class LoraComposeFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 8
         h, lora_B, gain, product = ctx.saved_tensors
-        need_base, need_h, need_B, need_gain, need_bias = needs = tuple(ctx.needs_input_grad[:5])
+        need_base, need_h, need_B, _, need_gain, need_bias, *_ = ctx.needs_input_grad
+        needs = (need_base, need_h, need_B, need_gain, need_bias)
         grad_base, grad_h, grad_B, grad_gain, grad_bias = _ops.lora_compose_bwd(
             grad_y, h, lora_B, ctx.scaling, gain, product, needs, ctx.backend
         )
@@ -160,9 +138,9 @@ class LoraComposeFunction(torch.autograd.Function):
             _asked(grad_y if gain is None else grad_base, need_base),
             _asked(grad_h, need_h),
             _asked(grad_B, need_B),
+            None,
             _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
             _asked(grad_bias, need_bias, ctx.bias_dtype),
-            None,
             None,
             None,
         )

@@ -103,7 +103,7 @@ def lora_linear(
             :func:`draw_seed`) determines; the mask is made again in backward, not kept.
 
     Returns:
-        [..., N] of x's dtype (autocast's under autocast). Kept for backward: x and, if gain requires grad, one [..., N].
+        [..., N] of x's dtype (autocast's under autocast). Kept for backward: x and, if gain wants a grad, one [..., N].
 
     Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
     """
@@ -141,7 +141,7 @@ def dora_linear(
         x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed: as for :func:`lora_linear`.
         magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
         norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
-        detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False gives the full gradient.
+        detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False: the full gradient.
         kept: as for :func:`weight_norm`; used when ``norm`` is None.
 
     Returns:
@@ -204,7 +204,8 @@ def lora_compose(
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
     name = resolve("lora_compose", backend, base.device.type, base.dtype)
-    y, _ = LoraComposeFunction.apply(base, h, lora_B, gain, bias, float(scaling), _wants_grad(gain), name)
+    compose = LoraComposeFunction.apply if torch.is_grad_enabled() else _ops.lora_compose_fwd
+    y, _ = compose(base, h, lora_B, float(scaling), gain, bias, _wants_grad(gain), name)
     return y
 
 
@@ -259,14 +260,15 @@ def _lora_linear(
         checks.check_dtype("x", x, weight.dtype, "weight")
     name = resolve("lora_linear", backend, device_type, x.dtype)
     keep_product = axis == "output" and _wants_grad(gain)
-    y, _, _ = LoraLinearFunction.apply(
+    linear = LoraLinearFunction.apply if torch.is_grad_enabled() else _ops.lora_linear_fwd
+    y, _, _ = linear(
         x,
         weight,
         bias,
         lora_A,
         lora_B,
-        gain,
         float(scaling),
+        gain,
         axis,
         float(dropout_p),
         seed if dropout_p > 0.0 else None,

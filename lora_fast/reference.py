@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
