@@ -74,9 +74,7 @@ def decide() -> tuple[str, str, bool]:
     if kind == "none":
         return "none", "LORA_FAST_BUILD=none", True
     if kind == "cuda":
-        if not list(ROOT.glob("csrc/cuda/*.cu")):
-            raise BuildRefused(kind, "this version has no CUDA sources")
-        raise BuildRefused(kind, "setup.py does not know how to build csrc/cuda")
+        raise BuildRefused(kind, "this version has no CUDA sources")
     why_not = obstacle()
     if why_not is None:
         return "cpu", "LORA_FAST_BUILD=cpu" if kind else f"torch and {find_compiler()} were found", bool(kind)
@@ -121,7 +119,7 @@ def extension() -> Extension:
     return CppExtension(
         "lora_fast._C",
         sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]),
-        # After torch's own, which carry a pybind11 that suits it; this one serves where they carry none.
+        # Where there is no pybind11, the one that torch carries is found.
         include_dirs=include_dirs,
         extra_compile_args=[
             "-std=c++20",
