@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
