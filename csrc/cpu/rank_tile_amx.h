@@ -19,7 +19,7 @@ class AmxScope {
   AmxScope& operator=(const AmxScope&) = delete;
 
  private:
-  bool active_;
+  [[maybe_unused]] bool active_;  // not read where AMX is not compiled in
 };
 
 // c [rows][kTileCols] = P Q, see RankLayout; p holds 16 or 32 rows, whichever covers rows.
