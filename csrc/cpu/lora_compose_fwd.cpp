@@ -1,4 +1,4 @@
-// base ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, each element read and rounded once.
+// out = gain ⊙ v + bias with v = base + s h lora_Bᵀ, each element read and rounded once.
 #include "adapted_weight.h"
 #include "ops.h"
 #include "packed.h"
@@ -8,8 +8,10 @@ namespace lora_fast {
 namespace {
 
 struct Compose {
-  void* base;     // [tokens, width]
-  void* product;  // the same, or null
+  const void* base;  // [tokens, width]
+  void* out;         // the same, may be base
+  void* product;     // the same, or null
+  int64_t ld_out;    // row stride of out and product
   ScalarType dtype;
   int64_t tokens, width;
   Factor lora_B;
@@ -21,10 +23,10 @@ struct Compose {
   const void* bias;
 };
 
-// x ← gain ⊙ v + bias, v = x + s c, product = v, for the first n columns of a strip
+// out = gain ⊙ v + bias, v = x + s c, product = v, for the first n columns of a strip
 template <class F, class T>
-LORA_FAST_INLINE void compose_strip(const Compose& op, T* x, T* product, const F* c, Vec<F> s, int64_t j,
-                                    int64_t n) {
+LORA_FAST_INLINE void compose_strip(const Compose& op, const T* x, T* out, T* product, const F* c,
+                                    Vec<F> s, int64_t j, int64_t n) {
   Strip<F> v = load_strip_n<F>(x, n);
   if (c != nullptr) {
     const Strip<F> update = load_packed(c);
@@ -39,7 +41,7 @@ LORA_FAST_INLINE void compose_strip(const Compose& op, T* x, T* product, const F
     const Strip<F> bias = load_packed(static_cast<const F*>(op.bias) + j);
     v = {v.even + bias.even, v.odd + bias.odd};
   }
-  store_strip_n<F>(x, v, n);
+  store_strip_n<F>(out, v, n);
 }
 
 // Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
@@ -54,11 +56,12 @@ LORA_FAST_INLINE void compose(const Compose& op, void* panel, int64_t begin, int
       const int64_t rows = std::min(kTileRows, op.tokens - i);
       if (op.h != nullptr) rank_tile(op.layout, op.h->at(i), panel, c, rows, cols);
       for (int64_t r = 0; r < rows; ++r) {
-        T* base = static_cast<T*>(op.base) + (i + r) * op.width + j;
-        T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.width + j : nullptr;
+        const T* base = static_cast<const T*>(op.base) + (i + r) * op.width + j;
+        T* out = static_cast<T*>(op.out) + (i + r) * op.ld_out + j;
+        T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.ld_out + j : nullptr;
         const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
         for (int64_t k = 0; k < cols; k += kStrip) {
-          compose_strip<F, T>(op, base + k, product != nullptr ? product + k : nullptr,
+          compose_strip<F, T>(op, base + k, out + k, product != nullptr ? product + k : nullptr,
                               c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
         }
       }
@@ -77,7 +80,7 @@ void compose_double(const Compose& op, void* panel, int64_t begin, int64_t end) 
 }  // namespace
 
 void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling, std::optional<Tensor> gain,
-                           std::optional<Tensor> bias, std::optional<Tensor> product) {
+                           std::optional<Tensor> bias, Tensor out, std::optional<Tensor> product) {
   check_matrix(base, "base");
   check_contiguous(base, "base");
   check_matrix(h, "h");
@@ -88,9 +91,12 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   check_size(lora_B, "lora_B", 1, rank);
   if (gain) check_wide(*gain, "gain", width);
   if (bias) check_vector(*bias, "bias", width);
+  check_same(out, "out", base, "base");
+  STD_TORCH_CHECK(out.stride(1) == 1, "out must have adjacent columns");
   if (product) {
     check_same(*product, "product", base, "base");
-    check_contiguous(*product, "product");
+    STD_TORCH_CHECK(product->stride(0) == out.stride(0) && product->stride(1) == 1,
+                    "product must have the strides of out");
   }
   if (tokens == 0 || width == 0) return;
   const bool wide = is_double(base) || is_double(h) || is_double(lora_B) || (gain && is_double(*gain)) ||
@@ -103,8 +109,10 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   if (rank > 0) packed_h.emplace(h_rows, tokens, layout, wide);
   if (gain) packed_gain.emplace(*gain, wide, dealt);
   if (bias) packed_bias.emplace(*bias, wide, dealt);
-  const Compose op{base.mutable_data_ptr(),
+  const Compose op{base.const_data_ptr(),
+                   out.mutable_data_ptr(),
                    product ? product->mutable_data_ptr() : nullptr,
+                   out.stride(0),
                    base.scalar_type(),
                    tokens,
                    width,

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> weight_norm_bwd(Tensor grad, Tensor norm, Tensor weig
                                            bool need_B);
 
 void lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling, std::optional<Tensor> gain,
-                      std::optional<Tensor> bias, std::optional<Tensor> product);
+                      std::optional<Tensor> bias, Tensor out, std::optional<Tensor> product);
 
 std::tuple<Tensor, Tensor, Tensor> lora_gain_bwd(Tensor grad_y, std::optional<Tensor> product,
                                                  std::optional<Tensor> gain, bool need_scaled, bool need_gain,
@@ -28,6 +28,12 @@ void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, s
 
 Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                    int64_t version);
+
+Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                             Tensor gain, std::optional<Tensor> bias, Tensor y,
+                             std::optional<Tensor> product);
+
+Tensor input_grad_small(Tensor grad_v, Tensor weight);
 
 int64_t scratch_peak_bytes(bool reset);
 

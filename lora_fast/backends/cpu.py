@@ -17,10 +17,13 @@ _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "bool per_output, bool need_A, bool need_B) -> (Tensor, Tensor)",
-    "lora_compose_fwd(Tensor(a!) base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
-    "Tensor(b!)? product) -> ()",
+    "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
+    "Tensor(a!) out, Tensor(b!)? product) -> ()",
     "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
+    "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",
@@ -80,7 +83,85 @@ def merge_weight(
     _c.merge_weight(weight, lora_A, lora_B, scaling, gain, axis == "output")
 
 
-_linear = SplitLinear(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout)
+class _CpuLinear(SplitLinear):
+    """For few tokens in bfloat16 on AMX, one native call reads W once; PyTorch's products otherwise."""
+
+    def lora_linear_fwd(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        axis: str,
+        dropout_p: float,
+        seed: Tensor | None,
+        keep_product: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x2 = x.reshape(-1, x.shape[-1])
+        # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
+        if (
+            gain is None
+            or gain.dtype != torch.float32
+            or axis == "input"
+            or dropout_p > 0.0
+            or lora_A.shape[0] > SMALL_RANK
+            or not _is_small(x2, weight, lora_A, lora_B)
+        ):
+            return super().lora_linear_fwd(
+                x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
+            )
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        product = y.new_empty(y.shape if keep_product else 0)
+        h = _c.lora_linear_small_fwd(
+            x2.contiguous(),
+            weight,
+            lora_A.contiguous(),
+            lora_B.contiguous(),
+            scaling,
+            gain.contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            y.view(x2.shape[0], -1),
+            product.view(x2.shape[0], -1) if keep_product else None,
+        )
+        return y, product, h.view(*x.shape[:-1], -1)
+
+    def _input_grad(
+        self,
+        grad_v: Tensor,
+        weight: Tensor,
+        grad_h: Tensor,
+        lora_A: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        if dropout_p > 0.0 or not _is_small(grad_v, weight):
+            return super()._input_grad(grad_v, weight, grad_h, lora_A, scaling, dropout_p, seed)
+        grad_x = _c.input_grad_small(grad_v.contiguous(), weight)
+        self.compose(grad_x, grad_h, lora_A.T, scaling, None, None, grad_x, None)
+        return grad_x
+
+
+SMALL_TOKENS = 32  # two AMX tiles; at 64 PyTorch's products are as fast
+SMALL_RANK = 128  # the rank step is not done in tiles here
+
+
+def _is_small(activation: Tensor, weight: Tensor, *factors: Tensor) -> bool:
+    """Whether the one-read kernels take these: bfloat16, 1 to 32 tokens, sizes of whole tiles, AMX."""
+    return (
+        0 < activation.shape[0] <= SMALL_TOKENS
+        and weight.stride(1) == 1
+        and weight.shape[0] % 32 == 0
+        and weight.shape[1] % 32 == 0
+        and all(tensor.dtype == torch.bfloat16 for tensor in (activation, weight, *factors))
+        and importlib.import_module("lora_fast._C").amx_enabled()
+    )
+
+
+_linear = _CpuLinear(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout)
 lora_linear_fwd = _linear.lora_linear_fwd
 lora_linear_bwd = _linear.lora_linear_bwd
 lora_compose_fwd = _linear.lora_compose_fwd

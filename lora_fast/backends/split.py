@@ -10,24 +10,31 @@ For backends whose products are PyTorch's (torch, cpu); a fused backend writes i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class SplitLinear:
-    """The linears of one backend, from its three passes over activations [T, N]."""
+    """The linears of one backend, from its three passes over activations [T, N].
 
-    compose_: Callable[..., None]
-    """(base, h, lora_B, scaling, gain, bias, product): base ← gain ⊙ v + bias, product ← v; v = base + s h lora_Bᵀ"""
-    gain_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(grad, product, gain, need_scaled, need_gain, need_bias) → (gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad)"""
-    dropout: Callable[[Tensor, Tensor, float], Tensor]
-    """(x, seed, p) → drop(x)"""
+    compose(base, h, lora_B, scaling, gain, bias, out, product): out ← gain ⊙ v + bias, product ← v,
+        v = base + s h lora_Bᵀ; out may be base, out and product may be column slices.
+    gain_bwd(grad, product, gain, need_scaled, need_gain, need_bias) → (gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad)
+    dropout(x, seed, p) → drop(x)
+    """
+
+    def __init__(
+        self,
+        compose: Callable[..., None],
+        gain_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        dropout: Callable[[Tensor, Tensor, float], Tensor],
+    ) -> None:
+        self.compose = compose
+        self.gain_bwd = gain_bwd
+        self.dropout = dropout
 
     def lora_linear_fwd(
         self,
@@ -46,20 +53,26 @@ class SplitLinear:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         x = self._scaled_input(x, gain, axis)
-        output_gain = gain if axis == "output" else None
-        # without a gain the bias goes into the product as in nn.Linear, so that lora_B = 0 gives its output to the bit
-        y = F.linear(x, weight, bias if output_gain is None else None).contiguous()
         h = F.linear(self._dropped(x, seed, dropout_p), lora_A.to(x.dtype))
+        if gain is None or axis == "input":
+            # one product with the bias in it, as nn.Linear's, so that lora_B = 0 gives its output to the bit
+            y = F.linear(x, weight, bias).contiguous()
+            self.compose(_rows(y), _rows(h), lora_B, scaling, None, None, _rows(y), None)
+            return y, y.new_empty(0), h
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         product = y.new_empty(y.shape if keep_product else 0)
-        self.compose_(
-            _rows(y),
-            _rows(h),
-            lora_B,
-            scaling,
-            output_gain,
-            None if output_gain is None else bias,
-            _rows(product) if keep_product else None,
-        )
+        x2, h2, y2 = _rows(x), _rows(h), _rows(y)
+        for columns in _column_chunks(y2):
+            self.compose(
+                F.linear(x2, weight[columns]).contiguous(),
+                h2,
+                lora_B[columns],
+                scaling,
+                gain[columns],
+                None if bias is None else bias[columns],
+                y2[:, columns],
+                _rows(product)[:, columns] if keep_product else None,
+            )
         return y, product, h
 
     def lora_linear_bwd(
@@ -105,8 +118,7 @@ class SplitLinear:
             dropped = self._dropped(self._scaled_input(x, gain, axis), seed, dropout_p)
             grad_A = _scaled_product(grad_h.T, _rows(dropped), scaling, lora_A)
         if need_input:
-            grad_x = grad_v @ weight.to(dtype)
-            self._add_adapter_grad(grad_x, grad_h, lora_A, scaling, dropout_p, seed)
+            grad_x = self._input_grad(grad_v, weight.to(dtype), grad_h, lora_A, scaling, dropout_p, seed)
             if scale_input:
                 x2 = _rows(x) if x is not None else None
                 grad_x, grad_gain, _ = self.gain_bwd(grad_x, x2, gain, need_x, need_gain, False)
@@ -126,7 +138,8 @@ class SplitLinear:
     ) -> tuple[Tensor, Tensor]:
         y = base.clone(memory_format=torch.contiguous_format)
         product = y.new_empty(y.shape if keep_product else 0)
-        self.compose_(_rows(y), _rows(h), lora_B, scaling, gain, bias, _rows(product) if keep_product else None)
+        kept = _rows(product) if keep_product else None
+        self.compose(_rows(y), _rows(h), lora_B, scaling, gain, bias, _rows(y), kept)
         return y, product
 
     def lora_compose_bwd(
@@ -169,21 +182,41 @@ class SplitLinear:
         assert seed is not None
         return self.dropout(_rows(x), seed, dropout_p).view(x.shape)
 
-    def _add_adapter_grad(
+    def _input_grad(
         self,
-        grad_x: Tensor,
+        grad_v: Tensor,
+        weight: Tensor,
         grad_h: Tensor,
         lora_A: Tensor,
         scaling: float,
         dropout_p: float,
         seed: Tensor | None,
-    ) -> None:
-        """grad_x += s drop(grad_h lora_A)"""
-        if dropout_p == 0.0:
-            self.compose_(grad_x, grad_h, lora_A.T, scaling, None, None, None)
-        else:
+    ) -> Tensor:
+        """grad_v W + s drop(grad_h lora_A), [T, K]"""
+        if dropout_p > 0.0:
             assert seed is not None
-            grad_x.add_(self.dropout(grad_h @ lora_A.to(grad_h.dtype), seed, dropout_p), alpha=scaling)
+            dropped = self.dropout(grad_h @ lora_A.to(grad_h.dtype), seed, dropout_p)
+            return (grad_v @ weight).add_(dropped, alpha=scaling)
+        grad_x = grad_v.new_empty(grad_v.shape[0], weight.shape[1])
+        for columns in _column_chunks(grad_x):
+            product = (grad_v @ weight[:, columns]).contiguous()
+            self.compose(product, grad_h, lora_A[:, columns].T, scaling, None, None, grad_x[:, columns], None)
+        return grad_x
+
+
+def _column_chunks(out: Tensor) -> Iterator[slice]:
+    """Slices of the columns of out [T, N], narrow enough for a product to be in cache still when a pass follows.
+
+    At 512 tokens and 4096² in bfloat16 on 2 cores, four products and their passes took 0.9 of the time of one and
+    its pass; eight products took 1.8 of it. A GPU gets one.
+    """
+    tokens, width = out.shape
+    fits = (1 << 20) // max(1, tokens * out.element_size())
+    step = max(1024, fits - fits % 1024) if out.device.type == "cpu" else width
+    if tokens == 0 or width < 2 * step:
+        step = max(1, width)
+    for start in range(0, width, step):
+        yield slice(start, min(start + step, width))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -153,29 +153,28 @@ def merge_weight(
         weight[rows] = chunk.to(weight.dtype)
 
 
-def compose_(
+def compose(
     base: Tensor,
-    h: Tensor | None,
+    h: Tensor,
     lora_B: Tensor,
     scaling: float,
     gain: Tensor | None,
     bias: Tensor | None,
+    out: Tensor,
     product: Tensor | None,
 ) -> None:
-    """base ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, and product ← v where it is given."""
+    """out ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, and product ← v where it is given; out may be base."""
     dtype = accumulate_dtype(base)
     lora_B = lora_B.to(dtype)
     for tokens in _token_chunks(*base.shape):
-        v = base[tokens].to(dtype)
-        if h is not None:
-            v = v.add(F.linear(h[tokens].to(dtype), lora_B), alpha=scaling)
+        v = base[tokens].to(dtype).add(F.linear(h[tokens].to(dtype), lora_B), alpha=scaling)
         if product is not None:
             product[tokens] = v.to(base.dtype)
         if gain is not None:
             v = v * gain
         if bias is not None:
             v = v + bias
-        base[tokens] = v.to(base.dtype)
+        out[tokens] = v.to(base.dtype)
 
 
 def gain_bwd(
@@ -236,7 +235,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return torch.where(dropout_mask(seed, (x.shape[0], x.shape[1]), p), x / (1.0 - p), 0.0)
 
 
-_linear = SplitLinear(compose_, gain_bwd, dropout)
+_linear = SplitLinear(compose, gain_bwd, dropout)
 lora_linear_fwd = _linear.lora_linear_fwd
 lora_linear_bwd = _linear.lora_linear_bwd
 lora_compose_fwd = _linear.lora_compose_fwd

@@ -1,0 +1,166 @@
+#include "small_batch.h"
+
+#include <cstdlib>
+
+#if LORA_FAST_HAS_AMX
+
+#include <immintrin.h>
+
+#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
+
+namespace lora_fast {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+LORA_FAST_AMX void configure() {
+  TileConfig config;
+  __asm__ volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+LORA_FAST_AMX void release() {
+  _tile_release();
+}
+
+// The rows of W lie far apart, too many streams for the hardware's prefetcher.
+constexpr int64_t kAhead = 512;  // bytes
+
+LORA_FAST_AMX LORA_FAST_INLINE void prefetch_rows(const bf16* weight, int64_t ld, int64_t rows) {
+  const char* p = reinterpret_cast<const char*>(weight) + kAhead;
+  for (int64_t i = 0; i < rows; ++i) _mm_prefetch(p + i * ld * 2, _MM_HINT_T1);
+}
+
+// Registers: 0-3 hold C by (rows, tokens); 4, 5 two tiles of W; 6, 7 two of x.
+template <bool two_tiles>
+LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_t depth, float* c) {
+  constexpr int64_t tiles = two_tiles ? 2 : 1, c_stride = tiles * kTokenTile * 4;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (two_tiles) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kSmallDepth, x += tiles * kSmallDepth * kTokenTile) {
+    prefetch_rows(weight + k, ld, kSmallRows);
+    _tile_loadd(6, x, 64);
+    _tile_loadd(4, weight + k, ld * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, weight + 16 * ld + k, ld * 2);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (two_tiles) {
+      _tile_loadd(7, x + kSmallDepth * kTokenTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16 * tiles * kTokenTile, c_stride);
+  if constexpr (two_tiles) {
+    _tile_stored(2, c + kTokenTile, c_stride);
+    _tile_stored(3, c + 16 * tiles * kTokenTile + kTokenTile, c_stride);
+  }
+}
+
+// Strips that are paired at a time, so that memory is read 256 bytes of a row at a time.
+constexpr int64_t kGroup = 4;
+using Pairs = uint32_t[kGroup][2][16 * 16];
+
+// Rows n and n + 1 of 32 in pairs, the even columns and the odd ones apart: what a tile product wants of its second
+// operand.
+LORA_FAST_AMX LORA_FAST_INLINE void pair_rows(const bf16* weight, int64_t ld, int64_t strips, Pairs& pairs) {
+  constexpr __mmask32 odd_words = 0xaaaaaaaau;
+  for (int64_t p = 0; p < 16; ++p, weight += 2 * ld) {
+    for (int64_t s = 0; s < strips; ++s) {
+      const __m512i a = _mm512_loadu_si512(weight + s * kStrip), b = _mm512_loadu_si512(weight + ld + s * kStrip);
+      _mm512_store_si512(pairs[s][0] + 16 * p, _mm512_mask_blend_epi16(odd_words, a, _mm512_slli_epi32(b, 16)));
+      _mm512_store_si512(pairs[s][1] + 16 * p, _mm512_mask_blend_epi16(odd_words, _mm512_srli_epi32(a, 16), b));
+    }
+  }
+}
+
+// Registers: 0-3 hold C by (tokens, even | odd columns); 4, 5 two tiles of g; 6, 7 the pairs of W.
+template <bool two_tiles>
+LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips, float* c) {
+  constexpr int64_t c_stride = kStrip * 4, c_size = (two_tiles ? 2 : 1) * kTokenTile * kStrip;
+  // two buffers, so that the tile loads do not wait for the stores of the next group
+  alignas(64) Pairs pairs[2];
+  _tile_loadd(4, g, ld_g * 2);
+  if constexpr (two_tiles) _tile_loadd(5, g + kTokenTile * ld_g, ld_g * 2);
+  pair_rows(weight, ld, strips < kGroup ? strips : kGroup, pairs[0]);
+  for (int64_t first = 0, turn = 0; first < strips; first += kGroup, turn ^= 1) {
+    const int64_t left = strips - first, next = left - kGroup;
+    if (next > 0) {
+      pair_rows(weight + (first + kGroup) * kStrip, ld, next < kGroup ? next : kGroup, pairs[turn ^ 1]);
+    }
+    __asm__ volatile("" : : : "memory");  // the tile loads name no memory that they read
+    for (int64_t s = 0; s < (left < kGroup ? left : kGroup); ++s, c += c_size) {
+      _tile_loadd(0, c, c_stride);
+      _tile_loadd(6, pairs[turn][s][0], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(1, c + kLanes, c_stride);
+      _tile_loadd(7, pairs[turn][s][1], 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stored(0, c, c_stride);
+      _tile_stored(1, c + kLanes, c_stride);
+      if constexpr (two_tiles) {
+        float* lower = c + kTokenTile * kStrip;
+        _tile_loadd(2, lower, c_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(3, lower + kLanes, c_stride);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_stored(2, lower, c_stride);
+        _tile_stored(3, lower + kLanes, c_stride);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+SmallBatchTiles::SmallBatchTiles() {
+  configure();
+}
+
+SmallBatchTiles::~SmallBatchTiles() {
+  release();
+}
+
+void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c) {
+  __asm__ volatile("" : : : "memory");
+  (tiles == 2 ? forward<true> : forward<false>)(weight, ld, x, depth, c);
+  __asm__ volatile("" : : : "memory");
+}
+
+void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips, int64_t tiles,
+                    float* c) {
+  __asm__ volatile("" : : : "memory");
+  (tiles == 2 ? backward<true> : backward<false>)(g, ld_g, weight, ld, strips, c);
+  __asm__ volatile("" : : : "memory");
+}
+
+}  // namespace lora_fast
+
+#else
+
+namespace lora_fast {
+
+// amx_enabled() is false here, so that nothing calls these.
+SmallBatchTiles::SmallBatchTiles() = default;
+SmallBatchTiles::~SmallBatchTiles() = default;
+void small_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*) {
+  std::abort();
+}
+void small_backward(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {
+  std::abort();
+}
+
+}  // namespace lora_fast
+
+#endif
