@@ -65,19 +65,7 @@ def weight_norm(
     checks.check_adapter(weight, lora_A, lora_B, scaling)
     checks.check_frozen(weight)
     checks.check_axis(axis)
-    name = resolve("weight_norm", backend, weight.device.type, weight.dtype)
-    scaling = float(scaling)
-    size = weight.shape[0] if axis == "output" else weight.shape[1]
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
-    with torch.no_grad():
-        if kept_tensors is None:
-            norm = _ops.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis, name)
-        else:
-            norm = _ops.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, *kept_tensors, name)
-    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-        return WeightNormFunction.apply(norm, weight, lora_A, lora_B, scaling, axis, name)
-    return norm
+    return _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend)
 
 
 def lora_linear(
@@ -160,8 +148,7 @@ def dora_linear(
     checks.check_optional_vector("norm", norm, size, terms, weight.device)
     checks.check_dropout(dropout_p, seed)
     if norm is None:
-        A, B = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
-        norm = weight_norm(weight, A, B, scaling, axis=axis, kept=kept, backend=backend)
+        norm = _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend, detached=detach_norm)
     elif detach_norm:
         norm = norm.detach()
     gain = dora_gain(magnitude, norm)
@@ -237,6 +224,31 @@ def merge_weight(
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
     return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
+
+
+def _weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    kept: NormCache | None,
+    backend: str,
+    *,
+    detached: bool = False,
+) -> Tensor:
+    name = resolve("weight_norm", backend, weight.device.type, weight.dtype)
+    size = weight.shape[0] if axis == "output" else weight.shape[1]
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
+    with torch.no_grad():
+        if kept_tensors is None:
+            norm = _ops.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis, name)
+        else:
+            norm = _ops.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, *kept_tensors, name)
+    if not detached and torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+        return WeightNormFunction.apply(norm, weight, lora_A, lora_B, scaling, axis, name)
+    return norm
 
 
 def _lora_linear(

@@ -44,38 +44,65 @@ LORA_FAST_INLINE void compose_strip(const Compose& op, const T* x, T* out, T* pr
   store_strip_n<F>(out, v, n);
 }
 
-// Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
+// One tile: tokens [i, i + rows), columns [j, j + cols).
 template <class F, class T>
-LORA_FAST_INLINE void compose(const Compose& op, void* panel, int64_t begin, int64_t end) {
+LORA_FAST_INLINE void compose_tile(const Compose& op, const void* panel, int64_t i, int64_t rows, int64_t j,
+                                   int64_t cols) {
   alignas(64) F c[kTileRows * kTileCols];
   const Vec<F> s = splat(static_cast<F>(op.scaling));
-  for (int64_t j = begin * kTileCols; j < std::min(op.width, end * kTileCols); j += kTileCols) {
-    const int64_t cols = std::min(kTileCols, op.width - j);
-    if (op.h != nullptr) pack_panel_into(panel, op.lora_B, op.layout, op.wide, j, cols);
-    for (int64_t i = 0; i < op.tokens; i += kTileRows) {
-      const int64_t rows = std::min(kTileRows, op.tokens - i);
-      if (op.h != nullptr) rank_tile(op.layout, op.h->at(i), panel, c, rows, cols);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* base = static_cast<const T*>(op.base) + (i + r) * op.width + j;
-        T* out = static_cast<T*>(op.out) + (i + r) * op.ld_out + j;
-        T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.ld_out + j : nullptr;
-        const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
-        for (int64_t k = 0; k < cols; k += kStrip) {
-          compose_strip<F, T>(op, base + k, out + k, product != nullptr ? product + k : nullptr,
-                              c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
-        }
-      }
+  if (op.h != nullptr) rank_tile(op.layout, op.h->at(i), panel, c, rows, cols);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* base = static_cast<const T*>(op.base) + (i + r) * op.width + j;
+    T* out = static_cast<T*>(op.out) + (i + r) * op.ld_out + j;
+    T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.ld_out + j : nullptr;
+    const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
+    for (int64_t k = 0; k < cols; k += kStrip) {
+      compose_strip<F, T>(op, base + k, out + k, product != nullptr ? product + k : nullptr,
+                          c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
     }
   }
 }
 
-LORA_FAST_CLONES void compose_float(const Compose& op, void* panel, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose<float, T>(op, panel, begin, end))
+// Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
+template <class F, class T>
+LORA_FAST_INLINE void compose_columns(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  for (int64_t j = begin * kTileCols; j < std::min(op.width, end * kTileCols); j += kTileCols) {
+    const int64_t cols = std::min(kTileCols, op.width - j);
+    if (op.h != nullptr) pack_panel_into(panel, op.lora_B, op.layout, op.wide, j, cols);
+    for (int64_t i = 0; i < op.tokens; i += kTileRows)
+      compose_tile<F, T>(op, panel, i, std::min(kTileRows, op.tokens - i), j, cols);
+  }
 }
 
-void compose_double(const Compose& op, void* panel, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose<double, T>(op, panel, begin, end))
+// Token blocks [begin, end), all columns: memory is passed over row by row.
+template <class F, class T>
+LORA_FAST_INLINE void compose_rows(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
+  for (int64_t i = begin * kTileRows; i < std::min(op.tokens, end * kTileRows); i += kTileRows) {
+    for (int64_t j = 0; j < op.width; j += kTileCols) {
+      compose_tile<F, T>(op, panels.at(j), i, std::min(kTileRows, op.tokens - i), j,
+                         std::min(kTileCols, op.width - j));
+    }
+  }
 }
+
+LORA_FAST_CLONES void columns_float(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<float, T>(op, panel, begin, end))
+}
+
+void columns_double(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<double, T>(op, panel, begin, end))
+}
+
+LORA_FAST_CLONES void rows_float(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<float, T>(op, panels, begin, end))
+}
+
+void rows_double(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<double, T>(op, panels, begin, end))
+}
+
+// Fewer tokens than this leave too few blocks of them for the threads, and a whole packed lora_B to be read for little.
+constexpr int64_t kManyTokens = 8 * kTileRows;
 
 }  // namespace
 
@@ -123,12 +150,21 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
                    packed_h ? &*packed_h : nullptr,
                    packed_gain ? packed_gain->data() : nullptr,
                    packed_bias ? packed_bias->data() : nullptr};
+  if (tokens >= kManyTokens) {
+    const PackedPanels panels(columns, width, layout, wide);
+    const int64_t blocks = round_up(tokens, kTileRows) / kTileRows;
+    for_chunks(chunk_count(blocks, 1), blocks, [&](int64_t, int64_t begin, int64_t end) {
+      const AmxScope scope(layout.amx, layout.step);
+      (wide ? rows_double : rows_float)(op, panels, begin, end);
+    });
+    return;
+  }
   const int64_t blocks = round_up(width, kTileCols) / kTileCols;
   const int64_t grain = std::max<int64_t>(1, 16384 / (kTileCols * (tokens + rank)));
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
     const Scratch<char> panel(layout.depth * kTileCols * packed_size(layout, wide));
     const AmxScope scope(layout.amx, layout.step);
-    (op.wide ? compose_double : compose_float)(op, panel.data(), begin, end);
+    (wide ? columns_double : columns_float)(op, panel.data(), begin, end);
   });
 }
 
