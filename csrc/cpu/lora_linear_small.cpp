@@ -1,4 +1,5 @@
-// lora_linear for up to 32 tokens in bfloat16: one read of W each way, the rank step, gain and bias on the float32 sums.
+// lora_linear for up to 32 tokens in bfloat16: one read of W each way, the rank step, gain and bias on the
+// float32 sums.
 #include <cstring>
 
 #include "ops.h"
@@ -11,7 +12,8 @@ namespace {
 
 void check_small(const Tensor& tensor, const char* name) {
   check_matrix(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
 }
 
 // weight [N, K] with adjacent columns, both sizes multiples of a tile step
@@ -19,15 +21,17 @@ void check_small_weight(const Tensor& weight) {
   check_small(weight, "weight");
   STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
   STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
-                  "weight must have sizes that are multiples of 32");
-  STD_TORCH_CHECK(amx_enabled(), "this processor has no AMX-bf16");
+                  "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
+                  weight.size(1));
+  STD_TORCH_CHECK(amx_enabled(),
+                  "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
 }
 
 void check_tokens(const Tensor& tensor, const char* name) {
   check_small(tensor, name);
   check_contiguous(tensor, name);
-  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name, " must have 1 to 32 rows, got ",
-                  tensor.size(0));
+  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
+                  " must have 1 to 32 rows, got ", tensor.size(0));
 }
 
 const bf16* elements(const Tensor& tensor) {
@@ -48,14 +52,16 @@ bf16 narrow_one(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are missing.
+// A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are
+// missing.
 class PaddedRows {
  public:
   PaddedRows(const bf16* data, int64_t rows, int64_t cols, int64_t step)
       : padded_(rows % step == 0 ? 0 : round_up(rows, step) * cols), data_(data) {
     if (rows % step == 0) return;
     std::memcpy(padded_.data(), data, static_cast<size_t>(rows * cols) * sizeof(bf16));
-    std::memset(padded_.data() + rows * cols, 0, static_cast<size_t>((round_up(rows, step) - rows) * cols) * sizeof(bf16));
+    std::memset(padded_.data() + rows * cols, 0,
+                static_cast<size_t>((round_up(rows, step) - rows) * cols) * sizeof(bf16));
     data_ = padded_.data();
   }
   const bf16* data() const { return data_; }
@@ -65,8 +71,10 @@ class PaddedRows {
   const bf16* data_;
 };
 
-// x [tiles · 16][depth] as [depth / 32][tiles][16 pairs][16 tokens] of pairs, blocks [begin, end) of 32 columns
-LORA_FAST_CLONES void pack_tokens(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin, int64_t end) {
+// x [tiles · 16][depth] as [depth / 32][tiles][16 pairs][16 tokens] of pairs, blocks [begin, end) of 32
+// columns
+LORA_FAST_CLONES void pack_tokens(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin,
+                                  int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const bf16* rows = x + tile * kTokenTile * depth + block * kSmallDepth;
@@ -90,7 +98,7 @@ struct Small {
   bf16 *y, *product;
 };
 
-// The sums of 32 outputs, c [32][tiles · 16], to y and product [tokens, N].
+// turned [tokens][32] = c [32][tiles · 16] + s h lora_Bᵀ, the columns dealt (see Strip).
 template <int64_t tiles>
 LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t n, float (*turned)[kStrip]) {
   constexpr int64_t width = tiles * kTokenTile;
@@ -127,7 +135,7 @@ LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t n) {
 
 void forward_rows(const Small& op, int64_t begin, int64_t end) {
   alignas(64) float c[kSmallRows * kSmallTokens];
-  const SmallBatchTiles tiles;
+  const AmxScope scope(true, kSmallDepth);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t n = block * kSmallRows;
     small_forward(op.weight + n * op.ld, op.ld, op.x, op.tiles, op.K, c);
@@ -139,7 +147,7 @@ void forward_rows(const Small& op, int64_t begin, int64_t end) {
 void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float* scaled_h) {
   const PaddedRows rows(lora_A, op.R, op.K, kSmallRows);
   alignas(64) float c[kSmallRows * kSmallTokens];
-  const SmallBatchTiles tiles;
+  const AmxScope scope(true, kSmallDepth);
   const int64_t width = op.tiles * kTokenTile;
   for (int64_t r0 = 0; r0 < op.R; r0 += kSmallRows) {
     small_forward(rows.data() + r0 * op.K, op.K, op.x, op.tiles, op.K, c);
@@ -153,8 +161,8 @@ void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float
   }
 }
 
-LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t tiles, int64_t K, int64_t begin,
-                                   int64_t end) {
+LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t tiles, int64_t K,
+                                   int64_t begin, int64_t end) {
   for (int64_t strip = begin; strip < end; ++strip) {
     const float* tile = c + strip * tiles * kTokenTile * kStrip;
     for (int64_t t = 0; t < tokens; ++t)
@@ -164,8 +172,9 @@ LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, in
 
 }  // namespace
 
-Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
-                                  std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product) {
+Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                                  Tensor gain, std::optional<Tensor> bias, Tensor y,
+                                  std::optional<Tensor> product) {
   check_tokens(x, "x");
   check_small_weight(weight);
   check_adapter(weight, lora_A, lora_B);
@@ -176,10 +185,12 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   check_size(x, "x", 1, K);
   check_vector(gain, "gain", N);
-  STD_TORCH_CHECK(gain.scalar_type() == ScalarType::Float && gain.is_contiguous(), "gain must be contiguous float32");
+  STD_TORCH_CHECK(gain.scalar_type() == ScalarType::Float && gain.is_contiguous(),
+                  "gain must be contiguous float32");
   if (bias) {
     check_vector(*bias, "bias", N);
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(), "bias must be contiguous float32");
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
+                    "bias must be contiguous float32");
   }
   check_tokens(y, "y");
   check_size(y, "y", 0, tokens);
@@ -228,8 +239,9 @@ Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
   Tensor grad_x = torch::stable::new_empty(grad_v, {size, 2});
   const Scratch<float> sums(strips * strip_size);
   for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
-    std::memset(sums.data() + begin * strip_size, 0, static_cast<size_t>((end - begin) * strip_size) * sizeof(float));
-    const SmallBatchTiles registers;
+    std::memset(sums.data() + begin * strip_size, 0,
+                static_cast<size_t>((end - begin) * strip_size) * sizeof(float));
+    const AmxScope scope(true, kSmallDepth);
     for (int64_t n = 0; n < N; n += kSmallRows) {
       small_backward(rows.data() + n, N, elements(weight) + n * ld + begin * kStrip, ld, end - begin, tiles,
                      sums.data() + begin * strip_size);

@@ -11,24 +11,6 @@
 namespace lora_fast {
 namespace {
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-LORA_FAST_AMX void configure() {
-  TileConfig config;
-  __asm__ volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
-LORA_FAST_AMX void release() {
-  _tile_release();
-}
-
 // The rows of W lie far apart, too many streams for the hardware's prefetcher.
 constexpr int64_t kAhead = 512;  // bytes
 
@@ -72,22 +54,26 @@ LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_
 constexpr int64_t kGroup = 4;
 using Pairs = uint32_t[kGroup][2][16 * 16];
 
-// Rows n and n + 1 of 32 in pairs, the even columns and the odd ones apart: what a tile product wants of its second
-// operand.
+// Rows n and n + 1 of 32 in pairs, the even columns and the odd ones apart: what a tile product wants of its
+// second operand.
 LORA_FAST_AMX LORA_FAST_INLINE void pair_rows(const bf16* weight, int64_t ld, int64_t strips, Pairs& pairs) {
   constexpr __mmask32 odd_words = 0xaaaaaaaau;
   for (int64_t p = 0; p < 16; ++p, weight += 2 * ld) {
     for (int64_t s = 0; s < strips; ++s) {
-      const __m512i a = _mm512_loadu_si512(weight + s * kStrip), b = _mm512_loadu_si512(weight + ld + s * kStrip);
-      _mm512_store_si512(pairs[s][0] + 16 * p, _mm512_mask_blend_epi16(odd_words, a, _mm512_slli_epi32(b, 16)));
-      _mm512_store_si512(pairs[s][1] + 16 * p, _mm512_mask_blend_epi16(odd_words, _mm512_srli_epi32(a, 16), b));
+      const __m512i a = _mm512_loadu_si512(weight + s * kStrip),
+                    b = _mm512_loadu_si512(weight + ld + s * kStrip);
+      _mm512_store_si512(pairs[s][0] + 16 * p,
+                         _mm512_mask_blend_epi16(odd_words, a, _mm512_slli_epi32(b, 16)));
+      _mm512_store_si512(pairs[s][1] + 16 * p,
+                         _mm512_mask_blend_epi16(odd_words, _mm512_srli_epi32(a, 16), b));
     }
   }
 }
 
 // Registers: 0-3 hold C by (tokens, even | odd columns); 4, 5 two tiles of g; 6, 7 the pairs of W.
 template <bool two_tiles>
-LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips, float* c) {
+LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
+                            float* c) {
   constexpr int64_t c_stride = kStrip * 4, c_size = (two_tiles ? 2 : 1) * kTokenTile * kStrip;
   // two buffers, so that the tile loads do not wait for the stores of the next group
   alignas(64) Pairs pairs[2];
@@ -124,22 +110,14 @@ LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int
 
 }  // namespace
 
-SmallBatchTiles::SmallBatchTiles() {
-  configure();
-}
-
-SmallBatchTiles::~SmallBatchTiles() {
-  release();
-}
-
 void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c) {
   __asm__ volatile("" : : : "memory");
   (tiles == 2 ? forward<true> : forward<false>)(weight, ld, x, depth, c);
   __asm__ volatile("" : : : "memory");
 }
 
-void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips, int64_t tiles,
-                    float* c) {
+void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
+                    int64_t tiles, float* c) {
   __asm__ volatile("" : : : "memory");
   (tiles == 2 ? backward<true> : backward<false>)(g, ld_g, weight, ld, strips, c);
   __asm__ volatile("" : : : "memory");
@@ -152,8 +130,6 @@ void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
 namespace lora_fast {
 
 // amx_enabled() is false here, so that nothing calls these.
-SmallBatchTiles::SmallBatchTiles() = default;
-SmallBatchTiles::~SmallBatchTiles() = default;
 void small_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*) {
   std::abort();
 }

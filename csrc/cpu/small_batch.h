@@ -1,9 +1,10 @@
-// Products with a whole weight for a few tokens, which cost one read of the weight. bfloat16 on AMX only.
+// Products with a whole weight for a few tokens, which cost one read of the weight. bfloat16 on AMX only;
+// they run inside an AmxScope of step kSmallDepth, which makes every tile 16 rows of 64 bytes.
 #pragma once
 
 #include <cstdint>
 
-#include "vec.h"
+#include "rank_tile_amx.h"
 
 namespace lora_fast {
 
@@ -14,20 +15,13 @@ constexpr int64_t kSmallTokens = 32;
 constexpr int64_t kSmallRows = 32;
 constexpr int64_t kSmallDepth = 32;
 
-// Sets up and releases this thread's tiles, all 16 rows of 64 bytes.
-class SmallBatchTiles {
- public:
-  SmallBatchTiles();
-  ~SmallBatchTiles();
-  SmallBatchTiles(const SmallBatchTiles&) = delete;
-  SmallBatchTiles& operator=(const SmallBatchTiles&) = delete;
-};
-
-// c [32][tiles · 16] = W x for 32 rows of W (row stride ld elements); x packed as [depth / 32][tiles][16 pairs][16 tokens][2].
+// c [32][tiles · 16] = W x for 32 rows of W (row stride ld elements); x packed as
+// [depth / 32][tiles][16 pairs][16 tokens][2].
 void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c);
 
-// c [strips][tiles · 16][32] += g W for 32 rows of W (row stride ld elements) and `strips` strips of 32 columns;
-// g is [tiles · 16][32] with row stride ld_g. The columns of c are dealt (see Strip).
-void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips, int64_t tiles, float* c);
+// c [strips][tiles · 16][32] += g W for 32 rows of W (row stride ld elements) and `strips` strips of 32
+// columns; g is [tiles · 16][32] with row stride ld_g. The columns of c are dealt (see Strip).
+void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
+                    int64_t tiles, float* c);
 
 }  // namespace lora_fast
