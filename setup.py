@@ -1,8 +1,8 @@
 """Decides what to build, cpu | cuda | none, says which and why, and builds it. Metadata lives in pyproject.toml.
 
 ``LORA_FAST_BUILD=cpu|cuda|none`` demands a kind and fails where it cannot be had. Unset, the best kind that this
-machine can build is taken, and the pure Python package where none can. What was decided is kept in
-``lora_fast/_build.py``, so that the installed package can tell it.
+machine can build is taken, and the pure Python package where none can: the kernels are for Linux. What was decided is
+kept in ``lora_fast/_build.py``, so that the installed package can tell it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def find_compiler() -> str | None:
 
 def obstacle() -> str | None:
     """Why the CPU kernels cannot be built here; None if they can."""
+    if not sys.platform.startswith("linux"):
+        return f"the kernels are built on Linux only, and this is {sys.platform}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not there at build time (install it first, then use pip install --no-build-isolation)"
     try:
@@ -48,8 +50,6 @@ def obstacle() -> str | None:
         return f"torch cannot be imported: {error}"
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, MINIMUM_TORCH))}, whose stable ABI is used"
-    if sys.platform == "win32":
-        return "the kernels are written for GCC and Clang"
     compiler = find_compiler()
     if compiler is None:
         named = f" (CXX={os.environ['CXX']})" if os.environ.get("CXX") else ""
@@ -115,7 +115,6 @@ def extension() -> Extension:
         import pybind11
 
         include_dirs.append(pybind11.get_include())
-    linux = sys.platform.startswith("linux")
     return CppExtension(
         "lora_fast._C",
         sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]),
@@ -131,7 +130,7 @@ def extension() -> Extension:
             f'-DLORA_FAST_TORCH_VERSION="{torch.__version__}"',
         ],
         # The library is named, since the linker would drop it for want of an undefined symbol at that moment.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if linux else ["-ltorch"],
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
     )
 
 

@@ -43,11 +43,13 @@ def test_the_module_includes_nothing_of_torch() -> None:
     assert any(name.startswith("pybind11/") for name in names)
 
 
-def decide(**variables: str) -> subprocess.CompletedProcess[str]:
-    """What setup.py decides in this environment with these variables."""
+def decide(platform: str = sys.platform, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py decides in this environment with these variables, told that it runs on this platform."""
     environment = {name: value for name, value in os.environ.items() if name != "LORA_FAST_BUILD"} | variables
     code = (
-        "import runpy; decision = runpy.run_path('setup.py', run_name='decision'); "
+        # setuptools asks on its import; what it finds there is this machine's
+        f"import runpy, sys, setuptools.command.build_ext; sys.platform = {platform!r}; "
+        "decision = runpy.run_path('setup.py', run_name='decision'); "
         "print(decision['KIND'], decision['DEMANDED'], decision['REASON'])"
     )
     return subprocess.run(
@@ -85,6 +87,17 @@ def test_the_pure_python_package_is_decided_with_a_reason(variables: dict[str, s
     done = decide(**variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(decision)
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_the_kernels_are_for_linux(platform: str) -> None:
+    said = f"the kernels are built on Linux only, and this is {platform}"
+    done = decide(platform)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"none False {said}"
+    demanded = decide(platform, LORA_FAST_BUILD="cpu")
+    assert demanded.returncode != 0
+    assert f"LORA_FAST_BUILD=cpu was demanded, but {said}" in demanded.stderr
 
 
 @pytest.mark.native
