@@ -70,6 +70,16 @@ def test_against_the_reference(case: Case, form: str, backend: str) -> None:
     check(*fast_and_specification(form, backend), case)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [1, 16, 32, 33])
+def test_few_tokens_of_a_weight_of_whole_tiles(tokens: int, form: str, bias: bool, isa: str) -> None:
+    case = Case((tokens,), 96, 160, 16, torch.bfloat16, bias=bias)
+    check(*fast_and_specification(form, "cpu"), case)
+    inputs = make_inputs(case)
+    check_each_alone(call(functional, inputs, form, backend="cpu"), tensors_of(inputs, form), inputs.grad_y)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_gradient_alone(case: Case, form: str, backend: str) -> None:

@@ -37,24 +37,6 @@ SIZES = (
 LAYOUTS = ("contiguous", "transposed", "strided")
 
 
-@pytest.fixture(params=["amx", "vectors"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both ways to make a tile; where the processor has no AMX the first is the second."""
-    from lora_fast import _C
-
-    _C.allow_amx(request.param == "amx")
-    yield request.param
-    _C.allow_amx(True)
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     """Uninitialised memory is NaN, so that no unwritten element passes."""
@@ -62,14 +44,6 @@ def _poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def ops() -> object:
-    from lora_fast.backends import cpu
-
-    cpu.load()
-    return torch.ops.lora_fast_c
 
 
 def laid_out(matrix: Tensor, layout: str) -> Tensor:
@@ -174,26 +148,49 @@ def test_lora_compose_fwd(ops, isa, threads, dtype, adapter_dtype, tokens) -> No
         h = torch.randn(tokens, R).to(adapter_dtype)
         base = torch.randn(tokens, N).to(dtype)
         v = base.double() + 0.5 * h.double() @ lora_B.double().t()
+        factor = laid_out(lora_B, "transposed" if transposed else "contiguous")
         for gain, bias, wanted in itertools.product(
             (None, torch.randn(N)), (None, torch.randn(N).to(dtype)), (False, True)
         ):
-            y = base.clone()
-            product = torch.full_like(base, math.nan) if wanted else None
-            ops.lora_compose_fwd(
-                y, h, laid_out(lora_B, "transposed" if transposed else "contiguous"), 0.5, gain, bias, product
-            )
             expected = v if gain is None else v * gain.double()
             expected = expected if bias is None else expected + bias.double()
             tolerance = rounding(base, h) + EPS[dtype]
-            assert_near(y, expected, tolerance)
+
+            out = torch.full_like(base, math.nan)
+            product = torch.full_like(base, math.nan) if wanted else None
+            ops.lora_compose_fwd(base, h, factor, 0.5, gain, bias, out, product)
+            assert_near(out, expected, tolerance)
             if product is not None:
                 assert_near(product, v, tolerance)
+
+            in_place = base.clone()
+            ops.lora_compose_fwd(in_place, h, factor, 0.5, gain, bias, in_place, None)
+            assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@dtypes
+def test_lora_compose_fwd_writes_only_the_slice_of_columns(ops, isa, threads, dtype, adapter_dtype, tokens) -> None:
+    for N, _, R in SIZES:
+        lora_B, h = torch.randn(N, R).to(adapter_dtype), torch.randn(tokens, R).to(adapter_dtype)
+        base, gain, bias = torch.randn(tokens, N).to(dtype), torch.randn(N), torch.randn(N).to(dtype)
+        out, product = torch.empty_like(base), torch.empty_like(base)
+        ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, bias, out, product)
+        before = base.clone()
+        wide_out, wide_product = (torch.full((tokens, N + 9), 7.0, dtype=dtype) for _ in range(2))
+        columns = slice(5, 5 + N)
+        ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, bias, wide_out[:, columns], wide_product[:, columns])
+        assert torch.equal(base, before)
+        for wide, narrow in ((wide_out, out), (wide_product, product)):
+            assert torch.equal(wide[:, columns], narrow)
+            wide[:, columns] = 7.0
+            assert (wide == 7.0).all()
 
 
 def test_lora_compose_fwd_without_columns_of_h(ops) -> None:
     base = torch.randn(5, 37).bfloat16()
     y, gain = base.clone(), torch.randn(37)
-    ops.lora_compose_fwd(y, base[:, :0], torch.empty(37, 0).bfloat16(), 1.0, gain, None, None)
+    ops.lora_compose_fwd(y, base[:, :0], torch.empty(37, 0).bfloat16(), 1.0, gain, None, y, None)
     assert torch.equal(y, (base.float() * gain).bfloat16())
 
 
@@ -201,7 +198,7 @@ def test_lora_compose_fwd_leaves_base_to_the_bit_where_lora_B_is_zero(ops, isa) 
     for dtype in DTYPES:
         base = torch.randn(9, 77).to(dtype)
         y = base.clone()
-        ops.lora_compose_fwd(y, torch.randn(9, 4).to(dtype), torch.zeros(77, 4).to(dtype), 2.0, None, None, None)
+        ops.lora_compose_fwd(y, torch.randn(9, 4).to(dtype), torch.zeros(77, 4).to(dtype), 2.0, None, None, y, None)
         assert torch.equal(y, base)
 
 
@@ -318,7 +315,7 @@ def test_rounding_to_16_bits_is_pytorchs(ops, dtype) -> None:
     for values in (halves.float(), between, ties, specials):
         # 0 + 1 · values, through the gain
         y = torch.ones(1, values.numel(), dtype=dtype)
-        ops.lora_compose_fwd(y, y[:, :0], torch.empty(values.numel(), 0).to(dtype), 1.0, values, None, None)
+        ops.lora_compose_fwd(y, y[:, :0], torch.empty(values.numel(), 0).to(dtype), 1.0, values, None, y, None)
         expected = values.to(dtype)[None]
         assert torch.equal(y.isnan(), expected.isnan())
         numbers = ~expected.isnan()
@@ -358,7 +355,7 @@ def test_scratch_stays_far_below_the_weight(ops, isa, threads, dtype, adapter_dt
         "weight_norm_fwd": lambda: [ops.weight_norm_fwd(weight, lora_A, lora_B, 1.0, axis) for axis in (True, False)],
         "weight_norm_bwd": lambda: ops.weight_norm_bwd(norm, norm, weight, lora_A, lora_B, 1.0, True, True, True),
         "merge_weight": lambda: ops.merge_weight(weight, lora_A, lora_B, 1e-3, norm, True),
-        "lora_compose_fwd": lambda: ops.lora_compose_fwd(base, h, lora_B, 1.0, norm, None, None),
+        "lora_compose_fwd": lambda: ops.lora_compose_fwd(base, h, lora_B, 1.0, norm, None, base, None),
         "lora_gain_bwd": lambda: ops.lora_gain_bwd(base, base, norm, True, True, True),
     }
     for name, call in calls.items():
@@ -436,6 +433,13 @@ def test_content_key_reads_strided_factors(ops) -> None:
         assert keys_differ(before, ops.content_key(weight, strided, lora_B, 1.0, True, 0)) == [0]
 
 
+def compose(ops, **changed: Tensor) -> None:
+    """lora_compose_fwd of [5, 6] with some arguments changed."""
+    tensors = {name: torch.randn(5, 6) for name in ("base", "out", "product")} | changed
+    base, out, product = tensors.values()
+    ops.lora_compose_fwd(base, torch.randn(5, 2), torch.randn(6, 2), 1.0, None, None, out, product)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -445,7 +449,12 @@ def test_content_key_reads_strided_factors(ops) -> None:
         (lambda o, w, a, b: o.weight_norm_fwd(w.int(), a, b, 1.0, True), "weight must be float64"),
         (lambda o, w, a, b: o.merge_weight(w, a, b, 1.0, torch.ones(3), True), "gain must have size 5"),
         (lambda o, w, a, b: o.merge_weight(w, a, b, 1.0, torch.ones(5).half(), True), "gain must be float32"),
-        (lambda o, w, a, b: o.lora_compose_fwd(w.t(), a.t(), b, 1.0, None, None, None), "base must be contiguous"),
+        (lambda o, w, a, b: compose(o, base=w.t().contiguous().t()), "base must be contiguous"),
+        (lambda o, w, a, b: compose(o, out=w[:, :5]), "out must have size 6"),
+        (lambda o, w, a, b: compose(o, out=w.half()), "out must have the dtype of base"),
+        (lambda o, w, a, b: compose(o, out=w.t().contiguous().t()), "out must have adjacent columns"),
+        (lambda o, w, a, b: compose(o, product=w.bfloat16()), "product must have the dtype of base"),
+        (lambda o, w, a, b: compose(o, product=torch.empty(5, 7)[:, :6]), "product must have the strides of out"),
         (lambda o, w, a, b: o.lora_gain_bwd(w, None, None, False, True, False), "product must be given"),
         (lambda o, w, a, b: o.dropout(w, torch.tensor(1.0), 0.5), "seed must be one int64"),
         (lambda o, w, a, b: o.dropout(w, torch.tensor(1), 1.5), "p must be in"),

@@ -1,0 +1,279 @@
+"""The kernels for few tokens, which read the weight once: bfloat16 on AMX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_fast import functional
+from lora_fast.testing import Case, make_inputs, poisoned_memory
+
+pytestmark = pytest.mark.amx
+
+SIZES = ((32, 32), (32, 1024), (1024, 32), (64, 96), (96, 160), (160, 64), (1024, 1024))  # N, K
+RANKS = (1, 3, 16, 33, 100, 128)
+SCALING = 0.7
+UNIT = 2.0**-8  # largest relative error of rounding to bfloat16
+SUM = 2e-6  # and of a sum in float32, relative to the sum of magnitudes
+
+few_tokens = pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def column_slice(matrix: Tensor) -> Tensor:
+    """The same values in a wider matrix whose other columns are NaN."""
+    wide = matrix.new_full((matrix.shape[0], matrix.shape[1] + 40), math.nan)
+    return wide[:, 7 : 7 + matrix.shape[1]].copy_(matrix)
+
+
+def arguments(tokens: int, N: int, K: int, R: int) -> dict[str, Tensor]:
+    return {
+        "x": randn(tokens, K),
+        "weight": randn(N, K),
+        "lora_A": randn(R, K),
+        "lora_B": randn(N, R),
+        "gain": torch.randn(N),
+        "bias": torch.randn(N),
+    }
+
+
+def forward(ops, with_bias: bool = True, with_product: bool = True, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """(y, product, h) of lora_linear_small_fwd; y and product start as NaN, and the row behind them is left alone."""
+    x, weight, lora_A, lora_B, gain, bias = tensors.values()
+    tokens, N = x.shape[0], weight.shape[0]
+    y, product = (torch.full((tokens + 1, N), math.nan).bfloat16() for _ in range(2))
+    y[tokens], product[tokens] = 7.0, 7.0
+    h = ops.lora_linear_small_fwd(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        SCALING,
+        gain,
+        bias if with_bias else None,
+        y[:tokens],
+        product[:tokens] if with_product else None,
+    )
+    assert (y[tokens] == 7.0).all()
+    assert (product[tokens] == 7.0).all()
+    assert with_product or product[:tokens].isnan().all()
+    return y[:tokens], product[:tokens], h
+
+
+def assert_rounded(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+    """Each element is ``expected`` rounded to bfloat16, but for the error of its float32 sum of that ``magnitude``."""
+    assert actual.dtype == torch.bfloat16
+    assert actual.shape == expected.shape
+    assert ((actual.double() - expected).abs() <= UNIT * expected.abs() + 2 * SUM * magnitude).all()
+
+
+@few_tokens
+def test_lora_linear_small_fwd(ops, threads, tokens) -> None:
+    for (N, K), R in ((size, rank) for size in SIZES for rank in RANKS):
+        tensors = arguments(tokens, N, K, R)
+        x, weight, lora_A, lora_B, gain, bias = (tensor.double() for tensor in tensors.values())
+        y, product, h = forward(ops, **tensors)
+        assert_rounded(h, x @ lora_A.T, x.abs() @ lora_A.abs().T)
+        v = x @ weight.T + SCALING * h.double() @ lora_B.T
+        magnitude = x.abs() @ weight.abs().T + SCALING * h.double().abs() @ lora_B.abs().T
+        assert_rounded(product, v, magnitude)
+        assert_rounded(y, v * gain + bias, magnitude * gain.abs() + bias.abs())
+
+        without_product, _, _ = forward(ops, with_product=False, **tensors)
+        assert torch.equal(without_product, y)
+        without_bias, again, _ = forward(ops, with_bias=False, **tensors)
+        assert_rounded(without_bias, v * gain, magnitude * gain.abs())
+        assert torch.equal(again, product)
+        sliced = forward(ops, **{**tensors, "weight": column_slice(tensors["weight"])})
+        for one, other in zip(sliced, (y, product, h), strict=True):
+            assert torch.equal(one, other)
+
+
+@few_tokens
+def test_sums_that_float32_holds_exactly_come_out_to_the_bit(ops, threads, tokens) -> None:
+    """Small integers: h = x lora_Aᵀ, v and grad_v W have one right answer each."""
+    for (N, K), R in ((size, rank) for size in SIZES for rank in RANKS):
+        shapes = ((tokens, K), (N, K), (R, K), (N, R))
+        x, weight, lora_A, lora_B = (torch.randint(-4, 5, shape).bfloat16() for shape in shapes)
+        y, product = torch.full((tokens, N), math.nan).bfloat16(), torch.full((tokens, N), math.nan).bfloat16()
+        h = ops.lora_linear_small_fwd(x, weight, lora_A, lora_B, 0.5, torch.full((N,), 2.0), None, y, product)
+        assert torch.equal(h, (x.double() @ lora_A.double().T).bfloat16())
+        v = x.double() @ weight.double().T + 0.5 * h.double() @ lora_B.double().T
+        assert torch.equal(product, v.bfloat16())
+        assert torch.equal(y, (2 * v).bfloat16())
+        grad_v = torch.randint(-4, 5, (tokens, N)).bfloat16()
+        assert torch.equal(ops.input_grad_small(grad_v, weight), (grad_v.double() @ weight.double()).bfloat16())
+
+
+@few_tokens
+def test_input_grad_small(ops, threads, tokens) -> None:
+    for N, K in SIZES:
+        grad_v, weight = randn(tokens, N), randn(N, K)
+        grad_x = ops.input_grad_small(grad_v, weight)
+        assert_rounded(grad_x, grad_v.double() @ weight.double(), grad_v.double().abs() @ weight.double().abs())
+        assert torch.equal(ops.input_grad_small(grad_v, column_slice(weight)), grad_x)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tokens", [1, 15, 32])
+def test_nan_and_inf_reach_what_depends_on_them(ops, tokens, bad) -> None:
+    N, K, R = 96, 160, 33
+    clean = arguments(tokens, N, K, R)
+    results = forward(ops, **clean)
+    everything = (slice(None), slice(None))
+    row, column = (tokens - 1, slice(None)), (slice(None), 41)
+    # where it stands, and what of (y, product, h) depends on it; None is nothing
+    cases = {
+        "x": ((tokens - 1, 77), (row, row, row)),
+        "weight": ((41, 77), (column, column, None)),
+        "lora_A": ((32, 77), (everything, everything, (slice(None), 32))),
+        "lora_B": ((41, 32), (column, column, None)),
+        "gain": ((41,), (column, None, None)),
+        "bias": ((41,), (column, None, None)),
+    }
+    for name, (index, places) in cases.items():
+        tensors = {**clean, name: clean[name].clone()}
+        tensors[name][index] = bad
+        x, weight, _, lora_B, gain, bias = (tensor.double() for tensor in tensors.values())
+        y, product, h = forward(ops, **tensors)
+        v = x @ weight.T + SCALING * h.double() @ lora_B.T
+        expected = (v * gain + bias, v, x @ tensors["lora_A"].double().T)
+        for actual, wide, before, place in zip((y, product, h), expected, results, places, strict=True):
+            depends = torch.zeros(actual.shape, dtype=torch.bool)
+            if place is not None:
+                depends[place] = True
+            assert torch.equal(actual.isfinite(), ~depends), name
+            assert torch.equal(actual[~depends], before[~depends]), name
+            torch.testing.assert_close(actual[depends].double(), wide[depends], equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tokens", [1, 15, 32])
+def test_nan_and_inf_in_the_input_gradient(ops, tokens, bad) -> None:
+    grad_v, weight = randn(tokens, 96), randn(96, 160)
+    before = ops.input_grad_small(grad_v, weight)
+    spoiled_grad, spoiled_weight = grad_v.clone(), weight.clone()
+    spoiled_grad[tokens - 1, 41] = bad
+    spoiled_weight[41, 77] = bad
+    for grad, w, place in (
+        (spoiled_grad, weight, (tokens - 1, slice(None))),
+        (grad_v, spoiled_weight, (slice(None), 77)),
+    ):
+        grad_x = ops.input_grad_small(grad, w)
+        depends = torch.zeros(grad_x.shape, dtype=torch.bool)
+        depends[place] = True
+        assert torch.equal(grad_x.isfinite(), ~depends)
+        assert torch.equal(grad_x[~depends], before[~depends])
+        torch.testing.assert_close(grad_x[depends].double(), (grad.double() @ w.double())[depends], equal_nan=True)
+
+
+def test_the_bits_do_not_depend_on_the_threads(ops) -> None:
+    tensors, grad_v = arguments(17, 512, 2080, 33), randn(17, 512)  # above the least work of two threads
+    results, before = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append((*forward(ops, **tensors), ops.input_grad_small(grad_v, tensors["weight"])))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", lambda t: t.float(), "x must be bfloat16"),
+        ("x", lambda t: t.repeat(11, 1), "x must have 1 to 32 rows, got 33"),
+        ("x", lambda t: t[:0], "x must have 1 to 32 rows, got 0"),
+        ("x", lambda t: t[:, :32].contiguous(), "x must have size 64"),
+        ("x", transposed, "x must be contiguous"),
+        ("weight", lambda t: t.half(), "weight must be bfloat16"),
+        ("weight", lambda t: t[:48], "weight must have sizes that are multiples of 32, got 48 and 64"),
+        ("weight", lambda t: t[:, :40], "weight must have sizes that are multiples of 32, got 96 and 40"),
+        ("weight", transposed, "weight must have adjacent columns"),
+        ("lora_A", lambda t: t.float(), "lora_A must be bfloat16"),
+        ("lora_A", transposed, "lora_A must be contiguous"),
+        ("lora_B", lambda t: t.float(), "lora_B must be bfloat16"),
+        ("lora_B", lambda t: t[:, :2], "lora_B must have size 5"),
+        ("lora_B", transposed, "lora_B must be contiguous"),
+        ("gain", lambda t: t.double(), "gain must be contiguous float32"),
+        ("gain", lambda t: t[:5], "gain must have size 96"),
+        ("bias", lambda t: t.bfloat16(), "bias must be contiguous float32"),
+        ("bias", lambda t: t[::2], "bias must have size 96"),
+        ("y", lambda t: t.float(), "y must be bfloat16"),
+        ("y", lambda t: t[:, :32].contiguous(), "y must have size 96"),
+        ("y", lambda t: t[:2], "y must have size 3"),
+        ("y", transposed, "y must be contiguous"),
+        ("product", lambda t: t.float(), "product must have the dtype of y"),
+        ("product", transposed, "product must be contiguous"),
+    ],
+)
+def test_bad_input_of_the_forward_raises_with_the_arguments_name(ops, name, change, message) -> None:
+    tensors = {**arguments(3, 96, 64, 5), "y": randn(3, 96), "product": randn(3, 96)}
+    tensors[name] = change(tensors[name])
+    x, weight, lora_A, lora_B, gain, bias, y, product = tensors.values()
+    with pytest.raises(RuntimeError, match=message):
+        ops.lora_linear_small_fwd(x, weight, lora_A, lora_B, SCALING, gain, bias, y, product)
+
+
+@pytest.mark.parametrize(
+    ("grad_v", "weight", "message"),
+    [
+        (torch.ones(3, 96), randn(96, 64), "grad_v must be bfloat16"),
+        (randn(33, 96), randn(96, 64), "grad_v must have 1 to 32 rows, got 33"),
+        (randn(3, 64), randn(96, 64), "grad_v must have size 96"),
+        (transposed(randn(3, 96)), randn(96, 64), "grad_v must be contiguous"),
+        (randn(3, 96), torch.ones(96, 64), "weight must be bfloat16"),
+        (randn(3, 80), randn(80, 64), "weight must have sizes that are multiples of 32, got 80 and 64"),
+        (randn(3, 96), transposed(randn(96, 64)), "weight must have adjacent columns"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_of_the_gradient_raises_with_the_arguments_name(ops, grad_v, weight, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.input_grad_small(grad_v, weight)
+
+
+@pytest.mark.parametrize("isa", ["vectors"], indirect=True)
+def test_they_refuse_without_amx(ops, isa) -> None:
+    with pytest.raises(RuntimeError, match="weight needs AMX-bf16"):
+        forward(ops, **arguments(3, 96, 64, 5))
+    with pytest.raises(RuntimeError, match="weight needs AMX-bf16"):
+        ops.input_grad_small(randn(3, 96), randn(96, 64))
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33])
+def test_the_layer_calls_them_for_at_most_32_tokens(tokens) -> None:
+    inputs = make_inputs(Case((tokens,), 96, 160, 16, torch.bfloat16))
+    x = inputs.x.requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        y = functional.lora_linear(
+            x,
+            inputs.weight,
+            inputs.bias,
+            inputs.lora_A,
+            inputs.lora_B,
+            inputs.scaling,
+            inputs.gain["output"],
+            backend="cpu",
+        )
+        y.backward(inputs.grad_y)
+    called = {event.key for event in profiler.key_averages() if "small" in event.key}
+    expected = {"lora_fast_c::lora_linear_small_fwd", "lora_fast_c::input_grad_small"}
+    assert called == (expected if tokens <= 32 else set())
