@@ -1,8 +1,10 @@
 """LoRA and DoRA at almost no cost on top of the frozen layer they adapt.
 
-V    = W + s * lora_B @ lora_A                       # never built by lora_fast
-lora = F.linear(x, V, bias)
-dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
+    V    = W + s * lora_B @ lora_A                       # never built by lora_fast
+    lora = F.linear(x, V, bias)
+    dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
+
+Start with :func:`apply` for a whole model, :class:`LinearWithDoRA` for a layer, :mod:`lora_fast.functional` for a function.
 """
 
 from lora_fast import functional

@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Module):
     def unmerge_(self) -> None:
         """W ← W - s B A (LoRA), W ← W / gain - s B A (DoRA), in place, with the update that :meth:`merge_` put in.
 
-        What is restored, with u the unit roundoff of W's dtype (2^-9 bfloat16, 2^-12 float16, 2^-25 float32):
+        What is restored, with u the unit roundoff of W's dtype (2^-8 bfloat16, 2^-11 float16, 2^-24 float32):
 
         - after ``merge_(keep_base=True)``: W to the bit;
         - otherwise W within 2u (|W| + |W + s B A|) per element, plus (rank + 8) 2^-23 (|W| + |s| |B| |A|) of float32
