@@ -4,7 +4,8 @@
     lora = F.linear(x, V, bias)
     dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
 
-Start with :func:`apply` for a whole model, :class:`LinearWithDoRA` for a layer, :mod:`lora_fast.functional` for a function.
+Start with :func:`apply` for a whole model, :class:`LinearWithDoRA` for a layer,
+:mod:`lora_fast.functional` for a function.
 """
 
 from lora_fast import functional
