@@ -134,14 +134,13 @@ class _CpuLinear(SplitLinear):
         weight: Tensor,
         grad_h: Tensor,
         lora_A: Tensor,
-        scaling: float,
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
         if dropout_p > 0.0 or not _is_small(grad_v, weight):
-            return super()._input_grad(grad_v, weight, grad_h, lora_A, scaling, dropout_p, seed)
+            return super()._input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed)
         grad_x = _c.input_grad_small(grad_v.contiguous(), weight)
-        self.compose(grad_x, grad_h, lora_A.T, scaling, None, None, grad_x, None)
+        self.compose(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
 
 

@@ -2,7 +2,7 @@
 
     forward   base = x Wᵀ      h = drop(x) Aᵀ      y = gain ⊙ (base + s h Bᵀ) + bias
     backward  dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v  dbias = Σ_t dy
-              dh = dv B        dB = s dvᵀ h        dA = s dhᵀ drop(x)      dx = dv W + s drop(dh A)
+              dh = s dv B      dB = dvᵀ (s h)      dA = dhᵀ drop(x)        dx = dv W + drop(dh A)
 
 With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
 For backends whose products are PyTorch's (torch, cpu); a fused backend writes its own.
@@ -100,15 +100,15 @@ class SplitLinear:
         grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
         if need_B:
             assert h is not None
-            grad_B = _scaled_product(grad_v.T, _rows(h), scaling, lora_B)
+            grad_B = (grad_v.T @ (_rows(h) * scaling)).to(lora_B.dtype)
         if need_input or need_A:
-            grad_h = grad_v @ lora_B.to(dtype)
+            grad_h = (grad_v @ lora_B.to(dtype)).mul_(scaling)
         if need_A:
             assert x is not None
             dropped = self._dropped(self._scaled_input(x, gain, axis), seed, dropout_p)
-            grad_A = _scaled_product(grad_h.T, _rows(dropped), scaling, lora_A)
+            grad_A = (grad_h.T @ _rows(dropped)).to(lora_A.dtype)
         if need_input:
-            grad_x = self._input_grad(grad_v, weight.to(dtype), grad_h, lora_A, scaling, dropout_p, seed)
+            grad_x = self._input_grad(grad_v, weight.to(dtype), grad_h, lora_A, dropout_p, seed)
             if scale_input:
                 x2 = _rows(x) if x is not None else None
                 grad_x, grad_gain, _ = self.gain_bwd(grad_x, x2, gain, need_x, need_gain, False)
@@ -157,7 +157,7 @@ class SplitLinear:
         if need_h:
             grad_h = (grad_v @ lora_B.to(grad_v.dtype)).to(h.dtype).mul_(scaling).view(h.shape)
         if need_B:
-            grad_B = _scaled_product(grad_v.T, _rows(h).to(grad_v.dtype), scaling, lora_B)
+            grad_B = (grad_v.T @ (_rows(h).to(grad_v.dtype) * scaling)).to(lora_B.dtype)
         grad_base = grad_base.view(grad_y.shape) if need_base and gain is not None else grad_y.new_empty(0)
         return grad_base, grad_h, grad_B, grad_gain, grad_bias
 
@@ -178,25 +178,19 @@ class SplitLinear:
         weight: Tensor,
         grad_h: Tensor,
         lora_A: Tensor,
-        scaling: float,
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        """grad_v W + s drop(grad_h lora_A), [T, K]"""
+        """grad_v W + drop(grad_h lora_A), [T, K]; grad_h is scaled already"""
         if dropout_p > 0.0:
             assert seed is not None
             dropped = self.dropout(grad_h @ lora_A.to(grad_h.dtype), seed, dropout_p)
-            return (grad_v @ weight).add_(dropped, alpha=scaling)
+            return (grad_v @ weight).add_(dropped)
         grad_x = (grad_v @ weight).contiguous()
-        self.compose(grad_x, grad_h, lora_A.T, scaling, None, None, grad_x, None)
+        self.compose(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """[..., C] as [T, C]"""
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _scaled_product(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
-    """s · left @ right in the parameter's dtype"""
-    return (left @ right).to(like.dtype).mul_(scaling)
