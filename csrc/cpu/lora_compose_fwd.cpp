@@ -25,8 +25,8 @@ struct Compose {
 
 // out = gain ⊙ v + bias, v = x + s c, product = v, for the first n columns of a strip
 template <class F, class T>
-LORA_FAST_INLINE void compose_strip(const Compose& op, const T* x, T* out, T* product, const F* c,
-                                    Vec<F> s, int64_t j, int64_t n) {
+LORA_FAST_INLINE void compose_strip(const Compose& op, const T* x, T* out, T* product, const F* c, Vec<F> s,
+                                    int64_t j, int64_t n) {
   Strip<F> v = load_strip_n<F>(x, n);
   if (c != nullptr) {
     const Strip<F> update = load_packed(c);
@@ -76,7 +76,8 @@ LORA_FAST_INLINE void compose_columns(const Compose& op, void* panel, int64_t be
 
 // Token blocks [begin, end), all columns: memory is passed over row by row.
 template <class F, class T>
-LORA_FAST_INLINE void compose_rows(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
+LORA_FAST_INLINE void compose_rows(const Compose& op, const PackedPanels& panels, int64_t begin,
+                                   int64_t end) {
   for (int64_t i = begin * kTileRows; i < std::min(op.tokens, end * kTileRows); i += kTileRows) {
     for (int64_t j = 0; j < op.width; j += kTileCols) {
       compose_tile<F, T>(op, panels.at(j), i, std::min(kTileRows, op.tokens - i), j,
@@ -89,9 +90,8 @@ LORA_FAST_CLONES void columns_float(const Compose& op, void* panel, int64_t begi
   LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<float, T>(op, panel, begin, end))
 }
 
-void columns_double(const Compose& op, void* panel, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<double, T>(op, panel, begin, end))
-}
+void columns_double(const Compose& op, void* panel, int64_t begin, int64_t end){
+    LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<double, T>(op, panel, begin, end))}
 
 LORA_FAST_CLONES void rows_float(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
   LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<float, T>(op, panels, begin, end))
@@ -101,7 +101,8 @@ void rows_double(const Compose& op, const PackedPanels& panels, int64_t begin, i
   LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<double, T>(op, panels, begin, end))
 }
 
-// Fewer tokens than this leave too few blocks of them for the threads, and a whole packed lora_B to be read for little.
+// Fewer tokens than this leave too few blocks of them for the threads, and a whole packed lora_B to be read
+// for little.
 constexpr int64_t kManyTokens = 8 * kTileRows;
 
 }  // namespace

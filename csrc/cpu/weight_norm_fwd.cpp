@@ -14,13 +14,13 @@ bool needs_redo(double squares, bool wide) {
   return !(squares >= (wide ? 1e-280 : 1e-24) && squares <= (wide ? 1e300 : 1e36));
 }
 
-// The next tile's part of this row: more rows are read side by side than the processor's own prefetcher
-// follows.
+// The next tile's part of this row, into the second-level cache (rows of a power of two apart share few sets
+// of the first): more rows are read side by side than the processor's own prefetcher follows.
 template <class T>
 LORA_FAST_INLINE void prefetch_next(const T* w) {
   constexpr int64_t kLine = 64 / sizeof(T);
 #pragma GCC unroll 16
-  for (int64_t k = 0; k < kTileCols; k += kLine) __builtin_prefetch(w + kTileCols + k);
+  for (int64_t k = 0; k < kTileCols; k += kLine) __builtin_prefetch(w + kTileCols + k, 0, 2);
 }
 
 template <class F, class T>
