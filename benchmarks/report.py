@@ -34,7 +34,7 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),  # far above the threads used here, others had their share of the cores
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _commit(),
         "extension": {"loaded": loaded, "reason": reason, "build": build},

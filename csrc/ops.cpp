@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("lora_compose_fwd", TORCH_BOX(&cpu::lora_compose_fwd));
   m.impl("lora_gain_bwd", TORCH_BOX(&cpu::lora_gain_bwd));
   m.impl("lora_linear_small_fwd", TORCH_BOX(&cpu::lora_linear_small_fwd));
+  m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
   m.impl("input_grad_small", TORCH_BOX(&cpu::input_grad_small));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));

@@ -6,6 +6,7 @@ The schemas of ``lora_fast_c`` are defined here, and implemented by the extensio
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ _SCHEMAS = (
     "-> (Tensor, Tensor, Tensor)",
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
@@ -127,6 +131,49 @@ class _CpuLinear(SplitLinear):
             product.view(x2.shape[0], -1) if keep_product else None,
         )
         return y, product, h.view(*x.shape[:-1], -1)
+
+    def lora_linear_bwd(
+        self,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gain: Tensor | None,
+        axis: str,
+        product: Tensor | None,
+        h: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        grad_y2 = grad_y.reshape(-1, grad_y.shape[-1])
+        if (
+            (gain is not None and (axis == "input" or gain.dtype != torch.float32))
+            or dropout_p > 0.0
+            or lora_A.shape[0] > SMALL_RANK
+            or not _is_small(grad_y2, weight, lora_A, lora_B)
+        ):
+            return super().lora_linear_bwd(
+                grad_y, x, weight, lora_A, lora_B, scaling, gain, axis, product, h, dropout_p, seed, needs
+            )
+        rows = grad_y2.shape[0]
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = _c.lora_linear_small_bwd(
+            grad_y2.contiguous(),
+            None if x is None else x.reshape(rows, -1).contiguous(),
+            weight,
+            lora_A.contiguous(),
+            lora_B.contiguous(),
+            scaling,
+            None if gain is None else gain.contiguous(),
+            None if product is None else product.view(rows, -1),
+            None if h is None else h.view(rows, -1),
+            *needs,
+        )
+        if needs[0]:
+            grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
+        return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
     def _input_grad(
         self,

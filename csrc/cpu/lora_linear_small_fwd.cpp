@@ -1,75 +1,11 @@
-// lora_linear for up to 32 tokens in bfloat16: one read of W each way, the rank step, gain and bias on the
-// float32 sums.
-#include <cstring>
-
+// lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
+// sums.
 #include "ops.h"
 #include "parallel.h"
-#include "rank_tile.h"
-#include "small_batch.h"
+#include "small_common.h"
 
 namespace lora_fast {
 namespace {
-
-void check_small(const Tensor& tensor, const char* name) {
-  check_matrix(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16, got dtype number ",
-                  static_cast<int>(tensor.scalar_type()));
-}
-
-// weight [N, K] with adjacent columns, both sizes multiples of a tile step
-void check_small_weight(const Tensor& weight) {
-  check_small(weight, "weight");
-  STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
-  STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
-                  "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
-                  weight.size(1));
-  STD_TORCH_CHECK(amx_enabled(),
-                  "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
-}
-
-void check_tokens(const Tensor& tensor, const char* name) {
-  check_small(tensor, name);
-  check_contiguous(tensor, name);
-  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
-                  " must have 1 to 32 rows, got ", tensor.size(0));
-}
-
-const bf16* elements(const Tensor& tensor) {
-  return static_cast<const bf16*>(tensor.const_data_ptr());
-}
-
-float widen_one(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-bf16 narrow_one(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-
-// A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are
-// missing.
-class PaddedRows {
- public:
-  PaddedRows(const bf16* data, int64_t rows, int64_t cols, int64_t step)
-      : padded_(rows % step == 0 ? 0 : round_up(rows, step) * cols), data_(data) {
-    if (rows % step == 0) return;
-    std::memcpy(padded_.data(), data, static_cast<size_t>(rows * cols) * sizeof(bf16));
-    std::memset(padded_.data() + rows * cols, 0,
-                static_cast<size_t>((round_up(rows, step) - rows) * cols) * sizeof(bf16));
-    data_ = padded_.data();
-  }
-  const bf16* data() const { return data_; }
-
- private:
-  Scratch<bf16> padded_;
-  const bf16* data_;
-};
 
 // x [tiles · 16][depth] as [depth / 32][tiles][16 pairs][16 tokens] of pairs, blocks [begin, end) of 32
 // columns
@@ -161,15 +97,6 @@ void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float
   }
 }
 
-LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t tiles, int64_t K,
-                                   int64_t begin, int64_t end) {
-  for (int64_t strip = begin; strip < end; ++strip) {
-    const float* tile = c + strip * tiles * kTokenTile * kStrip;
-    for (int64_t t = 0; t < tokens; ++t)
-      store_strip<float>(out + t * K + strip * kStrip, load_packed(tile + t * kStrip));
-  }
-}
-
 }  // namespace
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -226,29 +153,6 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
   return h;
-}
-
-Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
-  check_tokens(grad_v, "grad_v");
-  check_small_weight(weight);
-  const int64_t tokens = grad_v.size(0), N = weight.size(0), K = weight.size(1), ld = weight.stride(0);
-  check_size(grad_v, "grad_v", 1, N);
-  const int64_t tiles = round_up(tokens, kTokenTile) / kTokenTile, strips = K / kStrip;
-  const PaddedRows rows(elements(grad_v), tokens, N, kTokenTile);
-  const int64_t size[] = {tokens, K}, strip_size = tiles * kTokenTile * kStrip;
-  Tensor grad_x = torch::stable::new_empty(grad_v, {size, 2});
-  const Scratch<float> sums(strips * strip_size);
-  for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
-    std::memset(sums.data() + begin * strip_size, 0,
-                static_cast<size_t>((end - begin) * strip_size) * sizeof(float));
-    const AmxScope scope(true, kSmallDepth);
-    for (int64_t n = 0; n < N; n += kSmallRows) {
-      small_backward(rows.data() + n, N, elements(weight) + n * ld + begin * kStrip, ld, end - begin, tiles,
-                     sums.data() + begin * strip_size);
-    }
-    round_strips(sums.data(), static_cast<bf16*>(grad_x.mutable_data_ptr()), tokens, tiles, K, begin, end);
-  });
-  return grad_x;
 }
 
 }  // namespace lora_fast

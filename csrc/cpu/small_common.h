@@ -1,0 +1,73 @@
+// What the two directions of the small-batch linear share.
+#pragma once
+
+#include <cstring>
+
+#include "../checks.h"
+#include "rank_tile.h"
+#include "small_batch.h"
+
+namespace lora_fast {
+
+inline void check_small(const Tensor& tensor, const char* name) {
+  check_matrix(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
+// weight [N, K] with adjacent columns, both sizes multiples of a tile step
+inline void check_small_weight(const Tensor& weight) {
+  check_small(weight, "weight");
+  STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
+  STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
+                  "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
+                  weight.size(1));
+  STD_TORCH_CHECK(amx_enabled(),
+                  "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
+}
+
+inline void check_tokens(const Tensor& tensor, const char* name) {
+  check_small(tensor, name);
+  check_contiguous(tensor, name);
+  STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
+                  " must have 1 to 32 rows, got ", tensor.size(0));
+}
+
+inline const bf16* elements(const Tensor& tensor) {
+  return static_cast<const bf16*>(tensor.const_data_ptr());
+}
+
+inline float widen_one(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline bf16 narrow_one(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are
+// missing.
+class PaddedRows {
+ public:
+  PaddedRows(const bf16* data, int64_t rows, int64_t cols, int64_t step)
+      : padded_(rows % step == 0 ? 0 : round_up(rows, step) * cols), data_(data) {
+    if (rows % step == 0) return;
+    std::memcpy(padded_.data(), data, static_cast<size_t>(rows * cols) * sizeof(bf16));
+    std::memset(padded_.data() + rows * cols, 0,
+                static_cast<size_t>((round_up(rows, step) - rows) * cols) * sizeof(bf16));
+    data_ = padded_.data();
+  }
+  const bf16* data() const { return data_; }
+
+ private:
+  Scratch<bf16> padded_;
+  const bf16* data_;
+};
+
+}  // namespace lora_fast

@@ -1,0 +1,109 @@
+"""lora_linear_small_bwd alone: every gradient against float64, every subset of them, padding and NaN."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = [pytest.mark.native, pytest.mark.amx]
+
+SIZES = [(1, 32, 32, 1), (2, 64, 96, 3), (15, 96, 64, 16), (16, 160, 1024, 17), (17, 1024, 160, 33), (32, 96, 160, 128)]
+
+
+def tensors(tokens: int, N: int, K: int, rank: int) -> dict[str, Tensor]:
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * scale).bfloat16()
+
+    return {
+        "grad_y": randn(tokens, N),
+        "x": randn(tokens, K),
+        "weight": randn(N, K, scale=K**-0.5),
+        "lora_A": randn(rank, K, scale=K**-0.5),
+        "lora_B": randn(N, rank),
+        "gain": torch.rand(N) + 0.5,
+        "product": randn(tokens, N),
+        "h": randn(tokens, rank),
+    }
+
+
+def call(ops, given: dict[str, Tensor], needs: tuple[bool, ...] = (True,) * 5, **changes) -> tuple[Tensor, ...]:
+    given = {**given, **changes}
+    return ops.lora_linear_small_bwd(
+        *(given[n] for n in ("grad_y", "x", "weight", "lora_A", "lora_B")),
+        0.7,
+        *(given[n] for n in ("gain", "product", "h")),
+        *needs,
+    )
+
+
+def truth(given: dict[str, Tensor]) -> list[Tensor]:
+    d = {name: tensor.double() for name, tensor in given.items()}
+    # the weight's product takes dv rounded to bfloat16 from float32, the thin ones take it as it is
+    rounded = (given["grad_y"].float() * given["gain"]).bfloat16().double()
+    dv = d["grad_y"] * d["gain"]
+    dh = 0.7 * dv @ d["lora_B"]
+    return [
+        rounded @ d["weight"] + dh @ d["lora_A"],
+        dh.T @ d["x"],
+        0.7 * dv.T @ d["h"],
+        (d["grad_y"] * d["product"]).sum(0),
+        d["grad_y"].sum(0),
+    ]
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    """Within one rounding to the output's dtype of an error of float32 sums."""
+    scale = expected.abs().max()
+    rounding = 0.5 * torch.finfo(actual.dtype).eps * expected.abs()
+    sums = 64 * torch.finfo(torch.float32).eps * scale
+    return bool(((actual.double() - expected).abs() <= rounding + sums).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_against_float64(ops, size: tuple[int, int, int, int], threads: int) -> None:
+    given, before = tensors(*size), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gradients = call(ops, given)
+    finally:
+        torch.set_num_threads(before)
+    for actual, expected in zip(gradients, truth(given), strict=True):
+        assert actual.shape == expected.shape
+        assert near(actual, expected)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=5)), ids=str)
+def test_every_subset_gives_the_same_bits(ops, needs: tuple[bool, ...]) -> None:
+    given = tensors(17, 96, 160, 20)
+    kept = {"x": given["x"] if needs[1] else None, "h": given["h"] if needs[2] else None}
+    kept["product"] = given["product"] if needs[3] else None
+    for wanted, alone, together in zip(needs, call(ops, given, needs, **kept), call(ops, given), strict=True):
+        assert torch.equal(alone, together) if wanted else alone.numel() == 0
+
+
+def test_without_a_gain_it_is_one(ops) -> None:
+    given = tensors(16, 96, 160, 20)
+    for plain, ones in zip(call(ops, given, gain=None), call(ops, given, gain=torch.ones(96)), strict=True):
+        assert torch.equal(plain, ones)
+
+
+def test_nan_stays_where_it_belongs(ops) -> None:
+    given = tensors(3, 96, 160, 4)
+    given["grad_y"][1, 5] = torch.nan
+    grad_x, grad_A, grad_B, grad_gain, grad_bias = call(ops, given)
+    assert grad_x[1].isnan().all()
+    assert grad_x[[0, 2]].isfinite().all()
+    assert grad_A.isnan().all()
+    for gradient in (grad_B, grad_gain, grad_bias):
+        assert gradient[5].isnan().all()
+        assert gradient[[*range(5), *range(6, 96)]].isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "needs"), [("x", 1), ("h", 2), ("product", 3)])
+def test_what_a_gradient_needs_must_be_given(ops, name: str, needs: int) -> None:
+    with pytest.raises(RuntimeError, match=f"{name} must be given"):
+        call(ops, tensors(3, 96, 160, 4), **{name: None})
