@@ -35,13 +35,22 @@ class Row:
         )
 
 
+# The measurements in the reasons: 4096², bfloat16, rank 16, 2 threads,
+# benchmarks/results/intel-xeon-processor-2-threads/layer.json.
 TABLE = (
+    Row(
+        backend="cpu",
+        devices=("cpu",),
+        ops=("weight_norm", "merge_weight"),
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        reason="one C++ pass over W: weight_norm takes 2.0 ms where torch takes 42",
+    ),
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
-        reason="C++ passes around PyTorch's products",
+        reason="C++ passes around PyTorch's products: a DoRA step of 512 tokens takes 28 ms where torch takes 78",
     ),
     Row(
         backend="torch",
