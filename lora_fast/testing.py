@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from lora_fast.backends import torch_ops
-from lora_fast.functional import draw_seed
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -224,12 +221,10 @@ def _native_scratch() -> int:
 
 __all__ = [
     "CASES",
-    "LOW_PRECISION",
     "Case",
     "Inputs",
     "assert_within_budget",
     "budget_fault",
-    "draw_seed",
     "dropout_mask",
     "make_inputs",
     "peak_bytes",

@@ -106,14 +106,7 @@ class _CpuLinear(SplitLinear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x2 = x.reshape(-1, x.shape[-1])
         # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
-        if (
-            gain is None
-            or gain.dtype != torch.float32
-            or axis == "input"
-            or dropout_p > 0.0
-            or lora_A.shape[0] > SMALL_RANK
-            or not _is_small(x2, weight, lora_A, lora_B)
-        ):
+        if gain is None or not _small_applies(x2, weight, lora_A, lora_B, gain, axis, dropout_p):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
@@ -149,12 +142,7 @@ class _CpuLinear(SplitLinear):
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         grad_y2 = grad_y.reshape(-1, grad_y.shape[-1])
-        if (
-            (gain is not None and (axis == "input" or gain.dtype != torch.float32))
-            or dropout_p > 0.0
-            or lora_A.shape[0] > SMALL_RANK
-            or not _is_small(grad_y2, weight, lora_A, lora_B)
-        ):
+        if not _small_applies(grad_y2, weight, lora_A, lora_B, gain, axis, dropout_p):
             return super().lora_linear_bwd(
                 grad_y, x, weight, lora_A, lora_B, scaling, gain, axis, product, h, dropout_p, seed, needs
             )
@@ -193,6 +181,24 @@ class _CpuLinear(SplitLinear):
 
 SMALL_TOKENS = 32  # two AMX tiles; at 64 PyTorch's products are as fast
 SMALL_RANK = 128  # the rank step is not done in tiles here
+
+
+def _small_applies(
+    activation: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | None,
+    axis: str,
+    dropout_p: float,
+) -> bool:
+    """Whether the one-read kernels take the linear: a float32 output gain or none, no dropout, a low rank."""
+    return (
+        (gain is None or (axis == "output" and gain.dtype == torch.float32))
+        and dropout_p == 0.0
+        and lora_A.shape[0] <= SMALL_RANK
+        and _is_small(activation, weight, lora_A, lora_B)
+    )
 
 
 def _is_small(activation: Tensor, weight: Tensor, *factors: Tensor) -> bool:

@@ -21,7 +21,7 @@ class SplitLinear:
     """The linears of one backend, from its three passes over activations [T, N].
 
     compose(base, h, lora_B, scaling, gain, bias, out, product): out ← gain ⊙ v + bias, product ← v,
-        v = base + s h lora_Bᵀ; out may be base, out and product may be column slices.
+        v = base + s h lora_Bᵀ; all contiguous, out may be base.
     gain_bwd(grad, product, gain, need_scaled, need_gain, need_bias) → (gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad)
     dropout(x, seed, p) → drop(x)
     """
@@ -126,10 +126,10 @@ class SplitLinear:
         bias: Tensor | None,
         keep_product: bool,
     ) -> tuple[Tensor, Tensor]:
-        y = base.clone(memory_format=torch.contiguous_format)
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
         product = y.new_empty(y.shape if keep_product else 0)
         kept = _rows(product) if keep_product else None
-        self.compose(_rows(y), _rows(h), lora_B, scaling, gain, bias, _rows(y), kept)
+        self.compose(_rows(base).contiguous(), _rows(h), lora_B, scaling, gain, bias, _rows(y), kept)
         return y, product
 
     def lora_compose_bwd(
