@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from lora_fast import backends
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
+if INTERPRETING:
+    from interpreter import patch_bfloat16
+
+    patch_bfloat16()
 
 
 def _unavailable(backend: str) -> str | None:
@@ -24,8 +31,12 @@ def _no_amx() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one place that skips: `native` and `amx` tests without the extension or AMX, `gpu` tests without a GPU."""
-    reasons = {"native": _unavailable("cpu"), "amx": _no_amx()}
+    """The one place that skips: tests whose marker names what this process lacks."""
+    reasons = {
+        "native": _unavailable("cpu"),
+        "amx": _no_amx(),
+        "interp": None if INTERPRETING else "needs TRITON_INTERPRET=1 (make interp)",
+    }
     for item in items:
         for marker, reason in reasons.items():
             if reason is not None and item.get_closest_marker(marker):
