@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint bench-layer clean
+.PHONY: setup demo test lint interp aot bench-layer clean
 
 setup: $(VENV)/.installed
 
@@ -16,10 +16,17 @@ demo: setup
 	$(BIN)/lora-fast demo --output demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not aot"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE))
+
+# Triton kernels on CPU tensors, in a process of its own: the interpreter is chosen when a kernel is decorated.
+interp: setup
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interp
+
+aot: setup
+	$(BIN)/pytest tests/test_aot.py
 
 bench-layer: setup
 	$(BIN)/pytest benchmarks/bench_layer.py

@@ -45,10 +45,11 @@ def current(device: torch.device) -> Target:
 @cache
 def _of_gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    shared_memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     sms = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Target("hip", properties.gcnArchName.split(":")[0], GFX942.shared_memory, sms)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin, sms)
+        return Target("hip", properties.gcnArchName.split(":")[0], shared_memory, sms)
+    return Target("cuda", 10 * properties.major + properties.minor, shared_memory, sms)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AotCase:
     """One kernel as a launcher would launch it: what is compiled ahead of time.
 
     ``signature`` types each argument that is not a constexpr ("*bf16", "i32", "fp32"); ``aligned`` names the
-    arguments that are multiples of 16; ``dots`` says that tensor-core instructions are demanded in the result.
+    arguments that are multiples of 16; ``dots`` says that there is a product of 16-bit tiles of at least 64 rows.
     """
 
     kernel: Any
