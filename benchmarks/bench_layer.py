@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
 from lora_fast.benchmarks import layer, report
 from lora_fast.benchmarks.registry import Case, Row
-from rich.console import Console
 
 THREADS = 2
 RESULTS = Path(__file__).resolve().parent / "results"

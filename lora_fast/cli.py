@@ -99,10 +99,9 @@ def collect() -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(error) from error
     loaded, reason, build = backends.extension_status()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the extension is missing is said below, with the remedy
-        choices = [row for device in devices for row in backends.explain(device)]
+        choices = [row for device in ("cpu", "cuda") for row in backends.explain(device)]
     return {
         "versions": {
             "lora_fast": lora_fast.__version__,
@@ -115,9 +114,20 @@ def collect() -> dict[str, Any]:
             "features": _cpu_features(),
             "threads": torch.get_num_threads(),
         },
+        "gpu": _gpu(),
         "extension": {"loaded": loaded, "reason": reason, "build": build, "remedy": [] if loaded else _remedy()},
         "default_backend": {"name": backend, "from": source},
         "auto": choices,
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    """The devices that torch sees, and why a GPU backend is not there; none of it needs a GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "devices": [torch.cuda.get_device_name(index) for index in range(count)],
+        "triton": backends.triton_status()[1],
+        "cuda": backends.cuda_status()[1],
     }
 
 
@@ -171,11 +181,14 @@ def _source_tree() -> tuple[Path | None, bool]:
 
 def render(state: dict[str, Any]) -> str:
     """The same as plain text."""
-    versions, cpu, extension, default = (state[key] for key in ("versions", "cpu", "extension", "default_backend"))
+    versions, cpu, gpu, extension, default = (
+        state[key] for key in ("versions", "cpu", "gpu", "extension", "default_backend")
+    )
     features = " ".join(cpu["features"]) or "features unknown"
     lines = [
         "   ".join(f"{name} {version}" for name, version in versions.items()),
         f"CPU        {features} (torch: {cpu['torch']}), {cpu['threads']} threads",
+        f"GPU        {', '.join(gpu['devices']) or 'none'}; triton: {gpu['triton']}; cuda: {gpu['cuda']}",
     ]
     if extension["loaded"]:
         build = ", ".join(

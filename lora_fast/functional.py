@@ -216,7 +216,8 @@ def merge_weight(
     checks.check_axis(axis)
     size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
     checks.check_optional_vector("gain", gain, size, terms, weight.device)
-    name = resolve("merge_weight", backend, weight.device.type, weight.dtype)
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    name = resolve("merge_weight", backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
     with torch.no_grad():
         _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
 
@@ -237,9 +238,9 @@ def _weight_norm(
     *,
     detached: bool = False,
 ) -> Tensor:
-    name = resolve("weight_norm", backend, weight.device.type, weight.dtype)
-    size = weight.shape[0] if axis == "output" else weight.shape[1]
     dtype = accumulate_dtype(weight, lora_A, lora_B)
+    name = resolve("weight_norm", backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
+    size = weight.shape[0] if axis == "output" else weight.shape[1]
     kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
     with torch.no_grad():
         if kept_tensors is None:

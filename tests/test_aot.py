@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.target import SM80, SM90, SM100, AotCase, Target
 

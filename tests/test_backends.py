@@ -74,6 +74,62 @@ def test_a_named_backend_that_is_missing_raises_with_the_reason(monkeypatch: pyt
         norm(backend="cpu")
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_backends_refuse_what_they_cannot_take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_status", lambda: (True, ""))
+    monkeypatch.setattr(backends, "cuda_status", lambda: (True, ""))
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    assert backends.resolve("lora_linear", backend, "cuda", torch.bfloat16) == backend
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used.* the tensors are on 'cpu'"):
+        backends.resolve("lora_linear", backend, "cpu", torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used.*torch.float64"):
+        backends.resolve("lora_linear", backend, "cuda", torch.float64)
+    # a float64 adapter makes the norm float64
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used"):
+        functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3).double(), torch.zeros(4, 2), 1.0, backend=backend)
+
+
+def test_cpu_tensors_are_for_triton_only_while_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_status", lambda: (True, ""))
+    monkeypatch.setattr(backends, "_interpreting", lambda: True)
+    assert backends.resolve("lora_linear", "triton", "cpu", torch.bfloat16) == "triton"
+    assert backends.resolve("lora_linear", "auto", "cpu", torch.bfloat16) in ("cpu", "torch")
+
+
+def test_gpu_backends_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_status", lambda: (False, "no module named triton"))
+    monkeypatch.setattr(backends, "_extension", (True, "loaded", {"kind": "cpu"}))
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: no module named triton"):
+        norm(backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: .*without CUDA kernels"):
+        norm(backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "dtype", "chosen"),
+    [
+        (True, True, torch.bfloat16, "triton"),
+        (False, True, torch.bfloat16, "cuda"),
+        (True, True, torch.float64, "torch"),
+    ],
+)
+def test_auto_on_a_gpu(
+    triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice needs no GPU, so that `lora-fast info` explains it anywhere."""
+    monkeypatch.setattr(backends, "triton_status", lambda: (triton, "no"))
+    monkeypatch.setattr(backends, "cuda_status", lambda: (cuda, "no"))
+    assert {backends.choose(op, "cuda", dtype).backend for op in backends.OPS} == {chosen}
+
+
+def test_auto_on_a_gpu_without_kernels_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_status", lambda: (False, "no module named triton"))
+    monkeypatch.setattr(backends, "cuda_status", lambda: (False, "not built"))
+    monkeypatch.setattr(backends, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="on backend 'torch': no module named triton"):
+        assert backends.choose("lora_linear", "cuda", torch.bfloat16).backend == "torch"
+
+
 def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     monkeypatch.setattr(backends, "_extension", (False, "no compiler was found", {}))
     monkeypatch.setattr(backends, "_default", None)

@@ -14,12 +14,10 @@ from torch import nn
 pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras demo and test")
 pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
 
-from lora_fast.benchmarks import contenders as c
-from lora_fast.benchmarks import layer, report
+from lora_fast.benchmarks import contenders as c, layer, report
 from lora_fast.benchmarks.gate import Gate, error_fault
 from lora_fast.benchmarks.registry import FROZEN, INFERENCE, NORM, STEP, Bar, Case, Row
 from lora_fast.benchmarks.runner import Record, alternate, measure
-
 from lora_fast.testing import peak_bytes
 
 N, K, R = 96, 64, 4

@@ -44,7 +44,8 @@ def test_info_says_what_is_installed_and_what_runs(capsys: pytest.CaptureFixture
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
     state = json.loads(capsys.readouterr().out)
-    assert set(state) == {"versions", "cpu", "extension", "default_backend", "auto"}
+    assert set(state) == {"versions", "cpu", "gpu", "extension", "default_backend", "auto"}
+    assert {row["device"] for row in state["auto"]} == {"cpu", "cuda"}
     assert {row["op"] for row in state["auto"]} == OPS
     assert all(row["backend"] in backends.BACKENDS and row["reason"] for row in state["auto"])
     assert state["extension"]["loaded"] == backends.extension_status()[0]

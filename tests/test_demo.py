@@ -22,7 +22,6 @@ pytest.importorskip("rich", reason="the demo extra is not installed")
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 
 from lora_fast.benchmarks.registry import FROZEN
-
 from lora_fast.demo import finetune, layers, report
 
 

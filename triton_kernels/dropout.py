@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from lora_fast.triton_kernels.target import AotCase, Target, current
 from torch import Tensor
+
+from lora_fast.triton_kernels.target import AotCase, Target, current
 
 
 @triton.jit

@@ -5,6 +5,7 @@ A backend is one row (or more) in :data:`TABLE` and one module of this package.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -13,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "triton", "cuda", "torch")
 ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
 
 
@@ -35,22 +36,47 @@ class Row:
         )
 
 
-# The measurements in the reasons: 4096², bfloat16, rank 16, 2 threads,
-# benchmarks/results/intel-xeon-processor-2-threads/layer.json.
+_WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_UP_TO_FLOAT32 = _WIDE[1:]
+
+# What was measured, in the reasons of "cpu": 4096², bfloat16, rank 16, 2 threads,
+# benchmarks/results/intel-xeon-processor-2-threads/layer.json. No GPU has run these kernels yet: what their reasons
+# count in bytes and FLOPs is predicted (benchmarks/cost.py).
 TABLE = (
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=("weight_norm", "merge_weight"),
-        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        dtypes=_WIDE,
         reason="one C++ pass over W: weight_norm takes 2.0 ms where torch takes 42",
     ),
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=(),
-        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        dtypes=_WIDE,
         reason="C++ passes around PyTorch's products: a DoRA step of 512 tokens takes 28 ms where torch takes 78",
+    ),
+    Row(
+        backend="triton",
+        devices=("cuda",),
+        ops=("weight_norm", "merge_weight"),
+        dtypes=_UP_TO_FLOAT32,
+        reason="predicted: one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
+    ),
+    Row(
+        backend="triton",
+        devices=("cuda",),
+        ops=(),
+        dtypes=_UP_TO_FLOAT32,
+        reason="predicted: the rank step, gain and bias in the product's epilogue or one pass after it",
+    ),
+    Row(
+        backend="cuda",
+        devices=("cuda",),
+        ops=(),
+        dtypes=_UP_TO_FLOAT32,
+        reason="predicted: native kernels where Triton is not installed",
     ),
     Row(
         backend="torch",
@@ -101,19 +127,58 @@ def _why_missing(error: Exception) -> str:
     return f"lora_fast._C was built ({_build.KIND}) but could not be loaded: {error}"
 
 
-def _present(backend: str) -> bool:
-    return backend == "torch" or extension_status()[0]
+@functools.cache
+def triton_status() -> tuple[bool, str]:
+    """``(usable, reason)`` of the kernels in ``lora_fast.triton_kernels``; the first call imports triton."""
+    try:
+        importlib.import_module("lora_fast.triton_kernels.target")
+    except Exception as error:  # as for the extension
+        return False, f"triton could not be imported: {error}"
+    return True, "triton is installed"
 
 
-def _warn_once_missing() -> None:
+def cuda_status() -> tuple[bool, str]:
+    """``(present, reason)`` of the CUDA kernels in ``lora_fast._C``; a GPU is another matter."""
+    loaded, reason, build = extension_status()
+    if not loaded:
+        return False, reason
+    if build["kind"] != "cuda":
+        return False, "lora_fast._C was built without CUDA kernels (LORA_FAST_BUILD=cuda demands them)"
+    return True, "loaded"
+
+
+def _missing(backend: str) -> str | None:
+    """Why the backend is not there; None if it is."""
+    if backend == "torch":
+        return None
+    status = {"cpu": extension_status, "triton": triton_status, "cuda": cuda_status}[backend]()
+    return None if status[0] else status[1]
+
+
+def _unfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend that is there cannot take these tensors; None if it can."""
+    if backend == "torch":
+        return None
+    if device_type != ("cpu" if backend == "cpu" else "cuda") and not (backend == "triton" and _interpreting()):
+        return f"it was asked for, but the tensors are on {device_type!r}"
+    if dtype not in (_WIDE if backend == "cpu" else _UP_TO_FLOAT32):
+        return f"it does not compute in {dtype}"
+    return None
+
+
+def _interpreting() -> bool:
+    return importlib.import_module("lora_fast.triton_kernels.target").interpreting()
+
+
+def _warn_once_missing(reason: str) -> None:
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"lora_fast runs without its compiled extension, on backend 'torch': {extension_status()[1]}. "
-            "`lora-fast info` gives the command that builds it.",
+            f"lora_fast runs without its compiled kernels (the extension's or Triton's), on backend 'torch': {reason}. "
+            "`lora-fast info` gives the remedy.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -126,11 +191,15 @@ def check_name(backend: str, argument: str = "backend") -> None:
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Row:
     """The row of the table that ``auto`` takes for this op, device type and dtype."""
+    passed_over = None
     for row in TABLE:
         if row.matches(op, device_type, dtype):
-            if _present(row.backend):
+            missing = _missing(row.backend)
+            if missing is None:
+                if row.backend == "torch" and passed_over is not None:
+                    _warn_once_missing(passed_over)
                 return row
-            _warn_once_missing()
+            passed_over = passed_over or missing
     raise AssertionError("the last row of the table matches everything")
 
 
@@ -144,12 +213,10 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         return choose(op, device_type, dtype).backend
     check_name(backend)
-    if not _present(backend):
-        raise RuntimeError(f"backend {backend!r} is not available: {extension_status()[1]}")
-    if backend == "cpu" and device_type != "cpu":
-        raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device_type!r}")
-    if backend == "cpu" and dtype not in TABLE[0].dtypes:
-        raise RuntimeError(f"backend 'cpu' does not compute in {dtype}")
+    if missing := _missing(backend):
+        raise RuntimeError(f"backend {backend!r} is not available: {missing}")
+    if unfit := _unfit(backend, device_type, dtype):
+        raise RuntimeError(f"backend {backend!r} cannot be used: {unfit}")
     return backend
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_fast.benchmarks import contenders as c
-from lora_fast.benchmarks import layer
+from lora_fast.benchmarks import contenders as c, layer
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case, Row
 from lora_fast.benchmarks.runner import measure
 
