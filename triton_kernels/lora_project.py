@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.target import AotCase, Target, current
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -129,7 +130,7 @@ def launch_lora_project(
     config: Config,
     early: bool = False,
 ) -> None:
-    """out [splits, M, R] ← the sums of each split; ``early`` lets a kernel start before this one ends, and wait for it."""
+    """out [splits, M, R] ← the sums of each split; ``early`` lets a kernel start before the end, and wait for it."""
     (M, K), R = x.shape, lora_A.shape[0]
     threshold, keep_scale = dropout_arguments(dropout_p)
     lora_project_kernel[config.grid(M, K, R)](
