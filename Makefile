@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
@@ -23,10 +24,11 @@ lint: setup
 
 # Triton kernels on CPU tensors, in a process of its own: the interpreter is chosen when a kernel is decorated.
 interp: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -m interp
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interp -n $(JOBS)
 
+# Every Triton kernel as it would be launched, compiled for three GPUs.
 aot: setup
-	$(BIN)/pytest tests/test_aot.py
+	$(BIN)/pytest tests/test_aot.py -n $(JOBS)
 
 bench-layer: setup
 	$(BIN)/pytest benchmarks/bench_layer.py

@@ -91,14 +91,18 @@ class Inputs:
         return self.case.scaling
 
 
-def make_inputs(case: Case, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
-    """x ~ N(0, 1), W ~ N(0, 1/K), lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R): the update is as large as W."""
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """x ~ N(0, 1), W ~ N(0, 1/K), lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R): the update is as large as W.
+
+    On the default device, the same numbers on every device.
+    """
+    generator, device = torch.Generator().manual_seed(seed), torch.get_default_device()
     adapter_dtype = case.adapter_dtype or case.dtype
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+        wide_values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (wide_values * scale).to(dtype).to(device)
 
     N, K, R = case.N, case.K, case.R
     inputs = Inputs(
@@ -191,11 +195,26 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Most bytes that one call of ``step`` holds at once, beyond what was allocated before it.
+    """Most bytes that one call of ``step`` holds at once on the default device, beyond what was allocated before it.
 
-    Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
+    Call the step once before, or what it allocates only once counts as transient.
+    """
+    return _peak_bytes_gpu(step) if torch.get_default_device().type == "cuda" else _peak_bytes_cpu(step)
+
+
+def _peak_bytes_gpu(step: Callable[[], object]) -> int:
+    """What the caching allocator handed out, which sees all of PyTorch's and Triton's memory, rounded up to 512."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_bytes_cpu(step: Callable[[], object]) -> int:
+    """Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
     too (a dispatch mode does not). Native scratch taken past PyTorch's allocator is asked from its own counter and
-    added. Call the step once before, or what it allocates only once counts as transient.
+    added.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
     _native_scratch()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import is_quick_to_interpret
 
 from lora_fast import backends
 
@@ -30,25 +31,86 @@ def _no_amx() -> str | None:
     return None if _C.amx_enabled() else "lora_fast._C does not use AMX-bf16 on this processor"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one place that skips: tests whose marker names what this process lacks."""
+def _no_triton() -> str | None:
+    """Triton runs on a GPU, or in its interpreter; the reason why it doesn't here."""
+    if not (INTERPRETING or torch.cuda.is_available()):
+        return "needs TRITON_INTERPRET=1 (make interp) or a GPU"
+    present, reason = backends.triton_status()
+    return None if present else reason
+
+
+def _no_cuda_kernels() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    present, reason = backends.cuda_status()
+    return None if present else reason
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The one place that skips (what this process lacks, by marker) and deselects (what has no meaning)."""
     reasons = {
         "native": _unavailable("cpu"),
         "amx": _no_amx(),
-        "interp": None if INTERPRETING else "needs TRITON_INTERPRET=1 (make interp)",
+        "interp": _no_triton(),
+        "gpu": None if torch.cuda.is_available() else "no GPU",
     }
     for item in items:
         for marker, reason in reasons.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
+    left_out = [item for item in items if _has_no_meaning(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
-@pytest.fixture(params=["torch", pytest.param("cpu", marks=pytest.mark.native)])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend present."""
-    return request.param
+def _has_no_meaning(item: pytest.Item) -> bool:
+    """A GPU's backends refuse float64; the interpreter takes the cases of :func:`support.is_quick_to_interpret`."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") not in ("triton", "cuda"):
+        return False
+    case = parameters.get("case")
+    if case is not None and case.dtype == torch.float64:
+        return True
+    return INTERPRETING and not is_quick_to_interpret(case)
+
+
+HOST = ("torch", pytest.param("cpu", marks=pytest.mark.native))
+# name, what it lacks here, marks
+DEVICE = (
+    ("triton", _no_triton(), pytest.mark.interp),
+    ("cuda", _no_cuda_kernels(), pytest.mark.gpu),
+    ("torch on a GPU", None if torch.cuda.is_available() else "no GPU", pytest.mark.gpu),
+)
+# The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
+ON_EVERY_DEVICE = ("test_lora_compose", "test_lora_linear", "test_merge_weight", "test_weight_norm")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not tested: {name}: {lacks}" for name, lacks, _ in DEVICE if lacks is not None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` is every backend present, `backend64` every one of those that computes in float64."""
+    present = [pytest.param(name.split()[0], marks=mark, id=name) for name, lacks, mark in DEVICE if lacks is None]
+    if metafunc.module.__name__ not in ON_EVERY_DEVICE:
+        present = []
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", [*HOST, *present])
+    if "backend64" in metafunc.fixturenames:
+        metafunc.parametrize("backend64", [*HOST, *(param for param in present if param.id == "torch on a GPU")])
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors lie that name no device: on the GPU where there is one, for what runs there."""
+    of_a_gpu = any(request.node.get_closest_marker(marker) for marker in ("gpu", "interp"))
+    if INTERPRETING or not of_a_gpu or not torch.cuda.is_available():
+        yield torch.device("cpu")
+        return
+    torch.set_default_device("cuda")
+    yield torch.device("cuda", torch.cuda.current_device())
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=[pytest.param("amx", marks=pytest.mark.amx), pytest.param("vectors", marks=pytest.mark.native)])

@@ -10,6 +10,14 @@ from torch import Tensor
 
 from lora_fast.testing import Case, Inputs, assert_within_budget, make_inputs, poisoned_memory
 
+# Rank, and both sides of the weight, up to which a case is quick in Triton's interpreter, whose cost is per program.
+INTERPRETED_SIZE = 300
+
+
+def is_quick_to_interpret(case: Case | None) -> bool:
+    return case is None or max(case.N, case.K, case.R) <= INTERPRETED_SIZE
+
+
 Tensors = Mapping[str, "Tensor | None"]
 
 

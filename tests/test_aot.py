@@ -6,10 +6,8 @@ tensor cores. Not held, since nothing runs: that it computes the right thing (`m
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+import re
 from types import ModuleType
 
 import pytest
@@ -25,30 +23,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels decorated for the interpreter cannot be compiled", allow_module_level=True)
 
 TARGETS = {"sm_80": SM80, "sm_90": SM90, "sm_100": SM100}
-CASES = [(name, index, case) for name, target in TARGETS.items() for index, case in enumerate(aot.cases(target))]
-
-
-def faults_of(target: str, index: int) -> list[str]:
-    """In a process of the pool: cases hold kernels, which cannot be sent, and are made again there."""
-    return aot.faults(aot.cases(TARGETS[target])[index], TARGETS[target])
-
-
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, int], Future]]:
-    """All the selected cases, handed to two processes at once."""
-    wanted = [
-        item.callspec.params["case"][:2] for item in request.session.items if item.originalname == "test_compiles"
-    ]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {key: pool.submit(faults_of, *key) for key in wanted}
-        pool.shutdown(cancel_futures=True)
+CASES = [
+    pytest.param(target, case, id=f"{name}-{case.name}")
+    for name, target in TARGETS.items()
+    for case in aot.cases(target)
+]
 
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2].name}")
-def test_compiles(case: tuple[str, int, AotCase], compiled: dict[tuple[str, int], Future]) -> None:
-    assert compiled[case[:2]].result() == []
+@pytest.mark.parametrize(("target", "case"), CASES)
+def test_compiles(target: Target, case: AotCase) -> None:
+    assert aot.faults(case, target) == []
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -95,9 +81,10 @@ def test_a_sound_kernel_passes(target: Target) -> None:
 
 
 def test_a_spilling_kernel_is_caught() -> None:
-    found = aot.faults(case_of(spilling_kernel, "*fp32", num_warps=1), SM90)
-    assert any("spills" in fault for fault in found), found
-    assert any("stack" in fault for fault in found), found
+    case = case_of(spilling_kernel, "*fp32", num_warps=1)
+    (fault,) = aot.faults(case, SM90)
+    assert re.search(r"spills: .*STACK:[1-9]", fault)
+    assert "STL" in aot.compile_case(case, SM90).asm["sass"]  # stores to local memory, in its machine code
 
 
 def test_an_oversized_kernel_is_caught() -> None:

@@ -74,19 +74,19 @@ def test_a_named_backend_that_is_missing_raises_with_the_reason(monkeypatch: pyt
         norm(backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_gpu_backends_refuse_what_they_cannot_take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_gpu_backends_refuse_what_they_cannot_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "triton_status", lambda: (True, ""))
     monkeypatch.setattr(backends, "cuda_status", lambda: (True, ""))
     monkeypatch.setattr(backends, "_interpreting", lambda: False)
-    assert backends.resolve("lora_linear", backend, "cuda", torch.bfloat16) == backend
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used.* the tensors are on 'cpu'"):
-        backends.resolve("lora_linear", backend, "cpu", torch.bfloat16)
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used.*torch.float64"):
-        backends.resolve("lora_linear", backend, "cuda", torch.float64)
+    assert backends.resolve("lora_linear", name, "cuda", torch.bfloat16) == name
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used.* the tensors are on 'cpu'"):
+        backends.resolve("lora_linear", name, "cpu", torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used.*torch.float64"):
+        backends.resolve("lora_linear", name, "cuda", torch.float64)
     # a float64 adapter makes the norm float64
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used"):
-        functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3).double(), torch.zeros(4, 2), 1.0, backend=backend)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used"):
+        functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3).double(), torch.zeros(4, 2), 1.0, backend=name)
 
 
 def test_cpu_tensors_are_for_triton_only_while_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,10 @@ def test_each_gradient_alone(case: Case, gain: bool, backend: str) -> None:
     check_each_alone(fast(inputs, backend), tensors_of(inputs, gain), inputs.grad_y)
 
 
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck(backend64: str) -> None:
     inputs = make_inputs(Case((2, 3), 5, 4, 2, torch.float64))
     tensors: Tensors = tensors_of(inputs, True)
-    torch.autograd.gradcheck(fast(inputs, backend), tuple(t.requires_grad_() for t in tensors.values()))
+    torch.autograd.gradcheck(fast(inputs, backend64), tuple(t.requires_grad_() for t in tensors.values()))
 
 
 def test_base_is_not_changed_and_may_be_strided(backend: str) -> None:

@@ -91,7 +91,7 @@ def test_each_gradient_alone(case: Case, form: str, backend: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout(dtype: torch.dtype, form: str, p: float, backend: str) -> None:
-    case, seed = Case((3, 5), 47, 61, 8, dtype), draw_seed("cpu")
+    case, seed = Case((3, 5), 47, 61, 8, dtype), draw_seed(torch.get_default_device())
     mask = scaled_dropout_mask(seed, (*case.leading, case.K), p)
 
     def specification(inputs: Inputs):
@@ -149,11 +149,11 @@ def test_dropout_keeps_the_right_share_everywhere() -> None:
 
 @pytest.mark.parametrize("form", ["gain", "output-full", "input-full"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_gradcheck(form: str, p: float, backend: str) -> None:
+def test_gradcheck(form: str, p: float, backend64: str) -> None:
     inputs = make_inputs(Case((2, 3), 5, 4, 2, torch.float64))
-    seed = draw_seed("cpu")
+    seed = draw_seed(torch.get_default_device())
     tensors = tensors_of(inputs, form)
-    function = call(functional, inputs, form, dropout_p=p, seed=seed, backend=backend)
+    function = call(functional, inputs, form, dropout_p=p, seed=seed, backend=backend64)
     torch.autograd.gradcheck(
         lambda *values: function(**dict(zip(tensors, values, strict=True))),
         tuple(t.requires_grad_() for t in tensors.values()),
@@ -247,11 +247,11 @@ def test_nan_and_inf_come_out(value: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["lora", "output", "input-full"])
-def test_autocast_is_that_of_the_linear(form: str, backend: str) -> None:
+def test_autocast_is_that_of_the_linear(form: str, backend: str, device: torch.device) -> None:
     """float32 parameters, bfloat16 products and output, float32 gradients; also when backward runs inside."""
     inputs = make_inputs(Case((6, 5), 40, 48, 8))
     tensors = {n: None if t is None else t.clone().requires_grad_() for n, t in tensors_of(inputs, form).items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = call(functional, inputs, form, backend=backend)(**tensors)
         assert y.dtype == torch.bfloat16
         y.backward(inputs.grad_y.bfloat16())
@@ -265,10 +265,10 @@ def test_autocast_is_that_of_the_linear(form: str, backend: str) -> None:
     assert (y - expected).norm() / expected.norm() < 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_float64_stays_float64_under_autocast(backend: str) -> None:
+def test_float64_stays_float64_under_autocast(backend64: str, device: torch.device) -> None:
     inputs = make_inputs(Case((6,), 12, 10, 2, torch.float64))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = call(functional, inputs, "output", backend=backend)(**tensors_of(inputs, "output"))
+    with torch.autocast(device.type, torch.bfloat16):
+        y = call(functional, inputs, "output", backend=backend64)(**tensors_of(inputs, "output"))
     expected = call(reference, inputs, "output")(**tensors_of(inputs, "output"))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
@@ -353,7 +353,7 @@ def test_kept_for_backward(form: str, backend: str) -> None:
 
 def test_opcheck(backend: str) -> None:
     inputs = make_inputs(Case((3, 4), 12, 10, 2))
-    ops, seed = torch.ops.lora_fast, draw_seed("cpu")
+    ops, seed = torch.ops.lora_fast, draw_seed(torch.get_default_device())
     x, weight, bias, A, B = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
     for axis in ("output", "input"):
         gain, norm = inputs.gain[axis], inputs.magnitude[axis]

@@ -67,10 +67,10 @@ def test_backward(case: Case, axis: str, needs: tuple[bool, bool], backend: str)
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_gradcheck(axis: str, backend: str) -> None:
+def test_gradcheck(axis: str, backend64: str) -> None:
     inputs = make_inputs(Case((3,), 7, 6, 3, torch.float64))
     torch.autograd.gradcheck(
-        lambda A, B: functional.weight_norm(inputs.weight, A, B, 0.7, axis=axis, backend=backend),
+        lambda A, B: functional.weight_norm(inputs.weight, A, B, 0.7, axis=axis, backend=backend64),
         (inputs.lora_A.requires_grad_(), inputs.lora_B.requires_grad_()),
     )
 

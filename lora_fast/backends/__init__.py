@@ -151,8 +151,11 @@ def _missing(backend: str) -> str | None:
     """Why the backend is not there; None if it is."""
     if backend == "torch":
         return None
-    status = {"cpu": extension_status, "triton": triton_status, "cuda": cuda_status}[backend]()
-    return None if status[0] else status[1]
+    if backend == "cpu":
+        present, reason, _ = extension_status()
+    else:
+        present, reason = triton_status() if backend == "triton" else cuda_status()
+    return None if present else reason
 
 
 def _unfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
