@@ -1,0 +1,297 @@
+"""y = gain ⊙ (x Wᵀ + s h lora_Bᵀ) + bias in one product, so that y is written once.
+
+x [M, K] and weight [N, K] of any strides, h [M, R] in x's dtype, lora_B [N, R], gain float32 [N], bias [N], or None;
+with gain_in float32 [K], x ⊙ gain_in takes the place of x, rounded to its dtype. y and product [M, N] in x's dtype;
+product is the sum before gain and bias. Operands of another dtype are cast to x's tile by tile.
+The rank step comes first: s then multiplies it in float32 where the K loop's sums begin, with no second accumulator.
+Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_fast.triton_kernels.target import AotCase, Target, current
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of this program's tile; GROUP_M rows of tiles go together, so that what they read stays in L2."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    rows = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % rows, within // rows
+
+
+@triton.jit
+def _gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
+    mask_n = offs_n < N
+    if HAS_GAIN:
+        acc *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _scaled_input(x, gain_in_ptr, offs_k, K):
+    gain_in = tl.load(gain_in_ptr + offs_k, mask=offs_k < K, other=0.0)
+    return (x.to(tl.float32) * gain_in[None, :]).to(x.dtype)
+
+
+@triton.jit
+def lora_linear_fwd_kernel(
+    x_ptr, W_ptr, h_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, product_ptr,
+    M, N, K, R, scaling,
+    stride_x_m, stride_x_k, stride_w_n, stride_w_k,
+    HAS_GAIN: tl.constexpr, HAS_GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_PRODUCT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_r = tl.arange(0, BLOCK_R)
+    h_ptrs = h_ptr + offs_m[:, None] * R + offs_r[None, :]
+    B_ptrs = B_ptr + offs_n[:, None] * R + offs_r[None, :]
+    for r in tl.range(0, R, BLOCK_R, num_stages=2):
+        mask_r = r + offs_r < R
+        h = tl.load(h_ptrs + r, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        B = tl.load(B_ptrs + r, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+        acc = tl.dot(h, tl.trans(B.to(h.dtype)), acc, input_precision="ieee")
+    acc *= scaling
+
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
+    W_ptrs = W_ptr + offs_n[:, None] * stride_w_n + offs_k.to(tl.int64)[None, :] * stride_w_k
+    for k in range(0, K, BLOCK_K):
+        mask_k = k + offs_k < K
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        W = tl.load(W_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        if HAS_GAIN_IN:
+            x = _scaled_input(x, gain_in_ptr, k + offs_k, K)
+        acc = tl.dot(x, tl.trans(W.to(x.dtype)), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K * stride_x_k
+        W_ptrs += BLOCK_K * stride_w_k
+
+    offs_y = offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if KEEP_PRODUCT:
+        tl.store(product_ptr + offs_y, acc.to(product_ptr.dtype.element_ty), mask=mask)
+    acc = _gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN, HAS_BIAS)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def lora_linear_fwd_tma_kernel(
+    x_desc, W_desc, h_desc, B_desc, gain_ptr, gain_in_ptr, bias_ptr, y_desc, product_desc,
+    M, N, K, R, scaling,
+    HAS_GAIN: tl.constexpr, HAS_GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_PRODUCT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The same through tensor descriptors, which fill with zeros past the edges and need no register for an address."""
+    pid_m, pid_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r in tl.range(0, R, BLOCK_R, num_stages=2):
+        h = h_desc.load([m, r])  # [BLOCK_M, BLOCK_R]
+        B = B_desc.load([n, r])  # [BLOCK_N, BLOCK_R]
+        acc = tl.dot(h, tl.trans(B.to(h.dtype)), acc)
+    acc *= scaling
+
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([m, k])  # [BLOCK_M, BLOCK_K]
+        W = W_desc.load([n, k])  # [BLOCK_N, BLOCK_K]
+        if HAS_GAIN_IN:
+            x = _scaled_input(x, gain_in_ptr, k + tl.arange(0, BLOCK_K), K)
+        acc = tl.dot(x, tl.trans(W.to(x.dtype)), acc)
+
+    # half of the columns at a time: the sums, scaled and not, beside what is stored would not fit into the registers
+    HALF: tl.constexpr = BLOCK_N // 2
+    halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    for i in tl.static_range(2):
+        half = halves[i]  # [BLOCK_M, HALF]
+        if KEEP_PRODUCT:
+            product_desc.store([m, n + i * HALF], half.to(product_desc.dtype))
+        half = _gain_and_bias(half, gain_ptr, bias_ptr, n + i * HALF + tl.arange(0, HALF), N, HAS_GAIN, HAS_BIAS)
+        y_desc.store([m, n + i * HALF], half.to(y_desc.dtype))
+
+
+@dataclass(frozen=True)
+class Config:
+    descriptors: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+# (BLOCK_M, BLOCK_N, num_warps); pointers need registers for addresses and masks, most where elements come one by one
+_DESCRIPTOR_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
+_POINTER_TILES = ((128, 128, 8), (64, 64, 4))
+_UNALIGNED_TILES = ((64, 64, 4),)
+
+
+def lora_linear_fwd_config(
+    M: int, N: int, K: int, R: int, x_bytes: int, W_bytes: int, aligned: bool, target: Target
+) -> Config:
+    """The tile that is predicted to take the least time, and descriptors where the operands are ``aligned`` for them.
+
+    A tile takes BLOCK_M·BLOCK_N (1 + 64/BLOCK_M + 64/BLOCK_N) of time: its FLOPs and, beside them, the operands that
+    it brings from L2; the whole takes as many turns as there are tiles for the SMs. Predicted, not measured.
+    """
+    BLOCK_R = max(16, min(triton.next_power_of_2(R), 64))
+    if target.backend == "interpreter":
+        BLOCK_K = max(16, min(triton.next_power_of_2(K), 1024))
+        return Config(aligned, 64, 128, BLOCK_K, BLOCK_R, 4, 1)
+    descriptors = aligned and target.backend == "cuda" and int(target.arch) >= 90
+    if x_bytes == 4:  # no tensor cores: 4x4 sums a thread
+        return Config(False, 64, 64, 32, min(BLOCK_R, 32), 8, 3)
+    tiles = _DESCRIPTOR_TILES if descriptors else _POINTER_TILES if aligned else _UNALIGNED_TILES
+
+    def time(tile: tuple[int, int, int]) -> float:
+        BLOCK_M, BLOCK_N, _ = tile
+        turns = triton.cdiv(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N), target.sms)
+        return turns * BLOCK_M * BLOCK_N * (1 + 64 / BLOCK_M + 64 / BLOCK_N)
+
+    BLOCK_M, BLOCK_N, num_warps = min(tiles, key=time)
+    BLOCK_K = 64 if descriptors else 32
+    stage = BLOCK_K * (BLOCK_M * x_bytes + BLOCK_N * W_bytes)
+    converted = BLOCK_K * BLOCK_N * x_bytes if W_bytes != x_bytes else 0
+    num_stages = min(4, (target.shared_memory - converted - 1024) // stage)
+    return Config(descriptors, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether a descriptor can describe the matrix: contiguous rows, every one at a multiple of 16 bytes."""
+    row, column = tensor.stride()
+    return column == 1 and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None,
+    gain_in: Tensor | None,
+    keep_product: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, product) [M, N] in x's dtype; product is empty unless it is kept."""
+    (M, K), (N, R) = x.shape, lora_B.shape
+    y = x.new_empty(M, N)
+    product = x.new_empty((M, N) if keep_product else 0)
+    if y.numel() == 0:
+        return y, product
+    h, lora_B = h.contiguous(), lora_B.contiguous()
+    aligned = all(map(_aligned, (x, weight, h, lora_B, y)))
+    c = lora_linear_fwd_config(M, N, K, R, x.element_size(), weight.element_size(), aligned, current(x.device))
+    flags = {
+        "HAS_GAIN": gain is not None, "HAS_GAIN_IN": gain_in is not None, "HAS_BIAS": bias is not None,
+        "KEEP_PRODUCT": keep_product, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K,
+        "BLOCK_R": c.BLOCK_R, "GROUP_M": c.GROUP_M, "num_warps": c.num_warps, "num_stages": c.num_stages,
+    }  # fmt: skip
+    grid = (triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N),)
+    kept = product if keep_product else None
+    if c.descriptors:
+
+        def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+            return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+        lora_linear_fwd_tma_kernel[grid](
+            tiles(x, c.BLOCK_M, c.BLOCK_K), tiles(weight, c.BLOCK_N, c.BLOCK_K),
+            tiles(h, c.BLOCK_M, c.BLOCK_R), tiles(lora_B, c.BLOCK_N, c.BLOCK_R), gain, gain_in, bias,
+            tiles(y, c.BLOCK_M, c.BLOCK_N // 2), None if kept is None else tiles(kept, c.BLOCK_M, c.BLOCK_N // 2),
+            M, N, K, R, scaling, **flags,
+        )  # fmt: skip
+    else:
+        lora_linear_fwd_kernel[grid](
+            x, weight, h, lora_B, gain, gain_in, bias, y, kept, M, N, K, R, scaling, *x.stride(), *weight.stride(),
+            **flags,
+        )  # fmt: skip
+    return y, product
+
+
+def aot_cases(target: Target) -> Iterator[AotCase]:
+    """From a few hundred tokens to a training batch, aligned and not, one dtype and mixed ones; a transposed W."""
+    big, medium = (8192, 4096, 4096, 16), (256, 4096, 4096, 384)
+    odd = (100, 4097, 4099, 9)
+    grid = (
+        ("bf16", "bf16", "bf16", big, "n"), ("bf16", "bf16", "bf16", big, "k"), ("bf16", "bf16", "bf16", medium, "k"),
+        ("bf16", "bf16", "bf16", odd, "k"),
+        ("bf16", "bf16", "fp32", medium, "k"), ("bf16", "fp32", "bf16", big, "k"),
+        ("fp16", "fp16", "fp16", big, "k"), ("fp32", "fp32", "fp32", big, "k"),
+    )  # fmt: skip
+    for *types, sizes, contiguous in grid:
+        aligned = sizes[2] % 16 == 0
+        x_bytes, W_bytes = (4 if dtype == "fp32" else 2 for dtype in types[:2])
+        config = lora_linear_fwd_config(*sizes, x_bytes, W_bytes, aligned and contiguous == "k", target)
+        for form in ("none", "gain", "gain_in"):
+            yield _aot_case(config, types, form, aligned, contiguous)
+
+
+def _aot_case(config: Config, types: list[str], form: str, aligned: bool, contiguous: str) -> AotCase:
+    c = config
+    x, W, B = types
+    absent = {"gain_ptr": form != "gain", "gain_in_ptr": form != "gain_in", "bias_ptr": form == "none"}
+    common = {
+        "gain_ptr": "*fp32", "gain_in_ptr": "*fp32", "bias_ptr": f"*{x}",
+        "M": "i32", "N": "i32", "K": "i32", "R": "i32", "scaling": "fp32",
+    }  # fmt: skip
+    constexprs: dict[str, object] = {
+        "HAS_GAIN": form == "gain", "HAS_GAIN_IN": form == "gain_in", "HAS_BIAS": form != "none",
+        "KEEP_PRODUCT": form == "gain", "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K,
+        "BLOCK_R": c.BLOCK_R, "GROUP_M": c.GROUP_M,
+    }  # fmt: skip
+    if c.descriptors:
+        kernel = lora_linear_fwd_tma_kernel
+        multiples: tuple[str, ...] = ("M", "N", "K", "R")
+        shapes = {
+            "x_desc": (x, c.BLOCK_M, c.BLOCK_K), "W_desc": (W, c.BLOCK_N, c.BLOCK_K),
+            "h_desc": (x, c.BLOCK_M, c.BLOCK_R), "B_desc": (B, c.BLOCK_N, c.BLOCK_R),
+            "y_desc": (x, c.BLOCK_M, c.BLOCK_N // 2), "product_desc": (x, c.BLOCK_M, c.BLOCK_N // 2),
+        }  # fmt: skip
+        signature = {name: f"tensordesc<{t}[{rows}, {columns}]>" for name, (t, rows, columns) in shapes.items()}
+        absent["product_desc"] = form != "gain"
+    else:
+        kernel = lora_linear_fwd_kernel
+        step, one = ("n", "k") if contiguous == "k" else ("k", "n")
+        signature = {
+            "x_ptr": f"*{x}", "W_ptr": f"*{W}", "h_ptr": f"*{x}", "B_ptr": f"*{B}", "y_ptr": f"*{x}",
+            "product_ptr": f"*{x}", "stride_x_m": "i32", f"stride_w_{step}": "i32",
+        }  # fmt: skip
+        constexprs |= {"stride_x_k": 1, f"stride_w_{one}": 1}
+        multiples = ("M", "N", "K", "R", "stride_x_m", f"stride_w_{step}") if aligned else ()
+        absent["product_ptr"] = form != "gain"
+    signature |= common
+    constexprs |= {name: None for name, is_absent in absent.items() if is_absent}
+    pointers = tuple(name for name in signature if name.endswith("_ptr") and name not in constexprs)
+    kind = "tma" if c.descriptors else f"{contiguous}-{'even' if aligned else 'odd'}"
+    return AotCase(
+        kernel=kernel,
+        name=f"lora_linear_fwd-{'-'.join(types)}-{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}-r{c.BLOCK_R}-{kind}-{form}",
+        signature=signature,
+        constexprs=constexprs,
+        aligned=(*pointers, *multiples),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        dots=x != "fp32",
+    )
