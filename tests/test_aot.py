@@ -37,9 +37,10 @@ def test_compiles(target: Target, case: AotCase) -> None:
     assert aot.faults(case, target) == []
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_every_kernel_is_named_by_a_case(target: Target) -> None:
-    assert aot.kernels_without_a_case(aot.modules(), aot.cases(target)) == []
+def test_every_kernel_is_named_by_a_case() -> None:
+    """Of some target: a kernel may be for the newer ones only."""
+    cases = [case for target in TARGETS.values() for case in aot.cases(target)]
+    assert aot.kernels_without_a_case(aot.modules(), cases) == []
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def faults(case: AotCase, target: Target) -> list[str]:
     resources = _resources(compiled.asm["cubin"])
     # registers spill to the stack
     if "STACK:0 " not in resources or "LOCAL:0 " not in resources:
-        found.append(f"spills: {resources.split('Function')[-1].strip()}")
+        found.append(f"spills: {' '.join(resources.split('Function')[-1].split())}")
     rows = _tensor_core_rows(compiled.asm["ttir"])
     if case.dots and rows == 0:
         found.append("has no dot of 64 rows in 16 bits, as its case says")
