@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,6 +25,8 @@ KINDS = ("cpu", "cuda", "none")
 # The stable ABI of torch 2.10: one binary serves that release and every later one.
 TARGET_VERSION = "0x020a000000000000"
 MINIMUM_TORCH = (2, 10)
+# Of TORCH_CUDA_ARCH_LIST, unset: what this CUDA toolkit knows of these. The PTX is for what comes after them.
+CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 
 
 class BuildRefused(SystemExit):
@@ -66,6 +70,63 @@ def obstacle() -> str | None:
     return None
 
 
+def find_cuda() -> tuple[Path | None, str]:
+    """(CUDA's folder, where it was found), or (None, why there is none). Nothing is asked of a GPU or of torch.
+
+    The environment's CUDA_HOME wins. Else nvcc is asked, since the one on PATH may be a wrapper that stands elsewhere.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        found, where = Path(home), f"CUDA_HOME={home}"
+    else:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            return None, "no nvcc was found (neither CUDA_HOME nor PATH has one)"
+        said = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+        ).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+        found, where = (Path(top[1]) if top else Path(nvcc).resolve().parent.parent).resolve(), f"{nvcc}"
+    if not (found / "bin" / "nvcc").is_file():
+        return None, f"{found} (by {where}) holds no bin/nvcc"
+    if static_runtime(found) is None:
+        return None, f"{found} (by {where}) holds no libcudart_static.a"
+    return found, where
+
+
+def static_runtime(cuda: Path) -> Path | None:
+    """The folder of CUDA's static runtime, with which the module loads where there is no driver."""
+    folders = [cuda / "lib64", cuda / "lib", *sorted(cuda.glob("targets/*/lib")), *sorted(cuda.glob("lib/*-linux-gnu"))]
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def cuda_archs(cuda: Path) -> list[str]:
+    """["8.0", "9.0a", "10.0+PTX"]: TORCH_CUDA_ARCH_LIST, or what nvcc knows of CUDA_ARCHS."""
+    demanded = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for arch in demanded:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise SystemExit(f"lora_fast: TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as {CUDA_ARCHS!r}")
+    if demanded:
+        return demanded
+    known = subprocess.run(
+        [cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    archs = [arch.removesuffix("+PTX") for arch in CUDA_ARCHS.split(";")]
+    archs = [arch for arch in archs if f"sm_{arch.rstrip('af').replace('.', '')}" in known]
+    plain = [arch for arch in archs if arch[-1].isdigit()]
+    return [f"{arch}+PTX" if arch in plain[-1:] else arch for arch in archs]
+
+
+def gencodes(archs: list[str]) -> list[str]:
+    """nvcc's options for these architectures."""
+    options = []
+    for arch in archs:
+        name = arch.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{name}", f"compute_{name}"] if arch.endswith("+PTX") else [f"sm_{name}"]
+        options += [f"-gencode=arch=compute_{name},code={code}" for code in codes]
+    return options
+
+
 def decide() -> tuple[str, str, bool]:
     """(kind, reason, demanded)."""
     kind = os.environ.get("LORA_FAST_BUILD", "")
@@ -73,11 +134,17 @@ def decide() -> tuple[str, str, bool]:
         raise SystemExit(f"lora_fast: LORA_FAST_BUILD must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "none":
         return "none", "LORA_FAST_BUILD=none", True
-    if kind == "cuda":
-        raise BuildRefused(kind, "this version has no CUDA sources")
     why_not = obstacle()
+    if why_not is None and kind != "cpu":
+        home, where = find_cuda()
+        if home is not None:
+            found = f"torch, {find_compiler()} and CUDA in {home} (by {where}) were found"
+            return "cuda", "LORA_FAST_BUILD=cuda" if kind else found, bool(kind)
+        if not kind:
+            return "cpu", f"torch and {find_compiler()} were found, but {where}", False
+        why_not = where
     if why_not is None:
-        return "cpu", "LORA_FAST_BUILD=cpu" if kind else f"torch and {find_compiler()} were found", bool(kind)
+        return "cpu", "LORA_FAST_BUILD=cpu", True
     if kind:
         raise BuildRefused(kind, why_not)
     return "none", why_not, False
@@ -87,7 +154,11 @@ KIND, REASON, DEMANDED = decide()
 
 
 def announce(kind: str, reason: str) -> None:
-    what = "the pure Python package, without compiled kernels" if kind == "none" else f"the {kind} kernels"
+    what = {
+        "none": "the pure Python package, without compiled kernels",
+        "cpu": "the kernels for the CPU",
+        "cuda": "the kernels for the CPU and for CUDA",
+    }[kind]
     print(f"lora_fast: building {what}: {reason}", file=sys.stderr, flush=True)
 
 
@@ -106,18 +177,25 @@ class BuildPy(build_py):
         record(ROOT / "lora_fast" if editable else Path(self.build_lib, "lora_fast"), KIND, REASON)
 
 
-def extension() -> Extension:
+def extension(kind: str) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension
 
     include_dirs = []
+    globs, defines, link = ["csrc/*.cpp", "csrc/cpu/*.cpp"], [], []
+    if kind == "cuda":
+        home = find_cuda()[0]
+        assert home is not None
+        globs.append("csrc/cuda/*.cpp")
+        defines.append(f'-DLORA_FAST_CUDA_ARCHS="{" ".join(cuda_archs(home))}"')
+        link = [f"-L{static_runtime(home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     if importlib.util.find_spec("pybind11") is not None:
         import pybind11
 
         include_dirs.append(pybind11.get_include())
     return CppExtension(
         "lora_fast._C",
-        sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]),
+        sorted(str(path.relative_to(ROOT)) for glob in globs for path in ROOT.glob(glob)),
         # Where there is no pybind11, the one that torch carries is found.
         include_dirs=include_dirs,
         extra_compile_args=[
@@ -128,10 +206,40 @@ def extension() -> Extension:
             "-Wno-psabi",
             f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
             f'-DLORA_FAST_TORCH_VERSION="{torch.__version__}"',
+            *defines,
         ],
         # The library is named, since the linker would drop it for want of an undefined symbol at that moment.
-        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", *link],
     )
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """The objects of csrc/cuda/*.cu, compiled into ``folder`` by nvcc itself: torch's way needs a torch with CUDA."""
+    from torch.utils.cpp_extension import include_paths
+
+    home, compiler = find_cuda()[0], find_compiler()
+    assert home is not None
+    assert compiler is not None
+    options = [
+        *("-std=c++20", "-O3", "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"),
+        *(f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-I{ROOT / 'csrc' / 'include'}"),
+        *(f"-isystem={path}" for path in include_paths()),
+        *gencodes(cuda_archs(home)),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        command = [str(home / "bin" / "nvcc"), *options, "-c", str(source), "-o", str(target)]
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout + done.stderr, end="", flush=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}")
+        return str(target)
+
+    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
 
 
 def build_ext_command() -> type:
@@ -146,6 +254,8 @@ def build_ext_command() -> type:
         def run(self) -> None:
             package = ROOT / "lora_fast" if self.inplace else Path(self.build_lib, "lora_fast")
             try:
+                if KIND == "cuda":
+                    self.extensions[0].extra_objects = compile_cuda(Path(self.build_temp, "cuda"))
                 super().run()
             except Exception as error:
                 if DEMANDED:
@@ -164,9 +274,9 @@ if __name__ == "__main__":
     announce(KIND, REASON)
     commands: dict[str, type] = {"build_py": BuildPy, "build_ext": setuptools_build_ext}
     extensions = []
-    if KIND == "cpu":
+    if KIND != "none":
         # The machine of a first-time user is small, and each file takes a gigabyte at most.
         os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
-        extensions = [extension()]
+        extensions = [extension(KIND)]
         commands["build_ext"] = build_ext_command()
     setup(ext_modules=extensions, cmdclass=commands)

@@ -27,7 +27,12 @@ std::vector<std::string> isa_compiled() {
 
 pybind11::dict build_info() {
   pybind11::dict info;
+#ifdef LORA_FAST_CUDA_ARCHS
+  info["kind"] = "cuda";
+  info["cuda_archs"] = LORA_FAST_CUDA_ARCHS;
+#else
   info["kind"] = "cpu";
+#endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -43,7 +48,8 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lora_fast; import torch first.";
-  m.def("build_info", &build_info, "How this module was built: kind, compiler, torch, torch_target, isa.");
+  m.def("build_info", &build_info,
+        "How this module was built: kind, compiler, torch, torch_target, isa, cuda_archs.");
   m.def("cpu_features", &lora_fast::cpu_features, "What this processor has of isa.");
   m.def("amx_enabled", &lora_fast::amx_enabled, "Whether kernels use AMX.");
   m.def("allow_amx", &lora_fast::allow_amx, pybind11::arg("allowed"),

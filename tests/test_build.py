@@ -60,12 +60,15 @@ def decide(platform: str = sys.platform, **variables: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"LORA_FAST_BUILD": "cuda"}, "no CUDA sources"),
+        (
+            {"LORA_FAST_BUILD": "cuda", "CUDA_HOME": "/nonexistent/cuda"},
+            "/nonexistent/cuda) holds no bin/nvcc",
+        ),
         ({"LORA_FAST_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "no C++ compiler was found (CXX=/nonexistent/c++)"),
         ({"LORA_FAST_BUILD": "cpu", "CXX": "false"}, "does not compile C++20"),
         ({"LORA_FAST_BUILD": "gpu"}, "must be one of cpu, cuda, none, got 'gpu'"),
     ],
-    ids=["cuda", "no compiler", "broken compiler", "unknown"],
+    ids=["no cuda", "no compiler", "broken compiler", "unknown"],
 )
 def test_a_demand_that_cannot_be_met_fails_with_the_reason(variables: dict[str, str], said: str) -> None:
     done = decide(**variables)
@@ -80,10 +83,12 @@ def test_a_demand_that_cannot_be_met_fails_with_the_reason(variables: dict[str, 
         ({"LORA_FAST_BUILD": "none"}, "none True LORA_FAST_BUILD=none"),
         ({"CXX": "/nonexistent/c++"}, "none False no C++ compiler was found (CXX=/nonexistent/c++)"),
         ({"CXX": "false"}, "none False"),
+        ({"LORA_FAST_BUILD": "cpu"}, "cpu True LORA_FAST_BUILD=cpu"),
+        ({"CUDA_HOME": "/nonexistent/cuda"}, "cpu False torch and"),
     ],
-    ids=["demanded", "no compiler", "broken compiler"],
+    ids=["none", "no compiler", "broken compiler", "cpu", "no cuda"],
 )
-def test_the_pure_python_package_is_decided_with_a_reason(variables: dict[str, str], decision: str) -> None:
+def test_a_kind_is_decided_with_a_reason(variables: dict[str, str], decision: str) -> None:
     done = decide(**variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(decision)
@@ -105,8 +110,8 @@ def test_the_module_says_how_it_was_built() -> None:
     from lora_fast import _C
 
     info = _C.build_info()
-    assert info["kind"] == "cpu"
     assert info["torch_target"] == "2.10"
-    assert set(info) == {"kind", "compiler", "torch", "torch_target", "isa"}
+    assert set(info) - {"cuda_archs"} == {"kind", "compiler", "torch", "torch_target", "isa"}
+    assert info["kind"] == ("cuda" if "cuda_archs" in info else "cpu")
     assert info["isa"][0] == "generic"
     assert set(_C.cpu_features()) <= {"avx2", "avx512", "amx_bf16"}

@@ -224,10 +224,10 @@ def test_no_compiler_gives_pure_python_and_says_so(tree: Path, tmp_path: Path) -
     ("variables", "said"),
     [
         ({"LORA_FAST_BUILD": "cpu", "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}, "/nonexistent/c++"),
-        ({"LORA_FAST_BUILD": "cuda"}, "cuda"),
+        ({"LORA_FAST_BUILD": "cuda", "CUDA_HOME": "/nonexistent/cuda"}, "/nonexistent/cuda"),
         ({"LORA_FAST_BUILD": "fpga"}, "fpga"),
     ],
-    ids=["no compiler", "no cuda kernels yet", "unknown kind"],
+    ids=["no compiler", "no cuda", "unknown kind"],
 )
 def test_a_demanded_build_that_cannot_be_had_fails(
     tree: Path, tmp_path: Path, variables: dict[str, str], said: str

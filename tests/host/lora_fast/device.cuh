@@ -1,0 +1,251 @@
+// Stands in for csrc/include/lora_fast/device.cuh: the kernels as C++ functions for the CPU, so that their arithmetic,
+// indices and barriers run without a GPU. The threads of a block are fibers that take turns at barriers and at the
+// operations of a warp; blocks run one after another.
+//
+// Seen here: what is computed, alignment of 16-byte accesses, use of shared memory past its end or before it is written
+// (it begins as NaN), missing barriers (threads may run in either order). Not seen: speed, and what the hardware itself does.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define LORA_FAST_KERNEL(threads, blocks) void
+
+namespace lora_fast::host {
+
+constexpr size_t kStack = 256 << 10;
+constexpr int kWarp = 32;
+constexpr size_t kGuard = 64;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "host CUDA: %s\n", what);
+  std::abort();
+}
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf here;
+  bool begun = false, done = false;
+};
+
+// What the lanes of a warp show each other, for two operations in turn: a lane is one ahead of the others at most.
+struct Warp {
+  alignas(16) char shown[2][kWarp][32];
+  int arrived = 0, round = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> operations;  // of each thread
+  std::vector<char> shared;
+  int arrived = 0, round = 0, current = 0, left = 0, turn = 0;
+  std::function<void()> kernel;
+  jmp_buf scheduler;
+};
+
+inline Block* block = nullptr;
+inline bool backwards = false;  // the order in which threads take turns
+inline int multiprocessors = 3;
+
+inline uint3 thread_index{}, block_index{};
+inline dim3 grid_size{};
+
+inline void yield() {
+  Fiber& fiber = block->fibers[block->current];
+  if (_setjmp(fiber.here) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Waits until `members` threads have arrived.
+inline void wait(int& arrived, int& round, int members) {
+  const int mine = round;
+  if (++arrived == members) {
+    arrived = 0;
+    ++round;
+  }
+  while (round == mine) yield();
+}
+
+// Shows x to the warp; returns a function that gives what another lane has shown.
+template <class T>
+auto show(const T& x) {
+  static_assert(sizeof(T) <= sizeof(Warp::shown[0][0]));
+  Warp& warp = block->warps[thread_index.x / kWarp];
+  auto* shown = warp.shown[block->operations[thread_index.x]++ % 2];
+  std::memcpy(shown[thread_index.x % kWarp], &x, sizeof(T));
+  wait(warp.arrived, warp.round, kWarp);
+  return [shown](int lane) {
+    T other;
+    std::memcpy(&other, shown[lane], sizeof(T));
+    return other;
+  };
+}
+
+inline void run_fiber() {
+  block->kernel();
+  block->fibers[block->current].done = true;
+  --block->left;
+  _longjmp(block->scheduler, 1);
+}
+
+inline void run_block(int threads, size_t shared) {
+  block->shared.assign(shared + kGuard, static_cast<char>(0xFF));
+  block->left = threads;
+  block->arrived = 0;
+  for (Warp& warp : block->warps) warp.arrived = 0;
+  for (Fiber& fiber : block->fibers) fiber.begun = fiber.done = false;
+  for (block->turn = 0; block->left > 0; ++block->turn) {
+    const int index = block->turn % threads;
+    block->current = backwards ? threads - 1 - index : index;
+    Fiber& fiber = block->fibers[block->current];
+    if (fiber.done) continue;
+    thread_index = {static_cast<unsigned>(block->current), 0, 0};
+    if (_setjmp(block->scheduler) != 0) continue;
+    if (fiber.begun) _longjmp(fiber.here, 1);
+    fiber.begun = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+    setcontext(&fiber.start);
+  }
+  for (size_t k = shared; k < shared + kGuard; ++k)
+    if (block->shared[k] != static_cast<char>(0xFF)) fail("a kernel wrote past its shared memory");
+}
+
+inline void run_grid(dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
+  if (threads % kWarp != 0) fail("threads of a block must be whole warps");
+  Block own;
+  own.fibers = std::vector<Fiber>(threads);
+  own.warps = std::vector<Warp>(threads / kWarp);
+  own.operations = std::vector<int>(threads);
+  own.kernel = std::move(kernel);
+  block = &own;
+  grid_size = grid;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      block_index = {x, y, 0};
+      run_block(threads, shared);
+    }
+  }
+  block = nullptr;
+}
+
+inline float bits_to_float(uint16_t bits, __nv_bfloat16*) {
+  return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
+}
+inline float bits_to_float(uint16_t bits, __half*) { return __half2float(__half(__half_raw{bits})); }
+
+}  // namespace lora_fast::host
+
+#define threadIdx (lora_fast::host::thread_index)
+#define blockIdx (lora_fast::host::block_index)
+#define gridDim (lora_fast::host::grid_size)
+
+inline void __syncthreads() {
+  auto* block = lora_fast::host::block;
+  lora_fast::host::wait(block->arrived, block->round, static_cast<int>(block->fibers.size()));
+}
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned x) {
+  const unsigned former = *at;
+  *at += x;
+  return former;
+}
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int lanes) {
+  return lora_fast::host::show(x)((threadIdx.x % 32) ^ lanes);
+}
+
+namespace lora_fast::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+inline char* shared_memory() {
+  return host::block->shared.data();  // as malloc aligns it, to 16 bytes
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, bool, cudaStream_t,
+                   Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > (227u << 10)) return cudaErrorInvalidConfiguration;
+  host::run_grid(grid, static_cast<int>(threads), shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaSuccess;
+}
+
+inline cudaError_t current_device(cudaDeviceAttr attribute, int* value) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? host::multiprocessors : 9;
+  return cudaSuccess;
+}
+
+inline void wait_for_former_kernel() {}
+inline void let_next_kernel_start() {}
+
+inline void copy_async_16(void* to_shared, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to_shared) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    host::fail("an asynchronous copy is not aligned");
+  if (bytes < 0 || bytes > 16) host::fail("an asynchronous copy of other than 0 to 16 bytes");
+  std::memset(to_shared, 0, 16);
+  std::memcpy(to_shared, from, bytes);
+}
+inline void commit_copies() {}
+template <int pending>
+void wait_for_copies() {}
+
+template <bool transpose>
+void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host::fail("a matrix's row is not aligned");
+  const auto rows = host::show(static_cast<const uint16_t*>(row));
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = transpose ? rows(8 * i + 2 * q)[g] : rows(8 * i + g)[2 * q];
+    const uint32_t high = transpose ? rows(8 * i + 2 * q + 1)[g] : rows(8 * i + g)[2 * q + 1];
+    to[i] = high << 16 | low;
+  }
+}
+
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  const auto lanes = host::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const auto half = [](uint32_t word, int k) {
+    return host::bits_to_float(static_cast<uint16_t>(k % 2 != 0 ? word >> 16 : word), static_cast<T*>(nullptr));
+  };
+  for (int k = 0; k < 16; ++k) {
+    const Operands row = lanes(4 * g + k % 8 / 2);
+    for (int e = 0; e < 2; ++e) {
+      const float b = half(lanes(4 * (2 * q + e) + k % 8 / 2).b[k / 8], k);
+      c[e] += half(row.a[2 * (k / 8)], k) * b;
+      c[2 + e] += half(row.a[2 * (k / 8) + 1], k) * b;
+    }
+  }
+}
+
+inline uint4 load_once(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) host::fail("a load of 16 bytes is not aligned");
+  return *static_cast<const uint4*>(from);
+}
+
+}  // namespace lora_fast::cuda

@@ -1,0 +1,42 @@
+// The CUDA kernels, compiled for the CPU by device.cuh, under their names in the library: in a process that has not
+// loaded lora_fast._C, whose place they take.
+#include "../../csrc/cuda/ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <lora_fast/device.cuh>
+
+extern "C" {
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = -1;  // of a tensor on the CPU
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error of the host"; }
+
+// For tests: the order in which a block's threads take turns, and for how many multiprocessors kernels are planned.
+void lora_fast_host_configure(bool backwards, int multiprocessors) {
+  lora_fast::host::backwards = backwards;
+  lora_fast::host::multiprocessors = multiprocessors;
+}
+}
+
+namespace lora_fast {
+
+STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
+  m.impl("weight_norm_fwd", TORCH_BOX(&cuda::weight_norm_fwd));
+  m.impl("weight_norm_kept", TORCH_BOX(&cuda::weight_norm_kept));
+  m.impl("lora_compose_fwd", TORCH_BOX(&cuda::lora_compose_fwd));
+  m.impl("lora_gain_bwd", TORCH_BOX(&cuda::lora_gain_bwd));
+  m.impl("lora_linear_small_fwd", TORCH_BOX(&cuda::lora_linear_small_fwd));
+  m.impl("dropout", TORCH_BOX(&cuda::dropout));
+  m.impl("merge_weight", TORCH_BOX(&cuda::merge_weight));
+}
+
+}  // namespace lora_fast
