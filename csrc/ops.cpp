@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("weight_norm_bwd", TORCH_BOX(&cpu::weight_norm_bwd));
   m.impl("lora_compose_fwd", TORCH_BOX(&cpu::lora_compose_fwd));
   m.impl("lora_gain_bwd", TORCH_BOX(&cpu::lora_gain_bwd));
+  m.impl("lora_linear_fwd", TORCH_BOX(&cpu::lora_linear_fwd));
+  m.impl("lora_linear_bwd", TORCH_BOX(&cpu::lora_linear_bwd));
   m.impl("lora_linear_small_fwd", TORCH_BOX(&cpu::lora_linear_small_fwd));
   m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
   m.impl("input_grad_small", TORCH_BOX(&cpu::input_grad_small));

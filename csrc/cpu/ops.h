@@ -38,6 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias);
 
+Tensor lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
+                       std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
+    Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+    std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
+    bool need_A, bool need_B, bool need_gain, bool need_bias);
+
 Tensor input_grad_small(Tensor grad_v, Tensor weight);
 
 int64_t scratch_peak_bytes(bool reset);

@@ -212,6 +212,14 @@ LORA_FAST_INLINE void deal_strip(V& first, V& second) {
   first = even;
 }
 
+// And back.
+template <class V>
+LORA_FAST_INLINE void undeal_strip(V& even, V& odd) {
+  const V first = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  odd = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  even = first;
+}
+
 // out[p] lane l = word p of row l, for sixteen rows of eight 32-bit words: 8 × 8 blocks are transposed by
 // exchanging one bit of the row with one bit of the word at a time.
 LORA_FAST_INLINE void transpose_words(const void* rows, int64_t row_bytes, u32x16 out[8]) {

@@ -22,6 +22,11 @@ _SCHEMAS = (
     "Tensor(a!) out, Tensor(b!)? product) -> ()",
     "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
+    "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
@@ -88,7 +93,7 @@ def merge_weight(
 
 
 class _CpuLinear(SplitLinear):
-    """For few tokens in bfloat16 on AMX, one native call reads W once; PyTorch's products otherwise."""
+    """For bfloat16 on AMX, native products with the passes fused into them; PyTorch's products otherwise."""
 
     def lora_linear_fwd(
         self,
@@ -106,13 +111,14 @@ class _CpuLinear(SplitLinear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x2 = x.reshape(-1, x.shape[-1])
         # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
-        if gain is None or not _small_applies(x2, weight, lora_A, lora_B, gain, axis, dropout_p):
+        if gain is None or not _native_applies(x2, weight, lora_A, lora_B, gain, axis, dropout_p):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
+        native = _c.lora_linear_small_fwd if _is_small(x2, lora_A, lora_B) else _c.lora_linear_fwd
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         product = y.new_empty(y.shape if keep_product else 0)
-        h = _c.lora_linear_small_fwd(
+        h = native(
             x2.contiguous(),
             weight,
             lora_A.contiguous(),
@@ -142,12 +148,13 @@ class _CpuLinear(SplitLinear):
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         grad_y2 = grad_y.reshape(-1, grad_y.shape[-1])
-        if not _small_applies(grad_y2, weight, lora_A, lora_B, gain, axis, dropout_p):
+        if not _native_applies(grad_y2, weight, lora_A, lora_B, gain, axis, dropout_p):
             return super().lora_linear_bwd(
                 grad_y, x, weight, lora_A, lora_B, scaling, gain, axis, product, h, dropout_p, seed, needs
             )
+        native = _c.lora_linear_small_bwd if _is_small(grad_y2, lora_A, lora_B) else _c.lora_linear_bwd
         rows = grad_y2.shape[0]
-        grad_x, grad_A, grad_B, grad_gain, grad_bias = _c.lora_linear_small_bwd(
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = native(
             grad_y2.contiguous(),
             None if x is None else x.reshape(rows, -1).contiguous(),
             weight,
@@ -172,18 +179,18 @@ class _CpuLinear(SplitLinear):
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        if dropout_p > 0.0 or not _is_small(grad_v, weight):
+        if dropout_p > 0.0 or grad_v.shape[0] > SMALL_TOKENS or not _tiles(grad_v, weight):
             return super()._input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed)
         grad_x = _c.input_grad_small(grad_v.contiguous(), weight)
         self.compose(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
 
 
-SMALL_TOKENS = 32  # two AMX tiles; at 64 PyTorch's products are as fast
-SMALL_RANK = 128  # the rank step is not done in tiles here
+SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
+SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
 
 
-def _small_applies(
+def _native_applies(
     activation: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -192,24 +199,34 @@ def _small_applies(
     axis: str,
     dropout_p: float,
 ) -> bool:
-    """Whether the one-read kernels take the linear: a float32 output gain or none, no dropout, a low rank."""
+    """Whether a native product takes the linear: a float32 output gain or none, no dropout, adapters it reads."""
     return (
         (gain is None or (axis == "output" and gain.dtype == torch.float32))
         and dropout_p == 0.0
-        and lora_A.shape[0] <= SMALL_RANK
-        and _is_small(activation, weight, lora_A, lora_B)
+        and lora_A.dtype in (torch.bfloat16, torch.float32)
+        and lora_B.dtype in (torch.bfloat16, torch.float32)
+        and _tiles(activation, weight)
     )
 
 
-def _is_small(activation: Tensor, weight: Tensor, *factors: Tensor) -> bool:
-    """Whether the one-read kernels take these: bfloat16, 1 to 32 tokens, sizes of whole tiles, AMX."""
+def _tiles(activation: Tensor, weight: Tensor) -> bool:
+    """Whether the operands of a product are bfloat16 and come in whole tiles, on a processor with AMX."""
     return (
-        0 < activation.shape[0] <= SMALL_TOKENS
+        activation.shape[0] > 0
+        and activation.dtype == weight.dtype == torch.bfloat16
         and weight.stride(1) == 1
         and weight.shape[0] % 32 == 0
         and weight.shape[1] % 32 == 0
-        and all(tensor.dtype == torch.bfloat16 for tensor in (activation, weight, *factors))
         and importlib.import_module("lora_fast._C").amx_enabled()
+    )
+
+
+def _is_small(activation: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether the kernels for few tokens take these."""
+    return (
+        activation.shape[0] <= SMALL_TOKENS
+        and lora_A.shape[0] <= SMALL_RANK
+        and lora_A.dtype == lora_B.dtype == torch.bfloat16
     )
 
 

@@ -1,0 +1,113 @@
+#include "amx_product.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace lora_fast {
+
+LORA_FAST_CLONES void pack_rows(const bf16* m, int64_t ld, int64_t rows, int64_t steps, RowOrder order,
+                                bf16* out) {
+  for (int64_t row = 0; row < kPanel; ++row) {
+    const int64_t place = order == RowOrder::dealt ? row % 2 * 16 + row / 2 : row;
+    bf16* to = out + place * kDepth;
+    for (int64_t step = 0; step < steps; ++step, to += kPanelStep) {
+      if (row < rows) {
+        store_bits(to, load_bits<u32x16>(m + row * ld + step * kDepth));
+      } else {
+        store_bits(to, u32x16{});
+      }
+    }
+  }
+}
+
+LORA_FAST_CLONES void pack_columns(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out) {
+  for (int64_t step = 0; step < steps; ++step, m += kDepth) {
+    for (int64_t tile = 0; tile < 2; ++tile, out += kPanelStep / 2) {
+      const int64_t present = rows - tile * 16;
+      bf16 padded[16 * kDepth];
+      const bf16* from = m + tile * 16 * ld;
+      int64_t stride = ld;
+      if (present < 16) {
+        std::memset(padded, 0, sizeof(padded));
+        for (int64_t i = 0; i < present; ++i)
+          std::memcpy(padded + i * kDepth, from + i * ld, kDepth * sizeof(bf16));
+        from = padded;
+        stride = kDepth;
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        u32x16 words[8];
+        transpose_words(from + half * 16, stride * 2, words);
+        for (int64_t p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * kDepth, words[p]);
+      }
+    }
+  }
+}
+
+LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_t strips, bf16* out,
+                                 int64_t out_stride) {
+  for (int64_t pair = 0; pair < kDepth / 2; ++pair) {
+    const bf16 *upper = m + 2 * pair * ld, *lower = upper + ld;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      u32x16 a{}, b{};
+      if (2 * pair < rows) a = load_bits<u32x16>(upper + strip * kStrip);
+      if (2 * pair + 1 < rows) b = load_bits<u32x16>(lower + strip * kStrip);
+      bf16* to = out + strip * out_stride + pair * kDepth;
+      store_bits(to, (a & 0xffffu) | (b << 16));
+      store_bits(to + kPanelStep / 2, (a >> 16) | (b & 0xffff0000u));
+    }
+  }
+}
+
+#if LORA_FAST_HAS_AMX
+
+}  // namespace lora_fast
+
+#include <immintrin.h>
+
+namespace lora_fast {
+
+// Registers: 0-3 hold C by (rows, columns); 4, 5 two tiles of a; 6, 7 two of b.
+__attribute__((target("amx-tile,amx-bf16"))) void panel_product(std::initializer_list<Panels> products,
+                                                                float* c, bool accumulate) {
+  // The tile loads name no memory that they read: what was packed must be in memory by now.
+  __asm__ volatile("" : : : "memory");
+  if (accumulate) {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + 256, 64);
+    _tile_loadd(2, c + 512, 64);
+    _tile_loadd(3, c + 768, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (const auto& [a, b, steps] : products) {
+    for (int64_t at = 0; at < steps * kPanelStep; at += kPanelStep) {
+      _tile_loadd(4, a + at, 64);
+      _tile_loadd(6, b + at, 64);
+      _tile_loadd(5, a + at + kPanelStep / 2, 64);
+      _tile_loadd(7, b + at + kPanelStep / 2, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + 256, 64);
+  _tile_stored(2, c + 512, 64);
+  _tile_stored(3, c + 768, 64);
+  __asm__ volatile("" : : : "memory");
+}
+
+#else
+
+// amx_enabled() is false here, so that nothing calls this.
+void panel_product(std::initializer_list<Panels>, float*, bool) {
+  std::abort();
+}
+
+#endif
+
+}  // namespace lora_fast

@@ -1,0 +1,74 @@
+// What the two directions of the blocked linear share: sizes of blocks, checks, the rank operand.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "amx_product.h"
+#include "small_common.h"
+
+namespace lora_fast {
+
+// A block of the product, 256 × 512 sums, and the packed operands of one of its steps in depth stay in the
+// second-level cache.
+constexpr int64_t kTokenBlock = 512;
+constexpr int64_t kBlockPanels = 8;
+constexpr int64_t kBlockSteps = 8;
+
+inline void check_adapter_dtype(const Tensor& tensor, const char* name) {
+  check_contiguous(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 || tensor.scalar_type() == ScalarType::Float,
+                  name, " must be bfloat16 or float32, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
+inline void check_gain(const Tensor& gain, int64_t size) {
+  check_vector(gain, "gain", size);
+  STD_TORCH_CHECK(gain.scalar_type() == ScalarType::Float && gain.is_contiguous(),
+                  "gain must be contiguous float32");
+}
+
+// A contiguous matrix of bfloat16 or float32.
+struct AdapterMatrix {
+  const void* data;
+  int64_t rows, cols;
+  bool wide;
+
+  explicit AdapterMatrix(const Tensor& tensor)
+      : data(tensor.const_data_ptr()),
+        rows(tensor.size(0)),
+        cols(tensor.size(1)),
+        wide(tensor.scalar_type() == ScalarType::Float) {}
+  AdapterMatrix(const float* m, int64_t row_count, int64_t col_count)
+      : data(m), rows(row_count), cols(col_count), wide(true) {}
+};
+
+// Whether every bfloat16 stays one when multiplied by the scaling: a power of two (or its negative, or zero).
+inline bool keeps_bf16(double scaling) {
+  int exponent = 0;
+  const double mantissa = std::frexp(scaling, &exponent);
+  return scaling == 0.0 || (std::fabs(mantissa) == 0.5 && exponent > -64 && exponent < 64);
+}
+
+// out [rows][width] = factor · m from `row` on in bfloat16, zero behind; with `split` what the rounding
+// leaves lies behind it, at column m.cols: their sum is the float32 product to 2^-17.
+void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
+                bf16* out);
+
+// The elements as a row-major bfloat16 matrix, copied only where they are float32.
+class RoundedMatrix {
+ public:
+  explicit RoundedMatrix(const AdapterMatrix& m)
+      : rounded_(m.wide ? m.rows * m.cols : 0), data_(static_cast<const bf16*>(m.data)) {
+    if (!m.wide) return;
+    round_rows(m, 0, m.rows, 1.0f, false, m.cols, rounded_.data());
+    data_ = rounded_.data();
+  }
+  const bf16* data() const { return data_; }
+
+ private:
+  Scratch<bf16> rounded_;
+  const bf16* data_;
+};
+
+}  // namespace lora_fast

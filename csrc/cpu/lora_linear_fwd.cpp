@@ -1,0 +1,186 @@
+// y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 256 outputs and 512 tokens: the update
+// opens each block's float32 sums, gain and bias close them. The product is made turned over, W x, because
+// x is cheaper to rearrange than W.
+#include "lora_linear_common.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace lora_fast {
+namespace {
+
+struct Linear {
+  const bf16* weight;
+  int64_t ld, N, K;
+  AdapterMatrix lora_B;
+  float scaling;
+  bool split;  // whether s B needs its remainder in bfloat16
+  const float *gain, *bias;
+};
+
+// One block of tokens; x and h packed as b-panels, h in rank_steps steps, once or with its copy behind it.
+struct Tokens {
+  const bf16 *x, *h;
+  int64_t count, panels, rank_steps;
+  bf16 *y, *product;  // at the first token
+};
+
+// f(token, strip) for each token of a block c whose rows are 32 outputs, dealt.
+template <class F>
+LORA_FAST_INLINE void for_turned(const float* c, int64_t tokens, const F& f) {
+  for (int64_t t = 0; t < tokens; t += 8) {
+    u32x16 even[8], odd[8];
+    const float* from = c + t / 16 * 256 + t % 16;
+    transpose_words(from, 64, even);
+    transpose_words(from + kBlock / 2, 64, odd);
+    for (int64_t i = 0; i < std::min<int64_t>(8, tokens - t); ++i)
+      f(t + i, Strip<float>{(f32x16)even[i], (f32x16)odd[i]});
+  }
+}
+
+LORA_FAST_CLONES void finish_block(const Linear& op, const Tokens& tokens, const float* c, int64_t n,
+                                   int64_t first) {
+  Strip<float> gain = load_packed(op.gain + n), bias{};
+  deal_strip(gain.even, gain.odd);
+  if (op.bias != nullptr) {
+    bias = load_packed(op.bias + n);
+    deal_strip(bias.even, bias.odd);
+  }
+  for_turned(c, std::min(kPanel, tokens.count - first), [&](int64_t t, Strip<float> v) {
+    const int64_t at = (first + t) * op.N + n;
+    if (tokens.product != nullptr) store_strip<float>(tokens.product + at, v);
+    store_strip<float>(tokens.y + at, {v.even * gain.even + bias.even, v.odd * gain.odd + bias.odd});
+  });
+}
+
+LORA_FAST_CLONES void store_projection(const float* c, int64_t tokens, bf16* h, int64_t R, int64_t cols) {
+  for_turned(c, tokens, [&](int64_t t, Strip<float> v) { store_strip_n<float>(h + t * R, v, cols); });
+}
+
+// Panels [begin, end) of 32 outputs.
+void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t end) {
+  const int64_t steps = op.K / kDepth, rank_steps = tokens.rank_steps;
+  const Scratch<bf16> weight(kBlockPanels * kBlockSteps * kPanelStep);
+  const Scratch<bf16> factor(kBlockPanels * rank_steps * kPanelStep), rows(rank_steps * kPanelStep);
+  const Scratch<float> sums(kBlockPanels * tokens.panels * kBlock);
+  const AmxScope scope(true, kDepth);
+  for (int64_t first = begin; first < end; first += kBlockPanels) {
+    const int64_t panels = std::min(kBlockPanels, end - first);
+    const auto block = [&](int64_t t, int64_t p) { return sums.data() + (t * panels + p) * kBlock; };
+    for (int64_t p = 0; p < panels; ++p) {
+      round_rows(op.lora_B, (first + p) * kPanel, kPanel, op.scaling, op.split, rank_steps * kDepth,
+                 rows.data());
+      pack_rows(rows.data(), rank_steps * kDepth, kPanel, rank_steps, RowOrder::dealt,
+                factor.data() + p * rank_steps * kPanelStep);
+    }
+    for (int64_t k = 0; k < steps; k += kBlockSteps) {
+      const int64_t depth = std::min(kBlockSteps, steps - k);
+      for (int64_t p = 0; p < panels; ++p)
+        pack_rows(op.weight + (first + p) * kPanel * op.ld + k * kDepth, op.ld, kPanel, depth,
+                  RowOrder::dealt, weight.data() + p * depth * kPanelStep);
+      const int64_t opening = k == 0 ? rank_steps : 0;
+      for (int64_t t = 0; t < tokens.panels; ++t)
+        for (int64_t p = 0; p < panels; ++p)
+          panel_product(
+              {{factor.data() + p * rank_steps * kPanelStep, tokens.h + t * rank_steps * kPanelStep, opening},
+               {weight.data() + p * depth * kPanelStep, tokens.x + (t * steps + k) * kPanelStep, depth}},
+              block(t, p), k > 0);
+    }
+    for (int64_t t = 0; t < tokens.panels; ++t)
+      for (int64_t p = 0; p < panels; ++p)
+        finish_block(op, tokens, block(t, p), (first + p) * kPanel, t * kPanel);
+  }
+}
+
+// Panels [begin, end) of 32 tokens: x packed, h = x lora_Aᵀ, h packed.
+void project_tokens(const bf16* x, int64_t count, int64_t K, const bf16* lora_A, int64_t R, bool split,
+                    int64_t rank_steps, bf16* packed_x, bf16* h, bf16* packed_h, int64_t begin, int64_t end) {
+  const int64_t steps = K / kDepth, width = rank_steps * kDepth;
+  alignas(64) float c[kBlock];
+  const Scratch<bf16> wide(kPanel * width);
+  const AmxScope scope(true, kDepth);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanel, tokens = std::min(kPanel, count - first);
+    bf16* b = packed_x + panel * steps * kPanelStep;
+    pack_columns(x + first * K, K, tokens, steps, b);
+    for (int64_t r = 0; r < R; r += kPanel) {
+      panel_product({{lora_A + r * K, b, steps}}, c, false);
+      store_projection(c, tokens, h + first * R + r, R, std::min(kPanel, R - r));
+    }
+    std::memset(wide.data(), 0, static_cast<size_t>(kPanel * width) * sizeof(bf16));
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t copy = 0; copy < (split ? 2 : 1); ++copy)
+        std::memcpy(wide.data() + t * width + copy * R, h + (first + t) * R,
+                    static_cast<size_t>(R) * sizeof(bf16));
+    pack_columns(wide.data(), width, kPanel, rank_steps, packed_h + panel * rank_steps * kPanelStep);
+  }
+}
+
+}  // namespace
+
+Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                            Tensor gain, std::optional<Tensor> bias, Tensor y,
+                            std::optional<Tensor> product) {
+  check_small(x, "x");
+  check_contiguous(x, "x");
+  check_small_weight(weight);
+  check_adapter(weight, lora_A, lora_B);
+  check_adapter_dtype(lora_A, "lora_A");
+  check_adapter_dtype(lora_B, "lora_B");
+  const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
+  check_size(x, "x", 1, K);
+  check_gain(gain, N);
+  if (bias) {
+    check_vector(*bias, "bias", N);
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
+                    "bias must be contiguous float32");
+  }
+  check_small(y, "y");
+  check_contiguous(y, "y");
+  check_size(y, "y", 0, tokens);
+  check_size(y, "y", 1, N);
+  if (product) {
+    check_same(*product, "product", y, "y");
+    check_contiguous(*product, "product");
+  }
+  const int64_t h_size[] = {tokens, R};
+  Tensor h = torch::stable::new_empty(x, {h_size, 2});
+  auto* h_data = static_cast<bf16*>(h.mutable_data_ptr());
+
+  Linear op{elements(weight),
+            weight.stride(0),
+            N,
+            K,
+            AdapterMatrix(lora_B),
+            static_cast<float>(scaling),
+            lora_B.scalar_type() == ScalarType::Float || !keeps_bf16(scaling),
+            static_cast<const float*>(gain.const_data_ptr()),
+            bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
+  const int64_t steps = K / kDepth, rank_steps = round_up(op.split ? 2 * R : R, kDepth) / kDepth;
+  const int64_t most_panels = round_up(std::min(tokens, kTokenBlock), kPanel) / kPanel;
+  const Scratch<bf16> packed_A(round_up(R, kPanel) * K);
+  const RoundedMatrix factor(AdapterMatrix{lora_A});
+  for (int64_t r = 0; r < R; r += kPanel)
+    pack_rows(factor.data() + r * K, K, std::min(kPanel, R - r), steps, RowOrder::dealt,
+              packed_A.data() + r * K);
+  const Scratch<bf16> packed_x(most_panels * steps * kPanelStep);
+  const Scratch<bf16> packed_h(most_panels * rank_steps * kPanelStep);
+  for (int64_t first = 0; first < tokens; first += kTokenBlock) {
+    const int64_t count = std::min(kTokenBlock, tokens - first), panels = round_up(count, kPanel) / kPanel;
+    for_chunks(chunk_count(panels, 1), panels, [&](int64_t, int64_t begin, int64_t end) {
+      project_tokens(elements(x) + first * K, count, K, packed_A.data(), R, op.split, rank_steps,
+                     packed_x.data(), h_data + first * R, packed_h.data(), begin, end);
+    });
+    const Tokens block{packed_x.data(),
+                       packed_h.data(),
+                       count,
+                       panels,
+                       rank_steps,
+                       static_cast<bf16*>(y.mutable_data_ptr()) + first * N,
+                       product ? static_cast<bf16*>(product->mutable_data_ptr()) + first * N : nullptr};
+    for_chunks(chunk_count(N / kPanel, 1), N / kPanel,
+               [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, block, begin, end); });
+  }
+  return h;
+}
+
+}  // namespace lora_fast
