@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +47,11 @@ def _no_cuda_kernels() -> str | None:
     return None if present else reason
 
 
+def _no_nvcc() -> str | None:
+    there = os.path.isfile(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
+    return None if there else "no nvcc was found (neither CUDA_HOME nor PATH has one)"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The one place that skips (what this process lacks, by marker) and deselects (what has no meaning)."""
     reasons = {
@@ -53,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "amx": _no_amx(),
         "interp": _no_triton(),
         "gpu": None if torch.cuda.is_available() else "no GPU",
+        "nvcc": _no_nvcc(),
     }
     for item in items:
         for marker, reason in reasons.items():
