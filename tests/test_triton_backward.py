@@ -1,0 +1,269 @@
+"""The Triton kernels of backward: what the shared cases do not reach. Several chunks, groups and splits, which small
+inputs on their own configuration have one of; strides; dropout; the limits on partial buffers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lora_fast.testing import assert_within_budget, dropout_mask, poisoned_memory
+from lora_fast.triton_kernels import lora_A_grad as A_grad, lora_gain_bwd as gain_bwd, lora_input_grad as input_grad
+from lora_fast.triton_kernels.sum_partials import sum_partials
+from lora_fast.triton_kernels.target import SM80, SM90, SM100
+
+TARGETS = pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda target: f"sm_{target.arch}")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+S = 0.7
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in a transposed matrix, or between columns of NaN."""
+    if layout == "transposed":
+        return tensor.T.contiguous().T
+    spread = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), torch.nan)
+    spread[:, ::2] = tensor
+    return spread[:, ::2]
+
+
+def of_gain(grad_y: Tensor, product: Tensor, gain: Tensor, h: Tensor, lora_B: Tensor) -> list[Tensor]:
+    grad_v = grad_y * gain.to(grad_y.dtype)
+    sums = [(grad_y * product).sum(0), grad_y.sum(0)]
+    return [grad_v, *sums, S * (grad_v @ lora_B.to(grad_v.dtype)), grad_v.T @ (S * h)]
+
+
+GAIN_CONFIGS = {
+    "own": None,
+    "groups and chunks": gain_bwd.Config(32, 32, 32, 2, 3, 4, 1),
+    "slabs of one block": gain_bwd.Config(64, 64, 32, 1, 1, 4, 1),
+    "products": gain_bwd.Config(32, 64, 0, 1, 3, 4, 1),
+}
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
+def test_gain_bwd_against_float64(config: gain_bwd.Config | None, dtype: torch.dtype) -> None:
+    inputs = [normal(100, 130, dtype=dtype), normal(100, 130, dtype=dtype), 1 + 0.2 * normal(130)]
+    inputs += [normal(100, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
+    with poisoned_memory():
+        actual = gain_bwd.lora_gain_bwd(*inputs, S, True, True, True, True, True, config=config)
+    truth = of_gain(*(tensor.double() for tensor in inputs))
+    eager = of_gain(*(tensor.to(dtype) for tensor in inputs))
+    for name, *results in zip(("dv", "dgain", "dbias", "dh", "dB"), actual, eager, truth, strict=True):
+        assert_within_budget(name, results[0], results[1].to(results[0].dtype), results[2])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_gain_bwd_of_any_strides(layout: str, config: gain_bwd.Config | None) -> None:
+    grad_y, product, gain, h, lora_B = normal(70, 90), normal(70, 90), normal(90), normal(70, 20), normal(90, 20)
+    if layout == "expanded":  # what the backward of a sum gives
+        grad_y = torch.ones(()).expand(70, 90)
+        given = (grad_y, product, gain, h, lora_B)
+    else:
+        given = (laid_out(grad_y, layout), product, gain, laid_out(h, layout), laid_out(lora_B, layout))
+    actual = gain_bwd.lora_gain_bwd(*given, S, True, True, True, True, True, config=config)
+    for result, expected in zip(actual, of_gain(grad_y, product, gain, h, lora_B), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
+@pytest.mark.parametrize("alone", range(5))
+def test_gain_bwd_of_one_gradient(alone: int, config: gain_bwd.Config | None) -> None:
+    inputs = normal(70, 90), normal(70, 90), normal(90), normal(70, 20), normal(90, 20)
+    needs = [index == alone for index in range(5)]
+    present = [True, needs[1], True, needs[4], needs[3] or needs[4]]
+    given = [tensor if wanted else None for tensor, wanted in zip(inputs, present, strict=True)]
+    actual = gain_bwd.lora_gain_bwd(*given, S, *needs, config=config)
+    assert [result.numel() > 0 for result in actual] == needs
+    torch.testing.assert_close(actual[alone], of_gain(*inputs)[alone], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+def test_gain_bwd_without_a_gain() -> None:
+    grad_y, h, lora_B = normal(70, 90), normal(70, 20), normal(90, 20)
+    expected = of_gain(grad_y, grad_y, torch.ones(90), h, lora_B)
+    for config in GAIN_CONFIGS.values():
+        actual = gain_bwd.lora_gain_bwd(grad_y, None, None, h, lora_B, S, True, False, True, True, True, config=config)
+        assert actual[0].numel() == 0
+        for index in (2, 3, 4):
+            torch.testing.assert_close(actual[index], expected[index], rtol=1e-4, atol=1e-4)
+
+
+def of_input(
+    grad_v: Tensor, weight: Tensor, grad_h: Tensor, lora_A: Tensor, gain: Tensor, x: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    u = grad_v @ weight.to(grad_v.dtype) + mask.to(grad_v.dtype) * (grad_h @ lora_A.to(grad_v.dtype))
+    return u * gain.to(u.dtype), (u * x).sum(0)
+
+
+INPUT_CONFIGS = {"own": None, "many blocks": input_grad.Config(32, 32, 16, 16, 2, 4, 1)}
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("config", INPUT_CONFIGS.values(), ids=INPUT_CONFIGS)
+def test_input_grad_against_float64(config: input_grad.Config | None, p: float, dtype: torch.dtype) -> None:
+    M, N, K, R = 40, 30, 60, 20
+    inputs = [normal(M, N, dtype=dtype), normal(N, K, dtype=dtype), normal(M, R, dtype=dtype), normal(R, K)]
+    gain, x = 1 + 0.2 * normal(K), normal(M, K, dtype=dtype)
+    seed = torch.tensor(0x1234_5678_9ABC_DEF1)
+    mask = dropout_mask(seed, (M, K), p) / (1.0 if p in (0.0, 1.0) else 1.0 - p)
+    with poisoned_memory():
+        actual = input_grad.lora_input_grad(*inputs, p, seed if p else None, gain, x, True, config=config)
+    truth = of_input(*(tensor.double() for tensor in (*inputs, gain, x, mask)))
+    eager = of_input(*(tensor.to(dtype) for tensor in (*inputs, gain, x, mask)))
+    for name, *results in zip(("dx", "dgain"), actual, eager, truth, strict=True):
+        assert_within_budget(name, results[0], results[1].to(results[0].dtype), results[2])
+    without, nothing = input_grad.lora_input_grad(*inputs, p, seed if p else None, None, None, False, config=config)
+    assert_within_budget("u", without, (eager[0] / gain.to(dtype)), truth[0] / gain)
+    assert nothing.numel() == 0
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+@pytest.mark.parametrize("N", [64, 50], ids=["whole blocks of N", "ragged"])
+def test_input_grad_of_any_strides(N: int, layout: str) -> None:
+    M, K, R = 40, 70, 20
+    inputs = normal(M, N), normal(N, K), normal(M, R), normal(R, K)
+    gain, x = normal(K), normal(M, K)
+    expected = of_input(*inputs, gain, x, torch.ones(M, K))
+    config = input_grad.Config(32, 32, 32, 16, 8, 4, 1)
+    given = [laid_out(tensor, layout) for tensor in inputs]
+    actual = input_grad.lora_input_grad(*given, 0.0, None, gain, laid_out(x, layout), True, config=config)
+    for result, expectation in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, expectation, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("N", [3, 50], ids=["a pass of its own", "in the epilogue"])
+def test_input_grad_of_the_gain_alone(N: int) -> None:
+    """And with fewer rows of W than blocks of rows of x, whose partials would be larger than W."""
+    M, K, R = 100, 40, 4
+    inputs = normal(M, N), normal(N, K), normal(M, R), normal(R, K)
+    gain, x = normal(K), normal(M, K)
+    config = input_grad.Config(32, 32, 32, 16, 8, 4, 1)
+    for need_x in (True, False):
+        with poisoned_memory():
+            grad_x, grad_gain = input_grad.lora_input_grad(*inputs, 0.0, None, gain, x, True, need_x, config)
+        expected = of_input(*inputs, gain, x, torch.ones(M, K))
+        torch.testing.assert_close(grad_gain, expected[1], rtol=1e-4, atol=1e-4)
+        if need_x:
+            torch.testing.assert_close(grad_x, expected[0], rtol=1e-4, atol=1e-4)
+        else:
+            assert grad_x.numel() == 0
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_input_grad_of_wider_weights(dtype: torch.dtype) -> None:
+    """float32 W and lora_A, rounded to the activation's dtype tile by tile, give what rounding them first gives."""
+    inputs = normal(20, 50, dtype=dtype), normal(50, 40), normal(20, 8, dtype=dtype), normal(8, 40)
+    wide, _ = input_grad.lora_input_grad(*inputs, 0.0, None, None, None, False)
+    rounded, _ = input_grad.lora_input_grad(*(t.to(dtype) for t in inputs), 0.0, None, None, None, False)
+    assert torch.equal(wide, rounded)
+
+
+A_CONFIGS = {"own": None, "blocks and splits": A_grad.Config(32, 16, 32, 3, 4, 1)}
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("has_gain", [True, False], ids=["gain", "no gain"])
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("config", A_CONFIGS.values(), ids=A_CONFIGS)
+def test_A_grad_against_float64(config: A_grad.Config | None, p: float, has_gain: bool, dtype: torch.dtype) -> None:
+    M, K, R = 150, 70, 20
+    grad_h, x, gain = normal(M, R, dtype=dtype), normal(M, K, dtype=dtype), 1 + 0.2 * normal(K)
+    seed = torch.tensor(-3)
+    mask = dropout_mask(seed, (M, K), p) / (1.0 if p in (0.0, 1.0) else 1.0 - p)
+
+    def product(to: torch.dtype) -> Tensor:
+        scaled = x.to(to) * gain.to(to) if has_gain else x.to(to)
+        return grad_h.to(to).T @ (mask.to(to) * scaled)
+
+    with poisoned_memory():
+        actual = A_grad.lora_A_grad(
+            grad_h, x, gain if has_gain else None, p, seed if p else None, torch.float32, config
+        )
+    truth, eager = product(torch.float64), product(dtype)
+    assert_within_budget("dA", actual.to(dtype), eager, truth)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("config", A_CONFIGS.values(), ids=A_CONFIGS)
+def test_A_grad_of_any_strides(config: A_grad.Config | None) -> None:
+    grad_h, x = normal(100, 20), normal(100, 70)
+    for layout in ("transposed", "strided"):
+        actual = A_grad.lora_A_grad(
+            laid_out(grad_h, layout), laid_out(x, layout), None, 0.0, None, torch.float32, config
+        )
+        torch.testing.assert_close(actual, grad_h.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+def test_no_tokens() -> None:
+    empty, gain, lora_B = torch.empty(0, 8), torch.ones(8), normal(8, 4)
+    _, *sums, grad_h, grad_B = gain_bwd.lora_gain_bwd(
+        empty, empty, gain, torch.empty(0, 4), lora_B, S, True, True, True, True, True
+    )
+    assert grad_h.shape == (0, 4)
+    assert all(torch.equal(total, torch.zeros_like(total)) for total in (*sums, grad_B))
+    grad_x, grad_gain = input_grad.lora_input_grad(
+        empty, normal(8, 6), torch.empty(0, 4), normal(4, 6), 0.0, None, torch.ones(6), torch.empty(0, 6), True
+    )
+    assert grad_x.shape == (0, 6)
+    assert torch.equal(grad_gain, torch.zeros(6))
+    grad_A = A_grad.lora_A_grad(torch.empty(0, 4), torch.empty(0, 6), None, 0.0, None, torch.float32)
+    assert torch.equal(grad_A, torch.zeros(4, 6))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("count", [0, 1, 3, 100])
+def test_sum_partials(count: int) -> None:
+    partials = normal(count, 5, 300)
+    result = sum_partials(partials, torch.float16, S)
+    torch.testing.assert_close(result, (S * partials.double().sum(0)).half(), rtol=1e-3, atol=1e-3)
+
+
+SIZES = [
+    (M, N, R)
+    for M in (1, 16, 300, 2048, 8192, 131072)
+    for N in (64, 1024, 4096, 28672)
+    for R in (1, 8, 16, 32, 64, 384, 768)
+]
+
+
+@TARGETS
+def test_partials_of_the_gain_pass(target) -> None:
+    """dh and dlora_B are in the pass only with partials under 1/8 of grad_y's bytes; the sums' are always few."""
+    for M, N, R in SIZES:
+        config = gain_bwd.lora_gain_bwd_config(M, N, R, torch.bfloat16, target)
+        chunks = -(-M // config.rows_per_chunk(M))
+        groups = -(-N // (config.BLOCK_N * config.column_blocks))
+        if config.BLOCK_R > 0:
+            assert 4 * M * R * groups + 4 * N * (R + 2) * chunks < 2 * M * N / 8
+            assert groups * chunks >= target.sms // 2
+        else:
+            assert chunks == 1 or 4 * 2 * N * chunks <= 2 * M * N / 8
+    fused = gain_bwd.lora_gain_bwd_config(8192, 4096, 16, torch.bfloat16, target)
+    products = gain_bwd.lora_gain_bwd_config(8192, 4096, 384, torch.bfloat16, target)
+    assert fused.BLOCK_R == 16
+    assert products.BLOCK_R == 0
+
+
+@TARGETS
+def test_partials_of_the_A_grad(target) -> None:
+    for M, K, R in SIZES:
+        config = A_grad.lora_A_grad_config(M, K, R, torch.bfloat16, target)
+        assert config.splits == 1 or (config.splits * R <= 256 and 4 * config.splits * R <= M)

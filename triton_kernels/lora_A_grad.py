@@ -1,0 +1,164 @@
+"""dlora_A = dhᵀ drop(x ⊙ gain), summed over T in two stages.
+
+dh [T, R], scaled already  x [T, K]  gain [K] float32 or none (axis "input") -> dlora_A [R, K] of the dtype asked for.
+x ⊙ gain is rounded to x's dtype, as it was in forward; 1/(1-p) multiplies the float32 sums. dh and x have any strides.
+The mask of drop is that of :mod:`lora_fast.triton_kernels.dropout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
+from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
+from lora_fast.triton_kernels.target import AotCase, Target, current
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def lora_A_grad_kernel(
+    grad_h_ptr, x_ptr, gain_ptr, seed_ptr, grad_A_ptr,
+    M, K, R, rows_per_split,
+    stride_grad_h_m, stride_grad_h_r, stride_x_m, stride_x_k,
+    threshold: tl.int64, keep_scale,
+    HAS_GAIN: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """grad_A[s] = the sum over the s-th ``rows_per_split`` rows; grad_A [splits, R, K]."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_K
+    first_r = tl.program_id(1) * BLOCK_R
+    split = tl.program_id(2).to(tl.int64)
+    row = split * rows_per_split
+    steps = tl.cdiv(tl.minimum(rows_per_split, M - row), BLOCK_M).to(tl.int32)
+    # a tile's corner is a 64-bit scalar, the offsets in it are not
+    offs_m, offs_k, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    mask_k, mask_r = offs_k < K - column, offs_r < R - first_r
+    x_ptr += column * stride_x_k
+    grad_h_ptr += first_r * stride_grad_h_r
+    if HAS_GAIN:
+        gain = tl.load(gain_ptr + column + offs_k, mask=mask_k, other=0.0)
+    if HAS_DROPOUT:
+        seed_lo, seed_hi = dropout_seed(seed_ptr)
+
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for _ in range(steps):
+        mask_m = offs_m < M - row
+        x_ptrs = x_ptr + row * stride_x_m + offs_m[:, None] * stride_x_m + offs_k[None, :] * stride_x_k
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        grad_h_ptrs = grad_h_ptr + row * stride_grad_h_m
+        grad_h_ptrs += offs_m[:, None] * stride_grad_h_m + offs_r[None, :] * stride_grad_h_r
+        grad_h = tl.load(grad_h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if HAS_GAIN:
+            x = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed_lo, seed_hi, (row + offs_m)[:, None], (column + offs_k)[None, :], threshold)
+            x = tl.where(keep, x, 0.0)
+        acc = tl.dot(tl.trans(x), grad_h.to(x.dtype), acc, input_precision="ieee")
+        row += BLOCK_M
+    if HAS_DROPOUT:
+        acc *= keep_scale
+
+    grad_A_ptrs = grad_A_ptr + (split * R + first_r) * K + column + offs_r[None, :] * K + offs_k[:, None]
+    tl.store(grad_A_ptrs, acc.to(grad_A_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_r[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    BLOCK_K: int
+    BLOCK_R: int
+    BLOCK_M: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def rows_per_split(self, M: int) -> int:
+        return max(1, triton.cdiv(triton.cdiv(M, self.BLOCK_M), self.splits)) * self.BLOCK_M
+
+
+def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Target) -> Config:
+    """x is read once for each BLOCK_R of the rank, 2 R FLOPs an element: bytes bind up to rank 128, products above.
+
+    T is split for two programs a multiprocessor, in parts of 256 rows at least, and at most 256 // R times: the
+    partials hold 256 K floats at most, fewer than [N, K] for any N above 256. Rank 16 at K = 4096 on an H200: 64
+    blocks of columns, 4 splits, 1 MB of partials beside 67 MB of x. Rank 384 is 192 programs unsplit (predicted).
+    """
+    rank = max(16, triton.next_power_of_2(R))
+    if target.backend == "interpreter":
+        BLOCK_K, BLOCK_M = (min(triton.next_power_of_2(max(size, 16)), 512) for size in (K, M))
+        return Config(BLOCK_K, min(rank, 256), BLOCK_M, 1, 4, 1)
+    if dtype == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
+        BLOCK_K, BLOCK_R, BLOCK_M = 64, min(rank, 32), 16
+    else:
+        BLOCK_K, BLOCK_R, BLOCK_M = 64, min(rank, 128), 64
+        if triton.cdiv(K, 128) * triton.cdiv(R, BLOCK_R) >= target.sms:
+            BLOCK_K = 128
+    programs = triton.cdiv(K, BLOCK_K) * triton.cdiv(R, BLOCK_R)
+    splits = max(1, min(2 * target.sms // programs, M // 256, 256 // R))
+    return Config(BLOCK_K, BLOCK_R, BLOCK_M, splits, num_warps=8 if BLOCK_R == 128 else 4, num_stages=3)
+
+
+def lora_A_grad(
+    grad_h: Tensor, x: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """dlora_A [R, K] in ``dtype``; dropout takes ``seed``."""
+    (M, R), K = grad_h.shape, x.shape[1]
+    if config is None:
+        config = lora_A_grad_config(M, K, R, x.dtype, current(x.device))
+    rows_per_split = config.rows_per_split(M)
+    splits = max(1, triton.cdiv(M, rows_per_split))
+    partials = new_partials(splits, (R, K), dtype, x.device)
+    has_dropout = dropout_p > 0.0
+    lora_A_grad_kernel[(triton.cdiv(K, config.BLOCK_K), triton.cdiv(R, config.BLOCK_R), splits)](
+        grad_h, x, gain_in, seed if has_dropout else None, partials,
+        M, K, R, rows_per_split,
+        *grad_h.stride(), *x.stride(),
+        *dropout_arguments(dropout_p),
+        HAS_GAIN=gain_in is not None, HAS_DROPOUT=has_dropout,
+        **_tiles(config), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return sum_partials(partials, dtype)
+
+
+def _tiles(config: Config) -> dict[str, int]:
+    return {"BLOCK_K": config.BLOCK_K, "BLOCK_R": config.BLOCK_R, "BLOCK_M": config.BLOCK_M}
+
+
+def aot_cases(target: Target) -> Iterator[AotCase]:
+    """Gain and dropout, and neither; one split, which writes the result, and several."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for M, K, R in ((16, 4096, 16), (8192, 4096, 16), (8192, 4096, 64), (8192, 4096, 384), (8192, 16384, 384)):
+            config = lora_A_grad_config(M, K, R, dtype, target)
+            for everything in (True, False):
+                pointers = {"grad_h_ptr": f"*{name}", "x_ptr": f"*{name}"}
+                pointers["grad_A_ptr"] = "*fp32" if config.splits > 1 else f"*{name}"
+                if everything:
+                    pointers |= {"gain_ptr": "*fp32", "seed_ptr": "*i64"}
+                integers = ("M", "K", "R", "rows_per_split", "stride_grad_h_m", "stride_x_m")
+                yield AotCase(
+                    kernel=lora_A_grad_kernel,
+                    name=f"lora_A_grad-{M}x{K}-r{R}-{name}{'-all' if everything else ''}",
+                    signature={
+                        **pointers,
+                        **dict.fromkeys(integers, "i32"),
+                        "threshold": "i64",
+                        "keep_scale": "fp32",
+                    },
+                    constexprs={
+                        **({} if everything else {"gain_ptr": None, "seed_ptr": None}),
+                        "stride_grad_h_r": 1,
+                        "stride_x_k": 1,
+                        "HAS_GAIN": everything,
+                        "HAS_DROPOUT": everything,
+                        **_tiles(config),
+                    },
+                    aligned=(*pointers, *integers),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    dots=dtype != torch.float32,
+                )
