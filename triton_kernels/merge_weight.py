@@ -1,0 +1,96 @@
+"""W ← gain ⊙ (W + s lora_B lora_A), in place: an adapter folded into its weight, tile by tile.
+
+weight [N, K] of any strides, written once, rounded once from float32; lora_A [R, K]; lora_B [N, R]; gain float32, [N]
+for axis "output", [K] for "input", or None for 1. Reads and writes W once, 4NK bytes in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fast.triton_kernels.adapted_weight import (
+    NAMES,
+    Tile,
+    adapted_tile,
+    aot_arguments,
+    arguments,
+    exact_products,
+    float32_precision,
+    interpreted_tile,
+)
+from lora_fast.triton_kernels.target import AotCase, Target, current
+
+
+@triton.jit
+def merge_weight_kernel(
+    gain_ptr, w_ptr, a_ref, b_ref,
+    N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    HAS_GAIN: tl.constexpr, BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    n0 = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)) * BLOCK_N
+    k0 = (tl.program_id(0) % tl.cdiv(K, BLOCK_K)) * BLOCK_K
+    v = adapted_tile(
+        w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
+        stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+        PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    offs_n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_n = offs_n < N
+    mask_k = offs_k < K
+    if HAS_GAIN:
+        if BY_ROW:
+            v *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        else:
+            v *= tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
+    w_ptrs = w_ptr + offs_n[:, None] * stride_w_n + offs_k[None, :] * stride_w_k
+    tl.store(w_ptrs, v.to(w_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+
+
+def merge_weight_tile(N: int, K: int, R: int, a_dtype: torch.dtype, b_dtype: torch.dtype, target: Target) -> Tile:
+    """Done once for an adapter, and bound by W's bytes up to a rank of about 250 (predicted): plain tiles do."""
+    if target.backend == "interpreter":
+        return interpreted_tile(N, K, R)
+    precision = "ieee" if exact_products(a_dtype, b_dtype) else float32_precision(target)
+    return Tile(64, 64, 16 if R <= 16 else 32, num_warps=8, num_stages=2, PRECISION=precision)
+
+
+def merge_weight(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gain: Tensor | None, axis: str
+) -> None:
+    N, K = weight.shape
+    tile = merge_weight_tile(N, K, lora_A.shape[0], lora_A.dtype, lora_B.dtype, current(weight.device))
+    tensors, numbers, constexprs = arguments(tile, weight, lora_A, lora_B, scaling)
+    merge_weight_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K),)](
+        None if gain is None else gain.float().contiguous(), *tensors, *numbers,
+        HAS_GAIN=gain is not None, BY_ROW=axis == "output", **constexprs,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def aot_cases(target: Target) -> Iterator[AotCase]:
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32)):
+        for rank, gain, axis in ((16, False, "output"), (384, True, "output"), (384, True, "input")):
+            tile = merge_weight_tile(8192, 8192, rank, *dtypes[1:], target)
+            signature, constexprs, aligned = aot_arguments(tile, dtypes, "output")
+            yield AotCase(
+                kernel=merge_weight_kernel,
+                name="-".join(("merge_weight", *(NAMES[dtype] for dtype in dtypes[:2]), f"r{rank}", axis)),
+                signature=signature | ({"gain_ptr": "*fp32"} if gain else {}),
+                constexprs=constexprs
+                | {"HAS_GAIN": gain, "BY_ROW": axis == "output"}
+                | ({} if gain else {"gain_ptr": None}),
+                aligned=(*aligned, *(("gain_ptr",) if gain else ())),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                dots=exact_products(*dtypes[1:]),
+            )

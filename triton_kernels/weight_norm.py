@@ -1,0 +1,348 @@
+"""n = ‖W + s lora_B lora_A‖ along the lines of an axis, by the direct sum: W is read once, in its own dtype.
+
+    n[i] = sqrt(Σ_k V[i, k]²),  V = W + s lora_B lora_A         axis "output": rows, [N];  "input": columns, [K]
+
+W [N, K], lora_A [R, K], lora_B [N, R] of any strides, in bfloat16, float16 or float32, mixed as you like; n float32.
+Two launches: sums of squares of each line over a share of the columns, [splits, N] float32 (at most 1 MB, or 4 bytes
+a line), then their sums and roots. A line whose sum is out of float32's range is looked at again there, scaled by its
+largest element, so norms are right from 1e-38 to 3e38; a NaN or Inf comes out.
+
+Direct or factored, counted for N = K = 8192 in bfloat16 on an H200 (memory 4.8 TB/s, L2 to the multiprocessors 7 TB/s,
+600 TFLOPS kept up); µs for each of them, predicted:
+    direct     2NKR FLOP; 2NK bytes of W; from L2 W and (BLOCK_N + BLOCK_K) · R · 2 bytes of factors a tile
+    factored   n² = ‖W‖² + 2s Σ_r B ⊙ (W Aᵀ) + s² Σ_r (B A Aᵀ) ⊙ B: the same 2NKR FLOP and 2NK bytes of W for W Aᵀ,
+               2NR² FLOP and [N, R] float32 out and in besides; from L2 (128 + 256) · K · 2 bytes for 128 × 256 of W Aᵀ
+    rank                         16              64             384             768
+    memory | FLOP | L2
+    direct               28 |  4 |  26   28 | 14 |  48   28 | 86 | 105   28 | 172 | 192
+    factored             28 |  4 |  20   29 | 15 |  29   33 | 90 |  90   38 | 188 | 180
+Where W's bytes do not decide, the factored form saves a sixth at rank 384 and nothing at 768; for that it would keep
+‖W‖² too, write [N, R] and do lines that cancel again. The direct sum alone, then, for every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_fast.triton_kernels.adapted_weight import (
+    Tile,
+    adapted_tile,
+    aot_arguments,
+    arguments,
+    can_describe,
+    exact_products,
+    float32_precision,
+    has_long_strides,
+    interpreted_tile,
+    oriented,
+)
+from lora_fast.triton_kernels.content_key import (
+    KEY_LENGTH,
+    content_hashes,
+    content_key_config,
+    host_key,
+    is_changed,
+)
+from lora_fast.triton_kernels.target import AotCase, Target, current
+
+
+@triton.jit(do_not_specialize=["host_key"])
+def weight_norm_fwd_kernel(
+    sums_ptr, w_ptr, a_ref, b_ref,
+    hashes_ptr, kept_key_ptr, host_key: tl.int64, key_ptr,
+    N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    tiles_per_split,
+    KEPT: tl.constexpr, PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """sums [splits, N] = Σ V² over each split's columns. On KEPT: nothing, if the key is the kept one."""
+    row_block = tl.program_id(0)
+    split = tl.program_id(1)
+    if KEPT:
+        first = (row_block == 0) & (split == 0)
+        if not is_changed(hashes_ptr, kept_key_ptr, host_key, key_ptr, first, PROGRAMS):
+            return
+    tiles = tl.cdiv(K, BLOCK_K)
+    start = split * tiles_per_split
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
+        v = adapted_tile(
+            w_ptr, a_ref, b_ref, row_block * BLOCK_N, tile * BLOCK_K, N, K, R, scaling,
+            stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+            PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        sums += tl.sum(v * v, axis=1)
+    offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(sums_ptr + tl.cast(split, tl.int64) * N + offs_n, sums, mask=offs_n < N)
+
+
+@triton.jit
+def _power_of_two(field):
+    """2^(field - 127), exactly: field is the exponent of a float32."""
+    return (field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weight_norm_finish_kernel(
+    norm_ptr, sums_ptr, kept_norm_ptr, key_ptr, w_ptr, a_ref, b_ref,
+    splits,
+    N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """norm = sqrt(Σ_splits sums), by a scaled look where the sum is out of range; on KEPT from or to kept_norm."""
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no key_ptr)
+        if tl.load(key_ptr + 3) == 0:  # unchanged
+            tl.store(norm_ptr + offs_n, tl.load(kept_norm_ptr + offs_n, mask=mask_n), mask=mask_n)
+            return
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        ptrs = sums_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
+        sums += tl.sum(tl.load(ptrs, mask=(offs_s < splits)[:, None] & mask_n[None, :], other=0.0), axis=0)
+    norm = tl.sqrt_rn(sums)
+    # under 2^-96 squares may have lost bits below float32's smallest normal number; a NaN stays as it is
+    unsure = mask_n & ((sums < 1.2621774e-29) | (sums == float("inf")))
+    if tl.max(unsure.to(tl.int32), axis=0) > 0:
+        total = tl.zeros([BLOCK_N], dtype=tl.float32)  # norm² in units of unit²
+        field = tl.full([BLOCK_N], 1, dtype=tl.int32)  # of the exponent of unit, the power of two under the largest
+        for k0 in range(0, K, BLOCK_K):
+            v = adapted_tile(
+                w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
+                stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+                PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+            before = _power_of_two(field)
+            largest = tl.max(tl.abs(v), axis=1).to(tl.int32, bitcast=True) >> 23
+            field = tl.maximum(field, tl.minimum(largest, 253))  # so that 1 / unit is a normal number too
+            inverse = _power_of_two(254 - field)
+            shrink = before * inverse
+            v *= inverse[:, None]
+            total = total * shrink * shrink + tl.sum(v * v, axis=1)
+        unit = _power_of_two(field)
+        norm = tl.where(unsure, unit * tl.sqrt_rn(total), norm)
+    tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+    if KEPT:
+        tl.store(kept_norm_ptr + offs_n, norm, mask=mask_n)
+
+
+@dataclass(frozen=True)
+class Config:
+    tile: Tile
+    finish: Tile
+    tiles_per_split: int
+    splits: int
+
+
+def weight_norm_tile(
+    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], describable: bool, target: Target
+) -> Tile:
+    """Bytes from L2 to the multiprocessors (about 31 a clock on each) decide at high rank, bytes of W at low rank.
+
+    Each product of 2 · BLOCK_N · BLOCK_K · R FLOP reads (BLOCK_N + BLOCK_K) · R · 2 bytes: at the tensor cores' full
+    rate 64 bytes a clock for 128 × 128 and 48 for 128 × 256, whose sums fill half the registers, W's tile a quarter.
+    What is left is too little for the factors' addresses: they come through descriptors, which need none.
+    At rank 64 and less three programs of 64 × 128 on a multiprocessor hide each other's waits for W.
+    """
+    if target.backend == "interpreter":
+        return interpreted_tile(N, K, R)
+    low = 16 if R <= 16 else 32
+    if not exact_products(*dtypes[1:]):
+        if target.arch == 80:  # the thirds of both factors lie in registers
+            return Tile(64, 32, 16, num_warps=4, num_stages=2, PRECISION=float32_precision(target))
+        return Tile(64, 64, low, num_warps=4, num_stages=2, PRECISION=float32_precision(target))
+    if target.backend == "hip":
+        return Tile(64, 64, low, num_warps=4, num_stages=2)
+    if target.arch in (90, 100) and describable and R > 32:
+        if R <= 64 or dtypes[0].itemsize == 4 or N * K < 1 << 22:
+            return Tile(64, 128, 64, num_warps=4, num_stages=2, DESCRIPTORS=True)
+        if target.arch == 100:
+            return Tile(128, 128, 64, num_warps=8, num_stages=3, DESCRIPTORS=True)
+        return Tile(128, 256, 64, num_warps=8, num_stages=4, DESCRIPTORS=True)
+    if R <= 32 or target.arch != 80:
+        return Tile(64, 128, low, num_warps=4, num_stages=2)
+    return Tile(64 if dtypes[0].itemsize == 4 else 128, 128, 32, num_warps=8, num_stages=3)
+
+
+def finish_tile(tile: Tile, target: Target) -> Tile:
+    """Sums are all that is read, 4 bytes a line and split, unless a line is out of range: few lines a program, so that
+    one such line makes few others be looked at again."""
+    if target.backend == "interpreter":
+        return tile
+    return Tile(32, 32, 16, num_warps=4, num_stages=2)
+
+
+def column_splits(N: int, K: int, tile: Tile, target: Target) -> int:
+    """How many programs share a row block: the least time in tiles, counting one for a program's start and end.
+
+    Two programs of 4 warps, or one of 8, run on a multiprocessor at once. The sums stay under 1 MB.
+    """
+    row_blocks, tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
+    if target.backend == "interpreter":
+        return min(tiles, 2)
+    at_once = target.sms * 8 // tile.num_warps
+    most = min(tiles, 64, max(1, (1 << 18) // N))
+    return min(
+        range(1, most + 1),
+        key=lambda splits: triton.cdiv(row_blocks * splits, at_once) * (triton.cdiv(tiles, splits) + 1),
+    )
+
+
+@functools.cache
+def weight_norm_config(
+    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], describable: bool, target: Target
+) -> Config:
+    """For dtypes of weight, lora_A, lora_B; ``describable``: whether the factors can come through descriptors."""
+    tile = weight_norm_tile(N, K, R, dtypes, describable, target)
+    tiles_per_split = triton.cdiv(triton.cdiv(K, tile.BLOCK_K), column_splits(N, K, tile, target))
+    return Config(
+        tile=tile,
+        finish=finish_tile(tile, target),
+        tiles_per_split=tiles_per_split,
+        splits=triton.cdiv(triton.cdiv(K, tile.BLOCK_K), tiles_per_split),
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept norm with its key, and the key of now: its hashes on the device, what the host knows, where it goes."""
+
+    norm: Tensor
+    key: Tensor
+    hashes: Tensor
+    host_key: int
+    new_key: Tensor  # int64 [KEY_LENGTH + 1], the last: whether it differs
+
+
+def _launch(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, target: Target, kept: Kept | None
+) -> Tensor:
+    w, a, b = oriented(weight, lora_A, lora_B, axis)
+    N, K = w.shape
+    describable = can_describe(a, b) and not has_long_strides(w, a, b)
+    config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), describable, target)
+    tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
+    sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
+    norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    key = (None, None, 0, None) if kept is None else (kept.hashes, kept.key, kept.host_key, kept.new_key)
+    weight_norm_fwd_kernel[(triton.cdiv(N, config.tile.BLOCK_N), config.splits)](
+        sums, *tensors, *key, *numbers, config.tiles_per_split,
+        KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, **constexprs,
+        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
+    )  # fmt: skip
+    finish = config.finish
+    tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
+    weight_norm_finish_kernel[(triton.cdiv(N, finish.BLOCK_N),)](
+        norm, sums, None if kept is None else kept.norm, None if kept is None else kept.new_key, *tensors,
+        config.splits, *numbers,
+        KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
+        num_warps=finish.num_warps, num_stages=finish.num_stages,
+    )  # fmt: skip
+    return norm
+
+
+BLOCK_S = 8  # splits added at once
+
+
+def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
+    """norm float32, [N] for axis "output", [K] for "input"."""
+    return _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), None)
+
+
+def weight_norm_kept(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    kept_norm: Tensor,
+    kept_key: Tensor,
+    version: int,
+) -> Tensor:
+    """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [≥ 3] says that nothing changed, else
+    computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay looks."""
+    key = torch.empty(KEY_LENGTH + 1, dtype=torch.int64, device=weight.device)
+    kept = Kept(
+        norm=kept_norm,
+        key=kept_key,
+        hashes=content_hashes(weight, lora_A, lora_B),
+        host_key=host_key(weight, lora_A, lora_B, scaling, axis, version),
+        new_key=key,
+    )
+    norm = _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), kept)
+    kept_key[:KEY_LENGTH].copy_(key[:KEY_LENGTH])
+    return norm
+
+
+def aot_cases(target: Target) -> Iterator[AotCase]:
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for rank in (16, 32, 64, 384):
+        yield from _aot_cases_of(target, (bf16, bf16, bf16), rank, "output")
+    for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32), (f32, bf16, bf16)):
+        for rank in (16, 384):
+            yield from _aot_cases_of(target, dtypes, rank, "input" if rank == 384 else "output")
+    yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", kept=True)
+    yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", describable=False)
+    for axis in ("output", "input"):
+        yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, axis, describable=False, wide=True)
+
+
+def _aot_cases_of(
+    target: Target,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    rank: int,
+    axis: str,
+    *,
+    kept: bool = False,
+    describable: bool = True,
+    wide: bool = False,
+) -> Iterator[AotCase]:
+    config = weight_norm_config(8192, 8192, rank, dtypes, describable, target)
+    flags = {"kept": kept, "wide": wide, "pointers": not describable}
+    name = "-".join((*(str(dtype).removeprefix("torch.") for dtype in dtypes[:2]), f"r{rank}", axis))
+    name = "-".join((name, *(flag for flag, on in flags.items() if on)))
+    for kernel, tile, pointers, own_pointers, own in (
+        (
+            weight_norm_fwd_kernel,
+            config.tile,
+            {"hashes_ptr": "*i64", "kept_key_ptr": "*i64", "key_ptr": "*i64"},
+            {"sums_ptr": "*fp32"},
+            {"PROGRAMS": content_key_config(target).PROGRAMS},
+        ),
+        (
+            weight_norm_finish_kernel,
+            config.finish,
+            {"kept_norm_ptr": "*fp32", "key_ptr": "*i64"},
+            {"norm_ptr": "*fp32", "sums_ptr": "*fp32"},
+            {"BLOCK_S": BLOCK_S},
+        ),
+    ):
+        signature, constexprs, aligned = aot_arguments(tile, dtypes, axis, wide=wide)
+        first = kernel is weight_norm_fwd_kernel
+        yield AotCase(
+            kernel=kernel,
+            name=f"{'weight_norm_fwd' if first else 'weight_norm_finish'}-{name}",
+            signature=signature
+            | own_pointers
+            | (pointers if kept else {})
+            | ({"host_key": "i64", "tiles_per_split": "i32"} if first else {"splits": "i32"}),
+            constexprs=constexprs | own | {"KEPT": kept} | ({} if kept else dict.fromkeys(pointers)),
+            aligned=(*aligned, *own_pointers),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            dots=first and exact_products(*dtypes[1:]),
+        )
