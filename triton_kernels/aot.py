@@ -131,6 +131,6 @@ def _demanded_instruction(target: Target, rows: int) -> str | None:
         return None
     if target.arch == 90:
         return "wgmma.mma_async"
-    if target.arch == 100 and rows >= 128:
-        return "tcgen05.mma"
+    if target.arch == 100:
+        return "tcgen05.mma" if rows >= 128 else None  # 64 rows take either kind
     return "mma.sync"
