@@ -72,6 +72,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _leading(tensor: Tensor, like: Tensor) -> Tensor:
+    """[T, C] as [..., C] with the leading dimensions of ``like``; no view, since users write outputs in place."""
+    return torch._unsafe_view(tensor, (*like.shape[:-1], tensor.shape[1]))
+
+
 def _float(gain: Tensor | None) -> Tensor | None:
     return None if gain is None else gain.float()
 
@@ -131,7 +136,7 @@ def lora_linear_fwd(
     seed: Tensor | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x2, weight = _rows(x), weight.to(x.dtype)  # under autocast W is cast as nn.Linear's is
+    x2 = _rows(x)
     gain_out, gain_in = (_float(gain), None) if axis == "output" else (None, _float(gain))
     path, _ = forward_path(x2.shape[0], x2.shape[1], x.dtype, gain is not None)
     with _on_device_of(x):
@@ -143,8 +148,7 @@ def lora_linear_fwd(
             h = lora_project.lora_project(x2, lora_A, gain_in, dropout_p, seed)
             forward = linear.lora_linear_fwd if path == "fused" else _products_fwd
             y, product = forward(x2, weight, bias, h, lora_B, scaling, gain_out, gain_in, keep_product)
-    product = product.view(*x.shape[:-1], weight.shape[0]) if keep_product else product
-    return y.view(*x.shape[:-1], weight.shape[0]), product, h.view(*x.shape[:-1], lora_A.shape[0])
+    return _leading(y, x), _leading(product, x) if keep_product else product, _leading(h, x)
 
 
 def _products_fwd(
@@ -158,7 +162,8 @@ def _products_fwd(
     gain_in: Tensor | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The base product is cuBLAS's, composed in place."""
+    """The base product is cuBLAS's, composed in place. Under autocast W is cast as nn.Linear's is."""
+    weight = weight.to(x.dtype)
     if gain_in is not None:
         x = lora_gain_bwd.lora_gain_bwd(x, None, gain_in, None, None, 1.0, True, False, False, False, False)[0]
     if gain is None:
@@ -213,11 +218,13 @@ def lora_linear_bwd(
         if need_input:
             path, _ = input_grad_path(weight.shape[0], grad_y.dtype, dropout_p)
             backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
+            # Σ_t over x takes it contiguous
+            summed = x2.contiguous() if x2 is not None and need_gain_in else None
             grad_x, grad_gain_in = backward(
-                grad_v, weight.to(grad_y.dtype), grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in
+                grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, summed, need_gain_in
             )
             grad_gain = grad_gain_in if need_gain_in else grad_gain
-            grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]) if need_x else grad_y.new_empty(0)
+            grad_x = _leading(grad_x, grad_y) if need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
 
@@ -233,12 +240,12 @@ def _products_input_grad(
     need_gain_in: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, d gain_in) without dropout: cuBLAS's product, the rank step composed in place, then the gain's pass."""
-    grad_x = grad_v @ weight
+    grad_x = grad_v @ weight.to(grad_v.dtype)
     compose.lora_compose_fwd(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
     if gain_in is None:
         return grad_x, grad_x.new_empty(0)
     grad_x, grad_gain, *_ = lora_gain_bwd.lora_gain_bwd(
-        grad_x, x if need_gain_in else None, gain_in, None, None, 1.0, True, need_gain_in, False, False, False
+        grad_x, x, gain_in, None, None, 1.0, True, need_gain_in, False, False, False
     )
     return grad_x, grad_gain
 
@@ -292,6 +299,6 @@ def lora_compose_bwd(
             need_h,
             need_B,
         )
-    grad_base = grad_base.view(grad_y.shape) if need_base and gain is not None else grad_y.new_empty(0)
-    grad_h = grad_h.to(h.dtype).view(h.shape) if need_h else h.new_empty(0)
+    grad_base = _leading(grad_base, grad_y) if need_base and gain is not None else grad_y.new_empty(0)
+    grad_h = _leading(grad_h.to(h.dtype), grad_y) if need_h else h.new_empty(0)
     return grad_base, grad_h, grad_B, grad_gain, grad_bias
