@@ -170,7 +170,7 @@ def aot_cases(target: Target) -> Iterator[AotCase]:
         for M, K, R in some:
             config = lora_project_config(M, K, R, 4 if x_type == "fp32" else 2, 4 if A_type == "fp32" else 2, target)
             for flags in (False, True):
-                case = _aot_case(config, x_type, A_type, K, flags, triton.cdiv(K, config.split_k) > 1)
+                case = aot_case(config, x_type, A_type, K, flags, triton.cdiv(K, config.split_k) > 1)
                 cases[case.name] = case
     yield from cases.values()
     for splits in (2, 16):
@@ -183,20 +183,23 @@ def aot_cases(target: Target) -> Iterator[AotCase]:
         )
 
 
-def _aot_case(config: Config, x_type: str, A_type: str, K: int, flags: bool, split: bool) -> AotCase:
-    tile = f"{config.BLOCK_M}x{config.BLOCK_R}x{config.BLOCK_K}"
+def aot_case(
+    config: Config, x_type: str, A_type: str, K: int, flags: bool, split: bool, early: bool = False
+) -> AotCase:
+    """The kernel with gain and dropout or neither, for K columns, as split and started early as the launcher says."""
+    tile = f"{config.BLOCK_M}x{config.BLOCK_R}x{config.BLOCK_K}{'-split' if split else ''}{'-early' if early else ''}"
     absent = {} if flags else {"gain_ptr": None, "seed_ptr": None}
     even = ("K", "R", "stride_x_m") if K % 16 == 0 else ()
     return AotCase(
         kernel=lora_project_kernel,
-        name=f"lora_project-{x_type}-{A_type}-{tile}{'-split' if split else ''}-K{K}-{'on' if flags else 'off'}",
+        name=f"lora_project-{x_type}-{A_type}-{tile}-K{K}-{'on' if flags else 'off'}",
         signature={
             "x_ptr": f"*{x_type}", "A_ptr": f"*{A_type}", "gain_ptr": "*fp32", "seed_ptr": "*i64",
             "out_ptr": "*fp32" if split else f"*{x_type}", "M": "i32", "K": "i32", "R": "i32", "stride_x_m": "i32",
             "split_k": "i32", "threshold": "i64", "keep_scale": "fp32",
         },
         constexprs={
-            "stride_x_k": 1, "HAS_GAIN": flags, "HAS_DROPOUT": flags, "LAUNCH_DEPENDENTS": False,
+            "stride_x_k": 1, "HAS_GAIN": flags, "HAS_DROPOUT": flags, "LAUNCH_DEPENDENTS": early,
             "BLOCK_M": config.BLOCK_M, "BLOCK_R": config.BLOCK_R, "BLOCK_K": config.BLOCK_K, **absent,
         },
         aligned=("x_ptr", "A_ptr", "out_ptr", "split_k", *even),
