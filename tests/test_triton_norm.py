@@ -1,0 +1,272 @@
+"""The norm's Triton kernels where the shared cases of weight_norm and merge_weight do not reach."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from lora_fast import norm_cache, reference
+from lora_fast.testing import Case, Inputs, make_inputs, poisoned_memory
+from lora_fast.triton_kernels import content_key, merge_weight, weight_norm, weight_norm_bwd
+from lora_fast.triton_kernels.adapted_weight import Tile, can_describe
+from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target
+
+AXES = ("output", "input")
+EPS = torch.finfo(torch.float32).eps
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def truth_of(inputs: Inputs, axis: str) -> Tensor:
+    return reference.weight_norm(inputs.weight.double(), inputs.lora_A, inputs.lora_B, inputs.scaling, axis=axis)
+
+
+def assert_right(norm: Tensor, truth: Tensor) -> None:
+    assert norm.dtype == torch.float32
+    assert float(((norm.double() - truth) / truth).abs().max()) <= 8 * EPS
+
+
+def norm_of(inputs: Inputs, axis: str) -> Tensor:
+    with poisoned_memory():
+        return weight_norm.weight_norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, axis)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several row blocks, splits of several tiles with a shorter last one, several rank blocks."""
+
+    def config(*_: object) -> weight_norm.Config:
+        tile = Tile(32, 32, 16, num_warps=4, num_stages=1)
+        return weight_norm.Config(tile, finish=replace(tile, BLOCK_N=16), tiles_per_split=2, splits=2)
+
+    monkeypatch.setattr(weight_norm, "weight_norm_config", config)
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_ragged_blocks_of_everything(dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case((1,), 70, 101, 37, dtype))
+    assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+def test_a_line_out_of_range_among_splits() -> None:
+    inputs = make_inputs(Case((1,), 70, 101, 5))
+    for row, scale in ((0, 1e-30), (31, 1e30), (32, 1e-42), (40, 3e37), (69, 0.0)):
+        inputs.weight[row] *= scale
+        inputs.lora_B[row] *= scale
+    inputs.weight[33, 100] = torch.inf
+    inputs.weight[34, 100] = torch.nan
+    norm, truth = norm_of(inputs, "output"), truth_of(inputs, "output")
+    assert norm[69] == 0
+    assert torch.isinf(norm[33])
+    assert torch.isnan(norm[34])
+    # float32 has 7 bits left at 1e-42
+    torch.testing.assert_close(norm[32].double(), truth[32], rtol=2e-2, atol=0)
+    kept = [row for row in range(70) if row not in (32, 33, 34, 69)]
+    assert_right(norm[kept], truth[kept])
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_factors_through_descriptors(dtype: torch.dtype, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sm_90 and newer take; the last tiles stick out of both factors."""
+    tile = Tile(32, 64, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
+    monkeypatch.setattr(weight_norm, "weight_norm_tile", lambda *_: tile)
+    monkeypatch.setattr(weight_norm, "finish_tile", lambda *_: replace(tile, DESCRIPTORS=False))
+    weight_norm.weight_norm_config.cache_clear()
+    try:
+        inputs = make_inputs(Case((1,), 72, 104, 48, dtype))
+        assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
+    finally:
+        weight_norm.weight_norm_config.cache_clear()
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtypes", [(bf16, f32, bf16), (f32, f16, f32), (f16, bf16, bf16)], ids=str)
+def test_each_tensor_of_its_own_dtype(dtypes: tuple[torch.dtype, ...], axis: str) -> None:
+    inputs = make_inputs(Case((1,), 50, 70, 8))
+    inputs.weight, inputs.lora_A, inputs.lora_B = (
+        tensor.to(dtype) for tensor, dtype in zip((inputs.weight, inputs.lora_A, inputs.lora_B), dtypes, strict=True)
+    )
+    assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
+
+
+@pytest.mark.interp
+def test_strides_past_32_bits() -> None:
+    """Rows 2^24 elements apart: 32 bits do not hold the offsets within a tile. The memory between is not touched."""
+    inputs = make_inputs(Case((1,), 150, 8, 2, bf16))
+    apart = torch.empty(150 << 24, dtype=bf16).as_strided((150, 8), (1 << 24, 1))
+    apart.copy_(inputs.weight)
+    inputs.weight = apart
+    assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
+
+
+class Kept:
+    """A layer's kept norm, and calls of the op that say whether it was reused."""
+
+    def __init__(self, inputs: Inputs, axis: str) -> None:
+        self.inputs, self.axis = inputs, axis
+        self.cache = norm_cache.NormCache()
+        self.cache.prepare(len(truth_of(inputs, axis)), torch.float32, inputs.weight.device)
+
+    def is_reused(self, scaling: float = 0.7, axis: str | None = None) -> bool:
+        """Marks what is kept, and looks for the mark in what comes out; every miss must be right and kept."""
+        axis, norm, key = axis or self.axis, self.cache.norm, self.cache.key
+        assert norm is not None
+        assert key is not None
+        norm.fill_(-1.0)
+        i = self.inputs
+        with poisoned_memory():
+            out = weight_norm.weight_norm_kept(
+                i.weight, i.lora_A, i.lora_B, scaling, axis, norm, key, i.weight._version
+            )
+        assert out.data_ptr() != norm.data_ptr()
+        assert torch.equal(out, norm)
+        if bool((out == -1.0).all()):
+            return True
+        truth = reference.weight_norm(i.weight.double(), i.lora_A, i.lora_B, scaling, axis=axis)
+        assert_right(out, truth)
+        return False
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_kept_until_something_changes(dtype: torch.dtype, layout: str, axis: str) -> None:
+    inputs = make_inputs(Case((1,), 40, 50, 6, dtype, layout=layout))
+    if layout == "transposed":
+        inputs.lora_A = inputs.lora_A.T.contiguous().T
+    kept = Kept(inputs, axis)
+    assert not kept.is_reused()
+    assert kept.is_reused()
+    for factor in (inputs.lora_A, inputs.lora_B):
+        factor.data[-1, -1] += 0.5  # leaves the version as it is
+        assert not kept.is_reused()
+        assert kept.is_reused()
+        factor.data[[0, 1]] = factor[[1, 0]].clone()
+        assert not kept.is_reused()
+    inputs.weight.data[3, 4] += 1.0  # 2000 elements, all of them in the sample
+    assert not kept.is_reused()
+    inputs.weight.mul_(1.0)
+    assert not kept.is_reused()
+    assert not kept.is_reused(scaling=-1.0)
+    assert not kept.is_reused(scaling=-2.0)  # hash(-1.0) == hash(-2.0)
+    assert kept.is_reused(scaling=-2.0)
+    inputs.weight = inputs.weight.clone()
+    assert not kept.is_reused(scaling=-2.0)
+
+
+@pytest.mark.interp
+def test_the_axis_is_part_of_the_key() -> None:
+    kept = Kept(make_inputs(Case((1,), 40, 40, 3)), "output")
+    assert not kept.is_reused()
+    assert not kept.is_reused(axis="input")
+    assert not kept.is_reused(axis="output")
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("size", [(1, 1), (3, 5000), (5000, 3), (700, 900)], ids=str)
+def test_the_sample_reaches_all_of_the_weight(size: tuple[int, int]) -> None:
+    """Every run of N/64 rows and of K/64 columns holds a sampled element."""
+    weight, factor = torch.zeros(size), torch.zeros(2, 2)
+    before = content_key.content_hashes(weight, factor, factor).sum(0)
+    for dim in (0, 1):
+        step = max(1, size[dim] // 16)
+        for start in range(0, size[dim], step):
+            weight.narrow(dim, start, min(step, size[dim] - start)).fill_(1.0)
+            after = content_key.content_hashes(weight, factor, factor).sum(0)
+            assert after[1] != before[1]
+            assert after[0] == before[0]
+            weight.zero_()
+
+
+@pytest.mark.interp
+def test_the_hash_tells_the_factors_apart() -> None:
+    weight, a, b = torch.zeros(2, 2), torch.randn(2, 4), torch.randn(4, 2)
+    hashes = {
+        int(content_key.content_hashes(weight, *factors).sum(0)[0])
+        for factors in ((a, b), (b, a), (a.T, b.T), (a, a), (b, b), (a.flip(0), b), (a, b.flip(1)))
+    }
+    assert len(hashes) == 7
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("axis", AXES)
+def test_the_gradient_of_columns_in_splits(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partials, blocks of the rank beside each other, and the tile's own rank blocks."""
+    tile = Tile(16, 32, 16, num_warps=4, num_stages=1)
+    config = weight_norm_bwd.Config(tile, BLOCK_S=16, tiles_per_split=2, splits=2)
+    monkeypatch.setattr(weight_norm_bwd, "weight_norm_bwd_config", lambda *_: config)
+    inputs = make_inputs(Case((1,), 101, 70, 37))
+    lora_A, lora_B = inputs.lora_A.double().requires_grad_(), inputs.lora_B.double().requires_grad_()
+    norm = reference.weight_norm(inputs.weight.double(), lora_A, lora_B, 0.7, axis=axis)
+    norm.backward(inputs.gain[axis].double())
+    # two splits of two tiles take 128 columns: lora_B's sums go over 70, lora_A's, on the transpose, over 101
+    grad_A, grad_B = weight_norm_bwd.weight_norm_bwd(
+        inputs.gain[axis], norm.detach().float(), inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, axis, True, True
+    )
+    torch.testing.assert_close(grad_A.double(), lora_A.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad_B.double(), lora_B.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interp
+def test_a_gradient_that_is_not_needed_is_empty() -> None:
+    inputs = make_inputs(Case((1,), 20, 30, 2))
+    norm = norm_of(inputs, "output")
+    arguments = (norm, norm, inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, "output")
+    none = weight_norm_bwd.weight_norm_bwd(*arguments, False, False)
+    assert [len(grad) for grad in none] == [0, 0]
+
+
+@pytest.mark.interp
+def test_merging_leaves_what_lies_between_the_strides() -> None:
+    inputs = make_inputs(Case((1,), 47, 61, 7, layout="strided"))
+    memory = inputs.weight.as_strided((47, 122), (122, 1))
+    before = memory.clone()
+    expected = reference.merge_weight(inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"])
+    merge_weight.merge_weight(inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"], "output")
+    torch.testing.assert_close(inputs.weight, expected)
+    assert torch.equal(memory[:, 1::2].isnan(), before[:, 1::2].isnan())
+
+
+@pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("N", [1, 100, 4096, 8192, 28672, 128256])
+@pytest.mark.parametrize("K", [1, 4096, 28672])
+@pytest.mark.parametrize("R", [1, 16, 64, 384, 768])
+def test_splits_cover_the_columns_and_stay_small(N: int, K: int, R: int, target: Target) -> None:
+    config = weight_norm.weight_norm_config(N, K, R, (bf16, bf16, bf16), True, target)
+    columns = config.tiles_per_split * config.tile.BLOCK_K
+    assert (config.splits - 1) * columns < K <= config.splits * columns
+    assert config.splits == 1 or config.splits * N * 4 <= 1 << 20
+    partials = weight_norm_bwd.weight_norm_bwd_config(N, K, R, bf16, bf16, target).splits
+    assert partials == 1 or 8 * partials * R <= K
+
+
+def test_few_rows_fill_the_multiprocessors() -> None:
+    config = weight_norm.weight_norm_config(4096, 4096, 384, (bf16, bf16, bf16), True, SM90)
+    programs = -(-4096 // config.tile.BLOCK_N) * config.splits
+    assert 0.9 * SM90.sms <= programs <= SM90.sms
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (torch.empty(16, 64, dtype=bf16), torch.empty(32, 16, dtype=bf16), True),
+        (torch.empty(64, 16, dtype=bf16).T, torch.empty(16, 32, dtype=bf16).T, True),
+        (torch.empty(16, 64, dtype=bf16), torch.empty(16, 32, dtype=bf16).T, False),
+        (torch.empty(12, 64, dtype=bf16), torch.empty(32, 12, dtype=bf16), False),
+        (torch.empty(16 * 64 + 1, dtype=bf16)[1:].view(16, 64), torch.empty(32, 16, dtype=bf16), False),
+    ],
+    ids=["rows", "columns", "one of each", "lines of 24 bytes", "off by one element"],
+)
+def test_descriptors_take_lines_of_16_bytes(a: Tensor, b: Tensor, expected: bool) -> None:
+    assert can_describe(a, b) == expected
