@@ -1,0 +1,193 @@
+"""The Triton kernels of forward: what the shared cases do not reach. Split sums, several tiles and rank blocks,
+descriptors beside pointers, strides between columns of NaN, and the configurations for real sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lora_fast.testing import assert_within_budget, dropout_mask, poisoned_memory
+from lora_fast.triton_kernels import dropout, lora_compose_fwd, lora_linear_fwd, lora_linear_small, lora_project
+from lora_fast.triton_kernels.target import SM80, SM90, SM100
+
+TARGETS = pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda target: f"sm_{target.arch}")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+FORMS = pytest.mark.parametrize("form", ["none", "gain", "gain_in"])
+S = 0.7
+SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
+
+
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same values in the corner of a larger matrix of NaN."""
+    rows, columns = tensor.shape
+    larger = tensor.new_full((rows + 2, columns + 3), torch.nan)
+    larger[:rows, :columns] = tensor
+    return larger[:rows, :columns]
+
+
+def truth_and_eager(formula, *tensors: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``formula`` in float64 and in the dtype of its first argument."""
+    dtype = tensors[0].dtype
+    wide, narrow = ([None if t is None else t.to(to) for t in tensors] for to in (torch.float64, dtype))
+    return formula(*wide), formula(*narrow)
+
+
+def linear(x, W, bias, A, B, gain, gain_in, mask) -> tuple[Tensor, Tensor, Tensor]:
+    x = x if gain_in is None else x * gain_in
+    h = (x if mask is None else x * mask) @ A.T
+    v = x @ W.T + S * (h @ B.T)
+    y = v if gain is None else v * gain
+    return y if bias is None else y + bias, v, h
+
+
+def operands(M: int, N: int, K: int, R: int, form: str, dtype: torch.dtype, adapter: torch.dtype | None = None):
+    gain, gain_in = (1 + 0.2 * normal(size) if form == name else None for name, size in (("gain", N), ("gain_in", K)))
+    A, B = normal(R, K, scale=K**-0.5, dtype=adapter or dtype), normal(N, R, scale=R**-0.5, dtype=adapter or dtype)
+    bias = None if form == "none" else normal(N, dtype=dtype)
+    return normal(M, K, dtype=dtype), normal(N, K, scale=K**-0.5, dtype=dtype), bias, A, B, gain, gain_in
+
+
+def scaled_mask(shape: tuple[int, int], p: float) -> Tensor | None:
+    return dropout_mask(SEED, shape, p).double() / (1 - p) if p else None
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", [0x1234_5678_9ABC_DEF1, -5, 2**63 - 1])
+def test_dropout_draws_the_mask(seed: int, p: float) -> None:
+    x = surrounded(torch.rand(37, 1100) + 1)
+    kept = dropout_mask(torch.tensor(seed), (37, 1100), p)
+    actual = dropout.dropout(x, torch.tensor(seed), p)
+    assert torch.equal(actual != 0, kept)
+    torch.testing.assert_close(actual[kept], x[kept] / max(1 - p, 1e-30))
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_project_in_splits_and_tiles(splits: int, p: float, dtype: torch.dtype, monkeypatch) -> None:
+    config = lora_project.Config(32, 32, 32, 32 * (5 // splits + 1), 4, 1)
+    monkeypatch.setattr(lora_project, "lora_project_config", lambda *_: config)
+    x, W, _, A, B, _, gain_in = operands(70, 1, 131, 40, "gain_in", dtype)
+    formula = lambda *tensors: linear(*tensors)[2:]  # noqa: E731
+    truth, eager = truth_and_eager(formula, x, W, None, A, B, None, gain_in, scaled_mask((70, 131), p))
+    with poisoned_memory():
+        h = lora_project.lora_project(surrounded(x), A, gain_in, p, SEED)
+    assert_within_budget("h", h, eager[0], truth[0])
+
+
+@pytest.mark.interp
+@DTYPES
+@FORMS
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_linear_in_tiles(descriptors: bool, form: str, dtype: torch.dtype, monkeypatch) -> None:
+    M, N, K, R = 70, 136, 72, 40
+    config = lora_linear_fwd.Config(descriptors, 32, 32, 32, 16, 4, 1, GROUP_M=2)
+    monkeypatch.setattr(lora_linear_fwd, "lora_linear_fwd_config", lambda *_: config)
+    x, W, bias, A, B, gain, gain_in = operands(M, N, K, R, form, dtype)
+    h = lora_project.lora_project(x, A, gain_in, 0.0, None)
+    truth, eager = truth_and_eager(linear, x, W, bias, A, B, gain, gain_in, None)
+    if not descriptors:
+        x, W = surrounded(x), W.T.contiguous().T
+    with poisoned_memory():
+        y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, form == "gain")
+    assert_within_budget("y", y, eager[0], truth[0])
+    if form == "gain":
+        assert_within_budget("product", product, eager[1], truth[1])
+
+
+@pytest.mark.interp
+@DTYPES
+@FORMS
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(16, 129, 700, 40), (1, 515, 131, 9)], ids=str)
+def test_few_tokens(sizes: tuple[int, int, int, int], p: float, form: str, dtype: torch.dtype) -> None:
+    M, _, K, _ = sizes
+    x, W, bias, A, B, gain, gain_in = operands(*sizes, form, dtype)
+    truth, eager = truth_and_eager(linear, x, W, bias, A, B, gain, gain_in, scaled_mask((M, K), p))
+    with poisoned_memory():
+        actual = lora_linear_small.lora_linear_small_fwd(
+            surrounded(x), surrounded(W), bias, A, B, S, gain, gain_in, p, SEED, form == "gain"
+        )
+    for name, *results in zip(("y", "product", "h"), actual, eager, truth, strict=True):
+        if name != "product" or form == "gain":
+            assert_within_budget(name, *results)
+
+
+@pytest.mark.interp
+def test_few_tokens_refuse_many() -> None:
+    arguments = operands(17, 4, 8, 2, "gain", torch.float32)
+    x, W, bias, A, B, gain, _ = arguments
+    with pytest.raises(ValueError, match="x: got 17 tokens, expected at most 16"):
+        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, False)
+
+
+@pytest.mark.interp
+@DTYPES
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("adapter", [None, torch.float32])
+def test_compose_in_tiles(adapter: torch.dtype | None, in_place: bool, dtype: torch.dtype, monkeypatch) -> None:
+    M, N, R = 70, 131, 40
+    config = lora_compose_fwd.Config(32, 32, 16, 4, 1)
+    monkeypatch.setattr(lora_compose_fwd, "lora_compose_fwd_config", lambda *_: config)
+    _, _, bias, _, B, gain, _ = operands(M, N, 1, R, "gain", dtype, adapter)
+    base, h = normal(M, N, dtype=dtype), normal(M, R, dtype=dtype)
+
+    def formula(base, h, B, gain, bias):
+        v = base + S * (h @ B.T)
+        return v * gain + bias, v
+
+    truth, eager = truth_and_eager(formula, base, h, B, gain, bias)
+    base = surrounded(base)
+    out, product = (base if in_place else torch.full_like(base, torch.nan)), base.new_full((M, N), torch.nan)
+    lora_compose_fwd.lora_compose_fwd(base, h, B, S, gain, bias, out, product)
+    assert_within_budget("out", out, eager[0], truth[0])
+    assert_within_budget("product", product, eager[1], truth[1])
+
+
+@pytest.mark.interp
+def test_nothing_to_do() -> None:
+    x, W, bias, A, B, gain, _ = operands(0, 5, 4, 2, "gain", torch.float32)
+    h = lora_project.lora_project(x, A, None, 0.0, None)
+    y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, None, True)
+    small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, True)
+    lora_compose_fwd.lora_compose_fwd(y, h, B, S, gain, bias, y, product)
+    assert [tuple(t.shape) for t in (h, y, product, *small)] == [(0, 2), (0, 5), (0, 5), (0, 5), (0, 5), (0, 2)]
+
+
+@TARGETS
+@pytest.mark.parametrize("R", [1, 16, 64, 384, 768])
+@pytest.mark.parametrize("M", [1, 16, 17, 512, 8192])
+def test_the_parts_of_h_cover_every_column(M: int, R: int, target) -> None:
+    for K in (1, 131, 4096, 28672):
+        small = [lora_linear_small.lora_linear_small_config(M, 4096, K, R, 2, 2, target)] if M <= 16 else []
+        assert all(c.SPLITS * 16 * c.BLOCK_R * 4 <= lora_linear_small.PARTS_BYTES for c in small)
+        assert all(c.project.grid(M, K, R)[2] <= c.SPLITS for c in small)
+        for config in (lora_project.lora_project_config(M, K, R, 2, 2, target), *(c.project for c in small)):
+            splits = config.grid(M, K, R)[2]
+            assert config.split_k % config.BLOCK_K == 0
+            assert (splits - 1) * config.split_k < K <= splits * config.split_k
+            # a part is the sum of 256 columns or more, or all parts [splits, M, R] are few bytes
+            assert splits == 1 or 4 * splits * M * R <= max(K // 256 * 4 * M * R, lora_linear_small.PARTS_BYTES)
+
+
+@TARGETS
+def test_big_products_take_big_tiles_and_few_tokens_many_programs(target) -> None:
+    big = lora_linear_fwd.lora_linear_fwd_config(8192, 4096, 4096, 16, 2, 2, True, target)
+    assert big.descriptors == (target.arch >= 90)
+    assert ((128, 256) if big.descriptors else (128, 128)) == (big.BLOCK_M, big.BLOCK_N)
+    unaligned = lora_linear_fwd.lora_linear_fwd_config(8192, 4096, 4096, 16, 2, 2, False, target)
+    assert unaligned == replace(unaligned, descriptors=False, BLOCK_M=64, BLOCK_N=64)
+    small = lora_linear_small.lora_linear_small_config(16, 4096, 4096, 16, 2, 2, target)
+    assert 0.85 * target.sms <= 4096 // small.BLOCK_N
+    assert small.overlap == (target.arch >= 90)
