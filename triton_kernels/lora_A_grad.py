@@ -89,8 +89,8 @@ def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Targe
     """
     rank = max(16, triton.next_power_of_2(R))
     if target.backend == "interpreter":
-        BLOCK_K, BLOCK_M = (min(triton.next_power_of_2(max(size, 16)), 512) for size in (K, M))
-        return Config(BLOCK_K, min(rank, 256), BLOCK_M, 1, 4, 1)
+        BLOCK_K = min(max(16, triton.next_power_of_2(K)), 512)
+        return Config(BLOCK_K, min(rank, 256), 64, 1, 4, 1)
     if dtype == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
         BLOCK_K, BLOCK_R, BLOCK_M = 64, min(rank, 32), 16
     else:

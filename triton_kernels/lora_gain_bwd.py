@@ -126,15 +126,14 @@ def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, target: Tar
     """R is 0 where neither dh nor dlora_B is asked for.
 
     With both, the pass has partials of 4MR bytes for each group of columns and of 4N(R + 2) for each chunk of rows.
-    T = 8192, N = 4096, bfloat16, a limit of 8.4 MB on an H200: rank 16 in 8 groups and 14 chunks has 4.2 + 4.1 MB
-    and so 112 programs, and saves two reads of dv, 134 MB. Rank 384 would need a group of 24 MB for rows of 8 KB:
-    products. Float32 dots run outside the tensor cores and are cuBLAS's too. A program holds 32 elements of a tile a
-    thread, twice in float32 sums; without the dots 4 small programs a multiprocessor keep the memory busy (predicted).
+    T = 8192, N = 4096, bfloat16, a limit of 8.4 MB on an H200: rank 16 in 8 groups and 13 chunks has 4.2 + 3.8 MB
+    in 104 programs, and saves two reads of dv, 134 MB. At rank 384 one group alone has 12.6 MB: products. They are
+    cuBLAS's in float32 too, whose dots run outside the tensor cores. Two stages of 32 KB in flight keep the memory
+    busy from one program a multiprocessor, 4 small programs do without the dots (predicted).
     """
     if target.backend == "interpreter":
-        # few rows: numpy adds them one after another, a GPU in a tree
-        BLOCK_M, BLOCK_N = min(max(16, triton.next_power_of_2(M)), 64), min(max(16, triton.next_power_of_2(N)), 512)
-        return Config(BLOCK_M, BLOCK_N, _block_r(R), triton.cdiv(N, BLOCK_N), 1, 4, 1)
+        # a GPU's blocks: numpy adds the elements of one after another
+        return Config(64, 64, _block_r(R), triton.cdiv(N, 64), 1, 4, 1)
     if R > 0 and dtype != torch.float32:
         split = _fused_split(M, N, R, dtype.itemsize, target)
         if split is not None:

@@ -124,9 +124,8 @@ def lora_input_grad_config(
     activation, weight, adapter = dtypes
     BLOCK_R = min(max(16, triton.next_power_of_2(R)), 128 // adapter.itemsize)
     if target.backend == "interpreter":
-        # few rows: numpy adds them one after another, a GPU in a tree
-        BLOCK_M, BLOCK_K = min(max(16, triton.next_power_of_2(M)), 64), min(max(16, triton.next_power_of_2(K)), 512)
-        return Config(BLOCK_M, BLOCK_K, 256, BLOCK_R, 8, 4, 1)
+        # a GPU's sums: numpy adds the elements of a block one after another
+        return Config(64, min(max(16, triton.next_power_of_2(K)), 512), 64, BLOCK_R, 8, 4, 1)
     if activation == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
         return Config(64, 64, 16, 16, 8, num_warps=4, num_stages=3)
     if M <= 16:  # bound by the bytes of W, whose rows are read in pieces of 128 by as many programs as there can be

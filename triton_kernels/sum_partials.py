@@ -55,7 +55,7 @@ def new_partials(count: int, shape: tuple[int, ...], dtype: torch.dtype, device:
 def sum_partials(partials: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """scaling * Σ_s partials[s], in ``dtype``; one partial that is the result already is returned as it is."""
     if partials.shape[0] == 1 and partials.dtype == dtype and scaling == 1.0:
-        return partials[0]
+        return partials.squeeze_(0)
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     if out.numel() == 0:
         return out
