@@ -1,5 +1,5 @@
-// The CUDA kernels, compiled for the CPU by device.cuh, under their names in the library: in a process that has not
-// loaded lora_fast._C, whose place they take.
+// The CUDA kernels, compiled for the CPU by device.cuh, under their names in the library: in a process that
+// has not loaded lora_fast._C, whose place they take.
 #include "../../csrc/cuda/ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,11 +16,18 @@ cudaError_t cudaGetDevice(int* device) {
   *device = -1;  // of a tensor on the CPU
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the host"; }
+cudaError_t cudaSetDevice(int) {
+  return cudaErrorInvalidDevice;
+}
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t) {
+  return "an error of the host";
+}
 
-// For tests: the order in which a block's threads take turns, and for how many multiprocessors kernels are planned.
+// For tests: the order in which a block's threads take turns, and for how many multiprocessors kernels are
+// planned.
 void lora_fast_host_configure(bool backwards, int multiprocessors) {
   lora_fast::host::backwards = backwards;
   lora_fast::host::multiprocessors = multiprocessors;

@@ -1,9 +1,10 @@
-// Stands in for csrc/include/lora_fast/device.cuh: the kernels as C++ functions for the CPU, so that their arithmetic,
-// indices and barriers run without a GPU. The threads of a block are fibers that take turns at barriers and at the
-// operations of a warp; blocks run one after another.
+// Stands in for csrc/include/lora_fast/device.cuh: the kernels as C++ functions for the CPU, so that their
+// arithmetic, indices and barriers run without a GPU. The threads of a block are fibers that take turns at
+// barriers and at the operations of a warp; blocks run one after another.
 //
-// Seen here: what is computed, alignment of 16-byte accesses, use of shared memory past its end or before it is written
-// (it begins as NaN), missing barriers (threads may run in either order). Not seen: speed, and what the hardware itself does.
+// Seen here: what is computed, alignment of 16-byte accesses, use of shared memory past its end or before it
+// is written (it begins as NaN), missing barriers (threads may run in either order). Not seen: speed, and
+// what the hardware itself does.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,7 +43,8 @@ struct Fiber {
   bool begun = false, done = false;
 };
 
-// What the lanes of a warp show each other, for two operations in turn: a lane is one ahead of the others at most.
+// What the lanes of a warp show each other, for two operations in turn: a lane is one ahead of the others at
+// most.
 struct Warp {
   alignas(16) char shown[2][kWarp][32];
   int arrived = 0, round = 0;
@@ -130,10 +132,10 @@ inline void run_block(int threads, size_t shared) {
 
 inline void run_grid(dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
   if (threads % kWarp != 0) fail("threads of a block must be whole warps");
-  Block own;
-  own.fibers = std::vector<Fiber>(threads);
-  own.warps = std::vector<Warp>(threads / kWarp);
-  own.operations = std::vector<int>(threads);
+  static Block own;  // whose stacks are used again
+  own.fibers.resize(threads);
+  own.warps.resize(threads / kWarp);
+  own.operations.resize(threads);
   own.kernel = std::move(kernel);
   block = &own;
   grid_size = grid;
@@ -149,7 +151,9 @@ inline void run_grid(dim3 grid, int threads, size_t shared, std::function<void()
 inline float bits_to_float(uint16_t bits, __nv_bfloat16*) {
   return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
 }
-inline float bits_to_float(uint16_t bits, __half*) { return __half2float(__half(__half_raw{bits})); }
+inline float bits_to_float(uint16_t bits, __half*) {
+  return __half2float(__half(__half_raw{bits}));
+}
 
 }  // namespace lora_fast::host
 
@@ -185,10 +189,12 @@ inline char* shared_memory() {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, bool, cudaStream_t,
-                   Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > (227u << 10)) return cudaErrorInvalidConfiguration;
-  host::run_grid(grid, static_cast<int>(threads), shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, bool,
+                   cudaStream_t, Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > (227u << 10))
+    return cudaErrorInvalidConfiguration;
+  host::run_grid(grid, static_cast<int>(threads), shared,
+                 [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }
 
@@ -231,7 +237,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   const auto lanes = host::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const auto half = [](uint32_t word, int k) {
-    return host::bits_to_float(static_cast<uint16_t>(k % 2 != 0 ? word >> 16 : word), static_cast<T*>(nullptr));
+    return host::bits_to_float(static_cast<uint16_t>(k % 2 != 0 ? word >> 16 : word),
+                               static_cast<T*>(nullptr));
   };
   for (int k = 0; k < 16; ++k) {
     const Operands row = lanes(4 * g + k % 8 / 2);
