@@ -158,7 +158,7 @@ def lora_linear_fwd_config(
     """
     BLOCK_R = max(16, min(triton.next_power_of_2(R), 64))
     if target.backend == "interpreter":
-        BLOCK_K = max(16, min(triton.next_power_of_2(K), 1024))
+        BLOCK_K = max(16, min(triton.next_power_of_2(K), 64))
         return Config(aligned, 64, 128, BLOCK_K, BLOCK_R, 4, 1)
     descriptors = aligned and target.backend == "cuda" and int(target.arch) >= 90
     if x_bytes == 4:  # no tensor cores: 4x4 sums a thread

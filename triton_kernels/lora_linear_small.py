@@ -107,7 +107,7 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
     """
     interpreting = target.backend == "interpreter"
     if interpreting:
-        BLOCK_N, BLOCK_K = max(16, min(triton.next_power_of_2(N), 128)), max(16, min(triton.next_power_of_2(K), 1024))
+        BLOCK_N, BLOCK_K = max(16, min(triton.next_power_of_2(N), 128)), max(16, min(triton.next_power_of_2(K), 64))
         num_stages = 1
     else:
         BLOCK_N = 32 if triton.cdiv(N, 32) * 8 >= target.sms * 7 else 16

@@ -95,8 +95,15 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, targ
     """
     rank = max(16, triton.next_power_of_2(R))
     if target.backend == "interpreter":
-        BLOCK_K = max(16, min(triton.next_power_of_2(K), 1024))
-        return Config(max(16, min(triton.next_power_of_2(M), 128)), min(rank, 128), BLOCK_K, BLOCK_K, 4, 1)
+        BLOCK_K = max(16, min(triton.next_power_of_2(K), 128))
+        return Config(
+            max(16, min(triton.next_power_of_2(M), 128)),
+            min(rank, 128),
+            BLOCK_K,
+            BLOCK_K * triton.cdiv(K, BLOCK_K),
+            4,
+            1,
+        )
     if x_bytes == 4:  # no tensor cores: 2x4 sums a thread
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 32), 32, 16
     elif target.arch == 80:  # the sums in registers, beside the operands
