@@ -35,14 +35,15 @@ class LayerInputs:
         norm = (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).norm(
             dim=1 if axis == "output" else 0
         )
-        generator = torch.Generator().manual_seed(1)
-        return norm * (1 + 0.05 * (2 * torch.rand(norm.shape, generator=generator) - 1))
+        generator = torch.Generator(norm.device).manual_seed(1)
+        return norm * (1 + 0.05 * (2 * torch.rand(norm.shape, generator=generator, device=norm.device) - 1))
 
 
 def layer_inputs(
     out_features: int, in_features: int, rank: int, tokens: int, dtype: torch.dtype, seed: int = 0
 ) -> LayerInputs:
-    generator = torch.Generator().manual_seed(seed)
+    """On the default device."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(rows, columns, generator=generator)).to(dtype)
@@ -205,9 +206,16 @@ def _ours(dora: bool, backend: str) -> Callable[[LayerInputs], Layer]:
     return build
 
 
+def _compiled_dense(inputs: LayerInputs) -> Layer:
+    built = _dense(inputs)
+    built.module.compile()
+    return built
+
+
 FROZEN = Contender("frozen linear", _frozen, "frozen")
 ARTICLE = Contender("article's class", _article, "dora", axis="input", detach_norm=False)
 DENSE = Contender("dense B@A", _dense, "dora")
+COMPILED = Contender("dense B@A, torch.compile", _compiled_dense, "dora")
 PEFT_LORA = Contender("PEFT LoRA", _peft(False, False), "lora", requires="peft")
 PEFT_LORA_FP32 = Contender("PEFT LoRA, fp32 adapters", _peft(False, True), "lora", requires="peft")
 PEFT_DORA = Contender("PEFT DoRA", _peft(True, False), "dora", requires="peft")

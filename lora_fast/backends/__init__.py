@@ -158,6 +158,11 @@ def _missing(backend: str) -> str | None:
     return None if present else reason
 
 
+def is_present(backend: str) -> bool:
+    """Whether a named backend could be used, given tensors that it takes."""
+    return _missing(backend) is None
+
+
 def _unfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend that is there cannot take these tensors; None if it can."""
     if backend == "torch":

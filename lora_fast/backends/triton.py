@@ -74,7 +74,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _leading(tensor: Tensor, like: Tensor) -> Tensor:
     """[T, C] as [..., C] with the leading dimensions of ``like``; no view, since users write outputs in place."""
-    return torch._unsafe_view(tensor, (*like.shape[:-1], tensor.shape[1]))
+    return torch.ops.aten._unsafe_view(tensor, (*like.shape[:-1], tensor.shape[1]))
 
 
 def _float(gain: Tensor | None) -> Tensor | None:

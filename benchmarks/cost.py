@@ -1,0 +1,192 @@
+"""What each path moves and computes, kernel by kernel, beside the least that any path could: counted, not measured.
+
+    python -m lora_fast.benchmarks.cost
+
+Bytes are those of the device's memory: each operand of a kernel once, whatever its caches save or lose. FLOPs are
+those of products, two for a multiply-add. A kernel's time is the larger of bytes / bandwidth and FLOPs / peak, at the
+data sheet's figures (dense 16-bit), so a path's is predicted and a lower bound; launches are not in it.
+
+T tokens, weight [N, K], rank R, e bytes an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    bytes: float
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    bandwidth: float  # bytes a second
+    peak: float  # FLOPs a second of dense 16-bit products
+
+    def milliseconds(self, cost: Cost) -> float:
+        return 1e3 * max(cost.bytes / self.bandwidth, cost.flops / self.peak)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100", 2.04e12, 312e12),
+        Device("H100", 3.35e12, 989e12),
+        Device("H200", 4.8e12, 989e12),
+        Device("B200", 8.0e12, 2250e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    T: int
+    N: int
+    K: int
+    R: int
+    e: int = 2
+
+    @property
+    def factors(self) -> float:
+        return self.e * self.R * (self.N + self.K)
+
+    def product(self) -> Cost:
+        """x Wᵀ, and as many bytes and FLOPs for dv W."""
+        return Cost(self.e * (self.T * self.K + self.N * self.K + self.T * self.N), 2 * self.T * self.N * self.K)
+
+
+Path = dict[str, Cost]  # kernels by name, in their order
+
+
+def weight_norm_paths(s: Size) -> dict[str, Path]:
+    W, flops = s.e * s.N * s.K, 2 * s.N * s.K * s.R
+    read_once = Cost(W + s.factors + 4 * s.N, flops)
+    factored = {
+        "W lora_Aᵀ with ‖W‖² kept": Cost(W + s.factors + 4 * s.N * s.R, flops),
+        "sums over the rank": Cost(8 * s.N * s.R + s.e * s.N * s.R, 2 * s.R * s.R * (s.N + s.K)),
+    }
+    dense = {
+        "lora_B lora_A": Cost(s.factors + W, flops),
+        "scale": Cost(2 * W),
+        "add": Cost(3 * W),
+        "norm": Cost(W + 4 * s.N),
+    }
+    identity = s.e * s.K * s.K
+    peft = {
+        "identity": Cost(identity),
+        "lora_A of it": Cost(identity + 2 * s.e * s.R * s.K, 2 * s.K * s.K * s.R),
+        **dense,
+    }
+    return {"least": {"": read_once}, "direct": {"norm": read_once}, "factored": factored, "dense": dense, "PEFT": peft}
+
+
+def lora_compose_fwd_paths(s: Size, keep_product: bool = False) -> dict[str, Path]:
+    tile = s.e * s.T * s.N
+    one_pass = Cost((3 if keep_product else 2) * tile + s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R)
+    eager = {
+        "h lora_Bᵀ": Cost(tile + s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R),
+        "scale": Cost(2 * tile),
+        "add": Cost(3 * tile),
+        "gain": Cost(2 * tile),
+        "bias": Cost(2 * tile),
+    }
+    return {"least": {"": one_pass}, "one pass": {"compose": one_pass}, "eager": eager}
+
+
+def lora_compose_bwd_paths(s: Size) -> dict[str, Path]:
+    tile, rank = s.e * s.T * s.N, s.e * s.R * (s.T + s.N)
+    gain = Cost(3 * tile + 4 * s.N)
+    products = Cost(2 * rank, 4 * s.T * s.N * s.R)
+    apart = {
+        "gain": gain,
+        "dh": Cost(tile + rank, products.flops / 2),
+        "dlora_B": Cost(tile + rank, products.flops / 2),
+    }
+    return {"least": {"": gain + products}, "one pass": {"gain, dh, dlora_B": gain + products}, "products apart": apart}
+
+
+def forward_paths(s: Size, keep_product: bool = True) -> dict[str, Path]:
+    """DoRA's forward with the gain known; ``keep_product`` in training."""
+    kept = s.e * s.T * s.N * keep_product
+    rank = Cost(s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R)
+    project = Cost(s.e * (s.T * s.K + s.R * (s.K + s.T)), 2 * s.T * s.K * s.R)
+    compose = lora_compose_fwd_paths(s, keep_product)["one pass"]["compose"]
+    least = s.product() + Cost(kept + s.factors, rank.flops + project.flops)
+    return {
+        "least": {"": least},
+        "fused": {"h": project, "linear": s.product() + rank + Cost(kept)},
+        "products": {"h": project, "x Wᵀ": s.product(), "compose": compose},
+        "eager": {"x Wᵀ": s.product(), "h": project, **lora_compose_fwd_paths(s)["eager"]},
+        "frozen": {"x Wᵀ": s.product()},
+    }
+
+
+def backward_paths(s: Size) -> dict[str, Path]:
+    """All gradients of DoRA with a detached norm."""
+    compose = lora_compose_bwd_paths(s)
+    project = Cost(s.e * (s.T * s.K + s.R * (s.K + s.T)), 2 * s.T * s.K * s.R)  # dlora_A
+    rank = Cost(s.e * s.R * (s.T + s.K), 2 * s.T * s.K * s.R)
+    once_more = Cost(2 * s.e * s.T * s.K)  # dx is read and written again
+    least = compose["least"][""] + project + s.product() + rank + Cost(-2 * s.e * s.T * s.N)  # dv stays on the chip
+    gain = compose["one pass"]
+    return {
+        "least": {"": least},
+        "fused": {**gain, "dlora_A": project, "dx": s.product() + rank},
+        "products": {**gain, "dlora_A": project, "dv W": s.product(), "compose": rank + once_more},
+        "frozen": {"dv W": s.product()},
+    }
+
+
+def merge_weight_paths(s: Size) -> dict[str, Path]:
+    W = s.e * s.N * s.K
+    in_place = Cost(2 * W + s.factors, 2 * s.N * s.K * s.R)
+    product = Cost(s.factors + W, in_place.flops)
+    dense = {"lora_B lora_A": product, "scale": Cost(2 * W), "add": Cost(3 * W), "gain": Cost(2 * W)}
+    return {"least": {"": in_place}, "in place": {"merge": in_place}, "dense": dense}
+
+
+PATHS: dict[str, Callable[[Size], dict[str, Path]]] = {
+    "weight_norm": weight_norm_paths,
+    "lora_linear forward": forward_paths,
+    "lora_linear backward": backward_paths,
+    "lora_compose forward": lora_compose_fwd_paths,
+    "lora_compose backward": lora_compose_bwd_paths,
+    "merge_weight": merge_weight_paths,
+}
+
+
+def least(op: str, size: Size) -> Cost:
+    """The bytes and FLOPs under which no path gets."""
+    return PATHS[op](size)["least"][""]
+
+
+def predicted_ms(path: Path, device: Device) -> float:
+    return sum(device.milliseconds(cost) for cost in path.values())
+
+
+SIZES = (Size(8192, 4096, 4096, 16), Size(8192, 4096, 4096, 384), Size(8192, 8192, 8192, 384), Size(16, 4096, 4096, 16))
+
+
+def main() -> None:
+    device = DEVICES["H200"]
+    print(f"predicted for {device.name}: {device.bandwidth / 1e12:g} TB/s, {device.peak / 1e12:g} TFLOPS; not measured")
+    for size in SIZES:
+        print(f"\n{size.T} tokens, {size.N}×{size.K}, rank {size.R}, {size.e} bytes an element")
+        print(f"{'op':22}{'path':16}{'MB':>10}{'GFLOP':>10}{'ms':>9}{'× least':>9}")
+        for op, paths in PATHS.items():
+            bound = predicted_ms({"": least(op, size)}, device)
+            for name, path in paths(size).items():
+                total, time = sum(path.values(), Cost(0)), predicted_ms(path, device)
+                row = f"{total.bytes / 1e6:10.1f}{total.flops / 1e9:10.1f}{time:9.4f}{time / bound:9.2f}"
+                print(f"{op:22}{name:16}{row}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""What the GPU bars hold: the norm, composition, one layer's training step and inference, beside the contenders.
+
+    python -m lora_fast.benchmarks.gpu [--out DIR] [--budget SECONDS]
+
+Times are CUDA events around one call, alternated over the contenders, behind a short spin that lets the host run
+ahead, with the L2 cache emptied before each; so they are the device's, and the host's time per call is a column of its
+own. Every contender passes the correctness gate first. Writes gpu.json and gpu.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_fast
+from lora_fast import backends, functional
+from lora_fast.testing import peak_bytes
+
+from . import contenders as c, cost, layer, report
+from .gate import error_fault
+from .registry import INFERENCE, STEP, Case
+from .runner import Step
+
+SPIN_CYCLES = 500_000  # about 0.3 ms, longer than the host takes for a step
+FORWARD = ("lora_linear forward",)
+FLUSH_BYTES = 256 << 20  # more than any L2
+
+
+@dataclass(frozen=True)
+class Bar:
+    what: str
+    measured: float
+    bound: float
+    at_most: bool = True
+    aim: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, float]]:
+    """Median, p20 and p80 of the device's milliseconds, the host's, and the peak of memory, of each step."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8)
+    host: dict[str, list[float]] = {name: [] for name in steps}
+    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}
+    peaks = {}
+    for name, step in steps.items():
+        for _ in range(3):
+            step()
+        peaks[name] = peak_bytes(step)
+    order, names, deadline = random.Random(0), list(steps), time.perf_counter() + budget_s
+    while len(events[names[0]]) < 10 or (time.perf_counter() < deadline and len(events[names[0]]) < 200):
+        order.shuffle(names)
+        for name in names:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(SPIN_CYCLES)
+            begin.record()
+            start = time.perf_counter()
+            steps[name]()
+            host[name].append(1e3 * (time.perf_counter() - start))
+            end.record()
+            events[name].append((begin, end))
+        torch.cuda.synchronize()
+    records = {}
+    for name, pairs in events.items():
+        times = sorted(begin.elapsed_time(end) for begin, end in pairs)
+        records[name] = {
+            "median_ms": statistics.median(times),
+            "p20_ms": times[len(times) // 5],
+            "p80_ms": times[len(times) * 4 // 5],
+            "host_ms": statistics.median(host[name]),
+            "peak_bytes": float(peaks[name]),
+            "rounds": float(len(times)),
+        }
+    return records
+
+
+def row(
+    title: str, size: cost.Size, ops: tuple[str, ...], records: dict, bars: list[Bar], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """``ops`` are those of cost.py that the row's subject does."""
+    least = sum((cost.least(op, size) for op in ops), cost.Cost(0))
+    return {
+        "title": title,
+        "ops": " + ".join(ops),
+        "tokens": size.T, "out_features": size.N, "in_features": size.K, "rank": size.R,
+        "least_bytes": least.bytes,
+        "least_flops": least.flops,
+        "records": records,
+        "left_out": left_out,
+        "bars": [{**vars(bar), "met": bar.met} for bar in bars],
+    }  # fmt: skip
+
+
+def names_of_ours() -> list[str]:
+    """The backends to set beside "auto"; the first is what it takes."""
+    return [name for name in ("triton", "cuda", "torch") if backends.is_present(name)]
+
+
+def norm_row(N: int, K: int, R: int, bar_ms: float, budget_s: float) -> dict[str, Any]:
+    inputs = c.layer_inputs(N, K, R, 1, torch.bfloat16)
+    arguments = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
+    truth = torch.cat([
+        torch.linalg.vector_norm(W.double() + inputs.scaling * B.double() @ inputs.lora_A.double(), dim=1)
+        for W, B in zip(inputs.weight.split(1024), inputs.lora_B.split(1024), strict=True)
+    ])  # fmt: skip
+    functions = {"weight_norm": c.our_norm(), "dense B@A": c.dense_norm}
+    functions |= {f"weight_norm, {name}": c.our_norm(name) for name in names_of_ours()}
+    eager, steps, left_out = c.dense_norm(*arguments), {}, {}
+    for name, function in functions.items():
+        if fault := error_fault("norm", function(*arguments), eager, truth, ours=name.startswith("weight_norm")):
+            left_out[name] = f"wrong result: {fault}"
+        else:
+            steps[name] = lambda function=function: function(*arguments)
+    records = measure(steps, budget_s)
+    bars = []
+    if ours := records.get("weight_norm"):
+        bars = [Bar("ms", ours["median_ms"], bar_ms), Bar("MB of extra memory", ours["peak_bytes"] / 1e6, 1.0)]
+    return row(f"norm, {N}×{K}, rank {R}", cost.Size(1, N, K, R), ("weight_norm",), records, bars, left_out)
+
+
+def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict[str, Any]:
+    """With a gain: forward in inference; backward to base, h, lora_B and gain."""
+    size = cost.Size(T, N, 1, R)
+    base, other = torch.randn(T, N, dtype=torch.bfloat16), torch.empty(T, N, dtype=torch.bfloat16)
+    h, lora_B = torch.randn(T, R, dtype=torch.bfloat16), torch.randn(N, R, dtype=torch.bfloat16)
+    gain = 1 + 0.1 * torch.randn(N)
+    ops = torch.ops.lora_fast
+    needs = [True, True, True, True, False]
+
+    def composed(name: str) -> Step:
+        if direction == "forward":
+            return lambda: ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, None, False, name)
+        return lambda: ops.lora_compose_bwd(base, h, lora_B, 0.5, gain, other, needs, name)
+
+    steps: dict[str, Step] = {"copy": lambda: other.copy_(base)} | {name: composed(name) for name in names_of_ours()}
+    other.copy_(base)
+    records = measure(steps, budget_s)
+    op = f"lora_compose {direction}"
+    bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
+    chosen = names_of_ours()[0]
+    reached = cost.least(op, size).bytes / records[chosen]["median_ms"] / bandwidth
+    bars = [Bar("× copy bandwidth", reached, 0.75, at_most=False)] if R == 16 else []
+    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, {})
+
+
+def layer_row(case: Case, budget_s: float, *, graph: bool = False) -> dict[str, Any]:
+    inputs = layer.inputs_of(case)
+    layers, left_out = layer.build(case.contenders, inputs)
+    steps: dict[str, Step] = {}
+    for name, built in layers.items():
+        if case.mode == STEP:
+            steps[name] = layer.training_step(built, inputs)
+            continue
+        if name.startswith("lora_fast DoRA"):
+            lora_fast.freeze_norms(built.module.eval())
+        steps[name] = layer.inference(built, inputs)
+    if graph:
+        steps = {name: captured(step) for name, step in steps.items()}
+    records = measure(steps, budget_s)
+    bars, frozen = [], records[c.FROZEN.name]["median_ms"]
+    if subject := records.get(case.subject):
+        if case.at_most is not None:
+            bars.append(Bar("× frozen linear", subject["median_ms"] / frozen, case.at_most, aim=case.aim))
+        for other, factor in case.faster.items():
+            if other in records:
+                ratio = records[other]["median_ms"] / subject["median_ms"]
+                bars.append(Bar(f"× faster than {other}", ratio, factor, at_most=False))
+    size = cost.Size(case.tokens, case.out_features, case.in_features, case.rank)
+    title = f"{case.title}, rank {case.rank}{', CUDA graph' if graph else ''}"
+    ops = ("weight_norm", "lora_linear forward", "lora_linear backward") if case.mode == STEP else FORWARD
+    return row(title, size, ops, records, bars, left_out)
+
+
+def eager_inference_row(tokens: int, budget_s: float, features: int = 4096) -> dict[str, Any]:
+    """Calls one behind the other without a graph: the slower of host and device counts."""
+    peft = c.PEFT_LORA
+    case = Case(
+        INFERENCE, features, features, tokens, torch.bfloat16, (c.FROZEN, c.dora(), c.lora(), peft), c.dora().name
+    )
+    inputs = layer.inputs_of(case)
+    layers, left_out = layer.build(case.contenders, inputs)
+    for name, built in layers.items():
+        if name.startswith("lora_fast DoRA"):
+            lora_fast.freeze_norms(built.module.eval())
+    steps = {name: layer.inference(built, inputs) for name, built in layers.items()}
+    records = measure(steps, budget_s)
+    for name, step in steps.items():
+        records[name]["wall_ms"] = statistics.median(wall_ms(step) for _ in range(5))
+    bars = []
+    if peft.name in records:
+        ratio = records[peft.name]["wall_ms"] / records[case.subject]["wall_ms"]
+        bars = [Bar(f"× faster than {peft.name}, wall time", ratio, 1.0, at_most=False)]
+    size = cost.Size(tokens, features, features, case.rank)
+    return row(f"{case.title}, no graph", size, FORWARD, records, bars, left_out)
+
+
+def wall_ms(step: Step, calls: int = 100) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def captured(step: Step) -> Step:
+    """The step as the replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
+    """Forward of a trained DoRA layer by each path of backends/triton.py: what its table of choice is to be held to."""
+    triton = backends.module("triton")
+    N = size.N
+    inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
+    gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
+
+    def forward(limit: int) -> object:
+        kept, triton.FUSED_CONTRACTION = triton.FUSED_CONTRACTION, limit  # type: ignore[attr-defined]
+        try:
+            return functional.lora_linear(
+                x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_(), backend="triton"
+            )
+        finally:
+            triton.FUSED_CONTRACTION = kept  # type: ignore[attr-defined]
+
+    frozen = c.frozen_linear(inputs.weight)
+    steps = {c.FROZEN.name: lambda: frozen(x), "fused": lambda: forward(1 << 30), "products": lambda: forward(0)}
+    records = measure(steps, budget_s)
+    return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], {})
+
+
+def rows(budget_s: float) -> list[Callable[[], dict[str, Any]]]:
+    """Every row, to be run in turn."""
+    bf16, dora, peft_dora = torch.bfloat16, c.dora().name, c.PEFT_DORA_FP32.name
+    doras = (c.dora(), *(c.dora(name) for name in names_of_ours()))
+    loras = (c.lora(), c.PEFT_LORA)
+    others = (c.DENSE, c.ARTICLE, c.PEFT_DORA, c.PEFT_DORA_FP32)
+    step = Case(STEP, 4096, 4096, 8192, bf16, (c.FROZEN, *doras, *loras, *others), dora, faster={peft_dora: 2.5})
+    infer = Case(INFERENCE, 4096, 4096, 16, bf16, (c.FROZEN, *doras, c.lora()), dora)
+    steps = (
+        replace(step, at_most=1.30, aim=1.20, contenders=(*step.contenders, c.COMPILED)),
+        replace(step, rank=384, at_most=1.60, faster={}),
+        replace(step, rank=384, out_features=8192, in_features=8192, at_most=1.35, faster={}),
+    )
+    sizes = ((8192, 4096, 4096, 16), (8192, 4096, 1024, 16), (512, 4096, 4096, 16), (8192, 8192, 8192, 384))
+    graphs = (replace(infer, at_most=1.25), replace(infer, tokens=1, at_most=1.4, aim=1.15))
+    return [
+        lambda: norm_row(4096, 4096, 64, 0.03, budget_s),
+        lambda: norm_row(8192, 8192, 384, 0.12, budget_s),
+        lambda: norm_row(8192, 28672, 384, 0.40, budget_s),
+        *(lambda d=d, R=R: compose_row(d, 8192, 8192, R, budget_s) for d in ("forward", "backward") for R in (16, 384)),
+        *(lambda case=case: layer_row(case, 2 * budget_s) for case in steps),
+        *(lambda case=case: layer_row(case, budget_s, graph=True) for case in graphs),
+        *(lambda tokens=tokens: eager_inference_row(tokens, budget_s) for tokens in (16, 1)),
+        *(lambda size=size: path_row(cost.Size(*size), budget_s) for size in sizes),
+    ]
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['title']}", flush=True)
+    for name, record in result["records"].items():
+        wall = f"  wall {record['wall_ms']:.4f}" if "wall_ms" in record else ""
+        print(
+            f"  {name:32} {record['median_ms']:9.4f} ms ({record['p20_ms']:.4f} to {record['p80_ms']:.4f})"
+            f"  host {record['host_ms']:.4f}{wall}  {record['peak_bytes'] / 1e6:9.1f} MB"
+        )
+    for name, reason in result["left_out"].items():
+        print(f"  {name:32} left out: {reason}")
+    for bar in result["bars"]:
+        sign, verdict = "≤" if bar["at_most"] else "≥", "met" if bar["met"] else "MISSED"
+        print(f"  {verdict}: {bar['measured']:.3f} {bar['what']}, bar {sign} {bar['bound']:g}", flush=True)
+
+
+def provenance() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return report.provenance() | {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "triton": backends.triton_status()[1],
+        "cuda_kernels": backends.cuda_status()[1],
+    }
+
+
+def write_csv(path: Path, results: list[dict[str, Any]]) -> None:
+    keys = ("title", "ops", "tokens", "out_features", "in_features", "rank", "least_bytes", "least_flops")
+    times = ("median_ms", "p20_ms", "p80_ms", "host_ms", "wall_ms", "peak_bytes", "rounds")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*keys, "contender", *times])
+        for result in results:
+            for name, record in result["records"].items():
+                writer.writerow([*(result[key] for key in keys), name, *(record.get(key, "") for key in times)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_fast.benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of measuring a row")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: nothing was measured; `python -m lora_fast.benchmarks.cost` prints what is predicted")
+        return 1
+    torch.set_default_device("cuda")
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    out = arguments.out or Path(__file__).resolve().parent / "results" / slug
+    results: list[dict[str, Any]] = []
+    for make in rows(arguments.budget):
+        try:
+            results.append(make())
+        except Exception as error:  # one row that fails must not lose the others; it is told, and fails the run
+            results.append({"title": "failed", "records": {}, "left_out": {"": repr(error)}, "bars": []})
+        show(results[-1])
+        torch.cuda.empty_cache()
+        report.write_json(out / "gpu.json", provenance() | {"rows": results})
+    write_csv(out / "gpu.csv", [result for result in results if result["records"]])
+    missed = sum(not bar["met"] for result in results for bar in result["bars"])
+    print(f"\n{missed} bars missed; written to {out}")
+    return int(any(result["title"] == "failed" for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

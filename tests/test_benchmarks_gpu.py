@@ -1,0 +1,101 @@
+"""The GPU benchmark's own logic, and its rows at small sizes on the CPU, with a clock that is none; the cost model."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras demo and test")
+pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
+
+from lora_fast.benchmarks import contenders as c, cost, gpu
+from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(steps: Mapping, budget_s: float) -> dict[str, dict[str, float]]:
+        keys = ("median_ms", "p20_ms", "p80_ms", "host_ms", "peak_bytes", "rounds")
+        for step in steps.values():
+            step()
+        return {name: dict.fromkeys(keys, 1.0) for name in steps}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "names_of_ours", lambda: ["torch"])
+    monkeypatch.setattr(gpu, "wall_ms", lambda step: 1.0)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    contenders = (c.FROZEN, c.dora(), c.dora("torch"), c.DENSE, c.PEFT_LORA)
+    case = Case(
+        STEP, 48, 64, 16, torch.bfloat16, contenders, c.dora().name, rank=4, at_most=1.3, faster={c.DENSE.name: 2.0}
+    )
+    results = [
+        gpu.norm_row(48, 64, 4, 0.03, 0.0),
+        gpu.compose_row("forward", 32, 48, 16, 0.0),
+        gpu.compose_row("backward", 32, 48, 16, 0.0),
+        gpu.layer_row(case, 0.0),
+        gpu.layer_row(Case(INFERENCE, 48, 64, 4, torch.bfloat16, contenders[:3], c.dora().name, at_most=1.25), 0.0),
+        gpu.eager_inference_row(2, 0.0, features=48),
+    ]
+    for result in results:
+        assert result["bars"]
+        assert not [name for name in result["left_out"] if "PEFT" not in name], result["left_out"]
+        gpu.show(result)
+    frozen, dense = results[3]["bars"]
+    assert (frozen["measured"], frozen["met"]) == (1.0, True)
+    assert (dense["measured"], dense["met"]) == (1.0, False)
+    gpu.write_csv(tmp_path / "gpu.csv", results)
+    lines = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert len(lines) == sum(len(result["records"]) for result in results)
+    assert {"contender", "median_ms", "host_ms", "peak_bytes", "least_bytes"} <= lines[0].keys()
+
+
+def test_every_bar_of_the_issue_has_a_row() -> None:
+    assert len(gpu.rows(0.0)) == 3 + 4 + 3 + 2 + 2 + 4
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 1
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+SIZE = cost.Size(T=128, N=96, K=64, R=8)
+
+
+@pytest.mark.parametrize("op", cost.PATHS)
+def test_no_path_is_below_the_least(op: str) -> None:
+    paths = cost.PATHS[op](SIZE)
+    least = paths.pop("least")[""]
+    paths.pop("frozen", None)  # does less: it has no adapter
+    for name, path in paths.items():
+        total = sum(path.values(), cost.Cost(0))
+        assert total.bytes >= least.bytes, name
+        assert total.flops >= 0.99 * least.flops, name
+
+
+def test_the_counts_are_those_of_the_tensors() -> None:
+    """x, W, y, product, lora_A and lora_B once each."""
+    tensors = [(128, 64), (96, 64), (128, 96), (128, 96), (8, 64), (96, 8)]
+    assert cost.least("lora_linear forward", SIZE).bytes == sum(2 * rows * columns for rows, columns in tensors)
+    assert cost.least("weight_norm", SIZE).flops == 2 * 96 * 64 * 8
+
+
+def test_time_is_the_slower_of_memory_and_arithmetic() -> None:
+    device = cost.Device("a device", bandwidth=1e12, peak=1e14)
+    assert device.milliseconds(cost.Cost(1e9, 1e10)) == pytest.approx(1.0)
+    assert device.milliseconds(cost.Cost(1e9, 1e12)) == pytest.approx(10.0)
+
+
+def test_the_table_is_printed_as_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    cost.main()
+    out = capsys.readouterr().out
+    assert "predicted for H200" in out
+    assert "not measured" in out
+    assert all(op in out for op in cost.PATHS)
