@@ -163,9 +163,17 @@ STRIDES = ("stride_w_n", "stride_w_k", "stride_a_r", "stride_a_k", "stride_b_n",
 
 
 def aot_arguments(
-    tile: Tile, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], axis: str, *, wide: bool = False
+    tile: Tile,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    axis: str,
+    *,
+    wide: bool = False,
+    conv1d: bool = False,
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """(signature, constexprs, aligned) of :func:`arguments` for contiguous tensors, oriented along ``axis``."""
+    """(signature, constexprs, aligned) of :func:`arguments` for contiguous tensors, oriented along ``axis``.
+
+    ``conv1d``: W is a view of its contiguous transpose.
+    """
     w, a, b = (NAMES[dtype] for dtype in dtypes)
     transposed = axis == "input"
     signature = {"w_ptr": f"*{w}", "a_ref": f"*{a}", "b_ref": f"*{b}", "N": "i32", "K": "i32", "R": "i32"}
@@ -175,7 +183,7 @@ def aot_arguments(
         signature["a_ref"] = f"tensordesc<{a}{a_block[::-1] if transposed else a_block}>"
         signature["b_ref"] = f"tensordesc<{b}{b_block[::-1] if transposed else b_block}>"
         aligned = ("w_ptr", "N", "K", "R")
-    ones = STRIDES[0::2] if transposed else STRIDES[1::2]
+    ones = (STRIDES[transposed == conv1d], *(STRIDES[2::2] if transposed else STRIDES[3::2]))
     rest = [name for name in STRIDES if name not in ones]
     signature |= {"scaling": "fp32"} | dict.fromkeys(rest, "i32")
     constexprs = tile.constexprs(transposed=transposed, wide=wide) | dict.fromkeys(ones, 1)

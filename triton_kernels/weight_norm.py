@@ -174,7 +174,8 @@ def weight_norm_tile(
             return Tile(128, 128, 64, num_warps=8, num_stages=3, DESCRIPTORS=True)
         return Tile(128, 256, 64, num_warps=8, num_stages=4, DESCRIPTORS=True)
     if R <= 32 or target.arch != 80:
-        return Tile(64, 128, low, num_warps=4, num_stages=2)
+        heavy = target.arch == 80 and dtypes[0].itemsize == 4  # W's tile in too many of a thread's registers
+        return Tile(64, 128, low, num_warps=8 if heavy else 4, num_stages=2)
     return Tile(64 if dtypes[0].itemsize == 4 else 128, 128, 32, num_warps=8, num_stages=3)
 
 
@@ -183,7 +184,7 @@ def finish_tile(tile: Tile, target: Target) -> Tile:
     one such line makes few others be looked at again."""
     if target.backend == "interpreter":
         return tile
-    return Tile(32, 32, 16, num_warps=4, num_stages=2)
+    return Tile(16, 32, 16, num_warps=4, num_stages=2)
 
 
 def column_splits(N: int, K: int, tile: Tile, target: Target) -> int:
@@ -292,9 +293,14 @@ def aot_cases(target: Target) -> Iterator[AotCase]:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     for rank in (16, 32, 64, 384):
         yield from _aot_cases_of(target, (bf16, bf16, bf16), rank, "output")
+    for dtypes in ((f16, f16, f16), (f32, bf16, bf16)):
+        for rank in (32, 64):
+            yield from _aot_cases_of(target, dtypes, rank, "output")
     for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32), (f32, bf16, bf16)):
         for rank in (16, 384):
             yield from _aot_cases_of(target, dtypes, rank, "input" if rank == 384 else "output")
+    for rank in (16, 384):
+        yield from _aot_cases_of(target, (bf16, bf16, bf16), rank, "output", conv1d=True)
     yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", kept=True)
     yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", describable=False)
     for axis in ("output", "input"):
@@ -310,9 +316,10 @@ def _aot_cases_of(
     kept: bool = False,
     describable: bool = True,
     wide: bool = False,
+    conv1d: bool = False,
 ) -> Iterator[AotCase]:
     config = weight_norm_config(8192, 8192, rank, dtypes, describable, target)
-    flags = {"kept": kept, "wide": wide, "pointers": not describable}
+    flags = {"kept": kept, "wide": wide, "pointers": not describable, "conv1d": conv1d}
     name = "-".join((*(str(dtype).removeprefix("torch.") for dtype in dtypes[:2]), f"r{rank}", axis))
     name = "-".join((name, *(flag for flag, on in flags.items() if on)))
     for kernel, tile, pointers, own_pointers, own in (
@@ -331,7 +338,7 @@ def _aot_cases_of(
             {"BLOCK_S": BLOCK_S},
         ),
     ):
-        signature, constexprs, aligned = aot_arguments(tile, dtypes, axis, wide=wide)
+        signature, constexprs, aligned = aot_arguments(tile, dtypes, axis, wide=wide, conv1d=conv1d)
         first = kernel is weight_norm_fwd_kernel
         yield AotCase(
             kernel=kernel,
