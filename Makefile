@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 JOBS   ?= 2
+GPU    ?= .venv-gpu
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot bench-layer clean
+.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench-layer clean
 
 setup: $(VENV)/.installed
 
@@ -30,11 +31,26 @@ interp: setup
 aot: setup
 	$(BIN)/pytest tests/test_aot.py -n $(JOBS)
 
+# On a machine with a GPU: builds beside the torch, triton and pytest of $(PYTHON), downloads nothing, tests, measures.
+gpu: $(GPU)/.installed
+	$(GPU)/bin/python -m pytest -m "gpu or interp" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s' '-n 8')
+	$(GPU)/bin/python -m lora_fast.benchmarks.gpu $(if $(OUT),--out $(OUT))
+
+gpu-sanitize: $(GPU)/.installed
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
+		$(GPU)/bin/python -m pytest -x -m "gpu or interp" -k "test_lora_compose or test_forward or few_tokens or in_tiles"
+
+$(GPU)/.installed: $(NATIVE) $(wildcard lora_fast/*.py triton_kernels/*.py)
+	$(PYTHON) -m venv --system-site-packages --without-pip $(GPU)
+	LORA_FAST_BUILD=$(shell command -v nvcc >/dev/null && echo cuda || echo cpu) \
+		$(GPU)/bin/python -m pip install --no-index --no-deps --no-build-isolation -e .
+	touch $@
+
 bench-layer: setup
 	$(BIN)/pytest benchmarks/bench_layer.py
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone: the extension is compiled against it.
 $(VENV)/.torch:

@@ -11,18 +11,19 @@ import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
 from lora_fast import backends
 
 from .registry import FROZEN, NORM, Bar, Row
 from .runner import Record
 
-PACKAGES = ("lora_fast", "torch", "peft", "transformers", "numpy")
+if TYPE_CHECKING:  # a record can be written without rich
+    from rich.table import Table
+
+PACKAGES = ("lora_fast", "torch", "triton", "peft", "transformers", "numpy")
 
 
 def provenance() -> dict[str, Any]:
@@ -91,6 +92,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def bars_table(rows: Iterable[Row], title: str) -> Table:
     """One line per bar: the measured ratio, the bar, met or missed."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title, title_justify="left")
     for heading in ("case", "bound on", "measured", "bar", ""):
         table.add_column(heading, justify="right" if heading in ("measured", "bar") else "left")
@@ -114,6 +118,9 @@ def bars_table(rows: Iterable[Row], title: str) -> Table:
 
 def records_table(row: Row) -> Table:
     """Every contender of one case: time, its spread, the ratio to the frozen linear, peak memory."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=row.case.title, title_justify="left")
     for heading in ("", "ms", "p20 to p80", "× frozen", "peak MiB", "rounds"):
         table.add_column(heading, justify="right" if heading else "left")

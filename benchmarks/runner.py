@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-
-import numpy as np
 
 from lora_fast.testing import peak_bytes
 
@@ -58,8 +57,8 @@ def measure(
 
 
 def summarise(seconds: list[float], peak: int) -> Record:
-    p20, median, p80 = (float(value) * 1e3 for value in np.percentile(seconds, [20, 50, 80]))
-    return Record(median, p20, p80, len(seconds), peak)
+    deciles = statistics.quantiles([1e3 * value for value in seconds], n=10, method="inclusive")
+    return Record(deciles[4], deciles[1], deciles[7], len(seconds), peak)
 
 
 def alternate(

@@ -8,9 +8,6 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras demo and test")
-pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
-
 from lora_fast.benchmarks import contenders as c, cost, gpu
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 
