@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import functional, reference
+from lora_fast.norm_cache import NormCache
 from lora_fast.testing import CASES, Case, Inputs, assert_within_budget, make_inputs, peak_bytes, poisoned_memory
 
 AXES = ("output", "input")
@@ -142,6 +143,15 @@ def test_zero_rows_have_a_finite_gradient(axis: str, backend: str) -> None:
     assert torch.equal(norm, torch.zeros_like(norm))
     assert torch.equal(lora_A.grad, torch.zeros_like(lora_A))
     assert torch.equal(lora_B.grad, torch.zeros_like(lora_B))
+
+
+def test_kept_norm_of_another_scaling_is_not_taken(backend: str) -> None:
+    """-1 and -2: Python hashes them alike."""
+    inputs, kept = make_inputs(Case((2,), 24, 40, 3)), NormCache()
+    for scaling in (-1.0, -2.0, -1.0):
+        norm = functional.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling, kept=kept, backend=backend)
+        truth = reference.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, scaling)
+        torch.testing.assert_close(norm, truth)
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])

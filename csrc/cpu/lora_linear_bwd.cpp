@@ -39,40 +39,56 @@ int64_t rank_steps(const Linear& op) {
   return round_up(2 * op.R, kDepth) / kDepth;
 }
 
-// dv of one panel of tokens and the outputs [begin, end) in panels, and their part of dgain and dbias
-LORA_FAST_CLONES void scale_panel(const Linear& op, const Tokens& tokens, int64_t panel, int64_t begin,
-                                  int64_t end) {
-  const int64_t first = panel * kPanel, count = std::min(kPanel, tokens.count - first);
+// dv of one panel of tokens and `panels` panels of outputs from p on, and their part of dgain and dbias
+template <int64_t panels>
+LORA_FAST_INLINE void scale_group(const Linear& op, const Tokens& tokens, int64_t panel, int64_t p) {
+  const int64_t first = panel * kPanel, count = std::min(kPanel, tokens.count - first), n = p * kPanel;
   const bool opens = tokens.first && panel == 0;
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t n = p * kPanel;
-    bf16* out = tokens.grad_v + (panel * (op.N / kPanel) + p) * kPanelStep;
-    Strip<float> gain{splat(1.0f), splat(1.0f)}, dgain{}, dbias{};
-    if (op.gain != nullptr) {
-      gain = load_packed(op.gain + n);
-      deal_strip(gain.even, gain.odd);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t at = (first + t) * op.N + n;
-      const Strip<float> g = load_strip<float>(tokens.grad_y + at);
+  bf16* out = tokens.grad_v + (panel * (op.N / kPanel) + p) * kPanelStep;
+  Strip<float> gain[panels], dgain[panels] = {}, dbias[panels] = {};
+  for (int64_t i = 0; i < panels; ++i) {
+    gain[i] = {splat(1.0f), splat(1.0f)};
+    if (op.gain == nullptr) continue;
+    gain[i] = load_packed(op.gain + n + i * kPanel);
+    deal_strip(gain[i].even, gain[i].odd);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const bf16* grad_y = tokens.grad_y + (first + t) * op.N + n;
+    const bf16* product = tokens.product + (first + t) * op.N + n;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < panels; ++i) {
+      __builtin_prefetch(grad_y + (panels + i) * kPanel);
+      const Strip<float> g = load_strip<float>(grad_y + i * kPanel);
       if (op.grad_gain != nullptr) {
-        const Strip<float> v = load_strip<float>(tokens.product + at);
-        dgain = {dgain.even + g.even * v.even, dgain.odd + g.odd * v.odd};
+        __builtin_prefetch(product + (panels + i) * kPanel);
+        const Strip<float> v = load_strip<float>(product + i * kPanel);
+        dgain[i] = {dgain[i].even + g.even * v.even, dgain[i].odd + g.odd * v.odd};
       }
-      dbias = {dbias.even + g.even, dbias.odd + g.odd};
-      store_strip<float>(out + t * kDepth, {g.even * gain.even, g.odd * gain.odd});
+      dbias[i] = {dbias[i].even + g.even, dbias[i].odd + g.odd};
+      store_strip<float>(out + i * kPanelStep + t * kDepth, {g.even * gain[i].even, g.odd * gain[i].odd});
     }
-    std::memset(out + count * kDepth, 0, static_cast<size_t>((kPanel - count) * kDepth) * sizeof(bf16));
+  }
+  for (int64_t i = 0; i < panels; ++i) {
+    std::memset(out + i * kPanelStep + count * kDepth, 0,
+                static_cast<size_t>((kPanel - count) * kDepth) * sizeof(bf16));
     const auto add = [&](float* sums, Strip<float> part) {
       if (sums == nullptr) return;
-      alignas(64) float dealt[kStrip];
-      store_packed<float>(dealt, part);
-      for (int64_t i = 0; i < kPanel; ++i)
-        sums[n + i] = (opens ? 0.0f : sums[n + i]) + dealt[dealt_position(i)];
+      undeal_strip(part.even, part.odd);
+      float* at = sums + n + i * kPanel;
+      const Strip<float> before = opens ? Strip<float>{} : load_packed(at);
+      store_packed<float>(at, {before.even + part.even, before.odd + part.odd});
     };
-    add(op.grad_gain, dgain);
-    add(op.grad_bias, dbias);
+    add(op.grad_gain, dgain[i]);
+    add(op.grad_bias, dbias[i]);
   }
+}
+
+// The same for the outputs [begin, end) in panels
+LORA_FAST_CLONES void scale_panel(const Linear& op, const Tokens& tokens, int64_t panel, int64_t begin,
+                                  int64_t end) {
+  int64_t p = begin;
+  for (; p + 4 <= end; p += 4) scale_group<4>(op, tokens, panel, p);
+  for (; p < end; ++p) scale_group<1>(op, tokens, panel, p);
 }
 
 // The outputs [begin, end) in panels: dv, dgain, dbias, dB, and this chunk's part of dh / s.

@@ -7,6 +7,7 @@ cancels. Work on activations goes in chunks of tokens, in float32 (float64 for f
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -91,7 +92,9 @@ def content_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     """int64 [KEY_LENGTH]: everything that the norm depends on (law 3)."""
     layout = hash((weight.shape, weight.stride(), weight.dtype, lora_A.shape, lora_A.dtype, lora_B.dtype, axis))
     adapter = _bit_hash(lora_A) * 3 + _bit_hash(lora_B)
-    host = torch.tensor([weight.data_ptr(), weight._version, layout, hash(scaling)])
+    # the bits: Python hashes -1.0 and -2.0 alike
+    (scaling_bits,) = struct.unpack("<q", struct.pack("<d", scaling))
+    host = torch.tensor([weight.data_ptr(), weight._version, layout, scaling_bits])
     return torch.cat([torch.stack([adapter, _bit_hash(_sample(weight))]), host])
 
 
