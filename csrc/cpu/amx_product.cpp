@@ -66,9 +66,35 @@ LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_
 
 namespace lora_fast {
 
+#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16")))
+
 // Registers: 0-3 hold C by (rows, columns); 4, 5 two tiles of a; 6, 7 two of b.
-__attribute__((target("amx-tile,amx-bf16"))) void panel_product(std::initializer_list<Panels> products,
-                                                                float* c, bool accumulate) {
+template <bool stream_a>
+LORA_FAST_AMX LORA_FAST_INLINE void multiply(const Panels& panels) {
+  const bf16 *a = panels.a, *b = panels.b;
+  for (int64_t step = 0; step < panels.steps; ++step, a += kPanelStep, b += kPanelStep) {
+    if constexpr (stream_a) {
+      _tile_stream_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kPanelStep / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_stream_loadd(5, a + kPanelStep / 2, 64);
+    } else {
+      _tile_loadd(4, a, 64);
+      _tile_stream_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stream_loadd(7, b + kPanelStep / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kPanelStep / 2, 64);
+    }
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+LORA_FAST_AMX void panel_product(Streamed streamed, std::initializer_list<Panels> products, float* c,
+                                 bool accumulate) {
   // The tile loads name no memory that they read: what was packed must be in memory by now.
   __asm__ volatile("" : : : "memory");
   if (accumulate) {
@@ -82,18 +108,8 @@ __attribute__((target("amx-tile,amx-bf16"))) void panel_product(std::initializer
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (const auto& [a, b, steps] : products) {
-    for (int64_t at = 0; at < steps * kPanelStep; at += kPanelStep) {
-      _tile_loadd(4, a + at, 64);
-      _tile_loadd(6, b + at, 64);
-      _tile_loadd(5, a + at + kPanelStep / 2, 64);
-      _tile_loadd(7, b + at + kPanelStep / 2, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
+  for (const Panels& panels : products)
+    streamed == Streamed::a ? multiply<true>(panels) : multiply<false>(panels);
   _tile_stored(0, c, 64);
   _tile_stored(1, c + 256, 64);
   _tile_stored(2, c + 512, 64);
@@ -104,7 +120,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void panel_product(std::initializer
 #else
 
 // amx_enabled() is false here, so that nothing calls this.
-void panel_product(std::initializer_list<Panels>, float*, bool) {
+void panel_product(Streamed, std::initializer_list<Panels>, float*, bool) {
   std::abort();
 }
 

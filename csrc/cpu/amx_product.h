@@ -22,8 +22,11 @@ struct Panels {
   int64_t steps;
 };
 
+// The operand that a loop over blocks changes at each turn: its loads leave the first-level cache to the other.
+enum class Streamed { a, b };
+
 // c [2][2][16][16] = or += the sum of the products
-void panel_product(std::initializer_list<Panels> products, float* c, bool accumulate);
+void panel_product(Streamed streamed, std::initializer_list<Panels> products, float* c, bool accumulate);
 
 // Where a row of a panel lies, as 16 · tile + row: in order, or even rows in the first tile and odd ones in
 // the second, so that a block turned over has the columns of a strip (see Strip).

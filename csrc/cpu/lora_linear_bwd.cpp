@@ -108,7 +108,7 @@ void output_columns(const Linear& op, const Tokens& tokens, int64_t chunk, int64
     scale_panel(op, tokens, panel, begin, end);
     const bf16* grad_v = tokens.grad_v + (panel * (op.N / kPanel) + begin) * kPanelStep;
     for (int64_t r = 0; need_h && r < op.rank_panels; ++r)
-      panel_product({{grad_v, factor.data() + r * count * kPanelStep, count}},
+      panel_product(Streamed::b, {{grad_v, factor.data() + r * count * kPanelStep, count}},
                     tokens.grad_h + ((chunk * tokens.panels + panel) * op.rank_panels + r) * kBlock, false);
     if (!op.need_B) continue;
     for (int64_t p = 0; p < count; ++p)
@@ -116,6 +116,7 @@ void output_columns(const Linear& op, const Tokens& tokens, int64_t chunk, int64
     for (int64_t p = 0; p < count; ++p)
       for (int64_t r = 0; r < op.rank_panels; ++r)
         panel_product(
+            Streamed::b,
             {{tokens.h_turned + (r * tokens.panels + panel) * kPanelStep, pairs.data() + p * kPanelStep, 1}},
             op.grad_B + ((begin + p) * op.rank_panels + r) * kBlock, !tokens.first || panel > 0);
   }
@@ -170,10 +171,13 @@ void turn_projection(const Linear& op, const Tokens& tokens, int64_t begin, int6
                  op.R, tokens.panels, tokens.h_turned + panel * kPanelStep);
 }
 
-LORA_FAST_CLONES void store_block(const float* c, int64_t rows, bf16* out, int64_t ld) {
+// `panels` blocks side by side, by rows
+LORA_FAST_CLONES void store_blocks(const float* c, int64_t rows, int64_t panels, bf16* out, int64_t ld) {
   for (int64_t t = 0; t < rows; ++t) {
-    const float* row = c + t / 16 * (kBlock / 2) + t % 16 * 16;
-    store_strip<float>(out + t * ld, {load<float>(row), load<float>(row + kBlock / 4)});
+    for (int64_t p = 0; p < panels; ++p) {
+      const float* row = c + p * kBlock + t / 16 * (kBlock / 2) + t % 16 * 16;
+      store_strip<float>(out + t * ld + p * kPanel, {load<float>(row), load<float>(row + kBlock / 4)});
+    }
   }
 }
 
@@ -201,14 +205,14 @@ void input_block(const Linear& op, const Tokens& tokens, int64_t first, int64_t 
     for (int64_t t = 0; t < tokens.panels; ++t)
       for (int64_t p = 0; p < panels; ++p)
         panel_product(
+            Streamed::b,
             {{tokens.rank_rows + t * steps * kPanelStep, factor + p * steps * kPanelStep, opening},
              {tokens.grad_v + (t * outputs + n) * kPanelStep, weight + p * depth * kPanelStep, depth}},
             block(t, p), n > 0);
   }
   for (int64_t t = 0; t < tokens.panels; ++t)
-    for (int64_t p = 0; p < panels; ++p)
-      store_block(block(t, p), std::min(kPanel, tokens.count - t * kPanel),
-                  tokens.grad_x + t * kPanel * op.K + k + p * kPanel, op.K);
+    store_blocks(block(t, 0), std::min(kPanel, tokens.count - t * kPanel), panels,
+                 tokens.grad_x + t * kPanel * op.K + k, op.K);
 }
 
 // The part of dA of up to kBlockPanels panels of inputs
@@ -219,7 +223,8 @@ void factor_block(const Linear& op, const Tokens& tokens, int64_t first, int64_t
                tokens.panels * kPanelStep);
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t r = 0; r < rank_steps(op); ++r)
-      panel_product({{tokens.grad_h_turned + r * tokens.panels * kPanelStep,
+      panel_product(Streamed::b,
+                    {{tokens.grad_h_turned + r * tokens.panels * kPanelStep,
                       pairs + p * tokens.panels * kPanelStep, tokens.panels}},
                     op.grad_A + ((first + p) * rank_steps(op) + r) * kBlock, !tokens.first);
 }

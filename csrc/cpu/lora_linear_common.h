@@ -9,11 +9,11 @@
 
 namespace lora_fast {
 
-// A block of the product, 256 × 512 sums, and the packed operands of one of its steps in depth stay in the
+// A block of the product, 352 × 512 sums, and the packed operands of one of its steps in depth stay in the
 // second-level cache.
 constexpr int64_t kTokenBlock = 512;
-constexpr int64_t kBlockPanels = 8;
-constexpr int64_t kBlockSteps = 8;
+constexpr int64_t kBlockPanels = 11;
+constexpr int64_t kBlockSteps = 16;
 
 inline void check_adapter_dtype(const Tensor& tensor, const char* name) {
   check_contiguous(tensor, name);

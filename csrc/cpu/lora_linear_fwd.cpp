@@ -1,4 +1,4 @@
-// y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 256 outputs and 512 tokens: the update
+// y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 352 outputs and 512 tokens: the update
 // opens each block's float32 sums, gain and bias close them. The product is made turned over, W x, because
 // x is cheaper to rearrange than W.
 #include "lora_linear_common.h"
@@ -24,36 +24,43 @@ struct Tokens {
   bf16 *y, *product;  // at the first token
 };
 
-// f(token, strip) for each token of a block c whose rows are 32 outputs, dealt.
+// f(token, strip) for eight tokens of a block c whose rows are 32 outputs, dealt.
 template <class F>
-LORA_FAST_INLINE void for_turned(const float* c, int64_t tokens, const F& f) {
-  for (int64_t t = 0; t < tokens; t += 8) {
-    u32x16 even[8], odd[8];
-    const float* from = c + t / 16 * 256 + t % 16;
-    transpose_words(from, 64, even);
-    transpose_words(from + kBlock / 2, 64, odd);
-    for (int64_t i = 0; i < std::min<int64_t>(8, tokens - t); ++i)
-      f(t + i, Strip<float>{(f32x16)even[i], (f32x16)odd[i]});
-  }
+LORA_FAST_INLINE void for_turned(const float* c, int64_t first, int64_t tokens, const F& f) {
+  u32x16 even[8], odd[8];
+  const float* from = c + first / 16 * 256 + first % 16;
+  transpose_words(from, 64, even);
+  transpose_words(from + kBlock / 2, 64, odd);
+  for (int64_t i = 0; i < std::min<int64_t>(8, tokens - first); ++i)
+    f(first + i, Strip<float>{(f32x16)even[i], (f32x16)odd[i]});
 }
 
-LORA_FAST_CLONES void finish_block(const Linear& op, const Tokens& tokens, const float* c, int64_t n,
-                                   int64_t first) {
-  Strip<float> gain = load_packed(op.gain + n), bias{};
-  deal_strip(gain.even, gain.odd);
-  if (op.bias != nullptr) {
-    bias = load_packed(op.bias + n);
-    deal_strip(bias.even, bias.odd);
+// The blocks of one panel of tokens and `panels` panels of outputs, by rows of y: few pages at a time.
+LORA_FAST_CLONES void finish_blocks(const Linear& op, const Tokens& tokens, const float* sums, int64_t panels,
+                                    int64_t n, int64_t first) {
+  const int64_t count = std::min(kPanel, tokens.count - first);
+  for (int64_t t = 0; t < count; t += 8) {
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t col = n + p * kPanel;
+      Strip<float> gain = load_packed(op.gain + col), bias{};
+      deal_strip(gain.even, gain.odd);
+      if (op.bias != nullptr) {
+        bias = load_packed(op.bias + col);
+        deal_strip(bias.even, bias.odd);
+      }
+      for_turned(sums + p * kBlock, t, count, [&](int64_t token, Strip<float> v) {
+        const int64_t at = (first + token) * op.N + col;
+        if (tokens.product != nullptr) store_strip<float>(tokens.product + at, v);
+        store_strip<float>(tokens.y + at, {v.even * gain.even + bias.even, v.odd * gain.odd + bias.odd});
+      });
+    }
   }
-  for_turned(c, std::min(kPanel, tokens.count - first), [&](int64_t t, Strip<float> v) {
-    const int64_t at = (first + t) * op.N + n;
-    if (tokens.product != nullptr) store_strip<float>(tokens.product + at, v);
-    store_strip<float>(tokens.y + at, {v.even * gain.even + bias.even, v.odd * gain.odd + bias.odd});
-  });
 }
 
 LORA_FAST_CLONES void store_projection(const float* c, int64_t tokens, bf16* h, int64_t R, int64_t cols) {
-  for_turned(c, tokens, [&](int64_t t, Strip<float> v) { store_strip_n<float>(h + t * R, v, cols); });
+  for (int64_t first = 0; first < tokens; first += 8)
+    for_turned(c, first, tokens,
+               [&](int64_t t, Strip<float> v) { store_strip_n<float>(h + t * R, v, cols); });
 }
 
 // Panels [begin, end) of 32 outputs.
@@ -81,13 +88,13 @@ void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t
       for (int64_t t = 0; t < tokens.panels; ++t)
         for (int64_t p = 0; p < panels; ++p)
           panel_product(
+              Streamed::a,
               {{factor.data() + p * rank_steps * kPanelStep, tokens.h + t * rank_steps * kPanelStep, opening},
                {weight.data() + p * depth * kPanelStep, tokens.x + (t * steps + k) * kPanelStep, depth}},
               block(t, p), k > 0);
     }
     for (int64_t t = 0; t < tokens.panels; ++t)
-      for (int64_t p = 0; p < panels; ++p)
-        finish_block(op, tokens, block(t, p), (first + p) * kPanel, t * kPanel);
+      finish_blocks(op, tokens, block(t, 0), panels, first * kPanel, t * kPanel);
   }
 }
 
@@ -103,7 +110,7 @@ void project_tokens(const bf16* x, int64_t count, int64_t K, const bf16* lora_A,
     bf16* b = packed_x + panel * steps * kPanelStep;
     pack_columns(x + first * K, K, tokens, steps, b);
     for (int64_t r = 0; r < R; r += kPanel) {
-      panel_product({{lora_A + r * K, b, steps}}, c, false);
+      panel_product(Streamed::a, {{lora_A + r * K, b, steps}}, c, false);
       store_projection(c, tokens, h + first * R + r, R, std::min(kPanel, R - r));
     }
     std::memset(wide.data(), 0, static_cast<size_t>(kPanel * width) * sizeof(bf16));
