@@ -65,6 +65,8 @@ CASES: tuple[Case, ...] = (
     Case((12,), 50, 70, 8, _bf16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f32, adapter_dtype=_bf16),
+    Case((3, 25), 64, 96, 16, _bf16),  # whole tiles, more tokens than the kernels for few take
+    Case((50,), 96, 64, 40, _bf16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f32, bias=False),
     Case((12,), 50, 70, 8, _bf16, bias=False),
 )

@@ -107,3 +107,13 @@ def test_nan_stays_where_it_belongs(ops) -> None:
 def test_what_a_gradient_needs_must_be_given(ops, name: str, needs: int) -> None:
     with pytest.raises(RuntimeError, match=f"{name} must be given"):
         call(ops, tensors(3, 96, 160, 4), **{name: None})
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float32_adapters_get_float32_gradients(ops, size: tuple[int, int, int, int]) -> None:
+    given = tensors(*size)
+    wide = {name: given[name].float() for name in ("lora_A", "lora_B")}
+    for actual, rounded, expected in zip(call(ops, given, **wide), call(ops, given), truth(given), strict=True):
+        assert near(actual, expected)
+        assert torch.equal(actual.to(rounded.dtype), rounded)
+    assert [gradient.dtype for gradient in call(ops, given, **wide)[1:3]] == [torch.float32] * 2

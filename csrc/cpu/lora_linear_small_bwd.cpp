@@ -2,9 +2,9 @@
 //   dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v   dbias = Σ_t dy   dh = s dv B   dB = dvᵀ (s h)   dA = dhᵀ x   dx =
 //   dv W + dh A
 // First over the columns of dy, then, with dh complete, over the columns of x and of W.
+#include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
-#include "small_common.h"
 
 namespace lora_fast {
 namespace {
@@ -29,7 +29,9 @@ struct OutputSide {
   const bf16* lora_B;            // [N, R]
   const float* h;                // s h, [tokens][padded R]
   int64_t tokens, N, R;
-  bf16 *grad_v, *grad_B;         // [tokens padded to 16, N], [N, R]; grad_B may be null
+  bf16* grad_v;                  // [tokens padded to 16, N]
+  void* grad_B;                  // [N, R], may be null
+  bool wide_B;                   // whether grad_B is float32
   float *grad_gain, *grad_bias;  // may be null
 };
 
@@ -83,10 +85,16 @@ LORA_FAST_CLONES void output_strips(const OutputSide& op, float* grad_h, float s
         for (int64_t r = 0; r < width; r += kLanes) {
           Vec<float> sum{};
           for (int64_t t = 0; t < op.tokens; ++t) sum += dv[t][at] * load<float>(op.h + t * width + r);
-          bf16 rounded[kLanes];
-          store<float>(rounded, sum);
-          std::memcpy(op.grad_B + (n + i) * op.R + r, rounded,
-                      static_cast<size_t>(std::min(kLanes, op.R - r)) * sizeof(bf16));
+          const int64_t count = std::min(kLanes, op.R - r), to = (n + i) * op.R + r;
+          if (op.wide_B) {
+            std::memcpy(static_cast<float*>(op.grad_B) + to, &sum,
+                        static_cast<size_t>(count) * sizeof(float));
+          } else {
+            bf16 rounded[kLanes];
+            store<float>(rounded, sum);
+            std::memcpy(static_cast<bf16*>(op.grad_B) + to, rounded,
+                        static_cast<size_t>(count) * sizeof(bf16));
+          }
         }
       }
     }
@@ -97,8 +105,10 @@ struct InputSide {
   const bf16 *x, *lora_A;  // [tokens, K] or null, [R, K]
   const float* grad_h;     // s dv B, [tokens][padded R]
   int64_t tokens, tiles, K, R;
-  const float* sums;      // dv W by strips, see small_backward; null if dx is unwanted
-  bf16 *grad_x, *grad_A;  // may be null
+  const float* sums;  // dv W by strips, see small_backward; null if dx is unwanted
+  bf16* grad_x;       // may be null
+  void* grad_A;       // [R, K], may be null
+  bool wide_A;        // whether grad_A is float32
 };
 
 // Strips [begin, end) of 32 inputs.
@@ -117,7 +127,12 @@ LORA_FAST_CLONES void input_strips(const InputSide& op, int64_t begin, int64_t e
           const Strip<float> row = load_packed(&x[t][0]);
           sum = {sum.even + dh * row.even, sum.odd + dh * row.odd};
         }
-        store_strip<float>(op.grad_A + r * op.K + k, sum);
+        if (op.wide_A) {
+          undeal_strip(sum.even, sum.odd);
+          store_strip<float>(static_cast<float*>(op.grad_A) + r * op.K + k, sum);
+        } else {
+          store_strip<float>(static_cast<bf16*>(op.grad_A) + r * op.K + k, sum);
+        }
       }
     }
     if (op.grad_x != nullptr) {
@@ -188,17 +203,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
   check_tokens(grad_y, "grad_y");
   check_small_weight(weight);
   check_adapter(weight, lora_A, lora_B);
-  check_small(lora_A, "lora_A");
-  check_contiguous(lora_A, "lora_A");
-  check_small(lora_B, "lora_B");
-  check_contiguous(lora_B, "lora_B");
+  check_adapter_dtype(lora_A, "lora_A");
+  check_adapter_dtype(lora_B, "lora_B");
   const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   check_size(grad_y, "grad_y", 1, N);
-  if (gain) {
-    check_vector(*gain, "gain", N);
-    STD_TORCH_CHECK(gain->scalar_type() == ScalarType::Float && gain->is_contiguous(),
-                    "gain must be contiguous float32");
-  }
+  if (gain) check_gain(*gain, N);
   STD_TORCH_CHECK(!need_gain || product, "product must be given where need_gain is true");
   STD_TORCH_CHECK(!need_A || x, "x must be given where need_A is true");
   STD_TORCH_CHECK(!need_B || h, "h must be given where need_B is true");
@@ -217,11 +226,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     check_size(*h, "h", 1, R);
   }
   const int64_t none[] = {0}, x_size[] = {tokens, K}, a_size[] = {R, K}, b_size[] = {N, R}, n_size[] = {N};
-  const auto make = [&](const int64_t* size, size_t dims, bool wanted) {
-    return wanted ? torch::stable::new_empty(grad_y, {size, dims})
-                  : torch::stable::new_empty(grad_y, {none, 1});
+  const auto make = [&](const Tensor& like, const int64_t* size, bool wanted) {
+    return wanted ? torch::stable::new_empty(like, {size, 2}) : torch::stable::new_empty(like, {none, 1});
   };
-  Tensor grad_x = make(x_size, 2, need_x), grad_A = make(a_size, 2, need_A), grad_B = make(b_size, 2, need_B);
+  Tensor grad_x = make(grad_y, x_size, need_x);
+  Tensor grad_A = make(lora_A, a_size, need_A), grad_B = make(lora_B, b_size, need_B);
   Tensor grad_gain = torch::stable::new_empty(grad_y, {need_gain ? n_size : none, 1}, ScalarType::Float);
   Tensor grad_bias = torch::stable::new_empty(grad_y, {need_bias ? n_size : none, 1}, ScalarType::Float);
 
@@ -229,18 +238,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
   const Scratch<bf16> grad_v(tiles * kTokenTile * N);
   std::memset(grad_v.data() + tokens * N, 0,
               static_cast<size_t>((tiles * kTokenTile - tokens) * N) * sizeof(bf16));
+  const RoundedMatrix rounded_A(AdapterMatrix{lora_A}), rounded_B(AdapterMatrix{lora_B});
   const Scratch<float> scaled_h(tokens * width);
   if (need_B) widen_rows(scaled_h.data(), elements(*h), tokens, R, static_cast<float>(scaling));
   const OutputSide outputs{elements(grad_y),
                            need_gain ? elements(*product) : nullptr,
                            gain ? static_cast<const float*>(gain->const_data_ptr()) : nullptr,
-                           elements(lora_B),
+                           rounded_B.data(),
                            scaled_h.data(),
                            tokens,
                            N,
                            R,
                            grad_v.data(),
-                           writable(grad_B, need_B),
+                           need_B ? grad_B.mutable_data_ptr() : nullptr,
+                           lora_B.scalar_type() == ScalarType::Float,
                            need_gain ? static_cast<float*>(grad_gain.mutable_data_ptr()) : nullptr,
                            need_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr};
   const bool need_h = need_x || need_A;
@@ -258,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
   const int64_t strips = K / kStrip;
   const Scratch<float> sums(need_x ? strips * tiles * kTokenTile * kStrip : 0);
   const InputSide inputs{need_A ? elements(*x) : nullptr,
-                         elements(lora_A),
+                         rounded_A.data(),
                          grad_h.data(),
                          tokens,
                          tiles,
@@ -266,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
                          R,
                          sums.data(),
                          writable(grad_x, need_x),
-                         writable(grad_A, need_A)};
+                         need_A ? grad_A.mutable_data_ptr() : nullptr,
+                         lora_A.scalar_type() == ScalarType::Float};
   for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
     if (need_x) weight_product(grad_v.data(), weight, tiles, sums.data(), begin, end);
     input_strips(inputs, begin, end);

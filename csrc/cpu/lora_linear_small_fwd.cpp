@@ -1,8 +1,8 @@
 // lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
 // sums.
+#include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
-#include "small_common.h"
 
 namespace lora_fast {
 namespace {
@@ -105,15 +105,11 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   check_tokens(x, "x");
   check_small_weight(weight);
   check_adapter(weight, lora_A, lora_B);
-  check_small(lora_A, "lora_A");
-  check_contiguous(lora_A, "lora_A");
-  check_small(lora_B, "lora_B");
-  check_contiguous(lora_B, "lora_B");
+  check_adapter_dtype(lora_A, "lora_A");
+  check_adapter_dtype(lora_B, "lora_B");
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   check_size(x, "x", 1, K);
-  check_vector(gain, "gain", N);
-  STD_TORCH_CHECK(gain.scalar_type() == ScalarType::Float && gain.is_contiguous(),
-                  "gain must be contiguous float32");
+  check_gain(gain, N);
   if (bias) {
     check_vector(*bias, "bias", N);
     STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
@@ -135,6 +131,7 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   const Scratch<float> scaled_h(R * tiles * kTokenTile);
+  const RoundedMatrix rounded_A(AdapterMatrix{lora_A}), rounded_B(AdapterMatrix{lora_B});
   const Small op{elements(weight),
                  weight.stride(0),
                  N,
@@ -144,12 +141,12 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
                  tiles,
                  packed.data(),
                  scaled_h.data(),
-                 elements(lora_B),
+                 rounded_B.data(),
                  static_cast<const float*>(gain.const_data_ptr()),
                  bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                  static_cast<bf16*>(y.mutable_data_ptr()),
                  product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr};
-  project(elements(lora_A), op, scaling, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
+  project(rounded_A.data(), op, scaling, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
   return h;

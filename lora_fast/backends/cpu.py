@@ -115,7 +115,7 @@ class _CpuLinear(SplitLinear):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
-        native = _c.lora_linear_small_fwd if _is_small(x2, lora_A, lora_B) else _c.lora_linear_fwd
+        native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         product = y.new_empty(y.shape if keep_product else 0)
         h = native(
@@ -152,7 +152,7 @@ class _CpuLinear(SplitLinear):
             return super().lora_linear_bwd(
                 grad_y, x, weight, lora_A, lora_B, scaling, gain, axis, product, h, dropout_p, seed, needs
             )
-        native = _c.lora_linear_small_bwd if _is_small(grad_y2, lora_A, lora_B) else _c.lora_linear_bwd
+        native = _c.lora_linear_small_bwd if _is_small(grad_y2, lora_A) else _c.lora_linear_bwd
         rows = grad_y2.shape[0]
         grad_x, grad_A, grad_B, grad_gain, grad_bias = native(
             grad_y2.contiguous(),
@@ -221,13 +221,9 @@ def _tiles(activation: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _is_small(activation: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def _is_small(activation: Tensor, lora_A: Tensor) -> bool:
     """Whether the kernels for few tokens take these."""
-    return (
-        activation.shape[0] <= SMALL_TOKENS
-        and lora_A.shape[0] <= SMALL_RANK
-        and lora_A.dtype == lora_B.dtype == torch.bfloat16
-    )
+    return activation.shape[0] <= SMALL_TOKENS and lora_A.shape[0] <= SMALL_RANK
 
 
 _linear = _CpuLinear(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout)
@@ -235,3 +231,4 @@ lora_linear_fwd = _linear.lora_linear_fwd
 lora_linear_bwd = _linear.lora_linear_bwd
 lora_compose_fwd = _linear.lora_compose_fwd
 lora_compose_bwd = _linear.lora_compose_bwd
+dropout = _linear.dropout
