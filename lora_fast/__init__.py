@@ -10,6 +10,7 @@ Start with :func:`apply` for a whole model, :class:`LinearWithDoRA` for a layer,
 
 from lora_fast import functional
 from lora_fast.backends import use_backend
+from lora_fast.io import load_adapter, save_adapter
 from lora_fast.nn import (
     LinearWithDoRA,
     LinearWithLoRA,
@@ -31,6 +32,8 @@ __all__ = [
     "freeze_norms",
     "functional",
     "invalidate_norms",
+    "load_adapter",
+    "save_adapter",
     "trainable_parameters",
     "unfreeze_norms",
     "use_backend",

@@ -148,8 +148,8 @@ def _targeted(
     if adapted:
         raise ValueError(f"targets: {_shortened(adapted)} adapted already; exclude them, or choose other targets")
 
-    read_without_call = set(_read_without_call(model))
-    left_out = [linear for linear in linears if linear in read_without_call]
+    never_called = set(read_without_call(model))
+    left_out = [linear for linear in linears if linear in never_called]
     names_left_out = [name for linear in left_out for name in linears.pop(linear)]
     if not linears:
         present = [known_as[0] for module, known_as in names.items() if isinstance(module, nn.Linear)]
@@ -207,7 +207,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
-def _read_without_call(model: nn.Module) -> Iterator[nn.Module]:
+def read_without_call(model: nn.Module) -> Iterator[nn.Module]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):

@@ -1,0 +1,243 @@
+"""An adapter in PEFT's files, checked as it is read: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R], .lora_magnitude_vector [N]; s = alpha / R
+
+Nothing in such a folder is executed or trusted: a pickle is never opened, shapes and numbers are checked, and what the
+file asks for beyond LoRA and DoRA is refused. Every error is a ValueError that names the file, what came and what was
+expected, or an OSError of the system's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_JSON_BYTES = 2**24
+
+# Other functions than LoRA and DoRA; what is not set is null, false, or empty.
+OTHER_METHODS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+# The other initialisations change the base weight, which then is not the one that the user has.
+INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+_PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One module's update. lora_A [R, K] and lora_B [N, R] (a convolution's in its own shape), magnitude [N]."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
+    scaling: float
+    is_embedding: bool
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A whole file: the updates by the name of their module, and whole parameters (``modules_to_save``, biases)."""
+
+    folder: Path
+    config: dict[str, Any]
+    layers: dict[str, AdapterLayer]
+    parameters: dict[str, Tensor]
+
+    @property
+    def weights_path(self) -> Path:
+        return self.folder / WEIGHTS_NAME
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return bool(self.config.get("fan_in_fan_out"))
+
+
+def read(folder: str | os.PathLike[str]) -> Adapter:
+    """Read and check the adapter in ``folder``; its tensors are on the CPU, in the file's dtypes.
+
+    Raises FileNotFoundError for a file that is not there, ValueError for one that is damaged, is no LoRA or DoRA, or
+    contradicts itself, and ModuleNotFoundError without safetensors.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_NAME)
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    where = folder / WEIGHTS_NAME
+    parts: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    parameters: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        found = _KEY.fullmatch(name)
+        if found is None:
+            if any(part.startswith("lora_") for part in name.split(".")[-2:]):
+                raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
+            parameters[name.replace(".base_layer.", ".")] = tensor
+            continue
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
+        parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = tensor
+        if found["part"].startswith("lora_embedding"):
+            embeddings.add(found["module"])
+    if not parts:
+        raise ValueError(f"{where}: holds no lora_A and lora_B")
+    layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
+    return Adapter(folder, config, layers, parameters)
+
+
+def import_safetensors() -> Any:
+    """The library, imported where it is needed; ModuleNotFoundError says how to get it."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        message = "adapters as files need safetensors: pip install 'lora_fast[adapters]'"
+        raise ModuleNotFoundError(message, name="safetensors") from None
+    return safetensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a sane size; ValueError for anything else."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON, or not whole: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def scaling_of(config: Mapping[str, Any], name: str, rank: int, where: Path) -> float:
+    """alpha / R (alpha / √R for rsLoRA) of module ``name``, as PEFT reads r, lora_alpha and their patterns."""
+    expected = _by_pattern(config, "rank_pattern", name, config.get("r"), where)
+    if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:
+        raise ValueError(f"{where}: the rank of {name} is {expected!r}, expected a positive integer")
+    if expected != rank:
+        raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A in {WEIGHTS_NAME} has {rank}")
+    alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"), where)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{where}: the alpha of {name} is {alpha!r}, expected a number")
+    try:
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except OverflowError:
+        scaling = math.inf
+    if not math.isfinite(scaling):
+        raise ValueError(f"{where}: the alpha of {name} is {str(alpha)[:40]}, expected a finite number")
+    return scaling
+
+
+def matches(pattern: str, name: str, where: Path) -> bool:
+    """Whether PEFT takes ``pattern``, a key of rank_pattern or alpha_pattern, for the module ``name``.
+
+    It is a regular expression from the file. One that could run for ever is refused: a repeated group, or more than
+    three repetitions.
+    """
+    literal = re.sub(r"\[[^]]*\]", "", re.sub(r"\\.", "", pattern))  # without what is escaped or in a class
+    if re.search(r"\)\s*[*+{]", literal) or len(re.findall(r"[*+{]", literal)) > 3 or len(pattern) > 1000:
+        raise ValueError(f"{where}: the pattern {pattern[:80]!r} repeats too much to be safe")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{where}: the pattern {pattern[:80]!r} is no regular expression: {error}") from None
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any, where: Path) -> Any:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
+    return next((value for pattern, value in patterns.items() if matches(pattern, name, where)), default)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'")
+    for key in OTHER_METHODS:
+        if config.get(key):
+            raise ValueError(f"{path}: {key} is set, which is another method than LoRA and DoRA")
+    if config.get("init_lora_weights", True) not in INITIALISATIONS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weight; "
+            "save it from PEFT with path_initial_model_for_weight_conversion"
+        )
+    for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
+        if config.get(key) not in (True, False, None):
+            raise ValueError(f"{path}: {key} is {config[key]!r}, expected true or false")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickles = sorted(other.name for other in path.parent.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"{path}: is missing; {', '.join(pickles)} is a pickle, which can run code and is never loaded. "
+                "Load it with PEFT, if you trust it, and save it again with safe_serialization=True"
+            )
+        raise FileNotFoundError(f"{path}: no such file")
+    safetensors = import_safetensors()
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        return tensors
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
+
+
+def _layer(
+    name: str, parts: dict[str, Tensor], is_embedding: bool, config: Mapping[str, Any], where: Path
+) -> AdapterLayer:
+    wanted = ["lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])]
+    missing = [part for part in wanted if part not in parts]
+    if missing:
+        raise ValueError(f"{where}: {name} has no {', '.join(missing)}")
+    if len(parts) > len(wanted):
+        raise ValueError(f"{where}: {name} has a magnitude, but use_dora is not set in {CONFIG_NAME}")
+    lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
+    # a convolution's lora_A is [R, in, *kernel], its lora_B [N, R, 1, …], its magnitude [1, N, 1, …]
+    shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
+    if lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or lora_B.shape[1] != lora_A.shape[0] or lora_B.numel() == 0:
+        raise ValueError(f"{where}: {name} has {shapes}, expected [R, K] and [N, R]")
+    if any(size != 1 for size in lora_B.shape[2:]) or lora_A.numel() == 0:
+        raise ValueError(f"{where}: {name} has {shapes}, expected [R, K] and [N, R]")
+    if magnitude is not None:
+        if magnitude.numel() != lora_B.shape[0]:
+            raise ValueError(
+                f"{where}: {name} has a magnitude of shape {list(magnitude.shape)}, expected [N] = [{lora_B.shape[0]}]"
+            )
+        magnitude = magnitude.reshape(-1)
+    scaling = scaling_of(config, name, lora_A.shape[0], where.parent / CONFIG_NAME)
+    return AdapterLayer(lora_A, lora_B, magnitude, scaling, is_embedding)
