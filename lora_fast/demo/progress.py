@@ -1,4 +1,4 @@
-"""Progress bars of the demo: one line per stage, made when the stage begins."""
+"""Progress bars: one line per stage, made when the stage begins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+def on_console() -> contextlib.AbstractContextManager[Callable[[str, float], None]]:
+    """:func:`stages` on standard error."""
+    return stages(Console(stderr=True))
 
 
 @contextlib.contextmanager
