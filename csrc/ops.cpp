@@ -12,6 +12,7 @@ int64_t cpu::scratch_peak_bytes(bool reset) {
 
 STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("weight_norm_fwd", TORCH_BOX(&cpu::weight_norm_fwd));
+  m.impl("weight_norm_kept", TORCH_BOX(&cpu::weight_norm_kept));
   m.impl("weight_norm_bwd", TORCH_BOX(&cpu::weight_norm_bwd));
   m.impl("lora_compose_fwd", TORCH_BOX(&cpu::lora_compose_fwd));
   m.impl("lora_gain_bwd", TORCH_BOX(&cpu::lora_gain_bwd));

@@ -17,6 +17,7 @@ RuntimeError when a backend that was asked for is not there, before anything is 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import checks
@@ -224,7 +225,8 @@ def merge_weight(
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
-    return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
+    # a norm is positive, zero or NaN, which a threshold leaves alone
+    return magnitude.to(norm.dtype) / F.threshold(norm, 0.0, torch.inf)
 
 
 def _weight_norm(

@@ -463,3 +463,33 @@ def compose(ops, **changed: Tensor) -> None:
 def test_bad_input_raises_with_the_arguments_name(ops, call, message) -> None:
     with pytest.raises(RuntimeError, match=message):
         call(ops, torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2))
+
+
+def test_weight_norm_kept(ops) -> None:
+    weight, lora_A, lora_B = torch.randn(40, 24), torch.randn(3, 24), torch.randn(40, 3)
+    norm = ops.weight_norm_fwd(weight, lora_A, lora_B, 0.7, True)
+    kept_norm, kept_key = torch.zeros(40), torch.full((6,), -2)
+
+    def call(version: int = 0) -> Tensor:
+        return ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, kept_norm, kept_key, version)
+
+    assert torch.equal(call(), norm)
+    assert torch.equal(kept_norm, norm)
+    kept_norm.fill_(5.0)  # so that a hit shows
+    hit = call()
+    assert torch.equal(hit, kept_norm)
+    hit.zero_()  # a copy of its own
+    assert (kept_norm == 5.0).all()
+    assert torch.equal(call(version=1), norm)
+    for norm_, key, message in (
+        (torch.zeros(39), kept_key, "kept_norm must have size 40"),
+        (
+            torch.zeros(40, dtype=torch.float64),
+            torch.zeros(6, dtype=torch.int64),
+            "kept_norm must have the norm's dtype",
+        ),
+        (kept_norm, kept_key.int(), "kept_key must be contiguous int64 of size 6"),
+        (kept_norm, kept_key[:5], "kept_key must be contiguous int64 of size 6"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, norm_, key, 0)

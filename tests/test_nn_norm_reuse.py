@@ -24,16 +24,27 @@ from lora_fast import backends
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
-    """Grows by one with every norm that the backend computes."""
+    """Grows by one with every norm that the backend computes: what was kept is replaced, or nothing was kept."""
     calls: list[str] = []
     module = backends.module(backend)
-    compute = module.weight_norm_fwd
+    compute, keep, inside = module.weight_norm_fwd, module.weight_norm_kept, threading.local()
 
-    def spy(*args: Any) -> Tensor:
-        calls.append("weight_norm_fwd")
+    def spy_on_fwd(*args: Any) -> Tensor:
+        if not getattr(inside, "kept", False):
+            calls.append("weight_norm_fwd")
         return compute(*args)
 
-    monkeypatch.setattr(module, "weight_norm_fwd", spy)
+    def spy_on_kept(*args: Any) -> Tensor:
+        kept_key, inside.kept = args[-1], True
+        before = kept_key.clone()
+        norm = keep(*args)
+        inside.kept = False
+        if not torch.equal(before, kept_key):
+            calls.append("weight_norm_kept")
+        return norm
+
+    monkeypatch.setattr(module, "weight_norm_fwd", spy_on_fwd)
+    monkeypatch.setattr(module, "weight_norm_kept", spy_on_kept)
     return calls
 
 

@@ -10,6 +10,9 @@ namespace lora_fast::cpu {
 
 Tensor weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output);
 
+Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
+                        Tensor kept_norm, Tensor kept_key, int64_t version);
+
 std::tuple<Tensor, Tensor> weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A,
                                            Tensor lora_B, double scaling, bool per_output, bool need_A,
                                            bool need_B);

@@ -1,4 +1,4 @@
-// Names to functions. The schemas are defined in lora_fast/backends/cpu.py and cuda.py.
+// Names to functions. The schemas are defined in lora_fast/backends/cpu.py.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

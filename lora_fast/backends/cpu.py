@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_fast import norm_cache
 from lora_fast.backends.split import SplitLinear
 
 _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
+    "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
+    "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "bool per_output, bool need_A, bool need_B) -> (Tensor, Tensor)",
     "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
@@ -63,13 +64,9 @@ def weight_norm_kept(
     kept_norm: Tensor,
     kept_key: Tensor,
 ) -> Tensor:
-    def compute() -> Tensor:
-        return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
-
     if weight.is_inference():  # no version to trust
-        return compute()
-    key = _c.content_key(weight, lora_A, lora_B, scaling, axis == "output", weight._version)
-    return norm_cache.reuse(kept_norm, kept_key, key, compute)
+        return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
+    return _c.weight_norm_kept(weight, lora_A, lora_B, scaling, axis == "output", kept_norm, kept_key, weight._version)
 
 
 def weight_norm_bwd(

@@ -11,31 +11,13 @@ from torch import Tensor
 from lora_fast.backends import cpu, torch_ops
 from lora_fast.backends.split import SplitLinear
 
-_library = torch.library.Library("lora_fast_c", "FRAGMENT")
-_library.define(
-    "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
-    "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor"
-)
 _c = torch.ops.lora_fast_c
 
 load = cpu.load
 weight_norm_fwd = cpu.weight_norm_fwd
+weight_norm_kept = cpu.weight_norm_kept
 merge_weight = cpu.merge_weight
 weight_norm_bwd = torch_ops.weight_norm_bwd
-
-
-def weight_norm_kept(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: str,
-    kept_norm: Tensor,
-    kept_key: Tensor,
-) -> Tensor:
-    if weight.is_inference():  # no version to trust
-        return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
-    return _c.weight_norm_kept(weight, lora_A, lora_B, scaling, axis == "output", kept_norm, kept_key, weight._version)
 
 
 def _compose(

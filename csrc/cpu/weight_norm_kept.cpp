@@ -1,0 +1,45 @@
+// The kept norm if nothing that it depends on has changed, else the norm computed anew and kept (law 3).
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <mutex>
+
+#include "ops.h"
+
+namespace lora_fast {
+namespace {
+
+size_t bytes_of(const Tensor& tensor) {
+  return static_cast<size_t>(tensor.numel()) * tensor.element_size();
+}
+
+// The kept norm and its key are one thing to other threads; the norm is written before its key.
+std::mutex mutex;
+
+}  // namespace
+
+Tensor cpu::weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
+                             Tensor kept_norm, Tensor kept_key, int64_t version) {
+  const Tensor key = content_key(weight, lora_A, lora_B, scaling, per_output, version);
+  check_wide(kept_norm, "kept_norm", weight.size(per_output ? 0 : 1));
+  check_contiguous(kept_norm, "kept_norm");
+  STD_TORCH_CHECK(kept_key.scalar_type() == ScalarType::Long && kept_key.is_contiguous() &&
+                      kept_key.numel() == key.numel(),
+                  "kept_key must be contiguous int64 of size ", key.numel());
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (std::memcmp(kept_key.const_data_ptr(), key.const_data_ptr(), bytes_of(key)) == 0) {
+      Tensor norm = torch::stable::new_empty(kept_norm, kept_norm.sizes());
+      std::memcpy(norm.mutable_data_ptr(), kept_norm.const_data_ptr(), bytes_of(norm));
+      return norm;
+    }
+  }
+  Tensor norm = weight_norm_fwd(weight, lora_A, lora_B, scaling, per_output);
+  STD_TORCH_CHECK(kept_norm.scalar_type() == norm.scalar_type(), "kept_norm must have the norm's dtype");
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::memcpy(kept_norm.mutable_data_ptr(), norm.const_data_ptr(), bytes_of(norm));
+  std::memcpy(kept_key.mutable_data_ptr(), key.const_data_ptr(), bytes_of(key));
+  return norm;
+}
+
+}  // namespace lora_fast
