@@ -4,12 +4,13 @@
     lora = F.linear(x, V, bias)
     dora = F.linear(x, (m / V.norm(dim=1))[:, None] * V, bias)
 
-Start with :func:`apply` for a whole model, :class:`LinearWithDoRA` for a layer,
+Start with :func:`accelerate` for a PEFT model, :func:`apply` for another, :class:`LinearWithDoRA` for a layer,
 :mod:`lora_fast.functional` for a function.
 """
 
 from lora_fast import functional
 from lora_fast.backends import use_backend
+from lora_fast.integrations import accelerate, restore
 from lora_fast.io import load_adapter, save_adapter
 from lora_fast.nn import (
     LinearWithDoRA,
@@ -27,12 +28,14 @@ __version__ = "0.1.0"
 __all__ = [
     "LinearWithDoRA",
     "LinearWithLoRA",
+    "accelerate",
     "apply",
     "count_parameters",
     "freeze_norms",
     "functional",
     "invalidate_norms",
     "load_adapter",
+    "restore",
     "save_adapter",
     "trainable_parameters",
     "unfreeze_norms",

@@ -146,6 +146,25 @@ class LoraComposeFunction(torch.autograd.Function):
         )
 
 
+class DropoutFunction(torch.autograd.Function):
+    """y = drop(x); the gradient is drop(grad_y), with the mask made again from the seed."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _ops.dropout(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, seed, ctx.p, ctx.backend = inputs
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        (seed,) = ctx.saved_tensors
+        return _ops.dropout(grad_y, seed, ctx.p, ctx.backend), None, None, None
+
+
 def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:
     if not needed:
         return None

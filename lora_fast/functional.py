@@ -21,14 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import checks
-from lora_fast.autograd import LoraComposeFunction, LoraLinearFunction, WeightNormFunction
+from lora_fast.autograd import DropoutFunction, LoraComposeFunction, LoraLinearFunction, WeightNormFunction
 from lora_fast.backends import resolve
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.norm_cache import NormCache
 
 _ops = torch.ops.lora_fast
 
-__all__ = ["dora_gain", "dora_linear", "draw_seed", "lora_compose", "lora_linear", "merge_weight", "weight_norm"]
+__all__ = [
+    "dora_gain",
+    "dora_linear",
+    "draw_seed",
+    "dropout",
+    "lora_compose",
+    "lora_linear",
+    "merge_weight",
+    "weight_norm",
+]
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
@@ -195,6 +204,23 @@ def lora_compose(
     compose = LoraComposeFunction.apply if torch.is_grad_enabled() else _ops.lora_compose_fwd
     y, _ = compose(base, h, lora_B, float(scaling), gain, bias, _wants_grad(gain), name)
     return y
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tensor:
+    """``x * mask / (1 - p)`` with the mask that :func:`lora_linear` draws from ``seed``; the mask is not kept.
+
+    Args:
+        x: [..., K], K at least 1. p: in [0, 1]. seed: int64 scalar tensor (:func:`draw_seed`).
+    """
+    checks.check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: got shape [], expected [..., K]")
+    checks.check_dropout(p, seed)
+    if p == 0.0:
+        return x
+    name = resolve("lora_linear", backend, x.device.type, x.dtype)
+    drop = DropoutFunction.apply if torch.is_grad_enabled() else _ops.dropout
+    return drop(x, seed, float(p), name)
 
 
 def merge_weight(

@@ -296,6 +296,17 @@ def _(
     return grad_base, _grad_like(h, need_h), _grad_like(lora_B, need_B), grad_gain, grad_bias
 
 
+@_define("dropout(Tensor x, Tensor seed, float p, str backend) -> Tensor")
+def _dropout(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return backends.module(backend).dropout(rows, seed, p).view(x.shape)
+
+
+@torch.library.register_fake("lora_fast::dropout")
+def _(x: Tensor, seed: Tensor, p: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @_define(
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, str axis, str backend) "
     "-> ()"

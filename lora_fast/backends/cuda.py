@@ -98,3 +98,4 @@ lora_linear_fwd = _linear.lora_linear_fwd
 lora_linear_bwd = _linear.lora_linear_bwd
 lora_compose_fwd = _linear.lora_compose_fwd
 lora_compose_bwd = _linear.lora_compose_bwd
+dropout = _linear.dropout

@@ -102,7 +102,7 @@ class SplitLinear:
             assert h is not None
             grad_B = (grad_v.T @ (_rows(h) * scaling)).to(lora_B.dtype)
         if need_input or need_A:
-            grad_h = (grad_v @ lora_B.to(dtype)).mul_(scaling)
+            grad_h = grad_v @ _scaled(lora_B, scaling, dtype)
         if need_A:
             assert x is not None
             dropped = self._dropped(self._scaled_input(x, gain, axis), seed, dropout_p)
@@ -155,7 +155,7 @@ class SplitLinear:
         grad_v = grad_y2 if gain is None else grad_base
         grad_h, grad_B = (grad_y.new_empty(0) for _ in range(2))
         if need_h:
-            grad_h = (grad_v @ lora_B.to(grad_v.dtype)).to(h.dtype).mul_(scaling).view(h.shape)
+            grad_h = (grad_v @ _scaled(lora_B, scaling, grad_v.dtype)).to(h.dtype).view(h.shape)
         if need_B:
             grad_B = (grad_v.T @ (_rows(h).to(grad_v.dtype) * scaling)).to(lora_B.dtype)
         grad_base = grad_base.view(grad_y.shape) if need_base and gain is not None else grad_y.new_empty(0)
@@ -194,3 +194,8 @@ class SplitLinear:
 def _rows(tensor: Tensor) -> Tensor:
     """[..., C] as [T, C]"""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scaled(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s lora_B in ``dtype``, so that dh = dv (s lora_B) is rounded once and not again by s."""
+    return (lora_B.to(torch.promote_types(lora_B.dtype, dtype)) * scaling).to(dtype)

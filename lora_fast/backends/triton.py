@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast.triton_kernels import (
+    dropout as drop,
     lora_A_grad,
     lora_compose_fwd as compose,
     lora_gain_bwd,
@@ -273,6 +274,11 @@ def lora_compose_fwd(
             _rows(product) if keep_product else None,
         )
     return y, product
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    with _on_device_of(x):
+        return drop.dropout(x, seed, p)
 
 
 def lora_compose_bwd(

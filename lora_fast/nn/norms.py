@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,8 +17,9 @@ def invalidate_norms(model: nn.Module) -> None:
     (through ``.data``, or by another process) and misses all of some two thousand sampled elements. Every other change
     of W, lora_A, lora_B or alpha is seen from the content.
     """
-    for layer in _dora_layers(model):
-        layer.invalidate_norm()
+    for module in model.modules():
+        if hasattr(type(module), "invalidate_norm"):  # LinearWithDoRA, and the layers of lora_fast.accelerate
+            cast(Any, module).invalidate_norm()
 
 
 def freeze_norms(model: nn.Module) -> None:

@@ -1,0 +1,231 @@
+"""``accelerate`` and ``restore`` for models with PEFT's LoRA and DoRA layers, and the report of what runs.
+
+PEFT's names are in :mod:`lora_fast.integrations.peft_names`, the layers in :mod:`lora_fast.integrations.peft_layers`;
+both import PEFT, and are imported when a function here is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
+OLDEST, NEWEST = (0, 17), (0, 21)
+COMPUTE_DTYPES = ("activation", "adapter")
+INSTALL = 'pip install "lora_fast[peft]"'
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What runs in one adapter layer."""
+
+    name: str
+    kind: str
+    accelerated: bool
+    runs: str
+
+    def __str__(self) -> str:
+        return f"{'fast' if self.accelerated else 'PEFT'}  {self.name} ({self.kind}): {self.runs}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`accelerate` did, layer by layer; ``print`` it."""
+
+    layers: tuple[LayerReport, ...]
+    peft_version: str
+    compute_dtype: str
+    note: str | None = None
+
+    @property
+    def accelerated(self) -> list[str]:
+        """The names of the layers that lora_fast runs."""
+        return [layer.name for layer in self.layers if layer.accelerated]
+
+    @property
+    def left_alone(self) -> list[str]:
+        """The names of the layers that PEFT's own code runs; why is in their ``runs``."""
+        return [layer.name for layer in self.layers if not layer.accelerated]
+
+    def __str__(self) -> str:
+        head = (
+            f"lora_fast: {len(self.accelerated)} of {len(self.layers)} adapter layers accelerated "
+            f"(peft {self.peft_version}, products in the {self.compute_dtype}'s dtype)"
+        )
+        return "\n".join((head, *([self.note] if self.note else []), *(f"  {layer}" for layer in self.layers)))
+
+
+def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reuse: bool = True) -> Report:
+    """Let lora_fast run the LoRA and DoRA layers that PEFT put into ``model``, in place.
+
+    Parameters, their names, ``state_dict`` and saved files stay as they are, and so does the function, but for the
+    compute dtype, zero rows and the dropout's generator (docs/peft.md). A layer that lora_fast does not take runs
+    PEFT's own code, and the report says why. May be called again, after adapters were added to further layers or with
+    other arguments.
+
+    Args:
+        model: a PeftModel, or any module with PEFT's layers in it.
+        compute_dtype: of the adapters' products: "activation", that of x, with float32 accumulation, while parameters,
+            gradients and the norm keep the adapter's dtype; or "adapter", as PEFT computes.
+        norm_reuse: keep DoRA's norm until something that it depends on changed (:func:`lora_fast.invalidate_norms`).
+
+    Returns:
+        A :class:`Report`; ``print`` it.
+
+    Raises ImportError without PEFT, TypeError or ValueError for wrong arguments and for a model without PEFT's layers.
+    A release of PEFT that is not known is left alone, with a UserWarning and a note in the report.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected 'activation' or 'adapter'")
+    version, fault = _peft_version()
+    if fault is not None:
+        warnings.warn(fault, UserWarning, stacklevel=2)
+        return Report((), version, compute_dtype, fault)
+
+    from lora_fast.integrations import peft_layers, peft_names
+
+    tuned: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, peft_names.BaseTunerLayer)
+    ]
+    if not tuned:
+        raise ValueError("model: it has no PEFT layer; call get_peft_model (or load an adapter) first")
+    uncalled = {
+        id(inner)
+        for _, layer in tuned
+        if isinstance(layer, peft_names.MultiheadAttention)
+        for inner in layer.modules()
+        if inner is not layer
+    }
+    reports = []
+    for name, layer in tuned:
+        reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None
+        reason = reason or _untouchable(layer) or _take(layer)
+        if reason is None:
+            state = vars(layer).setdefault(peft_layers.STATE, peft_layers.State(compute_dtype, norm_reuse))
+            state.compute_dtype, state.norm_reuse = compute_dtype, norm_reuse
+            layer.prepare_norms()
+        reports.append(_describe(name, layer, reason))
+    return Report(tuple(reports), version, compute_dtype)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every layer is PEFT's again, exactly as it was. Does nothing to other layers.
+
+    Raises RuntimeError, before anything is changed, when another library changed a layer's class since.
+    """
+    accelerated = [(name, layer) for name, layer in model.named_modules() if "_lora_fast" in vars(layer)]
+    if not accelerated:
+        return
+
+    from lora_fast.integrations import peft_layers
+
+    originals = {fast: original for original, fast in peft_layers.FAST.items()}
+    for name, layer in accelerated:
+        if type(layer) not in originals:
+            raise RuntimeError(
+                f"restore: the class of {name!r} is {type(layer).__module__}.{type(layer).__qualname__}; another "
+                "library changed it after lora_fast.accelerate. Undo that first (for a parametrization: "
+                "torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+    for _, layer in accelerated:
+        _set_class(layer, originals[type(layer)])
+        delattr(layer, peft_layers.STATE)
+
+
+def _peft_version() -> tuple[str, str | None]:
+    """PEFT's version, and why it can't be used if so."""
+    try:
+        version = str(importlib.import_module("peft").__version__)
+    except ImportError as error:
+        raise ImportError(f"lora_fast.accelerate needs PEFT: {INSTALL} ({error})") from error
+    known = ".".join(map(str, OLDEST)), ".".join(map(str, NEWEST))
+    left = f"lora_fast knows peft {known[0]} to {known[1]}, and this is {version}: every layer runs PEFT's own forward"
+    try:
+        major_minor = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return version, left
+    if not OLDEST <= major_minor <= NEWEST:
+        return version, left
+    try:
+        importlib.import_module("lora_fast.integrations.peft_layers")
+    except (AttributeError, ImportError) as error:
+        return version, f"peft {version} lacks what lora_fast relies on ({error}): every layer runs PEFT's own forward"
+    return version, None
+
+
+def _untouchable(layer: Any) -> str | None:
+    """Why the layer's class is not to be set; None if it may be, or is already."""
+    from lora_fast.integrations import peft_layers, peft_names
+
+    kind = type(layer)
+    if kind not in peft_layers.FAST and kind not in peft_layers.FAST.values():
+        if not isinstance(layer, peft_names.LoraLayer):
+            return "it is no LoRA layer"
+        if peft_names.kind(layer) is None:
+            return "lora_fast has no such layer"
+        return f"its class {kind.__module__}.{kind.__qualname__} is a subclass"
+    if kind in peft_layers.FAST and (reason := peft_names.layer_obstacle(layer)):
+        return reason
+    return None
+
+
+def _take(layer: Any) -> str | None:
+    """Set the layer's class; or say which forward, stored on the instance, would run instead of the class's."""
+    from lora_fast.integrations import peft_layers
+
+    before = type(layer)
+    _set_class(layer, peft_layers.FAST.get(before, before))
+    stored = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")
+    if stored is None or getattr(stored, "__func__", None) is type(layer).forward:
+        return None
+    if peft_layers.STATE not in vars(layer):
+        _set_class(layer, before)
+    return f"a forward that is stored on the instance runs instead: {stored!r:.80}"
+
+
+def _set_class(layer: Any, kind: type[nn.Module]) -> None:
+    """Set the class, and with it the bound forwards that hooks such as accelerate's keep on the instance."""
+    before = type(layer).forward
+    layer.__class__ = kind
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(layer).get(name), "__func__", None) is before:
+            vars(layer)[name] = types.MethodType(kind.forward, layer)
+
+
+def _describe(name: str, layer: Any, reason: str | None) -> LayerReport:
+    from lora_fast.integrations import peft_layers, peft_names
+
+    fast = {fast: original for original, fast in peft_layers.FAST.items()}
+    kind = fast.get(type(layer), type(layer)).__name__
+    if reason is None:
+        reason = peft_names.layer_obstacle(layer)
+    if reason is not None:
+        return LayerReport(name, kind, False, f"PEFT's own forward: {reason}")
+    obstacles = {adapter: peft_names.adapter_obstacle(layer, adapter) for adapter in peft_names.available(layer)}
+    runs = "; ".join(_describe_adapters(layer, obstacles))
+    return LayerReport(name, kind, None in obstacles.values(), runs or "no adapter")
+
+
+def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator[str]:
+    from lora_fast.integrations import peft_layers, peft_names
+
+    if isinstance(layer, (peft_layers.FastConv, peft_layers.FastEmbedding)):
+        how = "base_layer(x)" if isinstance(layer, peft_layers.FastConv) else "base_layer(x), lora_compose"
+    elif peft_names.is_direct(layer):
+        how = "lora_linear"
+    else:
+        how = f"base_layer(x), lora_compose: {type(layer.base_layer).__name__} has hooks or a forward of its own"
+    for adapter, obstacle in obstacles.items():
+        if obstacle is not None:
+            yield f"{adapter}: PEFT's own forward while it is active: {obstacle}"
+            continue
+        form = "DoRA, weight_norm" if peft_names.is_dora(layer, adapter) else "LoRA"
+        yield f"{adapter}: {form}, {how}"

@@ -1,0 +1,281 @@
+"""PEFT's LoRA and DoRA layers with lora_fast's forward: one subclass per layer type, set as the instance's class.
+
+    LoRA                      y = x Wᵀ + b + s drop(x) Aᵀ Bᵀ
+    DoRA                      y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b           g = m / ‖W + s B A‖, the norm without gradient
+    DoRA, training, dropout   y = (x - x̃) Wᵀ + g ⊙ (x̃ Wᵀ + s x̃ Aᵀ Bᵀ) + b         x̃ = drop(x)
+
+Several active adapters nest as PEFT's do: each takes the result of the one before in the place of x Wᵀ + b.
+Whatever else a PEFT layer does (merging, adding and deleting adapters, saving) is PEFT's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fast import functional
+from lora_fast.dtypes import accumulate_dtype
+from lora_fast.integrations import peft_names
+from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from lora_fast.norm_cache import NormCache
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
+STATE = "_lora_fast"  # the attribute that marks an accelerated layer
+
+
+@dataclass
+class State:
+    """What acceleration adds to a layer. Copies and pickles carry it, without the kept norms."""
+
+    compute_dtype: str  # "activation" or "adapter"
+    norm_reuse: bool
+    kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
+
+
+class FastLayer(nn.Module, LoraLayer):
+    """What the subclasses share: when PEFT's forward runs, mixed batches, the norm."""
+
+    _lora_fast: State
+    base_layer: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        unknown = bool(args) or not peft_names.KNOWN_ARGUMENTS.issuperset(kwargs)
+        if unknown or peft_names.is_plain(self) or not self._takes(x):
+            return super().forward(x, *args, **kwargs)
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is not None:
+            present = peft_names.available(self)
+            names = [name for name in dict.fromkeys(adapter_names) if name in present]
+        else:
+            names = peft_names.active(self)
+        if peft_names.obstacle(self, names) is not None:
+            return super().forward(x, *args, **kwargs)
+        adapters = {name: peft_names.adapter(self, name) for name in names}
+        if adapter_names is None:
+            return self._adapted(x, list(adapters.values()))
+        peft_names.check_mixed(self, x, adapter_names)
+        return self._mixed(x, adapter_names, adapters)
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
+        """Each sample with the adapter that its name says; a name that is no adapter of this layer has the base."""
+        # only a call of the base layer is seen by its hooks, and they are to see the batch as one
+        base = None if peft_names.is_direct(self) else self.base_layer(x)
+        groups: dict[str, list[int]] = {}
+        for sample, name in enumerate(adapter_names):
+            groups.setdefault(name if name in adapters else peft_names.BASE_ONLY, []).append(sample)
+        result: Tensor | None = None
+        for name, samples in groups.items():
+            index = torch.tensor(samples, device=x.device)
+            part = self._adapted(
+                x[index],
+                [adapters[name]] if name in adapters else [],
+                None if base is None else base[index],
+            )
+            if result is None:
+                result = part.new_empty((x.shape[0], *part.shape[1:]))
+            result[index] = part
+        return self.base_layer(x) if result is None else result
+
+    def _takes(self, x: Any) -> bool:
+        """Whether x is a tensor that the base layer's product takes; if not, PEFT raises as it does."""
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
+        """The base layer's ``result`` for x, called here if None, with the adapters applied to it in turn."""
+        if result is None:
+            result = self.base_layer(x)
+        dtype = result.dtype
+        for adapter in adapters:
+            result = self._compose(x, result, adapter)
+        return result.to(dtype)
+
+    def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
+        raise NotImplementedError
+
+    def _product_dtype(self, x: Tensor, adapter: Adapter) -> torch.dtype:
+        """The dtype of the adapter's products: autocast's, the adapter's if asked for, else the activation's."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        return adapter.lora_A.dtype if self._lora_fast.compute_dtype == "adapter" else x.dtype
+
+    def _gain(self, adapter: Adapter) -> Tensor | None:
+        """m / ‖W + s B A‖ [N], with a gradient to m alone; None for LoRA."""
+        if adapter.magnitude is None:
+            return None
+        weight, lora_A, lora_B = self._matrices(adapter)
+        norm = functional.weight_norm(weight, lora_A, lora_B, adapter.scaling, kept=self._kept(adapter.name))
+        return functional.dora_gain(adapter.magnitude, norm)
+
+    def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """W [N, K], lora_A [R, K] and lora_B [N, R] without gradient, where N is the magnitude's length."""
+        return peft_names.base_weight(self).detach(), adapter.lora_A.detach(), adapter.lora_B.detach()
+
+    def _kept(self, name: str) -> NormCache | None:
+        state = self._lora_fast
+        if not state.norm_reuse:
+            return None
+        if name not in state.kept and not torch.compiler.is_compiling():
+            state.kept[name] = NormCache()
+        return state.kept.get(name)
+
+    def prepare_norms(self) -> None:
+        """Make what holds the norms ahead of ``torch.compile``, which cannot make it while it traces."""
+        if peft_names.layer_obstacle(self) is not None:
+            return
+        for name in peft_names.available(self):
+            if peft_names.is_dora(self, name) and peft_names.adapter_obstacle(self, name) is None:
+                weight, lora_A, lora_B = self._matrices(peft_names.adapter(self, name))
+                if kept := self._kept(name):
+                    kept.tensors(weight.shape[0], accumulate_dtype(weight, lora_A, lora_B), weight.device)
+
+    def invalidate_norm(self) -> None:
+        """Forget the kept norms; see :func:`lora_fast.invalidate_norms`."""
+        self._lora_fast.kept.clear()
+        self.prepare_norms()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.prepare_norms()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.prepare_norms()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare_norms()
+
+
+class FastLinear(FastLayer, Linear):
+    """lora.Linear over nn.Linear and transformers' Conv1D."""
+
+    def _takes(self, x: Any) -> bool:
+        weight = self.base_layer.weight
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.device != weight.device:
+            return False
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            return x.dtype != torch.float64 or weight.dtype == torch.float64
+        return x.dtype == weight.dtype
+
+    def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
+        if result is None and adapters and peft_names.is_direct(self):
+            first = adapters[0]
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if autocast or self._product_dtype(x, first) == x.dtype:
+                x = x.to(self._product_dtype(x, first))
+                result, adapters = self._linear(x, first), adapters[1:]
+        return super()._adapted(x, adapters, result)
+
+    def _linear(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """The base layer's product and the adapter's in one."""
+        _, lora_A, lora_B, scaling, *_ = adapter
+        weight, bias = peft_names.base_weight(self), self.base_layer.bias
+        p = peft_names.dropout_p(self, adapter)
+        seed = functional.draw_seed(x.device) if p > 0.0 else None
+        if adapter.magnitude is None:
+            bias = _sum(bias, _scaled(adapter.lora_bias, scaling))
+            return functional.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=p, seed=seed)
+        dropped = x if seed is None else functional.dropout(x, p, seed)
+        kept = self._kept(adapter.name)
+        y = functional.dora_linear(dropped, weight, bias, lora_A, lora_B, adapter.magnitude, scaling, kept=kept)
+        return y if seed is None else F.linear(x - dropped, weight).add_(y)
+
+    def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
+        _, lora_A, lora_B, scaling, *_ = adapter
+        dtype = self._product_dtype(x, adapter)
+        x, result = x.to(dtype), result.to(torch.promote_types(result.dtype, dtype))
+        p = peft_names.dropout_p(self, adapter)
+        dropped = functional.dropout(x, p, functional.draw_seed(x.device)) if p > 0.0 else x
+        h = F.linear(dropped, lora_A.to(dtype))
+        gain = self._gain(adapter)
+        if gain is None:
+            return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
+        if p == 0.0:
+            bias = self.base_layer.bias
+            product = result if bias is None else result - bias.to(result.dtype)
+            return functional.lora_compose(product, h, lora_B, scaling, gain, bias)
+        product = F.linear(dropped, peft_names.base_weight(self).to(dtype))
+        return result + (functional.lora_compose(product, h, lora_B, scaling, gain) - product)
+
+
+class FastEmbedding(FastLayer, Embedding):
+    """lora.Embedding: with g per column of the table, y = g ⊙ (W[x] + s A[:, x]ᵀ Bᵀ)."""
+
+    def _takes(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
+
+    def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        weight, lora_A, lora_B = super()._matrices(adapter)
+        return weight.T, lora_A, lora_B
+
+    def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
+        if self._lora_fast.compute_dtype == "adapter":
+            result = result.to(torch.promote_types(result.dtype, adapter.lora_A.dtype))
+        h = peft_names.embed(self, x, adapter.lora_A).to(result.dtype)
+        return functional.lora_compose(result, h, adapter.lora_B, adapter.scaling, self._gain(adapter))
+
+
+class FastConv(FastLayer):
+    """The norm is ours, the convolutions PyTorch's: y = v + (g - 1) ⊙ (v - b) + g s conv_B(conv_A(x))."""
+
+    def _takes(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
+
+    def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        weight, lora_A, lora_B = super()._matrices(adapter)
+        return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
+
+    def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
+        base, project, dtype = self.base_layer, adapter.project, self._product_dtype(x, adapter)
+        convolve = _CONVOLVE[adapter.lora_A.dim()]
+        shape = (-1, *(1,) * (adapter.lora_A.dim() - 2))  # of a value per channel: [N, 1, …]
+        x = x.to(dtype)
+        dropped = adapter.dropout(x) if peft_names.dropout_p(self, adapter) > 0.0 else x
+        h = convolve(dropped, adapter.lora_A.to(dtype), None, project.stride, project.padding)
+        bias = None if adapter.lora_bias is None else adapter.lora_bias.to(dtype)
+        update = convolve(h, adapter.lora_B.to(dtype), bias)
+        gain = self._gain(adapter)
+        if gain is None:
+            return result + update * adapter.scaling
+        if dropped is not x:
+            weight = base.weight.to(dtype)
+            product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation)
+        else:
+            product = result if base.bias is None else result - base.bias.to(result.dtype).view(shape)
+        scaled = (gain * adapter.scaling).to(dtype).view(shape)
+        return result + (gain - 1).to(dtype).view(shape) * product + scaled * update
+
+
+class FastConv1d(FastConv, Conv1d):
+    """lora.Conv1d"""
+
+
+class FastConv2d(FastConv, Conv2d):
+    """lora.Conv2d"""
+
+
+class FastConv3d(FastConv, Conv3d):
+    """lora.Conv3d"""
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: FastLinear,
+    Embedding: FastEmbedding,
+    Conv1d: FastConv1d,
+    Conv2d: FastConv2d,
+    Conv3d: FastConv3d,
+}
+
+
+def _scaled(bias: Tensor | None, scaling: float) -> Tensor | None:
+    return None if bias is None else bias * scaling
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

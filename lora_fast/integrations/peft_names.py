@@ -1,0 +1,224 @@
+"""Every name of PEFT's that lora_fast relies on, and what it stands for: the one module to look at for a new PEFT.
+
+A PEFT layer holds a base layer and, by adapter name, lora_A, lora_B, dropout, scaling and, for DoRA, a magnitude.
+Here they become an :class:`Adapter`, or an obstacle: the reason why PEFT's own forward has to run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import variants
+from peft.tuners.lora.dora import (
+    DoraConv1dLayer,
+    DoraConv2dLayer,
+    DoraConv3dLayer,
+    DoraEmbeddingLayer,
+    DoraLinearLayer,
+)
+from peft.tuners.lora.layer import (
+    VARIANT_KWARG_KEYS,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+BASE_ONLY = "__base__"  # in adapter_names: a sample without an adapter
+# what PEFT may hand to a layer's forward beside x: names per sample, and what other variants take and ours do not
+KNOWN_ARGUMENTS = frozenset(("adapter_names", *VARIANT_KWARG_KEYS))
+# per layer type: its DoRA variant and the module that holds the magnitude
+DORA = {
+    Linear: (variants.DoraLinearVariant, DoraLinearLayer),
+    Embedding: (variants.DoraEmbeddingVariant, DoraEmbeddingLayer),
+    Conv1d: (variants.DoraConv1dVariant, DoraConv1dLayer),
+    Conv2d: (variants.DoraConv2dVariant, DoraConv2dLayer),
+    Conv3d: (variants.DoraConv3dVariant, DoraConv3dLayer),
+}
+# a base layer of exactly these types, with no hooks and no forward of its own, is its weight and bias
+READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
+CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = ["BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention"]
+
+
+class Adapter(NamedTuple):
+    """One adapter of one layer, as lora_fast.functional wants it."""
+
+    name: str
+    lora_A: Tensor  # [R, K]; of a convolution [R, C, *kernel]; of an embedding [R, V]
+    lora_B: Tensor  # [N, R]; of a convolution [N, R, 1…]; of an embedding [D, R]
+    scaling: float
+    dropout: Any  # the module; None for an embedding, which has none in PEFT
+    lora_bias: Tensor | None  # [N], multiplied by the scaling
+    magnitude: Tensor | None  # [N], or None: LoRA
+    project: Any  # a convolution's lora_A, for its stride and padding; else None
+
+
+def kind(layer: Any) -> Any:
+    """The PEFT layer type that ``layer`` is an instance of, subclasses included; None for another."""
+    return next((known for known in DORA if isinstance(layer, known)), None)
+
+
+def available(layer: Any) -> list[str]:
+    """The names of the layer's adapters."""
+    return list(layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether the adapters are switched off or merged, so that the base layer's call is all."""
+    return layer.disable_adapters or layer.merged
+
+
+def is_dora(layer: Any, name: str) -> bool:
+    """Whether the adapter has a variant; without an obstacle it is DoRA."""
+    return name in layer.lora_variant
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has, in the order in which PEFT applies them."""
+    present = layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A
+    return [name for name in layer.active_adapters if name in present]
+
+
+def adapter(layer: Any, name: str) -> Adapter:
+    """The adapter ``name``, which has no obstacle."""
+    magnitude = layer.lora_magnitude_vector[name].weight.flatten() if is_dora(layer, name) else None
+    scaling = float(layer.scaling[name])
+    if isinstance(layer, Embedding):
+        A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        return Adapter(name, A, B, scaling, None, None, magnitude, None)
+    lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    project = None if isinstance(layer, Linear) else lora_A
+    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project)
+
+
+def dropout_p(layer: Any, adapter: Adapter) -> float:
+    """The probability now: DoRA asks the layer for its mode, LoRA the dropout module, as in PEFT."""
+    dropout = adapter.dropout
+    if not isinstance(dropout, nn.Dropout) or not dropout.training:
+        return 0.0
+    return dropout.p if adapter.magnitude is None or layer.training else 0.0
+
+
+def base_weight(layer: Any) -> Tensor:
+    """W: [N, K] of a linear, whichever way the base layer stores it; [V, D], [N, C, *kernel] of the others."""
+    weight = layer.base_layer.weight
+    return weight.T if isinstance(layer, Linear) and layer.fan_in_fan_out else weight
+
+
+def embed(layer: Any, x: Tensor, lora_A: Tensor) -> Tensor:
+    """Rows x of lora_Aᵀ [V, R] by the base layer's rules, times the embedding's own scale: [..., R]."""
+    rows = layer._embed(x, lora_A.T)
+    scale = layer._get_embed_scale()
+    return rows if scale is None else rows * scale.to(rows.dtype)
+
+
+def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
+    """PEFT's checks of a mixed batch, without its refusal of DoRA."""
+    names = [BASE_ONLY if layer.use_dora.get(name, False) else name for name in adapter_names]
+    layer._check_forward_args(x, adapter_names=names)
+
+
+def is_direct(layer: Any) -> bool:
+    """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
+    base = layer.base_layer
+    return type(base) in READ_DIRECTLY.get(kind(layer), ()) and not has_hooks(base)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def obstacle(layer: Any, adapters: Iterable[str]) -> str | None:
+    """Why PEFT's own forward has to run with these adapters; None if it need not."""
+    reason = layer_obstacle(layer)
+    for name in adapters:
+        reason = reason or adapter_obstacle(layer, name)
+    return reason
+
+
+def layer_obstacle(layer: Any) -> str | None:
+    """What of the layer, whatever the adapter, keeps us out; None if nothing."""
+    base = layer.base_layer
+    if isinstance(base, BaseTunerLayer):
+        return "the base layer is adapted itself"
+    weight = base._parameters.get("weight")
+    if type(weight) not in (nn.Parameter, Tensor):
+        found = type(getattr(base, "weight", None)).__name__
+        return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
+    if weight.dtype not in DTYPES:
+        return f"the base weight is {weight.dtype}"
+    if weight.requires_grad:
+        return "the base weight is trained"
+    if weight.is_meta:
+        return "the base weight is on the meta device (offloaded or not loaded yet)"
+    if isinstance(layer, Linear):
+        if type(base) is nn.Linear and layer.fan_in_fan_out:
+            return "fan_in_fan_out is set for an nn.Linear"
+    elif isinstance(layer, Embedding):
+        if base.max_norm is not None:
+            return "the embedding has a max_norm, which writes into its weights"
+        if getattr(layer, "input_fns", None) or getattr(layer, "output_fns", None):
+            return "the embedding is tensor-parallel"
+    elif base.groups > 1:
+        return "the convolution has groups"
+    return None
+
+
+def adapter_obstacle(layer: Any, name: str) -> str | None:
+    """What of one adapter keeps us out; None if nothing."""
+    variant = layer.lora_variant.get(name)
+    dora_variant, dora_module = DORA[kind(layer)]
+    if variant is not None and type(variant) is not dora_variant:
+        return f"its variant is {type(variant).__name__}"
+    scaling = layer.scaling[name]
+    if type(scaling) not in (float, int) or not math.isfinite(scaling):
+        return f"its scaling is {scaling!r}, no finite number"
+    modules = []
+    if isinstance(layer, Embedding):
+        lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    else:
+        part = nn.Linear if isinstance(layer, Linear) else CONVOLUTIONS[kind(layer)]
+        modules = [layer.lora_A[name], layer.lora_B[name]]
+        if type(modules[0]) is not part or type(modules[1]) is not part:
+            return f"lora_A or lora_B is no plain {part.__name__}"
+        lora_A, lora_B = modules[0].weight, modules[1].weight
+        dropout = layer.lora_dropout[name]
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"its dropout is {type(dropout).__name__}"
+        modules.append(dropout)
+        if variant is not None and modules[1].bias is not None:
+            return "PEFT's DoRA with lora_bias puts the bias into the norm"
+    if variant is not None:
+        magnitude = layer.lora_magnitude_vector[name]
+        if type(magnitude) is not dora_module:
+            return f"its magnitude is {type(magnitude).__name__}"
+        modules.append(magnitude)
+    for module in modules:
+        if has_hooks(module):
+            return f"its {type(module).__name__} has hooks or a forward of its own"
+    device = layer.base_layer.weight.device
+    for tensor in (lora_A, lora_B):
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in DTYPES:
+            return f"its tensors are {type(tensor).__name__} of {tensor.dtype}"
+        if tensor.device != device:
+            return f"it is on {tensor.device}, the base layer on {device}"
+    return None
