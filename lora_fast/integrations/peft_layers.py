@@ -217,8 +217,8 @@ class FastEmbedding(FastLayer, Embedding):
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
         if self._lora_fast.compute_dtype == "adapter":
             result = result.to(torch.promote_types(result.dtype, adapter.lora_A.dtype))
-        h = peft_names.embed(self, x, adapter.lora_A).to(result.dtype)
-        return functional.lora_compose(result, h, adapter.lora_B, adapter.scaling, self._gain(adapter))
+        h = (peft_names.embed(self, x, adapter.lora_A) * adapter.scaling).to(result.dtype)  # rounded once
+        return functional.lora_compose(result, h, adapter.lora_B, 1.0, self._gain(adapter))
 
 
 class FastConv(FastLayer):
