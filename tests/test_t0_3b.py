@@ -1,0 +1,104 @@
+"""The T0-3B case at a tiny size: processes, limits, predictions, the result file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the T0-3B case needs peft, of the demo extra")
+pytest.importorskip("rich", reason="the T0-3B case needs rich, of the demo extra")
+pytest.importorskip("transformers", reason="the T0-3B case needs transformers, of the demo extra")
+
+from lora_fast.benchmarks import t0_3b
+from lora_fast.benchmarks.t0_3b_child import Task, build_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+GIB = 2**30
+
+
+def completed(contender: str, depth: int, live: int, **changes: Any) -> dict[str, Any]:
+    task = json.loads(Task(contender, depth, 16, "float32", 2, limit_bytes=20 * GIB).as_json())
+    measured = {
+        "outcome": "completed", "stage": "counting live storage", "error": None, "step_s": [1.0, 1.0],
+        "losses": [5.0, 4.0], "live_bytes": live, "resident_bytes": live, "building_resident_bytes": 0,
+        "between_steps_bytes": 0, "weight_bytes": 0, "trained_parameters": 0,
+    }  # fmt: skip
+    return task | measured | changes
+
+
+def test_the_full_model_has_the_parameters_of_t0_3b() -> None:
+    # a model of one layer and of two tell the size of 24, without gigabytes
+    sizes = []
+    for depth in (1, 2):
+        with torch.device("meta"):
+            sizes.append(
+                sum(value.numel() for value in build_model(Task("apply", depth, 16, "bfloat16", 1)).parameters())
+            )
+    assert sizes[0] + 23 * (sizes[1] - sizes[0]) == 2_849_757_184
+
+
+def test_prediction_is_the_line_through_the_two_smallest_depths() -> None:
+    runs = [completed(t0_3b.ARTICLE, depth, 10 + 3 * depth) for depth in (1, 2)]
+    runs += [completed(t0_3b.ARTICLE, 4, 20), completed(t0_3b.APPLY, 1, 999)]
+    prediction = t0_3b.predict_live_bytes(runs, t0_3b.ARTICLE, 24)
+    assert prediction is not None
+    assert prediction["predicted_bytes"] == 10 + 3 * 24
+    assert (prediction["checked_at_depth"], prediction["error"]) == (4, pytest.approx(22 / 20 - 1))
+    assert t0_3b.predict_live_bytes(runs, t0_3b.APPLY, 24) is None
+
+
+def test_bars_hold_memory_to_lora_and_time_to_dora() -> None:
+    runs = [
+        completed(t0_3b.PEFT_LORA, 24, 100),
+        completed(t0_3b.PEFT_DORA, 24, 200, step_s=[5.0, 4.0]),
+        completed(t0_3b.APPLY, 24, 99, resident_bytes=106),
+        completed(t0_3b.ARTICLE, 24, 0, outcome="out of memory"),
+    ]
+    (row,) = t0_3b.rows_of(runs, 24, {})
+    met = {bar["what"]: bar["met"] for bar in row["bars"]}
+    assert list(met.values()) == [True, True, False, True, True]
+    assert row["records"]["lora_fast DoRA, apply"]["fault"] is None
+
+
+@pytest.mark.parametrize("loss", [4.001, float("nan")])
+def test_another_loss_than_pefts_is_a_fault_and_gets_no_ratio(loss: float) -> None:
+    runs = [completed(t0_3b.PEFT_DORA, 24, 200), completed(t0_3b.APPLY, 24, 99, losses=[5.0, loss])]
+    (row,) = t0_3b.rows_of(runs, 24, {})
+    assert "at step 2" in row["records"]["lora_fast DoRA, apply"]["fault"]
+    assert [bar["met"] for bar in row["bars"]] == [False]
+
+
+def test_running_out_of_memory_is_a_result() -> None:
+    task = Task(t0_3b.APPLY, 1, 4, "float32", 1, size="tiny", batch=8192, limit_bytes=GIB)
+    result = t0_3b.run(task)
+    assert result["outcome"] == "out of memory"
+    assert result["stage"] == "step 1"
+    assert "can't allocate memory" in result["error"]
+
+
+def test_a_process_that_breaks_is_a_result() -> None:
+    result = t0_3b.run(Task(t0_3b.APPLY, 1, 4, "no dtype", 1, size="tiny"))
+    assert (result["outcome"], result["stage"]) == ("failed", "building the model")
+    assert "no dtype" in result["error"]
+
+
+@pytest.mark.slow
+def test_a_small_run_writes_its_results_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--size", "tiny", "--depth", "2", "--growth", "1", "--steps", "2", "--ranks", "4", "--limit", "4"]
+    options += ["--targets", "8", "--dtype", "float32", "--out", str(tmp_path)]
+    assert t0_3b.main([*options, "--contenders", t0_3b.PEFT_DORA]) == 0
+    assert t0_3b.main([*options, "--contenders", t0_3b.PEFT_DORA, t0_3b.APPLY, "--resume"]) == 0
+    written = json.loads((tmp_path / "t0-3b.json").read_text())
+    (row,) = written["rows"]
+    assert len(written["runs"]) == 4
+    assert {one["outcome"] for one in row["records"].values()} == {"completed"}
+    ours, peft = row["records"]["lora_fast DoRA, apply"], row["records"]["PEFT DoRA, fp32 adapters"]
+    assert ours["losses"] == pytest.approx(peft["losses"], rel=1e-5)
+    assert 0 < ours["between_steps_bytes"] < ours["peak_bytes"] < ours["resident_bytes"]
+    assert (tmp_path / "t0-3b.svg").read_text().startswith("<?xml")
+    assert "PEFT DoRA's fastest" in capsys.readouterr().out
