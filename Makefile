@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench-layer clean
+.PHONY: setup demo test lint interp aot gpu gpu-sanitize peft-oldest bench-layer clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,11 @@ $(GPU)/.installed: $(NATIVE) $(wildcard lora_fast/*.py triton_kernels/*.py)
 	LORA_FAST_BUILD=$(shell command -v nvcc >/dev/null && echo cuda || echo cpu) \
 		$(GPU)/bin/python -m pip install --no-index --no-deps --no-build-isolation -e .
 	touch $@
+
+# The oldest PEFT that lora_fast.accelerate takes; `make test` has the newest.
+peft-oldest: setup
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
+	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
 
 bench-layer: setup
 	$(BIN)/pytest benchmarks/bench_layer.py

@@ -42,10 +42,10 @@ def adapted(base: nn.Module, dtype: torch.dtype, adapters: tuple[str, ...] = ("d
         for parameter in base.parameters():
             parameter.copy_(torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5)
     config = {"r": 4, "lora_alpha": 6, **config}
-    autocast = {"autocast_adapter_dtype": config.pop("autocast_adapter_dtype", True)}
-    model = get_peft_model(base.to(dtype), LoraConfig(**config), adapters[0], **autocast)
+    autocast = config.pop("autocast_adapter_dtype", True)
+    model = get_peft_model(base.to(dtype), LoraConfig(**config), adapters[0], autocast_adapter_dtype=autocast)
     for name in adapters[1:]:
-        model.add_adapter(name, LoraConfig(**config), **autocast)
+        model.add_adapter(name, LoraConfig(**config))
     move(model)
     return model.double() if dtype == torch.float64 else model
 

@@ -322,7 +322,7 @@ def test_a_quantised_base() -> None:
 # ---- other releases of PEFT
 
 
-@pytest.mark.parametrize("version", ["0.16.0", "0.99.1", "1.0.0.dev0", "main"])
+@pytest.mark.parametrize("version", ["0.17.1", "0.99.1", "1.0.0.dev0", "main"])
 def test_an_unknown_peft_is_left_alone(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     model = perceptron(use_dora=True)
     before = structure(model)

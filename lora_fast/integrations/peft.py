@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
-OLDEST, NEWEST = (0, 17), (0, 21)
+OLDEST, NEWEST = (0, 18), (0, 21)
 COMPUTE_DTYPES = ("activation", "adapter")
 INSTALL = 'pip install "lora_fast[peft]"'
 
