@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot gpu gpu-sanitize peft-oldest bench-layer clean
+.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench bench-results peft-oldest bench-layer clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,16 @@ $(GPU)/.installed: $(NATIVE) $(wildcard lora_fast/*.py triton_kernels/*.py)
 	LORA_FAST_BUILD=$(shell command -v nvcc >/dev/null && echo cuda || echo cpu) \
 		$(GPU)/bin/python -m pip install --no-index --no-deps --no-build-isolation -e .
 	touch $@
+
+# Goes on after an interruption. BENCH="--quick", BENCH="--only weight_norm --against HEAD", ...
+bench: setup
+	$(BIN)/lora-fast bench $(BENCH)
+
+# For the repository: this device's results, and the README's pictures from them. Needs an idle machine.
+bench-results: setup
+	results=benchmarks/results/$$($(BIN)/python -c 'from lora_fast.benchmarks.report import device_slug; print(device_slug())') && \
+	$(BIN)/lora-fast bench --json $$results/bench.json --csv $$results/bench.csv && \
+	$(BIN)/lora-fast report $$results/bench.json --output report.html --pictures docs/pictures
 
 # The oldest PEFT that lora_fast.accelerate takes; `make test` has the newest.
 peft-oldest: setup

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast import functional
+from lora_fast import functional, reference
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,15 @@ class LayerInputs:
     lora_B: Tensor
     scaling: float
     grad_y: Tensor
+    _magnitudes: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def magnitude(self, axis: str) -> Tensor:
         """A magnitude near the norm, as training finds it: n · (1 ± 5%), float32."""
+        if axis not in self._magnitudes:
+            self._magnitudes[axis] = self._new_magnitude(axis)
+        return self._magnitudes[axis]
+
+    def _new_magnitude(self, axis: str) -> Tensor:
         norm = (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).norm(
             dim=1 if axis == "output" else 0
         )
@@ -66,13 +72,16 @@ class Layer:
         return [parameter for parameter, _ in self.trained.values()]
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """Gradients in the canonical layout: lora_A [R, K], lora_B [N, R], magnitude [N] or [K]."""
+        """Gradients in the canonical layout: lora_A [R, K], lora_B [N, R], magnitude [N] or [K].
+
+        In a model the names stand behind their layer's and a dot.
+        """
         found: dict[str, Tensor | None] = {}
         for name, (parameter, transposed) in self.trained.items():
             grad = parameter.grad
             if grad is not None:
                 grad = grad.T if transposed else grad
-                grad = grad.reshape(-1) if name == "magnitude" else grad
+                grad = grad.reshape(-1) if name.endswith("magnitude") else grad
             found[name] = grad
         return found
 
@@ -82,6 +91,7 @@ class Contender:
     """`formula` names what the layer computes: "frozen", "lora", or "dora" with `axis` and `detach_norm`.
 
     `ours` is held to the project's error budget by the correctness gate, the others to the same function.
+    `inference_only`: differs from another contender in evaluation alone.
     """
 
     name: str
@@ -91,6 +101,8 @@ class Contender:
     detach_norm: bool = True
     ours: bool = False
     requires: str | None = None
+    inference_only: bool = False
+    compiles: bool = False
 
     def missing(self) -> str | None:
         """Name of the package that this contender needs and that is not installed."""
@@ -122,6 +134,10 @@ class MergedDoRA(nn.Module):
         self.m = nn.Parameter(inputs.magnitude("input")[None, :].to(inputs.weight.dtype))
         self.scaling = inputs.scaling
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
         merged = self.linear.weight + self.scaling * (self.A @ self.B).T
         return F.linear(x, self.m * (merged / merged.norm(p=2, dim=0, keepdim=True)))
@@ -143,17 +159,70 @@ class DenseDoRA(nn.Module):
         self.magnitude = nn.Parameter(inputs.magnitude("output"))
         self.scaling = inputs.scaling
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def norm(self) -> Tensor:
+        return dense_norm(self.linear.weight, self.lora_A, self.lora_B, self.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(
-                self.linear.weight + self.scaling * (self.lora_B @ self.lora_A), dim=1, dtype=torch.float32
-            )
+            norm = self.norm()
         lora = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return ((self.magnitude / norm) * (self.linear(x) + self.scaling * lora)).to(x.dtype)
 
 
+class FactoredDoRA(DenseDoRA):
+    """The norm of arXiv 2603.22276, written from its formula: see :func:`factored_norm`."""
+
+    def norm(self) -> Tensor:
+        return factored_norm(self.linear.weight, self.lora_A, self.lora_B, self.scaling)
+
+
+class ReferenceLayer(nn.Module):
+    """The specification's formula as a user would write it, in x's dtype throughout: "dora" or "lora"."""
+
+    def __init__(self, inputs: LayerInputs, formula: str, axis: str = "output", detach_norm: bool = True) -> None:
+        super().__init__()
+        self.linear = frozen_linear(inputs.weight)
+        self.lora_A = nn.Parameter(inputs.lora_A.clone())
+        self.lora_B = nn.Parameter(inputs.lora_B.clone())
+        self.scaling = inputs.scaling
+        self.options: dict[str, Any] = {}
+        if formula == "dora":
+            self.magnitude = nn.Parameter(inputs.magnitude(axis).to(torch.promote_types(torch.float32, inputs.x.dtype)))
+            self.options = {"axis": axis, "detach_norm": detach_norm}
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen_and_factors = (x, self.linear.weight, None, self.lora_A, self.lora_B)
+        if self.options:
+            return reference.dora_linear(
+                *frozen_and_factors, self.magnitude, self.scaling, compute_dtype=x.dtype, **self.options
+            )
+        return reference.lora_linear(*frozen_and_factors, self.scaling, compute_dtype=x.dtype)
+
+
+def reference_layer(inputs: LayerInputs, formula: str, axis: str = "output", detach_norm: bool = True) -> Layer:
+    if formula == "frozen":
+        return _frozen(inputs)
+    module = ReferenceLayer(inputs, formula, axis, detach_norm)
+    return Layer(module, {name: (parameter, False) for name, parameter in module.named_parameters(recurse=False)})
+
+
 def _dense(inputs: LayerInputs) -> Layer:
-    module = DenseDoRA(inputs)
+    return _with_factors(DenseDoRA(inputs))
+
+
+def _factored(inputs: LayerInputs) -> Layer:
+    return _with_factors(FactoredDoRA(inputs))
+
+
+def _with_factors(module: DenseDoRA) -> Layer:
     return Layer(module, {name: (getattr(module, name), False) for name in ("lora_A", "lora_B", "magnitude")})
 
 
@@ -187,6 +256,60 @@ def _peft(dora: bool, float32_adapters: bool) -> Callable[[LayerInputs], Layer]:
     return build
 
 
+class _Cached(nn.Module):
+    """A PEFT layer with PEFT's own cache of B@A and the norm, which works in evaluation only."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        from peft.helpers import DoraCaching
+
+        with DoraCaching():
+            return self.layer(x)
+
+
+def _peft_cached(inputs: LayerInputs) -> Layer:
+    built = _peft(True, True)(inputs)
+    return Layer(_Cached(built.module), built.trained)
+
+
+def _accelerated(inputs: LayerInputs) -> Layer:
+    built = _peft(True, True)(inputs)
+    lora_fast.accelerate(nn.Sequential(built.module))
+    return built
+
+
+def _frozen_norms(inputs: LayerInputs) -> Layer:
+    """Ours with the promise that nothing changes, which holds in evaluation."""
+    built = _ours(True, "auto")(inputs)
+    return Layer(_FrozenNorms(built.module), built.trained)
+
+
+class _FrozenNorms(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> _FrozenNorms:
+        super().train(mode)
+        if not mode:
+            lora_fast.freeze_norms(self.layer)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 def _ours(dora: bool, backend: str) -> Callable[[LayerInputs], Layer]:
     def build(inputs: LayerInputs) -> Layer:
         rank = inputs.lora_A.shape[0]
@@ -213,13 +336,18 @@ def _compiled_dense(inputs: LayerInputs) -> Layer:
 
 
 FROZEN = Contender("frozen linear", _frozen, "frozen")
+EAGER = Contender("eager reference", lambda inputs: reference_layer(inputs, "dora"), "dora")
+FACTORED = Contender("factored norm, float32", _factored, "dora")
 ARTICLE = Contender("article's class", _article, "dora", axis="input", detach_norm=False)
 DENSE = Contender("dense B@A", _dense, "dora")
-COMPILED = Contender("dense B@A, torch.compile", _compiled_dense, "dora")
+COMPILED = Contender("dense B@A, torch.compile", _compiled_dense, "dora", compiles=True)
 PEFT_LORA = Contender("PEFT LoRA", _peft(False, False), "lora", requires="peft")
 PEFT_LORA_FP32 = Contender("PEFT LoRA, fp32 adapters", _peft(False, True), "lora", requires="peft")
 PEFT_DORA = Contender("PEFT DoRA", _peft(True, False), "dora", requires="peft")
 PEFT_DORA_FP32 = Contender("PEFT DoRA, fp32 adapters", _peft(True, True), "dora", requires="peft")
+PEFT_DORA_CACHED = Contender("PEFT DoRA, DoraCaching", _peft_cached, "dora", requires="peft", inference_only=True)
+ACCELERATED = Contender("lora_fast accelerate(PEFT DoRA)", _accelerated, "dora", ours=True, requires="peft")
+FROZEN_NORMS = Contender("lora_fast DoRA, freeze_norms", _frozen_norms, "dora", ours=True, inference_only=True)
 
 
 def lora(backend: str = "auto") -> Contender:
@@ -234,12 +362,34 @@ def _our_name(kind: str, backend: str) -> str:
     return f"lora_fast {kind}" if backend == "auto" else f"lora_fast {kind}, {backend}"
 
 
+FACTORED_BLOCK = 1 << 22  # elements of W in float32 at a time: 16 MiB
+
 # Functions of (weight, lora_A, lora_B, scaling) that give the norm [N].
 NormFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def dense_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1, dtype=torch.float32)
+
+
+def factored_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """n² = ‖W‖² + 2s·rowsum(lora_B ⊙ (W lora_Aᵀ)) + s²·rowsum((lora_B lora_A lora_Aᵀ) ⊙ lora_B), all in float32.
+
+    As in arXiv 2603.22276, ‖W‖² included at every call; W is converted in blocks of rows.
+    """
+    A, B = lora_A.float(), lora_B.float()
+    squares = scaling**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
+    rows = max(1, FACTORED_BLOCK // weight.shape[1])
+    for block, B_block, square in zip(weight.split(rows), B.split(rows), squares.split(rows), strict=True):
+        W = block.float()
+        square += W.square().sum(dim=1) + 2 * scaling * (B_block * (W @ A.T)).sum(dim=1)
+    return squares.clamp_(min=0).sqrt_()
+
+
+def peft_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """What PEFT computes at every forward: the update as both factors' image of the identity, the sum, its norm."""
+    update = F.linear(F.linear(torch.eye(lora_A.shape[1], dtype=lora_A.dtype), lora_A), lora_B).T
+    return torch.linalg.norm(weight.to(update.dtype) + scaling * update, dim=1).to(update.dtype)
 
 
 def our_norm(backend: str = "auto") -> NormFunction:

@@ -26,6 +26,7 @@ class Gate:
 
     def __init__(self, inputs: LayerInputs) -> None:
         self.inputs = inputs
+        self.errors: dict[str, float] = {}  # of y, by contender: RMS against float64, in units of y's own RMS
         self._expected: dict[tuple[str, str, bool], tuple[Results, Results]] = {}
 
     def fault(self, contender: Contender, layer: Layer) -> str | None:
@@ -38,8 +39,23 @@ class Gate:
         if actual.keys() != truth.keys():
             return f"gradients of {sorted(actual)}, expected {sorted(truth)}"
         for name, value in actual.items():
-            if fault := error_fault(name, value, eager[name], truth[name], ours=contender.ours):
+            yardstick = eager[name]
+            if name not in ("y", "x"):  # a gradient has its parameter's dtype: float32 adapters on a bfloat16 layer
+                yardstick = yardstick.to(value.dtype)
+            if fault := error_fault(name, value, yardstick, truth[name], ours=contender.ours):
                 return fault
+        self.errors[contender.name] = relative_error(actual["y"], truth["y"])
+        return None
+
+    def inference_fault(self, contender: Contender, layer: Layer) -> str | None:
+        """The same for the output in evaluation, where caches are on: of a first call and of a second."""
+        truth, eager = self._expected[contender.formula, contender.axis, contender.detach_norm]
+        module = layer.module.eval()
+        with torch.inference_mode():
+            for _ in range(2):
+                y = module(self.inputs.x.detach())
+                if fault := error_fault("y", y, eager["y"], truth["y"], ours=contender.ours):
+                    return f"in evaluation, {fault}"
         return None
 
     def _run(self, layer: Layer) -> Results:
@@ -85,6 +101,11 @@ def error_fault(name: str, actual: Tensor, eager: Tensor, truth: Tensor, *, ours
     bound = SLACK * _rms(eager.double() - truth) + torch.finfo(actual.dtype).eps * _rms(truth)
     error = _rms(actual.double() - truth)
     return None if error <= bound else f"{name} has an RMS error of {error:.3g}, more than {bound:.3g}"
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """RMS of the error in units of the truth's RMS."""
+    return _rms(actual.double() - truth) / max(_rms(truth.double()), 1e-300)
 
 
 def _rms(values: Tensor) -> float:

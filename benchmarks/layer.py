@@ -73,9 +73,11 @@ def layer_steps(case: Case, inputs: c.LayerInputs) -> tuple[dict[str, Step], dic
     return {name: make(layer, inputs) for name, layer in layers.items()}, left_out
 
 
-def build(contenders: Iterable[c.Contender], inputs: c.LayerInputs) -> tuple[dict[str, c.Layer], dict[str, str]]:
+def build(
+    contenders: Iterable[c.Contender], inputs: c.LayerInputs, gate: Gate | None = None
+) -> tuple[dict[str, c.Layer], dict[str, str]]:
     """The layers that compute what they should, and why the others are left out."""
-    gate = Gate(inputs)
+    gate = gate or Gate(inputs)
     layers: dict[str, c.Layer] = {}
     left_out: dict[str, str] = {}
     for contender in contenders:
@@ -90,20 +92,24 @@ def build(contenders: Iterable[c.Contender], inputs: c.LayerInputs) -> tuple[dic
     return layers, left_out
 
 
-def training_step(layer: c.Layer, inputs: c.LayerInputs) -> Step:
-    """forward, backward to x and to what is trained, AdamW's step. The frozen linear has nothing to optimise."""
+def training_step(layer: c.Layer, inputs: c.LayerInputs, micro_batches: int = 1) -> Step:
+    """forward, backward to x and to what is trained, AdamW's step. The frozen linear has nothing to optimise.
+
+    With several `micro_batches` forward and backward run so often before the one step.
+    """
     parameters = layer.parameters()
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0, fused=True) if parameters else None
     x, grad_y, module = inputs.x, inputs.grad_y, layer.module.train()
 
     def step() -> None:
-        module(x).backward(grad_y)
-        x.grad = None
+        for _ in range(micro_batches):
+            module(x).backward(grad_y)
+            x.grad = None
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
 
-    factors = [parameter for name, (parameter, _) in layer.trained.items() if name != "magnitude"]
+    factors = [parameter for name, (parameter, _) in layer.trained.items() if not name.endswith("magnitude")]
     before = [parameter.detach().clone() for parameter in factors]
     step()
     if any(torch.equal(old, new) for old, new in zip(before, factors, strict=True)):

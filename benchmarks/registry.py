@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 import torch
 
 from .contenders import Contender
-from .runner import Record
+from .cost import Cost
+from .runner import Record, Step
 
 STEP = "training step"  # forward, backward to x and to the adapter, optimizer step; a DoRA norm is renewed each time
 INFERENCE = "inference"  # forward in evaluation; nothing changed since the last call
 NORM = "weight_norm"  # the norm alone, renewed, beside the frozen forward
+FORWARD = "forward"  # an op alone, without gradients
+GRADIENTS = "forward and backward"  # an op alone, with all its gradients
+CHECKPOINTED = "checkpointed step"  # the training step under activation checkpointing
+ACCUMULATED = "accumulation of 8"  # eight forwards and backwards, one optimizer step
+DECODE = "decode"  # inference of one token behind a filled cache
+MICRO_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,51 @@ class Row:
 
 
 FROZEN = "frozen linear"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the suite: an op, a layer or a model (`subject`), a mode, a size. `key` names it in result files.
+
+    Of a model, `in_features` is the width and `out_features` that inside its feed-forward layers. 0: the op has none.
+    """
+
+    subject: str
+    mode: str
+    out_features: int
+    in_features: int
+    tokens: int
+    rank: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    depth: int = 0  # layers of a model
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def size(self) -> str:
+        return "×".join(str(number) for number in (self.depth, self.out_features, self.in_features) if number)
+
+    @property
+    def key(self) -> str:
+        return f"{self.subject}/{self.mode}/{self.size}/t{self.tokens}/r{self.rank}/{self.dtype_name}"
+
+    @property
+    def title(self) -> str:
+        tokens = f", {self.tokens} token{'s'[: self.tokens > 1]}" if self.tokens else ""
+        return f"{self.subject}, {self.mode}{tokens}, {self.size} {self.dtype_name}, rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A workload made ready: the steps to time, each through the gate, and why the others are left out.
+
+    `errors`: of the output against float64, relative to its size. `least`: bytes and FLOPs below which no way gets.
+    """
+
+    steps: dict[str, Step]
+    left_out: dict[str, str]
+    errors: dict[str, float]
+    baseline: str
+    least: Cost

@@ -26,6 +26,7 @@ import torch
 
 import lora_fast
 from lora_fast import backends
+from lora_fast.benchmarks import command as benchmark_command
 
 BUILD_REQUIREMENTS = {"setuptools": "setuptools>=77", "wheel": "wheel", "ninja": "ninja", "pybind11": "pybind11"}
 ADAPTERS_INSTALL = "pip install 'lora_fast[adapters]'"
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder, in PEFT's format")
     merge.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     merge.set_defaults(run=_merge)
+
+    benchmark_command.add_commands(commands)
 
     args = parser.parse_args(argv)
     try:
