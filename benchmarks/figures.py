@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from . import report
 
@@ -47,11 +48,11 @@ def bars(row: Row, bound_ms: float | None) -> bytes:
         axes.bar_label(drawn, [f" {short(value)} ms" for value in medians], padding=6, fontsize=8.5)
         if bound_ms is not None:
             axes.axvline(bound_ms, color=BOUND, linestyle="--", linewidth=1, label="predicted lower bound")
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            figure.legend(frameon=False, fontsize=8, loc="outside lower center")
         axes.invert_yaxis()
         axes.set(xscale="log", xlabel="milliseconds (logarithmic); whiskers: p20 to p80")
         low = min(*medians, *([bound_ms] if bound_ms else []), max(medians))
-        axes.set_xlim(0.5 * low, 4 * max(medians))
+        axes.set_xlim(0.5 * low, 5 * max(medians))
         figure.suptitle(row["title"], x=0.01, ha="left", fontsize=10)
         return svg(figure)
 
@@ -134,8 +135,10 @@ def _point(row: Row) -> tuple[float, float]:
 
 def _plain_ticks(axes: Axes, values: Iterable[int]) -> None:
     axes.set_xticks(sorted(set(values)), [str(value) for value in sorted(set(values))])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colour(name: str, index: int) -> str:
