@@ -22,7 +22,8 @@ struct Panels {
   int64_t steps;
 };
 
-// The operand that a loop over blocks changes at each turn: its loads leave the first-level cache to the other.
+// The operand that a loop over blocks changes at each turn: its loads leave the first-level cache to the
+// other.
 enum class Streamed { a, b };
 
 // c [2][2][16][16] = or += the sum of the products
