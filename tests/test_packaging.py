@@ -21,7 +21,7 @@ import lora_fast
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("lora_fast", "csrc", "benchmarks", "tests", "docs")
+SOURCES = ("lora_fast", "csrc", "benchmarks", "triton_kernels", "tests", "docs")
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc", "_build.py", "results")
 
 # On an installation without the extension: works on backend torch, warns once, and says why.
@@ -164,7 +164,7 @@ def test_metadata(pure_wheel: Path) -> None:
     assert fields["License-File"] == "LICENSE"
     assert fields["Requires-Python"] == ">=3.10"
     assert [name for name in fields.get_all("Requires-Dist", []) if "extra ==" not in name] == ["torch>=2.10"]
-    assert set(fields.get_all("Provides-Extra", [])) == {"demo", "lint", "test"}
+    assert set(fields.get_all("Provides-Extra", [])) == {"adapters", "demo", "lint", "peft", "test"}
     with zipfile.ZipFile(pure_wheel) as archive:
         dist_info = f"lora_fast-{lora_fast.__version__}.dist-info"
         assert archive.read(f"{dist_info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
