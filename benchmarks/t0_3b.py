@@ -2,11 +2,12 @@
 
     lora-fast bench t0-3b [--dtype bfloat16] [--depth 24] [--steps 5] [--contenders apply peft-lora] [--limit GIB]
 
-A training step at 4 × 128 tokens for the encoder and 4 × --targets for the decoder, one process per contender under
-RLIMIT_DATA, so that running out of memory is a result. Memory is measured at small depths first; the line through the
-first two predicts the peak of the full model before it runs. Live storage is the bytes of all distinct storages between
-two steps plus the most that one step adds; the peak resident size is VmHWM over the steps. Writes t0-3b.json, after
-every process, and a picture of memory against depth.
+A training step at 4 × 128 tokens for the encoder and 4 × 32 (--targets) for the decoder, in the ratio of T0's training,
+which cut inputs at 1024 tokens and targets at 256. One process per contender under RLIMIT_DATA, so that running out of
+memory is a result. Memory is measured at small depths first; the line through the first two predicts the peak of the
+full model before it runs. Live storage is the bytes of all distinct storages between two steps plus the most that one
+step adds; the peak resident size is VmHWM over the steps. Writes t0-3b.json, after every process, and a picture of
+memory against depth.
 """
 
 from __future__ import annotations
@@ -52,13 +53,7 @@ LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; 0, or 1 where a contender of ours did not complete or computed something else."""
-    parser = argparse.ArgumentParser(prog="lora-fast bench t0-3b", description="DoRA on T0-3B under a memory limit.")
-    add_options(parser)
-    return run_command(parser.parse_args(argv))
-
-
-def run_command(arguments: argparse.Namespace) -> int:
-    """What `main` does, for a parser that another command owns."""
+    arguments = _parser().parse_args(argv)
     if sys.platform != "linux":
         print("t0-3b needs Linux: RLIMIT_DATA and /proc/self/status", file=sys.stderr)
         return 2
@@ -86,7 +81,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     return int(any(record["outcome"] != "completed" or record["fault"] for record in ours))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-fast bench t0-3b", description="DoRA on T0-3B under a memory limit.")
     parser.add_argument(
         "--depth", type=int, default=24, help="encoder layers, and as many decoder layers (default: 24)"
     )
@@ -94,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of ours (default: 5; peers take at most 2)")
     parser.add_argument("--contenders", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument(
-        "--targets", type=int, default=128, metavar="N", help="decoder tokens of each of the 4 sequences (default: 128)"
+        "--targets", type=int, default=32, metavar="N", help="decoder tokens of each of the 4 sequences (default: 32)"
     )
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=(16, 64, 128), help="peers take the first (default: 16 64 128)"
@@ -104,6 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out what the result file has")
     parser.add_argument("--size", choices=list(SIZES), default="xl", help="tiny: a check, not a measurement")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
+    return parser
 
 
 def _plan(arguments: argparse.Namespace, dtype: str) -> Iterator[Task]:
@@ -208,9 +205,10 @@ def rows_of(runs: Sequence[Result], depth: int, left_out: dict[str, str]) -> lis
         found = {one["contender"]: one for one in full if one["rank"] == rank}
         records = {NAMES[key]: record(one, runs, found.get(PEFT_DORA)) for key, one in found.items()}
         one = next(iter(found.values()))
+        tokens = f"{one['batch']}×{one['length']} tokens and {one['batch']}×{one['targets']} targets"
         rows.append(
             {
-                "title": f"T0-3B, training step, {one['dtype']}, rank {rank}, depth {depth}",
+                "title": f"T0-3B, training step, {tokens}, {one['dtype']}, rank {rank}, depth {depth}",
                 "mode": "model step",
                 "dtype": one["dtype"],
                 "rank": rank,

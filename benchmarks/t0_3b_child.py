@@ -50,7 +50,7 @@ class Task:
     size: str = "xl"
     batch: int = 4
     length: int = 128
-    targets: int = 128
+    targets: int = 32
     threads: int = 2
     limit_bytes: int | None = None
 

@@ -99,11 +99,13 @@ def memory_against_depth(rows: Sequence[Row], path: Path) -> None:
         panels = figure.subplots(1, len(first), squeeze=False, sharey=True)[0]
         for panel, row in zip(panels, reversed(first.values()), strict=True):
             _draw_panel(panel, row)
+        panels[0].set_ylim(0, None)
         panels[0].set_ylabel("peak of live storage, GiB")
         names = list(dict.fromkeys(name for row in first.values() for name in row["records"]))
         handles = [Line2D([], [], color=COLOURS[name], marker="o", label=name) for name in names]
         handles.append(Line2D([], [], color="#555", linestyle="--", label="predicted from the two smallest depths"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        handles.append(Line2D([], [], color="#555", linestyle="", marker="x", label="did not complete"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(first), frameon=False, fontsize=9)
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=160, metadata=metadata)
 
@@ -118,13 +120,9 @@ def _draw_panel(panel: Axes, row: Row) -> None:
         if record["outcome"] != "completed" and prediction and points:
             end = prediction["predicted_bytes"] / GIB
             panel.plot([points[-1][0], row["depth"]], [points[-1][1], end], color=colour, linestyle="--")
-            panel.annotate(
-                record["outcome"], (row["depth"], end), ha="right", va="bottom", color=colour, fontsize=9,
-                xytext=(-8, 0), textcoords="offset points",
-            )  # fmt: skip
             panel.plot(row["depth"], end, color=colour, marker="x", markersize=9, markeredgewidth=2)
     if limit:
         panel.axhline(limit, color="#555", linewidth=1, linestyle=":")
         panel.text(0, limit, f" limit, {limit:g} GiB", va="bottom", fontsize=9, color="#555")
-    panel.set(title=f"{row['dtype']}, rank {row['rank']}", xlabel="encoder and decoder layers, each", ylim=(0, None))
+    panel.set(title=f"{row['dtype']}, rank {row['rank']}", xlabel="encoder and decoder layers, each")
     panel.set_xlim(0, None)
