@@ -35,7 +35,7 @@ class LayerInputs:
         """A magnitude near the norm, as training finds it: n · (1 ± 5%), float32."""
         if axis not in self._magnitudes:
             self._magnitudes[axis] = self._new_magnitude(axis)
-        return self._magnitudes[axis]
+        return self._magnitudes[axis].clone()  # a parameter may be made of it
 
     def _new_magnitude(self, axis: str) -> Tensor:
         norm = (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).norm(

@@ -201,7 +201,7 @@ def lora_compose(
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
     name = resolve("lora_compose", backend, base.device.type, base.dtype)
-    compose = LoraComposeFunction.apply if _any_wants_grad(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
+    compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
     y, _ = compose(base, h, lora_B, float(scaling), gain, bias, _wants_grad(gain), name)
     return y
 
@@ -219,7 +219,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tens
     if p == 0.0:
         return x
     name = resolve("lora_linear", backend, x.device.type, x.dtype)
-    drop = DropoutFunction.apply if _wants_grad(x) else _ops.dropout
+    drop = DropoutFunction.apply if _recorded(x) else _ops.dropout
     return drop(x, seed, float(p), name)
 
 
@@ -301,7 +301,7 @@ def _lora_linear(
         checks.check_dtype("x", x, weight.dtype, "weight")
     name = resolve("lora_linear", backend, device_type, x.dtype)
     keep_product = axis == "output" and _wants_grad(gain)
-    linear = LoraLinearFunction.apply if _any_wants_grad(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
+    linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
     y, _, _ = linear(
         x,
         weight,
@@ -323,6 +323,9 @@ def _wants_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _any_wants_grad(*tensors: Tensor | None) -> bool:
-    """Without it no autograd.Function is called: torch.compile fails on one none of whose inputs requires grad."""
-    return any(_wants_grad(tensor) for tensor in tensors)
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd takes the call: in eager mode wherever it is on, so that jvp and vmap raise instead of losing
+    their derivative; traced, where an input wants a gradient: torch.compile fails on a Function none of whose does."""
+    if torch.compiler.is_compiling():
+        return any(_wants_grad(tensor) for tensor in tensors)
+    return torch.is_grad_enabled()
