@@ -28,13 +28,11 @@ def _norm_product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
 
 
-def _row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices of rows: together 1/128 of the weight, within [SMALLEST_CHUNK, CHUNK] elements."""
+def _chunk_rows(weight: Tensor) -> int:
+    """Rows in a chunk: together 1/128 of the weight, within [SMALLEST_CHUNK, CHUNK] elements."""
     rows, columns = weight.shape
     elements = min(max(rows * columns // 128, SMALLEST_CHUNK), CHUNK)
-    step = max(1, elements // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    return max(1, min(elements // max(columns, 1), rows))
 
 
 def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
@@ -46,19 +44,30 @@ def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
 def _adapted_rows(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``."""
-    product = _norm_product_dtype(dtype)
-    lora_A = lora_A.to(product)
-    for rows in _row_chunks(weight):
-        delta = lora_B[rows].to(product) @ lora_A
-        yield rows, delta.to(dtype).mul_(scaling).add_(weight[rows])
+    """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``; each V[rows] takes the place of the one before.
+
+    Two buffers and no mixed operands, whose casts allocate: aligned blocks that are freed and asked for anew pile up
+    in glibc's heap, to the size of V.
+    """
+    lora_A = lora_A.to(_norm_product_dtype(dtype))
+    step = _chunk_rows(weight)
+    delta = lora_A.new_empty(step, weight.shape[1])
+    chunk = weight.new_empty(delta.shape, dtype=dtype)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
+        count = rows.stop - start
+        torch.mm(lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count])
+        yield rows, chunk[:count].copy_(weight[rows]).add_(delta[:count], alpha=scaling)
 
 
 def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
-    """vector_norm over ``dim`` without overflow or underflow of the squares; NaN and Inf are carried through."""
+    """vector_norm over ``dim`` without overflow or underflow of the squares; NaN and Inf are carried through.
+
+    Overwrites ``tensor``.
+    """
     largest = torch.linalg.vector_norm(tensor, torch.inf, dim=dim, keepdim=True)
     scale = torch.where((largest == 0) | ~torch.isfinite(largest), 1.0, largest)
-    return scale.squeeze(dim) * torch.linalg.vector_norm(tensor / scale, dim=dim)
+    return scale.squeeze(dim) * torch.linalg.vector_norm(tensor.div_(scale), dim=dim)
 
 
 def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
@@ -153,7 +162,7 @@ def merge_weight(
     for rows, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype):
         if gain is not None:
             chunk.mul_(gain[rows, None] if axis == "output" else gain)
-        weight[rows] = chunk.to(weight.dtype)
+        weight[rows] = chunk
 
 
 def compose(
