@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_fast import ops  # noqa: F401  (defines torch.ops.lora_fast)
+from lora_fast.gain import divisor, dora_gain
 
 _ops = torch.ops.lora_fast
 
@@ -104,6 +105,69 @@ class LoraLinearFunction(torch.autograd.Function):
             None,
             _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
             *(None,) * 5,
+        )
+
+
+class DoraLinearFunction(torch.autograd.Function):
+    """y = m / n ⊙ (x Wᵀ + s (x lora_Aᵀ) lora_Bᵀ) + bias, n = ‖W + s lora_B lora_A‖ by rows, a constant in backward."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _ops.dora_linear_fwd(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, bias, lora_A, lora_B, ctx.scaling, magnitude, keep_product, ctx.backend = inputs
+        _, product, h, norm = output
+        ctx.mark_non_differentiable(product, h, norm)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_A else None,
+            weight,
+            lora_A,
+            lora_B,
+            magnitude,
+            product if keep_product else None,
+            h if need_B else None,
+            norm,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
+        if grad_y is None:
+            return (None,) * 9
+        x, weight, lora_A, lora_B, magnitude, product, h, norm = ctx.saved_tensors
+        need_x, _, need_bias, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
+        gain = dora_gain(magnitude, norm)
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = _ops.lora_linear_bwd(
+            grad_y,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            ctx.scaling,
+            gain,
+            "output",
+            product,
+            h,
+            0.0,
+            None,
+            (need_x, need_A, need_B, need_gain, need_bias),
+            ctx.backend,
+        )
+        return (
+            _asked(grad_x, need_x),
+            None,
+            _asked(grad_bias, need_bias, ctx.bias_dtype),
+            _asked(grad_A, need_A),
+            _asked(grad_B, need_B),
+            None,
+            _asked(grad_gain / divisor(norm), need_gain, magnitude.dtype) if need_gain else None,
+            None,
+            None,
         )
 
 

@@ -17,13 +17,19 @@ RuntimeError when a backend that was asked for is not there, before anything is 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import checks
-from lora_fast.autograd import DropoutFunction, LoraComposeFunction, LoraLinearFunction, WeightNormFunction
-from lora_fast.backends import resolve
+from lora_fast.autograd import (
+    DoraLinearFunction,
+    DropoutFunction,
+    LoraComposeFunction,
+    LoraLinearFunction,
+    WeightNormFunction,
+)
+from lora_fast.backends import fuses_norm, resolve
 from lora_fast.dtypes import accumulate_dtype
+from lora_fast.gain import dora_gain
 from lora_fast.norm_cache import NormCache
 
 _ops = torch.ops.lora_fast
@@ -140,7 +146,8 @@ def dora_linear(
         magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
         norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
         detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False: the full gradient.
-        kept: as for :func:`weight_norm`; used when ``norm`` is None.
+        kept: as for :func:`weight_norm`; used when ``norm`` is None and not made in the same pass as the product,
+            where it costs less than to tell whether anything has changed (:func:`lora_fast.backends.fuses_norm`).
 
     Returns:
         [..., N] of x's dtype (autocast's under autocast).
@@ -157,6 +164,11 @@ def dora_linear(
     checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
     checks.check_optional_vector("norm", norm, size, terms, weight.device)
     checks.check_dropout(dropout_p, seed)
+    if norm is None and axis == "output" and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        constant = detach_norm or not (_wants_grad(lora_A) or _wants_grad(lora_B))
+        x, name = _cast(x, weight), resolve("lora_linear", backend, x.device.type, x.dtype)
+        if constant and fuses_norm(name, x, weight, lora_A, lora_B):
+            return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, name)
     if norm is None:
         norm = _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend, detached=detach_norm)
     elif detach_norm:
@@ -249,12 +261,6 @@ def merge_weight(
         _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
 
 
-def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
-    # a norm is positive, zero or NaN, which a threshold leaves alone
-    return magnitude.to(norm.dtype) / F.threshold(norm, 0.0, torch.inf)
-
-
 def _weight_norm(
     weight: Tensor,
     lora_A: Tensor,
@@ -293,13 +299,8 @@ def _lora_linear(
     seed: Tensor | None,
     backend: str,
 ) -> Tensor:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        # the weight is cast inside the op, so that backward keeps the weight itself and no copy
-        x = x.to(torch.get_autocast_dtype(device_type))
-    else:
-        checks.check_dtype("x", x, weight.dtype, "weight")
-    name = resolve("lora_linear", backend, device_type, x.dtype)
+    x = _cast(x, weight)
+    name = resolve("lora_linear", backend, x.device.type, x.dtype)
     keep_product = axis == "output" and _wants_grad(gain)
     linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
     y, _, _ = linear(
@@ -317,6 +318,34 @@ def _lora_linear(
         name,
     )
     return y
+
+
+def _dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    name: str,
+) -> Tensor:
+    """:func:`dora_linear` by the one op that makes the norm too, a constant in backward."""
+    recorded = _recorded(x, lora_A, lora_B, magnitude, bias)
+    linear = DoraLinearFunction.apply if recorded else _ops.dora_linear_fwd
+    y, *_ = linear(x, weight, bias, lora_A, lora_B, scaling, magnitude, _wants_grad(magnitude), name)
+    return y
+
+
+def _cast(x: Tensor, weight: Tensor) -> Tensor:
+    """x in autocast's dtype; elsewhere it must be of the weight's.
+
+    The weight is cast inside the op, so that backward keeps the weight itself and no copy.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    checks.check_dtype("x", x, weight.dtype, "weight")
+    return x
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:

@@ -173,6 +173,46 @@ def _(
 
 
 @_define(
+    "dora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor magnitude, bool keep_product, str backend) -> (Tensor y, Tensor product, Tensor h, Tensor norm)"
+)
+def _dora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    keep_product: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For the arguments that :func:`lora_fast.backends.fuses_norm` names; its backward is lora_linear_bwd."""
+    with _outside_autocast(x):
+        return backends.module(backend).dora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, scaling, magnitude, keep_product
+        )
+
+
+@torch.library.register_fake("lora_fast::dora_linear_fwd")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    keep_product: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    product = torch.empty_like(y) if keep_product else x.new_empty(0)
+    h = x.new_empty((*x.shape[:-1], lora_A.shape[0]))
+    return y, product, h, _norm_like(weight, lora_A, lora_B, "output")
+
+
+@_define(
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, str axis, Tensor? product, Tensor? h, float dropout_p, Tensor? seed, bool[] needs, str backend) "
     "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_gain, Tensor grad_bias)"

@@ -21,7 +21,7 @@ PACKAGES = {
 
 # nn, integrations -> functional -> autograd -> ops -> backends -> _C | triton_kernels. A part may import itself, the
 # leaves and what is listed here, nothing else of lora_fast. "" is the package's own __init__; setup.py writes _build.
-LEAVES = {"checks", "dtypes", "norm_cache"}
+LEAVES = {"checks", "dtypes", "gain", "norm_cache"}
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"backends", "functional", "integrations", "io", "nn"},

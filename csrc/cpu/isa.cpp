@@ -17,6 +17,9 @@ bool detect_amx() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if ((edx & amx_bf16) == 0 || (edx & amx_tile) == 0) return false;
+  // which comes with it, unless a hypervisor hides it
+  constexpr unsigned avx512_bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & avx512_bf16) == 0) return false;
   // Linux saves the tile registers of a process only after it has asked for them.
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;

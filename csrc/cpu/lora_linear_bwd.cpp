@@ -287,32 +287,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias) {
-  check_small(grad_y, "grad_y");
-  check_contiguous(grad_y, "grad_y");
-  check_small_weight(weight);
-  check_adapter(weight, lora_A, lora_B);
-  check_adapter_dtype(lora_A, "lora_A");
-  check_adapter_dtype(lora_B, "lora_B");
+  const Needs needs{need_x, need_A, need_B, need_gain, need_bias};
+  check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
   const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
-  check_size(grad_y, "grad_y", 1, N);
-  if (gain) check_gain(*gain, N);
-  const auto check_kept = [&](const std::optional<Tensor>& kept, const char* name, int64_t cols) {
-    STD_TORCH_CHECK(kept.has_value(), name, " must be given for the gradients asked for");
-    check_small(*kept, name);
-    check_contiguous(*kept, name);
-    check_size(*kept, name, 0, tokens);
-    check_size(*kept, name, 1, cols);
-  };
-  if (need_gain) check_kept(product, "product", N);
-  if (need_A) check_kept(x, "x", K);
-  if (need_B) check_kept(h, "h", R);
-
-  const int64_t none[] = {0}, x_size[] = {tokens, K}, a_size[] = {R, K}, b_size[] = {N, R}, n_size[] = {N};
-  Tensor grad_x = torch::stable::new_empty(grad_y, {need_x ? x_size : none, need_x ? 2u : 1u});
-  Tensor grad_A = torch::stable::new_empty(lora_A, {need_A ? a_size : none, need_A ? 2u : 1u});
-  Tensor grad_B = torch::stable::new_empty(lora_B, {need_B ? b_size : none, need_B ? 2u : 1u});
-  Tensor grad_gain = torch::stable::new_empty(grad_y, {need_gain ? n_size : none, 1}, ScalarType::Float);
-  Tensor grad_bias = torch::stable::new_empty(grad_y, {need_bias ? n_size : none, 1}, ScalarType::Float);
+  Gradients grad(grad_y, weight, lora_A, lora_B, needs);
 
   const int64_t rank_panels = round_up(R, kPanel) / kPanel;
   const Scratch<float> sums_A(need_A ? K * round_up(2 * R, kPanel) : 0);
@@ -331,8 +309,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
                   need_x,
                   need_A,
                   need_B,
-                  need_gain ? static_cast<float*>(grad_gain.mutable_data_ptr()) : nullptr,
-                  need_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr,
+                  need_gain ? static_cast<float*>(grad.gain.mutable_data_ptr()) : nullptr,
+                  need_bias ? static_cast<float*>(grad.bias.mutable_data_ptr()) : nullptr,
                   sums_B.data(),
                   sums_A.data()};
   const bool need_h = need_x || need_A;
@@ -361,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
                        grad_h.data(),
                        rank_rows.data(),
                        grad_h_turned.data(),
-                       need_x ? static_cast<bf16*>(grad_x.mutable_data_ptr()) + first * K : nullptr};
+                       need_x ? static_cast<bf16*>(grad.x.mutable_data_ptr()) + first * K : nullptr};
     const auto over_panels = [&](int64_t number, const auto& f) {
       for_chunks(chunk_count(number, 1), number, f);
     };
@@ -388,11 +366,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
       }
     });
   };
-  store(need_A, grad_A, K / kPanel,
+  store(need_A, grad.A, K / kPanel,
         [&](auto* out, int64_t begin, int64_t end) { store_grad_A(op, out, begin, end); });
-  store(need_B, grad_B, N / kPanel,
+  store(need_B, grad.B, N / kPanel,
         [&](auto* out, int64_t begin, int64_t end) { store_grad_B(op, out, begin, end); });
-  return {grad_x, grad_A, grad_B, grad_gain, grad_bias};
+  return {grad.x, grad.A, grad.B, grad.gain, grad.bias};
 }
 
 }  // namespace lora_fast

@@ -1,5 +1,7 @@
 #include "lora_linear_common.h"
 
+#include <torch/csrc/stable/ops.h>
+
 namespace lora_fast {
 namespace {
 
@@ -21,7 +23,83 @@ LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, bf16* ou
   }
 }
 
+void check_factor(const Tensor& tensor, const char* name) {
+  check_contiguous(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 || tensor.scalar_type() == ScalarType::Float,
+                  name, " must be bfloat16 or float32, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
+void check_float_vector(const Tensor& tensor, const char* name, int64_t size) {
+  check_vector(tensor, name, size);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be contiguous float32");
+}
+
+void check_activation(const Tensor& tensor, const char* name, int64_t tokens, int64_t cols) {
+  check_bf16(tensor, name);
+  check_contiguous(tensor, name);
+  check_size(tensor, name, 0, tokens);
+  check_size(tensor, name, 1, cols);
+}
+
+void check_factors(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
+  check_tiled_weight(weight);
+  check_adapter(weight, lora_A, lora_B);
+  check_factor(lora_A, "lora_A");
+  check_factor(lora_B, "lora_B");
+}
+
+Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  const int64_t none[] = {0};
+  return needed ? torch::stable::new_empty(like, {size.begin(), size.size()}, dtype)
+                : torch::stable::new_empty(like, {none, 1}, dtype);
+}
+
 }  // namespace
+
+void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                      const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
+                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm) {
+  check_bf16(x, "x");
+  check_factors(weight, lora_A, lora_B);
+  const int64_t tokens = x.size(0), N = weight.size(0);
+  check_activation(x, "x", tokens, weight.size(1));
+  check_float_vector(gain, "gain", N);
+  if (bias) check_float_vector(*bias, "bias", N);
+  check_activation(y, "y", tokens, N);
+  if (product) {
+    check_same(*product, "product", y, "y");
+    check_contiguous(*product, "product");
+  }
+  if (norm) check_float_vector(*norm, "norm", N);
+}
+
+void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight,
+                      const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& gain,
+                      const std::optional<Tensor>& product, const std::optional<Tensor>& h,
+                      const Needs& needs) {
+  check_bf16(grad_y, "grad_y");
+  check_factors(weight, lora_A, lora_B);
+  const int64_t tokens = grad_y.size(0), N = weight.size(0);
+  check_activation(grad_y, "grad_y", tokens, N);
+  if (gain) check_float_vector(*gain, "gain", N);
+  const auto check_kept = [&](const std::optional<Tensor>& kept, const char* name, int64_t cols) {
+    STD_TORCH_CHECK(kept.has_value(), name, " must be given for the gradients asked for");
+    check_activation(*kept, name, tokens, cols);
+  };
+  if (needs.gain) check_kept(product, "product", N);
+  if (needs.A) check_kept(x, "x", weight.size(1));
+  if (needs.B) check_kept(h, "h", lora_A.size(0));
+}
+
+Gradients::Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                     const Needs& needs)
+    : x(empty_if(needs.x, grad_y, {grad_y.size(0), weight.size(1)}, ScalarType::BFloat16)),
+      A(empty_if(needs.A, lora_A, {lora_A.size(0), lora_A.size(1)}, lora_A.scalar_type())),
+      B(empty_if(needs.B, lora_B, {lora_B.size(0), lora_B.size(1)}, lora_B.scalar_type())),
+      gain(empty_if(needs.gain, grad_y, {weight.size(0)}, ScalarType::Float)),
+      bias(empty_if(needs.bias, grad_y, {weight.size(0)}, ScalarType::Float)) {}
 
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out) {

@@ -1,8 +1,10 @@
-// What the two directions of the blocked linear share: sizes of blocks, checks, the rank operand.
+// What the two directions of the blocked linear share: sizes of blocks, the rank operand; and with
+// the one for few tokens: checks, gradients.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "amx_product.h"
 #include "small_common.h"
@@ -15,18 +17,27 @@ constexpr int64_t kTokenBlock = 512;
 constexpr int64_t kBlockPanels = 11;
 constexpr int64_t kBlockSteps = 16;
 
-inline void check_adapter_dtype(const Tensor& tensor, const char* name) {
-  check_contiguous(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 || tensor.scalar_type() == ScalarType::Float,
-                  name, " must be bfloat16 or float32, got dtype number ",
-                  static_cast<int>(tensor.scalar_type()));
-}
+// The arguments that the kernels for few tokens and those in blocks have in common.
+void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                      const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
+                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm);
 
-inline void check_gain(const Tensor& gain, int64_t size) {
-  check_vector(gain, "gain", size);
-  STD_TORCH_CHECK(gain.scalar_type() == ScalarType::Float && gain.is_contiguous(),
-                  "gain must be contiguous float32");
-}
+// Which gradients a backward is asked for.
+struct Needs {
+  bool x, A, B, gain, bias;
+};
+
+void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight,
+                      const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& gain,
+                      const std::optional<Tensor>& product, const std::optional<Tensor>& h,
+                      const Needs& needs);
+
+// x, lora_A, lora_B, gain and bias, empty where it is not needed
+struct Gradients {
+  Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+            const Needs& needs);
+  Tensor x, A, B, gain, bias;
+};
 
 // A contiguous matrix of bfloat16 or float32.
 struct AdapterMatrix {

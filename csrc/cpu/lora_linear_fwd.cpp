@@ -1,6 +1,7 @@
 // y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 352 outputs and 512 tokens: the update
 // opens each block's float32 sums, gain and bias close them. The product is made turned over, W x, because
 // x is cheaper to rearrange than W.
+#include "factored_norm.h"
 #include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
@@ -15,13 +16,18 @@ struct Linear {
   float scaling;
   bool split;  // whether s B needs its remainder in bfloat16
   const float *gain, *bias;
+  const FactoredNorm* factored;  // null where the norm is not wanted; else
+  const bf16* parts;             // its parts of A as b-panels,
+  const float* magnitude;
+  float *norm, *made_gain;  // which are written, and the gain is read from the latter
 };
 
 // One block of tokens; x and h packed as b-panels, h in rank_steps steps, once or with its copy behind it.
 struct Tokens {
   const bf16 *x, *h;
   int64_t count, panels, rank_steps;
-  bf16 *y, *product;  // at the first token
+  bf16 *y, *product;    // at the first token
+  int64_t norm_panels;  // of the parts, in the first block of tokens; else none
 };
 
 // f(token, strip) for eight tokens of a block c whose rows are 32 outputs, dealt.
@@ -63,12 +69,27 @@ LORA_FAST_CLONES void store_projection(const float* c, int64_t tokens, bf16* h, 
                [&](int64_t t, Strip<float> v) { store_strip_n<float>(h + t * R, v, cols); });
 }
 
+// The norms and gains of one panel of outputs from n on, whose U are the blocks at sums, `stride` apart.
+void finish_norms(const Linear& op, int64_t norm_panels, const float* squares, const float* sums,
+                  int64_t stride, int64_t n, float* u) {
+  const int64_t width = norm_panels * kPanel;
+  for (int64_t panel = 0; panel < norm_panels; ++panel)
+    for (int64_t row = 0; row < kPanel; ++row)
+      for (int64_t half = 0; half < 2; ++half)
+        std::memcpy(u + row * width + panel * kPanel + half * 16,
+                    sums + panel * stride + row % 2 * (kBlock / 2) + half * 256 + row / 2 * 16,
+                    16 * sizeof(float));
+  op.factored->finish(n, kPanel, squares, u, width, op.magnitude + n, op.norm + n, op.made_gain + n);
+}
+
 // Panels [begin, end) of 32 outputs.
 void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t end) {
   const int64_t steps = op.K / kDepth, rank_steps = tokens.rank_steps;
   const Scratch<bf16> weight(kBlockPanels * kBlockSteps * kPanelStep);
   const Scratch<bf16> factor(kBlockPanels * rank_steps * kPanelStep), rows(rank_steps * kPanelStep);
-  const Scratch<float> sums(kBlockPanels * tokens.panels * kBlock);
+  const int64_t norm_panels = tokens.norm_panels, all_panels = tokens.panels + norm_panels;
+  const Scratch<float> sums(kBlockPanels * all_panels * kBlock);
+  const Scratch<float> u(norm_panels * kBlock);
   const AmxScope scope(true, kDepth);
   for (int64_t first = begin; first < end; first += kBlockPanels) {
     const int64_t panels = std::min(kBlockPanels, end - first);
@@ -79,11 +100,15 @@ void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t
       pack_rows(rows.data(), rank_steps * kDepth, kPanel, rank_steps, RowOrder::dealt,
                 factor.data() + p * rank_steps * kPanelStep);
     }
+    alignas(64) float squares[kBlockPanels * kPanel] = {};
     for (int64_t k = 0; k < steps; k += kBlockSteps) {
       const int64_t depth = std::min(kBlockSteps, steps - k);
-      for (int64_t p = 0; p < panels; ++p)
-        pack_rows(op.weight + (first + p) * kPanel * op.ld + k * kDepth, op.ld, kPanel, depth,
-                  RowOrder::dealt, weight.data() + p * depth * kPanelStep);
+      for (int64_t p = 0; p < panels; ++p) {
+        const bf16* rows_here = op.weight + (first + p) * kPanel * op.ld + k * kDepth;
+        pack_rows(rows_here, op.ld, kPanel, depth, RowOrder::dealt, weight.data() + p * depth * kPanelStep);
+        if (norm_panels > 0)
+          row_squares(rows_here, op.ld, depth * kDepth, squares + p * kPanel, {nullptr, 0});
+      }
       const int64_t opening = k == 0 ? rank_steps : 0;
       for (int64_t t = 0; t < tokens.panels; ++t)
         for (int64_t p = 0; p < panels; ++p)
@@ -92,7 +117,16 @@ void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t
               {{factor.data() + p * rank_steps * kPanelStep, tokens.h + t * rank_steps * kPanelStep, opening},
                {weight.data() + p * depth * kPanelStep, tokens.x + (t * steps + k) * kPanelStep, depth}},
               block(t, p), k > 0);
+      for (int64_t t = 0; t < norm_panels; ++t)
+        for (int64_t p = 0; p < panels; ++p)
+          panel_product(
+              Streamed::a,
+              {{weight.data() + p * depth * kPanelStep, op.parts + (t * steps + k) * kPanelStep, depth}},
+              block(tokens.panels + t, p), k > 0);
     }
+    for (int64_t p = 0; p < panels && norm_panels > 0; ++p)
+      finish_norms(op, norm_panels, squares + p * kPanel, block(tokens.panels, p), panels * kBlock,
+                   (first + p) * kPanel, u.data());
     for (int64_t t = 0; t < tokens.panels; ++t)
       finish_blocks(op, tokens, block(t, 0), panels, first * kPanel, t * kPanel);
   }
@@ -125,34 +159,26 @@ void project_tokens(const bf16* x, int64_t count, int64_t K, const bf16* lora_A,
 }  // namespace
 
 Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                            Tensor gain, std::optional<Tensor> bias, Tensor y,
-                            std::optional<Tensor> product) {
-  check_small(x, "x");
-  check_contiguous(x, "x");
-  check_small_weight(weight);
-  check_adapter(weight, lora_A, lora_B);
-  check_adapter_dtype(lora_A, "lora_A");
-  check_adapter_dtype(lora_B, "lora_B");
+                            Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
+                            std::optional<Tensor> norm) {
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm);
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
-  check_size(x, "x", 1, K);
-  check_gain(gain, N);
-  if (bias) {
-    check_vector(*bias, "bias", N);
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
-                    "bias must be contiguous float32");
-  }
-  check_small(y, "y");
-  check_contiguous(y, "y");
-  check_size(y, "y", 0, tokens);
-  check_size(y, "y", 1, N);
-  if (product) {
-    check_same(*product, "product", y, "y");
-    check_contiguous(*product, "product");
-  }
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   auto* h_data = static_cast<bf16*>(h.mutable_data_ptr());
 
+  std::optional<FactoredNorm> factored;
+  if (norm) factored.emplace(weight, lora_A, lora_B, scaling);
+  const int64_t steps = K / kDepth;
+  const int64_t norm_panels = norm ? factored->padded_columns() / kPanel : 0;
+  const Scratch<bf16> packed_parts(norm_panels * steps * kPanelStep);
+  for_chunks(chunk_count(norm_panels, 1), norm_panels, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      pack_columns(factored->parts() + panel * kPanel * K, K, kPanel, steps,
+                   packed_parts.data() + panel * steps * kPanelStep);
+  });
+  const Scratch<float> made_gain(norm ? N : 0);
+  const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
   Linear op{elements(weight),
             weight.stride(0),
             N,
@@ -160,9 +186,14 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
             AdapterMatrix(lora_B),
             static_cast<float>(scaling),
             lora_B.scalar_type() == ScalarType::Float || !keeps_bf16(scaling),
-            static_cast<const float*>(gain.const_data_ptr()),
-            bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr};
-  const int64_t steps = K / kDepth, rank_steps = round_up(op.split ? 2 * R : R, kDepth) / kDepth;
+            norm ? made_gain.data() : given_gain,
+            bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+            factored ? &*factored : nullptr,
+            packed_parts.data(),
+            given_gain,
+            norm ? static_cast<float*>(norm->mutable_data_ptr()) : nullptr,
+            made_gain.data()};
+  const int64_t rank_steps = round_up(op.split ? 2 * R : R, kDepth) / kDepth;
   const int64_t most_panels = round_up(std::min(tokens, kTokenBlock), kPanel) / kPanel;
   const Scratch<bf16> packed_A(round_up(R, kPanel) * K);
   const RoundedMatrix factor(AdapterMatrix{lora_A});
@@ -183,7 +214,8 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
                        panels,
                        rank_steps,
                        static_cast<bf16*>(y.mutable_data_ptr()) + first * N,
-                       product ? static_cast<bf16*>(product->mutable_data_ptr()) + first * N : nullptr};
+                       product ? static_cast<bf16*>(product->mutable_data_ptr()) + first * N : nullptr,
+                       first == 0 ? norm_panels : 0};
     for_chunks(chunk_count(N / kPanel, 1), N / kPanel,
                [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, block, begin, end); });
   }

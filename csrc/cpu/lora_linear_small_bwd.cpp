@@ -180,8 +180,10 @@ bf16* writable(Tensor& tensor, bool wanted) {
 }  // namespace
 
 Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
-  check_tokens(grad_v, "grad_v");
-  check_small_weight(weight);
+  check_bf16(grad_v, "grad_v");
+  check_contiguous(grad_v, "grad_v");
+  check_few_tokens(grad_v, "grad_v");
+  check_tiled_weight(weight);
   const int64_t tokens = grad_v.size(0), N = weight.size(0), K = weight.size(1);
   check_size(grad_v, "grad_v", 1, N);
   const int64_t tiles = round_up(tokens, kTokenTile) / kTokenTile, strips = K / kStrip;
@@ -200,39 +202,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias) {
-  check_tokens(grad_y, "grad_y");
-  check_small_weight(weight);
-  check_adapter(weight, lora_A, lora_B);
-  check_adapter_dtype(lora_A, "lora_A");
-  check_adapter_dtype(lora_B, "lora_B");
+  const Needs needs{need_x, need_A, need_B, need_gain, need_bias};
+  check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
+  check_few_tokens(grad_y, "grad_y");
   const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
-  check_size(grad_y, "grad_y", 1, N);
-  if (gain) check_gain(*gain, N);
-  STD_TORCH_CHECK(!need_gain || product, "product must be given where need_gain is true");
-  STD_TORCH_CHECK(!need_A || x, "x must be given where need_A is true");
-  STD_TORCH_CHECK(!need_B || h, "h must be given where need_B is true");
-  if (need_gain) {
-    check_same(*product, "product", grad_y, "grad_y");
-    check_contiguous(*product, "product");
-  }
-  if (need_A) {
-    check_tokens(*x, "x");
-    check_size(*x, "x", 0, tokens);
-    check_size(*x, "x", 1, K);
-  }
-  if (need_B) {
-    check_tokens(*h, "h");
-    check_size(*h, "h", 0, tokens);
-    check_size(*h, "h", 1, R);
-  }
-  const int64_t none[] = {0}, x_size[] = {tokens, K}, a_size[] = {R, K}, b_size[] = {N, R}, n_size[] = {N};
-  const auto make = [&](const Tensor& like, const int64_t* size, bool wanted) {
-    return wanted ? torch::stable::new_empty(like, {size, 2}) : torch::stable::new_empty(like, {none, 1});
-  };
-  Tensor grad_x = make(grad_y, x_size, need_x);
-  Tensor grad_A = make(lora_A, a_size, need_A), grad_B = make(lora_B, b_size, need_B);
-  Tensor grad_gain = torch::stable::new_empty(grad_y, {need_gain ? n_size : none, 1}, ScalarType::Float);
-  Tensor grad_bias = torch::stable::new_empty(grad_y, {need_bias ? n_size : none, 1}, ScalarType::Float);
+  Gradients grad(grad_y, weight, lora_A, lora_B, needs);
 
   const int64_t width = padded_rank(R), tiles = round_up(tokens, kTokenTile) / kTokenTile;
   const Scratch<bf16> grad_v(tiles * kTokenTile * N);
@@ -250,10 +224,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
                            N,
                            R,
                            grad_v.data(),
-                           need_B ? grad_B.mutable_data_ptr() : nullptr,
+                           need_B ? grad.B.mutable_data_ptr() : nullptr,
                            lora_B.scalar_type() == ScalarType::Float,
-                           need_gain ? static_cast<float*>(grad_gain.mutable_data_ptr()) : nullptr,
-                           need_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr};
+                           need_gain ? static_cast<float*>(grad.gain.mutable_data_ptr()) : nullptr,
+                           need_bias ? static_cast<float*>(grad.bias.mutable_data_ptr()) : nullptr};
   const bool need_h = need_x || need_A;
   const int64_t chunks = chunk_count(N / kStrip, 8);
   const Scratch<float> grad_h(chunks * tokens * width);  // one part per chunk
@@ -262,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     output_strips(outputs, need_h ? grad_h.data() + chunk * tokens * width : nullptr,
                   static_cast<float>(scaling), begin, end);
   });
-  if (!need_h) return {grad_x, grad_A, grad_B, grad_gain, grad_bias};
+  if (!need_h) return {grad.x, grad.A, grad.B, grad.gain, grad.bias};
   for (int64_t i = tokens * width; i < chunks * tokens * width; ++i)
     grad_h.data()[i % (tokens * width)] += grad_h.data()[i];
 
@@ -276,14 +250,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
                          K,
                          R,
                          sums.data(),
-                         writable(grad_x, need_x),
-                         need_A ? grad_A.mutable_data_ptr() : nullptr,
+                         writable(grad.x, need_x),
+                         need_A ? grad.A.mutable_data_ptr() : nullptr,
                          lora_A.scalar_type() == ScalarType::Float};
   for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
     if (need_x) weight_product(grad_v.data(), weight, tiles, sums.data(), begin, end);
     input_strips(inputs, begin, end);
   });
-  return {grad_x, grad_A, grad_B, grad_gain, grad_bias};
+  return {grad.x, grad.A, grad.B, grad.gain, grad.bias};
 }
 
 }  // namespace lora_fast

@@ -1,5 +1,6 @@
 // lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
-// sums.
+// sums; with the norm, if it is asked for, from the same read.
+#include "factored_norm.h"
 #include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
@@ -7,41 +8,101 @@
 namespace lora_fast {
 namespace {
 
-// x [tiles · 16][depth] as [depth / 32][tiles][16 pairs][16 tokens] of pairs, blocks [begin, end) of 32
-// columns
-LORA_FAST_CLONES void pack_tokens(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin,
-                                  int64_t end) {
+// Sixteen rows of x [16][depth], the blocks [begin, end) of 32 columns, as pairs of a packed operand (see
+// small_forward) of `tiles` tiles; packed is the tile's own place in the first block.
+LORA_FAST_CLONES void pack_tile(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin,
+                                int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const bf16* rows = x + tile * kTokenTile * depth + block * kSmallDepth;
-      bf16* out = packed + (block * tiles + tile) * kSmallDepth * kTokenTile;
-      for (int half = 0; half < 2; ++half) {
-        u32x16 words[8];
-        transpose_words(rows + half * 16, depth * 2, words);
-        for (int p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * 32, words[p]);
-      }
+    bf16* out = packed + block * tiles * kSmallDepth * kTokenTile;
+    for (int half = 0; half < 2; ++half) {
+      u32x16 words[8];
+      transpose_words(x + block * kSmallDepth + half * 16, depth * 2, words);
+      for (int p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * 32, words[p]);
     }
   }
 }
 
+// What W is multiplied with, in tiles of sixteen rows of length K: the tokens', then those of the norm's
+// parts of A. Two tiles at a time share a read of W.
+class Operand {
+ public:
+  Operand(const bf16* x, int64_t tokens, int64_t K, const FactoredNorm* norm)
+      : tokens_(round_up(tokens, kTokenTile) / kTokenTile),
+        tiles_(tokens_ + (norm != nullptr ? round_up(norm->columns(), kTokenTile) / kTokenTile : 0)),
+        K_(K),
+        packed_(tiles_ * kTokenTile * K) {
+    const PaddedRows rows(x, tokens, K, kTokenTile);
+    const int64_t blocks = K / kSmallDepth;
+    for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        const bf16* from = tile < tokens_ ? rows.data() + tile * kTokenTile * K
+                                          : norm->parts() + (tile - tokens_) * kTokenTile * K;
+        const int64_t pair = tile / 2;
+        pack_tile(from, K, tiles_of(pair),
+                  packed_.data() + pair * 2 * kTokenTile * K + tile % 2 * kTokenTile * kSmallDepth, begin,
+                  end);
+      }
+    });
+  }
+
+  int64_t width() const { return tiles_ * kTokenTile; }
+  // of the tokens' part
+  int64_t token_width() const { return tokens_ * kTokenTile; }
+
+  // c [32][width] = the product with 32 rows of W, and with a norm squares [32] = those of the rows. They
+  // stay in the second-level cache from one pass to the next, and each pass fetches its share of the next 32.
+  void multiply(const bf16* weight, int64_t ld, float* c, float* squares) const {
+    const int64_t pairs = (tiles_ + 1) / 2, passes = pairs + (squares != nullptr ? 1 : 0);
+    const auto share = [&](int64_t pass) -> Ahead {
+      if (passes == 1) return {weight + kAhead, kSmallRows};
+      const int64_t begin = pass * kSmallRows / passes;
+      return {weight + (kSmallRows + begin) * ld, (pass + 1) * kSmallRows / passes - begin};
+    };
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      small_forward(weight, ld, packed_.data() + pair * 2 * kTokenTile * K_, tiles_of(pair), K_,
+                    c + pair * 2 * kTokenTile, width(), share(pair));
+    if (squares == nullptr) return;
+    std::memset(squares, 0, kSmallRows * sizeof(float));
+    row_squares(weight, ld, K_, squares, share(pairs));
+  }
+
+  // c [32][32] = the product of the first two tiles, which hold all tokens
+  void multiply_tokens(const bf16* weight, int64_t ld, float* c) const {
+    small_forward(weight, ld, packed_.data(), tiles_of(0), K_, c, kSmallTokens,
+                  {weight + kAhead, kSmallRows});
+  }
+
+ private:
+  static constexpr int64_t kAhead = 256;  // elements of the same rows
+
+  int64_t tiles_of(int64_t pair) const { return std::min<int64_t>(2, tiles_ - 2 * pair); }
+
+  int64_t tokens_, tiles_, K_;
+  Scratch<bf16> packed_;
+};
+
 struct Small {
   const bf16* weight;
-  int64_t ld, N, K, R, tokens, tiles;
-  const bf16* x;       // packed
+  int64_t ld, N, K, R, tokens;
+  const Operand* operand;
   const float* h;      // s h, [R][tiles · 16]
   const bf16* lora_B;  // [N, R]
   const float *gain, *bias;
   bf16 *y, *product;
+  const FactoredNorm* factored;  // null where the norm is not wanted; else
+  const float* magnitude;
+  float *norm, *made_gain;  // are written, and the gain is read from the latter
 };
 
-// turned [tokens][32] = c [32][tiles · 16] + s h lora_Bᵀ, the columns dealt (see Strip).
+// turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns dealt (see Strip).
 template <int64_t tiles>
-LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t n, float (*turned)[kStrip]) {
+LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t ld, int64_t n,
+                                 float (*turned)[kStrip]) {
   constexpr int64_t width = tiles * kTokenTile;
   for (int64_t i = 0; i < kSmallRows; ++i) {
     const bf16* b = op.lora_B + (n + i) * op.R;
     f32x16 v[tiles];
-    for (int64_t tile = 0; tile < tiles; ++tile) v[tile] = load<float>(c + i * width + tile * kTokenTile);
+    for (int64_t tile = 0; tile < tiles; ++tile) v[tile] = load<float>(c + i * ld + tile * kTokenTile);
     for (int64_t r = 0; r < op.R; ++r)
       for (int64_t tile = 0; tile < tiles; ++tile)
         v[tile] += widen_one(b[r]) * load<float>(op.h + r * width + tile * kTokenTile);
@@ -51,10 +112,11 @@ LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t n, flo
   }
 }
 
-// The sums of 32 outputs, c [32][tiles · 16], to y and product [tokens, N].
-LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t n) {
+// The sums of 32 outputs, c [32][ld], to y and product [tokens, N].
+LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t ld, int64_t n) {
   alignas(64) float turned[kSmallTokens][kStrip];
-  op.tiles == 2 ? add_update<2>(op, c, n, turned) : add_update<1>(op, c, n, turned);
+  op.operand->token_width() > kTokenTile ? add_update<2>(op, c, ld, n, turned)
+                                         : add_update<1>(op, c, ld, n, turned);
   Strip<float> gain = load_packed(op.gain + n), bias{};
   deal_strip(gain.even, gain.odd);
   if (op.bias != nullptr) {
@@ -70,12 +132,18 @@ LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t n) {
 }
 
 void forward_rows(const Small& op, int64_t begin, int64_t end) {
-  alignas(64) float c[kSmallRows * kSmallTokens];
+  const int64_t width = op.operand->width();
+  const Scratch<float> c(kSmallRows * width);
   const AmxScope scope(true, kSmallDepth);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t n = block * kSmallRows;
-    small_forward(op.weight + n * op.ld, op.ld, op.x, op.tiles, op.K, c);
-    finish_rows(op, c, n);
+  for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
+    const bf16* weight = op.weight + n * op.ld;
+    float squares[kSmallRows];
+    op.operand->multiply(weight, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
+    if (op.factored != nullptr) {
+      op.factored->finish(n, kSmallRows, squares, c.data() + op.operand->token_width(), width,
+                          op.magnitude + n, op.norm + n, op.made_gain + n);
+    }
+    finish_rows(op, c.data(), width, n);
   }
 }
 
@@ -84,12 +152,12 @@ void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float
   const PaddedRows rows(lora_A, op.R, op.K, kSmallRows);
   alignas(64) float c[kSmallRows * kSmallTokens];
   const AmxScope scope(true, kSmallDepth);
-  const int64_t width = op.tiles * kTokenTile;
+  const int64_t width = op.operand->token_width();
   for (int64_t r0 = 0; r0 < op.R; r0 += kSmallRows) {
-    small_forward(rows.data() + r0 * op.K, op.K, op.x, op.tiles, op.K, c);
+    op.operand->multiply_tokens(rows.data() + r0 * op.K, op.K, c);
     for (int64_t r = r0; r < std::min(op.R, r0 + kSmallRows); ++r) {
       for (int64_t t = 0; t < width; ++t) {
-        const bf16 rounded = narrow_one(c[(r - r0) * width + t]);
+        const bf16 rounded = narrow_one(c[(r - r0) * kSmallTokens + t]);
         if (t < op.tokens) h[t * op.R + r] = rounded;
         scaled_h[r * width + t] = static_cast<float>(scaling) * widen_one(rounded);
       }
@@ -101,51 +169,36 @@ void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   Tensor gain, std::optional<Tensor> bias, Tensor y,
-                                  std::optional<Tensor> product) {
-  check_tokens(x, "x");
-  check_small_weight(weight);
-  check_adapter(weight, lora_A, lora_B);
-  check_adapter_dtype(lora_A, "lora_A");
-  check_adapter_dtype(lora_B, "lora_B");
+                                  std::optional<Tensor> product, std::optional<Tensor> norm) {
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm);
+  check_few_tokens(x, "x");
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
-  check_size(x, "x", 1, K);
-  check_gain(gain, N);
-  if (bias) {
-    check_vector(*bias, "bias", N);
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
-                    "bias must be contiguous float32");
-  }
-  check_tokens(y, "y");
-  check_size(y, "y", 0, tokens);
-  check_size(y, "y", 1, N);
-  if (product) {
-    check_same(*product, "product", y, "y");
-    check_contiguous(*product, "product");
-  }
-  const int64_t tiles = round_up(tokens, kTokenTile) / kTokenTile, blocks = K / kSmallDepth;
-  const PaddedRows rows(elements(x), tokens, K, kTokenTile);
-  const Scratch<bf16> packed(tiles * kTokenTile * K);
-  for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
-    pack_tokens(rows.data(), K, tiles, packed.data(), begin, end);
-  });
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
-  const Scratch<float> scaled_h(R * tiles * kTokenTile);
+  const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
   const RoundedMatrix rounded_A(AdapterMatrix{lora_A}), rounded_B(AdapterMatrix{lora_B});
+  std::optional<FactoredNorm> factored;
+  if (norm) factored.emplace(weight, lora_A, lora_B, scaling);
+  const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
+  const Scratch<float> made_gain(norm ? N : 0);
+  const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
   const Small op{elements(weight),
                  weight.stride(0),
                  N,
                  K,
                  R,
                  tokens,
-                 tiles,
-                 packed.data(),
+                 &operand,
                  scaled_h.data(),
                  rounded_B.data(),
-                 static_cast<const float*>(gain.const_data_ptr()),
+                 norm ? made_gain.data() : given_gain,
                  bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                  static_cast<bf16*>(y.mutable_data_ptr()),
-                 product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr};
+                 product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr,
+                 factored ? &*factored : nullptr,
+                 given_gain,
+                 norm ? static_cast<float*>(norm->mutable_data_ptr()) : nullptr,
+                 made_gain.data()};
   project(rounded_A.data(), op, scaling, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });

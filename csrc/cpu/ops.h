@@ -32,9 +32,10 @@ void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, s
 Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                    int64_t version);
 
+// With `norm`, which is written, `gain` is the magnitude: the gain is then magnitude / norm.
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                             Tensor gain, std::optional<Tensor> bias, Tensor y,
-                             std::optional<Tensor> product);
+                             Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
+                             std::optional<Tensor> norm);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -42,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     bool need_A, bool need_B, bool need_gain, bool need_bias);
 
 Tensor lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
-                       std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product);
+                       std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
+                       std::optional<Tensor> norm);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,

@@ -11,18 +11,17 @@
 namespace lora_fast {
 namespace {
 
-// The rows of W lie far apart, too many streams for the hardware's prefetcher.
-constexpr int64_t kAhead = 512;  // bytes
-
-LORA_FAST_AMX LORA_FAST_INLINE void prefetch_rows(const bf16* weight, int64_t ld, int64_t rows) {
-  const char* p = reinterpret_cast<const char*>(weight) + kAhead;
-  for (int64_t i = 0; i < rows; ++i) _mm_prefetch(p + i * ld * 2, _MM_HINT_T1);
+LORA_FAST_INLINE void prefetch_rows(const Ahead& ahead, int64_t ld, int64_t k) {
+  for (int64_t i = 0; i < ahead.count; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(ahead.rows + i * ld + k), _MM_HINT_T1);
 }
 
 // Registers: 0-3 hold C by (rows, tokens); 4, 5 two tiles of W; 6, 7 two of x.
 template <bool two_tiles>
-LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_t depth, float* c) {
-  constexpr int64_t tiles = two_tiles ? 2 : 1, c_stride = tiles * kTokenTile * 4;
+LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_t depth, float* c,
+                           int64_t ld_c, Ahead ahead) {
+  constexpr int64_t tiles = two_tiles ? 2 : 1;
+  const int64_t c_stride = ld_c * 4;
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (two_tiles) {
@@ -30,7 +29,7 @@ LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += kSmallDepth, x += tiles * kSmallDepth * kTokenTile) {
-    prefetch_rows(weight + k, ld, kSmallRows);
+    prefetch_rows(ahead, ld, k);
     _tile_loadd(6, x, 64);
     _tile_loadd(4, weight + k, ld * 2);
     _tile_dpbf16ps(0, 4, 6);
@@ -43,10 +42,10 @@ LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_
     }
   }
   _tile_stored(0, c, c_stride);
-  _tile_stored(1, c + 16 * tiles * kTokenTile, c_stride);
+  _tile_stored(1, c + 16 * ld_c, c_stride);
   if constexpr (two_tiles) {
     _tile_stored(2, c + kTokenTile, c_stride);
-    _tile_stored(3, c + 16 * tiles * kTokenTile + kTokenTile, c_stride);
+    _tile_stored(3, c + 16 * ld_c + kTokenTile, c_stride);
   }
 }
 
@@ -110,9 +109,10 @@ LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int
 
 }  // namespace
 
-void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c) {
+void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c,
+                   int64_t ld_c, Ahead ahead) {
   __asm__ volatile("" : : : "memory");
-  (tiles == 2 ? forward<true> : forward<false>)(weight, ld, x, depth, c);
+  (tiles == 2 ? forward<true> : forward<false>)(weight, ld, x, depth, c, ld_c, ahead);
   __asm__ volatile("" : : : "memory");
 }
 
@@ -123,6 +123,28 @@ void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
   __asm__ volatile("" : : : "memory");
 }
 
+__attribute__((target("avx512f,avx512bf16"))) void row_squares(const bf16* weight, int64_t ld, int64_t depth,
+                                                               float* sums, Ahead ahead) {
+  constexpr int64_t kRows = 4;  // additions need not wait for the ones before them
+  constexpr int64_t kGroups = kSmallRows / kRows;
+  for (int64_t group = 0; group < kGroups; ++group) {
+    const bf16* rows = weight + group * kRows * ld;
+    const Ahead share{ahead.rows + group * ahead.count / kGroups * ld,
+                      (group + 1) * ahead.count / kGroups - group * ahead.count / kGroups};
+    __m512 squares[kRows] = {};
+    for (int64_t k = 0; k < depth; k += kSmallDepth) {
+      prefetch_rows(share, ld, k);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r) {
+        const auto w = (__m512bh)_mm512_loadu_si512(rows + r * ld + k);
+        squares[r] = _mm512_dpbf16_ps(squares[r], w, w);
+      }
+    }
+    for (int64_t r = 0; r < kRows; ++r)
+      sums[group * kRows + r] += static_cast<float>(sum_lanes<float>((f32x16)squares[r]));
+  }
+}
+
 }  // namespace lora_fast
 
 #else
@@ -130,7 +152,10 @@ void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
 namespace lora_fast {
 
 // amx_enabled() is false here, so that nothing calls these.
-void small_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*) {
+void small_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, Ahead) {
+  std::abort();
+}
+void row_squares(const bf16*, int64_t, int64_t, float*, Ahead) {
   std::abort();
 }
 void small_backward(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {

@@ -9,15 +9,15 @@
 
 namespace lora_fast {
 
-inline void check_small(const Tensor& tensor, const char* name) {
+inline void check_bf16(const Tensor& tensor, const char* name) {
   check_matrix(tensor, name);
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16, got dtype number ",
                   static_cast<int>(tensor.scalar_type()));
 }
 
 // weight [N, K] with adjacent columns, both sizes multiples of a tile step
-inline void check_small_weight(const Tensor& weight) {
-  check_small(weight, "weight");
+inline void check_tiled_weight(const Tensor& weight) {
+  check_bf16(weight, "weight");
   STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
   STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
                   "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
@@ -26,9 +26,7 @@ inline void check_small_weight(const Tensor& weight) {
                   "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
 }
 
-inline void check_tokens(const Tensor& tensor, const char* name) {
-  check_small(tensor, name);
-  check_contiguous(tensor, name);
+inline void check_few_tokens(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
                   " must have 1 to 32 rows, got ", tensor.size(0));
 }

@@ -1,18 +1,12 @@
 // n = ‖W + s B A‖ by rows or by columns: one read of W, squares summed as each tile is made.
 #include <cmath>
 
-#include "adapted_weight.h"
+#include "norm_of_line.h"
 #include "ops.h"
 #include "parallel.h"
 
 namespace lora_fast {
 namespace {
-
-// Sums of squares outside these are redone by norm_of_line: inside, no square has under- or overflowed
-// that could be seen in the result.
-bool needs_redo(double squares, bool wide) {
-  return !(squares >= (wide ? 1e-280 : 1e-24) && squares <= (wide ? 1e300 : 1e36));
-}
 
 // The next tile's part of this row, into the second-level cache (rows of a power of two apart share few sets
 // of the first): more rows are read side by side than the processor's own prefetcher follows.
@@ -126,28 +120,6 @@ void square_columns_double(const AdaptedWeight& v, const PackedAdapter& adapter,
                            int64_t end) {
   LORA_FAST_BY_DTYPE(v.dtype, T,
                      square_columns<double, T>(v, adapter, static_cast<double*>(sums), begin, end))
-}
-
-// One row (or column) of V in double, scaled by its largest entry, so that no square under- or overflows.
-// buffer has room for two lines and R elements.
-double norm_of_line(const AdaptedWeight& v, bool row, int64_t index, double* buffer) {
-  const int64_t length = row ? v.cols : v.rows;
-  const int64_t across = row ? v.row_stride : v.col_stride, along = row ? v.col_stride : v.row_stride;
-  double *line = buffer, *factor = line + length, *weights = factor + length;
-  const Factor& one = row ? v.p : v.q;
-  const Factor& all = row ? v.q : v.p;
-  widen_line(line, v.data, v.dtype, index * across, along, length);
-  widen_line(weights, one.data, one.dtype, index * one.stride_outer, one.stride_rank, v.rank);
-  for (int64_t r = 0; r < v.rank; ++r) {
-    widen_line(factor, all.data, all.dtype, r * all.stride_rank, all.stride_outer, length);
-    const double x = v.scaling * weights[r];
-    for (int64_t k = 0; k < length; ++k) line[k] += x * factor[k];
-  }
-  double largest = 0, squares = 0;
-  for (int64_t k = 0; k < length; ++k) largest = std::max(largest, std::abs(line[k]));
-  const double unit = largest > 0 && std::isfinite(largest) ? largest : 1;
-  for (int64_t k = 0; k < length; ++k) squares += (line[k] / unit) * (line[k] / unit);
-  return unit * std::sqrt(squares);
 }
 
 template <class F>

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
@@ -226,6 +227,14 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if unfit := _unfit(backend, device_type, dtype):
         raise RuntimeError(f"backend {backend!r} cannot be used: {unfit}")
     return backend
+
+
+def fuses_norm(name: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether a backend's ``dora_linear_fwd`` takes these: the product and DoRA's norm by rows in one read of W.
+
+    What the norm adds is then less than what it costs to tell whether a kept one still holds.
+    """
+    return name == "cpu" and module(name).fuses_norm(x, weight, lora_A, lora_B)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, 1.3 s, with lora_fast.

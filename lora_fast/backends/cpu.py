@@ -24,12 +24,12 @@ _SCHEMAS = (
     "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None) -> Tensor",
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None) -> Tensor",
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -112,21 +112,7 @@ class _CpuLinear(SplitLinear):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
-        native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        product = y.new_empty(y.shape if keep_product else 0)
-        h = native(
-            x2.contiguous(),
-            weight,
-            lora_A.contiguous(),
-            lora_B.contiguous(),
-            scaling,
-            gain.contiguous(),
-            None if bias is None else bias.float().contiguous(),
-            y.view(x2.shape[0], -1),
-            product.view(x2.shape[0], -1) if keep_product else None,
-        )
-        return y, product, h.view(*x.shape[:-1], -1)
+        return _native_fwd(x, weight, bias, lora_A, lora_B, scaling, gain, keep_product, None)
 
     def lora_linear_bwd(
         self,
@@ -185,6 +171,60 @@ class _CpuLinear(SplitLinear):
 
 SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
 SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
+FUSED_RANK = 128  # above, the norm's columns are a product of their own size
+
+
+def fuses_norm(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether dora_linear_fwd takes these."""
+    return lora_A.shape[0] <= FUSED_RANK and _native_applies(
+        x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, None, "output", 0.0
+    )
+
+
+def dora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    keep_product: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm = torch.empty(weight.shape[0], dtype=torch.float32)
+    forward = _native_fwd(x, weight, bias, lora_A, lora_B, scaling, magnitude.float(), keep_product, norm)
+    return *forward, norm
+
+
+def _native_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor,
+    keep_product: bool,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, product, h); with ``norm``, which is written, ``gain`` is the magnitude."""
+    x2 = x.reshape(-1, x.shape[-1])
+    native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    product = y.new_empty(y.shape if keep_product else 0)
+    h = native(
+        x2.contiguous(),
+        weight,
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        scaling,
+        gain.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        y.view(x2.shape[0], -1),
+        product.view(x2.shape[0], -1) if keep_product else None,
+        norm,
+    )
+    return y, product, h.view(*x.shape[:-1], -1)
 
 
 def _native_applies(

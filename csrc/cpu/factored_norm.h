@@ -1,0 +1,39 @@
+// The norm of the rows of V = W + s B A from what a product with W gives on its way, without a read of W of
+// its own:
+//   n² = ‖W‖² + 2 s Σ_r B_r U_r + s² B G Bᵀ     U = W Aᵀ     G = A Aᵀ
+// U is made beside x Wᵀ, from A as further tokens: a float32 A as the sum of two bfloat16 matrices, which is
+// A to 2^-17, and as those errors have no sign, n² to about 2^-17 / √K of its middle term. Rows in which the
+// terms cancel, or leave float's range, are redone by the direct sum.
+#pragma once
+
+#include "norm_of_line.h"
+
+namespace lora_fast {
+
+class FactoredNorm {
+ public:
+  FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling);
+
+  // The parts of A, [columns(), rounded up to kPartRows][K], zero behind: the columns of U.
+  static constexpr int64_t kPartRows = 32;
+  int64_t columns() const { return parts_count_ * v_.rank; }
+  int64_t padded_columns() const { return round_up(columns(), kPartRows); }
+  const bf16* parts() const { return parts_.data(); }
+
+  // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for `rows` rows of W, a multiple of 4, from
+  // `first` on; squares
+  // [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
+  void finish(int64_t first, int64_t rows, const float* squares, const float* u, int64_t ld,
+              const float* magnitude, float* norm, float* gain) const;
+
+ private:
+  AdaptedWeight v_;
+  int64_t parts_count_, width_;  // width_: the rank in whole vectors
+  Scratch<bf16> parts_;
+  Scratch<float> gram_;     // G [R][width]
+  Scratch<float> lengths_;  // √G_rr [width]
+  Scratch<float> lora_B_;   // [N][width]
+  float coherence_;
+};
+
+}  // namespace lora_fast

@@ -1,0 +1,18 @@
+"""DoRA's gain, made here and nowhere else: g = m / n, and 0 where n = 0."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
+    return magnitude.to(norm.dtype) / divisor(norm)
+
+
+def divisor(norm: Tensor) -> Tensor:
+    """n, and infinity where n = 0."""
+    # a norm is positive, zero or NaN, which a threshold leaves alone
+    return F.threshold(norm, 0.0, torch.inf)
