@@ -13,6 +13,8 @@ int64_t cpu::scratch_peak_bytes(bool reset) {
 STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("weight_norm_fwd", TORCH_BOX(&cpu::weight_norm_fwd));
   m.impl("weight_norm_kept", TORCH_BOX(&cpu::weight_norm_kept));
+  m.impl("load_kept_norm", TORCH_BOX(&cpu::load_kept_norm));
+  m.impl("keep_norm", TORCH_BOX(&cpu::keep_norm));
   m.impl("weight_norm_bwd", TORCH_BOX(&cpu::weight_norm_bwd));
   m.impl("lora_compose_fwd", TORCH_BOX(&cpu::lora_compose_fwd));
   m.impl("lora_gain_bwd", TORCH_BOX(&cpu::lora_gain_bwd));
@@ -20,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("lora_linear_bwd", TORCH_BOX(&cpu::lora_linear_bwd));
   m.impl("lora_linear_small_fwd", TORCH_BOX(&cpu::lora_linear_small_fwd));
   m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
+  m.impl("project_small", TORCH_BOX(&cpu::project_small));
   m.impl("input_grad_small", TORCH_BOX(&cpu::input_grad_small));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));

@@ -117,7 +117,7 @@ class DoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, magnitude, keep_product, ctx.backend = inputs
+        x, weight, bias, lora_A, lora_B, ctx.scaling, magnitude, _, _, keep_product, ctx.backend = inputs
         _, product, h, norm = output
         ctx.mark_non_differentiable(product, h, norm)
         ctx.set_materialize_grads(False)
@@ -138,7 +138,7 @@ class DoraLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
-            return (None,) * 9
+            return (None,) * 11
         x, weight, lora_A, lora_B, magnitude, product, h, norm = ctx.saved_tensors
         need_x, _, need_bias, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
         gain = dora_gain(magnitude, norm)
@@ -166,8 +166,7 @@ class DoraLinearFunction(torch.autograd.Function):
             _asked(grad_B, need_B),
             None,
             _asked(grad_gain / divisor(norm), need_gain, magnitude.dtype) if need_gain else None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 

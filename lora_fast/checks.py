@@ -22,9 +22,12 @@ def check_tensor(name: str, value: Any) -> None:
 
 def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], terms: str) -> None:
     """``None`` in ``expected`` is any size; ``terms`` names the sizes, as in "[N, K]"."""
-    if value.dim() != len(expected) or any(
-        e is not None and s != e for s, e in zip(value.shape, expected, strict=True)
-    ):
+    fits = value.dim() == len(expected)
+    if fits:
+        for size, wanted in zip(value.shape, expected, strict=True):
+            if wanted is not None and size != wanted:
+                fits = False
+    if not fits:
         sizes = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected {terms} = [{sizes}]")
 

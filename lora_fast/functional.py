@@ -146,8 +146,8 @@ def dora_linear(
         magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
         norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
         detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False: the full gradient.
-        kept: as for :func:`weight_norm`; used when ``norm`` is None and not made in the same pass as the product,
-            where it costs less than to tell whether anything has changed (:func:`lora_fast.backends.fuses_norm`).
+        kept: as for :func:`weight_norm`; used when ``norm`` is None. In training a norm that is made in the same pass
+            as the product (:func:`lora_fast.backends.fuses_norm`) costs less than to tell whether a kept one holds.
 
     Returns:
         [..., N] of x's dtype (autocast's under autocast).
@@ -168,7 +168,7 @@ def dora_linear(
         constant = detach_norm or not (_wants_grad(lora_A) or _wants_grad(lora_B))
         x, name = _cast(x, weight), resolve("lora_linear", backend, x.device.type, x.dtype)
         if constant and fuses_norm(name, x, weight, lora_A, lora_B):
-            return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, name)
+            return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, kept, name)
     if norm is None:
         norm = _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend, detached=detach_norm)
     elif detach_norm:
@@ -328,12 +328,25 @@ def _dora_linear(
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor,
+    kept: NormCache | None,
     name: str,
 ) -> Tensor:
     """:func:`dora_linear` by the one op that makes the norm too, a constant in backward."""
     recorded = _recorded(x, lora_A, lora_B, magnitude, bias)
     linear = DoraLinearFunction.apply if recorded else _ops.dora_linear_fwd
-    y, *_ = linear(x, weight, bias, lora_A, lora_B, scaling, magnitude, _wants_grad(magnitude), name)
+    kept_tensors = None if kept is None or recorded else kept.tensors(weight.shape[0], torch.float32, weight.device)
+    y, *_ = linear(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        magnitude,
+        *(kept_tensors or (None, None)),
+        _wants_grad(magnitude),
+        name,
+    )
     return y
 
 

@@ -174,7 +174,8 @@ def _(
 
 @_define(
     "dora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
-    "Tensor magnitude, bool keep_product, str backend) -> (Tensor y, Tensor product, Tensor h, Tensor norm)"
+    "Tensor magnitude, Tensor(a!)? kept_norm, Tensor(b!)? kept_key, bool keep_product, str backend) "
+    "-> (Tensor y, Tensor product, Tensor h, Tensor norm)"
 )
 def _dora_linear_fwd(
     x: Tensor,
@@ -184,13 +185,15 @@ def _dora_linear_fwd(
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor,
+    kept_norm: Tensor | None,
+    kept_key: Tensor | None,
     keep_product: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For the arguments that :func:`lora_fast.backends.fuses_norm` names; its backward is lora_linear_bwd."""
     with _outside_autocast(x):
         return backends.module(backend).dora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, scaling, magnitude, keep_product
+            x, weight, bias, lora_A, lora_B, scaling, magnitude, kept_norm, kept_key, keep_product
         )
 
 
@@ -203,6 +206,8 @@ def _(
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor,
+    kept_norm: Tensor | None,
+    kept_key: Tensor | None,
     keep_product: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,12 +1,10 @@
 // A short key of everything that the norm depends on: all bits of the factors, a sample of W and where it
 // lies.
-#include "../checks.h"
-#include "ops.h"
-
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
+
+#include "ops.h"
+#include "parallel.h"
 
 namespace lora_fast {
 namespace {
@@ -120,9 +118,17 @@ Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
                         int64_t version) {
   check_adapter(weight, lora_A, lora_B);
   Hasher factors, sample, form, scale;
-  add_matrix(factors, lora_A);
-  add_matrix(factors, lora_B);
-  add_sample(sample, weight);
+  // two threads: the one's time goes to arithmetic, the other's to waiting for memory
+  for_chunks(chunk_count(2, 1), 2, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      if (part == 0) {
+        add_matrix(factors, lora_A);
+        add_matrix(factors, lora_B);
+      } else {
+        add_sample(sample, weight);
+      }
+    }
+  });
   for (const Tensor* t : {&weight, &lora_A, &lora_B}) {
     form.add(static_cast<uint64_t>(t->scalar_type()));
     for (int64_t d = 0; d < 2; ++d) {

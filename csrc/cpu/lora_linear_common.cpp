@@ -5,22 +5,30 @@
 namespace lora_fast {
 namespace {
 
+// out = factor · m, and left what the rounding leaves, for one vector
+template <class T>
+LORA_FAST_INLINE void round_lanes(const T* m, float factor, bf16* out, bf16* left) {
+  const f32x16 value = factor * load<float>(m);
+  store<float>(out, value);
+  if (left == nullptr) return;
+  const f32x16 rest = value - load<float>(out);
+  // of an infinite value nothing is left
+  store<float>(left, rest == rest ? rest : f32x16{});
+}
+
 template <class T>
 LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, bf16* out, bf16* left) {
-  for (int64_t i = 0; i < cols; i += kLanes) {
-    const int64_t count = std::min(kLanes, cols - i);
-    T part[kLanes] = {};
-    std::memcpy(part, m + i, static_cast<size_t>(count) * sizeof(T));
-    const f32x16 value = factor * load<float>(part);
-    bf16 rounded[kLanes];
-    store<float>(rounded, value);
-    std::memcpy(out + i, rounded, static_cast<size_t>(count) * sizeof(bf16));
-    if (left == nullptr) continue;
-    const f32x16 rest = value - load<float>(rounded);
-    // of an infinite value nothing is left
-    store<float>(rounded, rest == rest ? rest : f32x16{});
-    std::memcpy(left + i, rounded, static_cast<size_t>(count) * sizeof(bf16));
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes)
+    round_lanes(m + i, factor, out + i, left != nullptr ? left + i : nullptr);
+  if (i == cols) return;
+  const auto count = static_cast<size_t>(cols - i);
+  T part[kLanes] = {};
+  bf16 rounded[kLanes], rest[kLanes];
+  std::memcpy(part, m + i, count * sizeof(T));
+  round_lanes(part, factor, rounded, rest);
+  std::memcpy(out + i, rounded, count * sizeof(bf16));
+  if (left != nullptr) std::memcpy(left + i, rest, count * sizeof(bf16));
 }
 
 void check_factor(const Tensor& tensor, const char* name) {
@@ -60,7 +68,8 @@ Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> 
 
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
-                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm) {
+                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm,
+                      bool norm_known) {
   check_bf16(x, "x");
   check_factors(weight, lora_A, lora_B);
   const int64_t tokens = x.size(0), N = weight.size(0);
@@ -73,6 +82,23 @@ void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_
     check_contiguous(*product, "product");
   }
   if (norm) check_float_vector(*norm, "norm", N);
+  STD_TORCH_CHECK(norm || !norm_known, "norm must be given where norm_known is true");
+}
+
+void check_project(const Tensor& x, const Tensor& lora_A) {
+  check_bf16(x, "x");
+  check_matrix(lora_A, "lora_A");
+  check_factor(lora_A, "lora_A");
+  check_activation(x, "x", x.size(0), lora_A.size(1));
+  STD_TORCH_CHECK(lora_A.size(1) % kDepth == 0, "lora_A must have a multiple of 32 columns, got ",
+                  lora_A.size(1));
+  STD_TORCH_CHECK(amx_enabled(), "x needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
+}
+
+void divide_magnitude(const Tensor& magnitude, const Tensor& norm, float* gain) {
+  const auto* m = static_cast<const float*>(magnitude.const_data_ptr());
+  const auto* n = static_cast<const float*>(norm.const_data_ptr());
+  for (int64_t i = 0; i < norm.size(0); ++i) gain[i] = n[i] == 0.0f ? 0.0f : m[i] / n[i];
 }
 
 void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight,

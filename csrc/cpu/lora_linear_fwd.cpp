@@ -160,17 +160,17 @@ void project_tokens(const bf16* x, int64_t count, int64_t K, const bf16* lora_A,
 
 Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                             Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                            std::optional<Tensor> norm) {
-  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm);
+                            std::optional<Tensor> norm, bool norm_known) {
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm, norm_known);
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   auto* h_data = static_cast<bf16*>(h.mutable_data_ptr());
 
   std::optional<FactoredNorm> factored;
-  if (norm) factored.emplace(weight, lora_A, lora_B, scaling);
+  if (norm && !norm_known) factored.emplace(weight, lora_A, lora_B, scaling);
   const int64_t steps = K / kDepth;
-  const int64_t norm_panels = norm ? factored->padded_columns() / kPanel : 0;
+  const int64_t norm_panels = factored ? factored->padded_columns() / kPanel : 0;
   const Scratch<bf16> packed_parts(norm_panels * steps * kPanelStep);
   for_chunks(chunk_count(norm_panels, 1), norm_panels, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
@@ -178,6 +178,7 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
                    packed_parts.data() + panel * steps * kPanelStep);
   });
   const Scratch<float> made_gain(norm ? N : 0);
+  if (norm_known) divide_magnitude(gain, *norm, made_gain.data());
   const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
   Linear op{elements(weight),
             weight.stride(0),

@@ -180,9 +180,8 @@ bf16* writable(Tensor& tensor, bool wanted) {
 }  // namespace
 
 Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
-  check_bf16(grad_v, "grad_v");
-  check_contiguous(grad_v, "grad_v");
   check_few_tokens(grad_v, "grad_v");
+  check_contiguous(grad_v, "grad_v");
   check_tiled_weight(weight);
   const int64_t tokens = grad_v.size(0), N = weight.size(0), K = weight.size(1);
   check_size(grad_v, "grad_v", 1, N);
@@ -203,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias) {
   const Needs needs{need_x, need_A, need_B, need_gain, need_bias};
-  check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
   check_few_tokens(grad_y, "grad_y");
+  check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
   const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   Gradients grad(grad_y, weight, lora_A, lora_B, needs);
 

@@ -148,17 +148,23 @@ void forward_rows(const Small& op, int64_t begin, int64_t end) {
 }
 
 // h = x lora_Aᵀ as [tokens, R] in bfloat16, and s times it as [R][tiles · 16] in float32
-void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float* scaled_h) {
-  const PaddedRows rows(lora_A, op.R, op.K, kSmallRows);
+void project(const Operand& operand, int64_t tokens, const AdapterMatrix& lora_A, double scaling, bf16* h,
+             float* scaled_h) {
+  const int64_t R = lora_A.rows, K = lora_A.cols;
+  const Scratch<bf16> rows(round_up(R, kSmallRows) * K);
+  for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
+    round_rows(lora_A, begin, end - begin, 1.0f, false, K, rows.data() + begin * K);
+  });
+  std::memset(rows.data() + R * K, 0, static_cast<size_t>((round_up(R, kSmallRows) - R) * K) * sizeof(bf16));
   alignas(64) float c[kSmallRows * kSmallTokens];
   const AmxScope scope(true, kSmallDepth);
-  const int64_t width = op.operand->token_width();
-  for (int64_t r0 = 0; r0 < op.R; r0 += kSmallRows) {
-    op.operand->multiply_tokens(rows.data() + r0 * op.K, op.K, c);
-    for (int64_t r = r0; r < std::min(op.R, r0 + kSmallRows); ++r) {
+  const int64_t width = operand.token_width();
+  for (int64_t r0 = 0; r0 < R; r0 += kSmallRows) {
+    operand.multiply_tokens(rows.data() + r0 * K, K, c);
+    for (int64_t r = r0; r < std::min(R, r0 + kSmallRows); ++r) {
       for (int64_t t = 0; t < width; ++t) {
         const bf16 rounded = narrow_one(c[(r - r0) * kSmallTokens + t]);
-        if (t < op.tokens) h[t * op.R + r] = rounded;
+        if (t < tokens) h[t * R + r] = rounded;
         scaled_h[r * width + t] = static_cast<float>(scaling) * widen_one(rounded);
       }
     }
@@ -167,20 +173,34 @@ void project(const bf16* lora_A, const Small& op, double scaling, bf16* h, float
 
 }  // namespace
 
+Tensor cpu::project_small(Tensor x, Tensor lora_A) {
+  check_few_tokens(x, "x");
+  check_project(x, lora_A);
+  const int64_t tokens = x.size(0), R = lora_A.size(0), K = lora_A.size(1), h_size[] = {tokens, R};
+  Tensor h = torch::stable::new_empty(x, {h_size, 2});
+  const Operand operand(elements(x), tokens, K, nullptr);
+  const Scratch<float> scaled_h(R * operand.token_width());
+  project(operand, tokens, AdapterMatrix(lora_A), 1.0, static_cast<bf16*>(h.mutable_data_ptr()),
+          scaled_h.data());
+  return h;
+}
+
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   Tensor gain, std::optional<Tensor> bias, Tensor y,
-                                  std::optional<Tensor> product, std::optional<Tensor> norm) {
-  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm);
+                                  std::optional<Tensor> product, std::optional<Tensor> norm,
+                                  bool norm_known) {
   check_few_tokens(x, "x");
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm, norm_known);
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
-  const RoundedMatrix rounded_A(AdapterMatrix{lora_A}), rounded_B(AdapterMatrix{lora_B});
+  const RoundedMatrix rounded_B(AdapterMatrix{lora_B});
   std::optional<FactoredNorm> factored;
-  if (norm) factored.emplace(weight, lora_A, lora_B, scaling);
+  if (norm && !norm_known) factored.emplace(weight, lora_A, lora_B, scaling);
   const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
   const Scratch<float> made_gain(norm ? N : 0);
+  if (norm_known) divide_magnitude(gain, *norm, made_gain.data());
   const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
   const Small op{elements(weight),
                  weight.stride(0),
@@ -199,7 +219,8 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
                  given_gain,
                  norm ? static_cast<float*>(norm->mutable_data_ptr()) : nullptr,
                  made_gain.data()};
-  project(rounded_A.data(), op, scaling, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
+  project(operand, tokens, AdapterMatrix(lora_A), scaling, static_cast<bf16*>(h.mutable_data_ptr()),
+          scaled_h.data());
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
   return h;

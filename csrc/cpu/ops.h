@@ -13,6 +13,10 @@ Tensor weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
 Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                         Tensor kept_norm, Tensor kept_key, int64_t version);
 
+// Whether kept_key is key; norm is then a copy of kept_norm.
+bool load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);
+void keep_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);
+
 std::tuple<Tensor, Tensor> weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A,
                                            Tensor lora_B, double scaling, bool per_output, bool need_A,
                                            bool need_B);
@@ -32,10 +36,10 @@ void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, s
 Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                    int64_t version);
 
-// With `norm`, which is written, `gain` is the magnitude: the gain is then magnitude / norm.
+// With `norm`, `gain` is the magnitude, and the gain is magnitude / norm; norm is written unless it is known.
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                              Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                             std::optional<Tensor> norm);
+                             std::optional<Tensor> norm, bool norm_known);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -44,12 +48,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
 
 Tensor lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
                        std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                       std::optional<Tensor> norm);
+                       std::optional<Tensor> norm, bool norm_known);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias);
+
+Tensor project_small(Tensor x, Tensor lora_A);
 
 Tensor input_grad_small(Tensor grad_v, Tensor weight);
 

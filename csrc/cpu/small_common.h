@@ -27,6 +27,7 @@ inline void check_tiled_weight(const Tensor& weight) {
 }
 
 inline void check_few_tokens(const Tensor& tensor, const char* name) {
+  check_bf16(tensor, name);
   STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
                   " must have 1 to 32 rows, got ", tensor.size(0));
 }

@@ -1,4 +1,4 @@
-// The kept norm if nothing that it depends on has changed, else the norm computed anew and kept (law 3).
+// The kept norm while nothing that it depends on has changed (law 3).
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -16,29 +16,40 @@ size_t bytes_of(const Tensor& tensor) {
 // The kept norm and its key are one thing to other threads; the norm is written before its key.
 std::mutex mutex;
 
+void check_kept(const Tensor& kept_norm, const Tensor& kept_key, const Tensor& norm, const Tensor& key) {
+  check_wide(kept_norm, "kept_norm", norm.size(0));
+  check_contiguous(kept_norm, "kept_norm");
+  STD_TORCH_CHECK(kept_norm.scalar_type() == norm.scalar_type(), "kept_norm must have the norm's dtype");
+  STD_TORCH_CHECK(kept_key.scalar_type() == ScalarType::Long && kept_key.is_contiguous() &&
+                      kept_key.numel() == key.numel(),
+                  "kept_key must be contiguous int64 of size ", key.numel());
+}
+
 }  // namespace
+
+bool cpu::load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm) {
+  check_kept(kept_norm, kept_key, norm, key);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (std::memcmp(kept_key.const_data_ptr(), key.const_data_ptr(), bytes_of(key)) != 0) return false;
+  std::memcpy(norm.mutable_data_ptr(), kept_norm.const_data_ptr(), bytes_of(norm));
+  return true;
+}
+
+void cpu::keep_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm) {
+  check_kept(kept_norm, kept_key, norm, key);
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::memcpy(kept_norm.mutable_data_ptr(), norm.const_data_ptr(), bytes_of(norm));
+  std::memcpy(kept_key.mutable_data_ptr(), key.const_data_ptr(), bytes_of(key));
+}
 
 Tensor cpu::weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                              Tensor kept_norm, Tensor kept_key, int64_t version) {
   const Tensor key = content_key(weight, lora_A, lora_B, scaling, per_output, version);
   check_wide(kept_norm, "kept_norm", weight.size(per_output ? 0 : 1));
-  check_contiguous(kept_norm, "kept_norm");
-  STD_TORCH_CHECK(kept_key.scalar_type() == ScalarType::Long && kept_key.is_contiguous() &&
-                      kept_key.numel() == key.numel(),
-                  "kept_key must be contiguous int64 of size ", key.numel());
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (std::memcmp(kept_key.const_data_ptr(), key.const_data_ptr(), bytes_of(key)) == 0) {
-      Tensor norm = torch::stable::new_empty(kept_norm, kept_norm.sizes());
-      std::memcpy(norm.mutable_data_ptr(), kept_norm.const_data_ptr(), bytes_of(norm));
-      return norm;
-    }
-  }
-  Tensor norm = weight_norm_fwd(weight, lora_A, lora_B, scaling, per_output);
-  STD_TORCH_CHECK(kept_norm.scalar_type() == norm.scalar_type(), "kept_norm must have the norm's dtype");
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::memcpy(kept_norm.mutable_data_ptr(), norm.const_data_ptr(), bytes_of(norm));
-  std::memcpy(kept_key.mutable_data_ptr(), key.const_data_ptr(), bytes_of(key));
+  Tensor norm = torch::stable::new_empty(kept_norm, kept_norm.sizes());
+  if (load_kept_norm(kept_norm, kept_key, key, norm)) return norm;
+  norm = weight_norm_fwd(weight, lora_A, lora_B, scaling, per_output);
+  keep_norm(kept_norm, kept_key, key, norm);
   return norm;
 }
 

@@ -230,10 +230,7 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def fuses_norm(name: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether a backend's ``dora_linear_fwd`` takes these: the product and DoRA's norm by rows in one read of W.
-
-    What the norm adds is then less than what it costs to tell whether a kept one still holds.
-    """
+    """Whether a backend's ``dora_linear_fwd`` takes these: the product and DoRA's norm by rows in one read of W."""
     return name == "cpu" and module(name).fuses_norm(x, weight, lora_A, lora_B)
 
 

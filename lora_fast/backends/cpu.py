@@ -17,6 +17,8 @@ _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
     "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
     "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
+    "load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor(a!) norm) -> bool",
+    "keep_norm(Tensor(a!) kept_norm, Tensor(b!) kept_key, Tensor key, Tensor norm) -> ()",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "bool per_output, bool need_A, bool need_B) -> (Tensor, Tensor)",
     "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
@@ -24,15 +26,16 @@ _SCHEMAS = (
     "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None, bool norm_known=False) -> Tensor",
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None, bool norm_known=False) -> Tensor",
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "project_small(Tensor x, Tensor lora_A) -> Tensor",
     "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
@@ -112,7 +115,7 @@ class _CpuLinear(SplitLinear):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
-        return _native_fwd(x, weight, bias, lora_A, lora_B, scaling, gain, keep_product, None)
+        return _native_fwd(x, weight, bias, lora_A, lora_B, scaling, gain, keep_product)
 
     def lora_linear_bwd(
         self,
@@ -153,6 +156,12 @@ class _CpuLinear(SplitLinear):
             grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
+    def _project(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        if x2.shape[0] > SMALL_TOKENS or lora_A.dtype not in _ADAPTER_DTYPES or not _tiles(x2, lora_A.shape[1]):
+            return super()._project(x, lora_A)
+        return _c.project_small(x2.contiguous(), lora_A.contiguous()).view(*x.shape[:-1], -1)
+
     def _input_grad(
         self,
         grad_v: Tensor,
@@ -162,13 +171,14 @@ class _CpuLinear(SplitLinear):
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        if dropout_p > 0.0 or grad_v.shape[0] > SMALL_TOKENS or not _tiles(grad_v, weight):
+        if dropout_p > 0.0 or grad_v.shape[0] > SMALL_TOKENS or not _tiles_with(grad_v, weight):
             return super()._input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed)
         grad_x = _c.input_grad_small(grad_v.contiguous(), weight)
         self.compose(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
 
 
+_ADAPTER_DTYPES = (torch.bfloat16, torch.float32)
 SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
 SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
 FUSED_RANK = 128  # above, the norm's columns are a product of their own size
@@ -189,10 +199,18 @@ def dora_linear_fwd(
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor,
+    kept_norm: Tensor | None,
+    kept_key: Tensor | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm = torch.empty(weight.shape[0], dtype=torch.float32)
-    forward = _native_fwd(x, weight, bias, lora_A, lora_B, scaling, magnitude.float(), keep_product, norm)
+    key = None
+    if kept_norm is not None and not weight.is_inference():
+        key = _c.content_key(weight, lora_A, lora_B, scaling, True, weight._version)
+    known = key is not None and _c.load_kept_norm(kept_norm, kept_key, key, norm)
+    forward = _native_fwd(x, weight, bias, lora_A, lora_B, scaling, magnitude.float(), keep_product, norm, known)
+    if key is not None and not known:
+        _c.keep_norm(kept_norm, kept_key, key, norm)
     return *forward, norm
 
 
@@ -205,9 +223,10 @@ def _native_fwd(
     scaling: float,
     gain: Tensor,
     keep_product: bool,
-    norm: Tensor | None,
+    norm: Tensor | None = None,
+    norm_known: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, product, h); with ``norm``, which is written, ``gain`` is the magnitude."""
+    """(y, product, h); with ``norm``, which is written unless it is known, ``gain`` is the magnitude."""
     x2 = x.reshape(-1, x.shape[-1])
     native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -223,6 +242,7 @@ def _native_fwd(
         y.view(x2.shape[0], -1),
         product.view(x2.shape[0], -1) if keep_product else None,
         norm,
+        norm_known,
     )
     return y, product, h.view(*x.shape[:-1], -1)
 
@@ -240,21 +260,29 @@ def _native_applies(
     return (
         (gain is None or (axis == "output" and gain.dtype == torch.float32))
         and dropout_p == 0.0
-        and lora_A.dtype in (torch.bfloat16, torch.float32)
-        and lora_B.dtype in (torch.bfloat16, torch.float32)
-        and _tiles(activation, weight)
+        and lora_A.dtype in _ADAPTER_DTYPES
+        and lora_B.dtype in _ADAPTER_DTYPES
+        and _tiles_with(activation, weight)
     )
 
 
-def _tiles(activation: Tensor, weight: Tensor) -> bool:
-    """Whether the operands of a product are bfloat16 and come in whole tiles, on a processor with AMX."""
+def _tiles(activation: Tensor, depth: int) -> bool:
+    """Whether an operand of a product is bfloat16 and sums over whole tiles, on a processor with AMX."""
     return (
         activation.shape[0] > 0
-        and activation.dtype == weight.dtype == torch.bfloat16
+        and activation.dtype == torch.bfloat16
+        and depth % 32 == 0
+        and importlib.import_module("lora_fast._C").amx_enabled()
+    )
+
+
+def _tiles_with(activation: Tensor, weight: Tensor) -> bool:
+    """Whether the weight comes in whole tiles too."""
+    return (
+        weight.dtype == torch.bfloat16
         and weight.stride(1) == 1
         and weight.shape[0] % 32 == 0
-        and weight.shape[1] % 32 == 0
-        and importlib.import_module("lora_fast._C").amx_enabled()
+        and _tiles(activation, weight.shape[1])
     )
 
 

@@ -53,7 +53,7 @@ class SplitLinear:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         x = self._scaled_input(x, gain, axis)
-        h = F.linear(self._dropped(x, seed, dropout_p), lora_A.to(x.dtype))
+        h = self._project(self._dropped(x, seed, dropout_p), lora_A)
         if gain is None or axis == "input":
             # one product with the bias in it, as nn.Linear's, so that lora_B = 0 gives its output to the bit
             y = F.linear(x, weight, bias).contiguous()
@@ -171,6 +171,10 @@ class SplitLinear:
             return x
         assert seed is not None
         return self.dropout(_rows(x), seed, dropout_p).view(x.shape)
+
+    def _project(self, x: Tensor, lora_A: Tensor) -> Tensor:
+        """x lora_Aᵀ"""
+        return F.linear(x, lora_A.to(x.dtype))
 
     def _input_grad(
         self,

@@ -40,6 +40,7 @@ class State:
 class FastLayer(nn.Module, LoraLayer):
     """What the subclasses share: when PEFT's forward runs, mixed batches, the norm."""
 
+    peft_type: type[nn.Module]
     _lora_fast: State
     base_layer: Any
 
@@ -155,6 +156,8 @@ class FastLayer(nn.Module, LoraLayer):
 class FastLinear(FastLayer, Linear):
     """lora.Linear over nn.Linear and transformers' Conv1D."""
 
+    peft_type = Linear
+
     def _takes(self, x: Any) -> bool:
         weight = self.base_layer.weight
         if not isinstance(x, Tensor) or x.dim() == 0 or x.device != weight.device:
@@ -207,6 +210,8 @@ class FastLinear(FastLayer, Linear):
 class FastEmbedding(FastLayer, Embedding):
     """lora.Embedding: with g per column of the table, y = g ⊙ (W[x] + s A[:, x]ᵀ Bᵀ)."""
 
+    peft_type = Embedding
+
     def _takes(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
 
@@ -255,21 +260,23 @@ class FastConv(FastLayer):
 class FastConv1d(FastConv, Conv1d):
     """lora.Conv1d"""
 
+    peft_type = Conv1d
+
 
 class FastConv2d(FastConv, Conv2d):
     """lora.Conv2d"""
+
+    peft_type = Conv2d
 
 
 class FastConv3d(FastConv, Conv3d):
     """lora.Conv3d"""
 
+    peft_type = Conv3d
+
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
-    Linear: FastLinear,
-    Embedding: FastEmbedding,
-    Conv1d: FastConv1d,
-    Conv2d: FastConv2d,
-    Conv3d: FastConv3d,
+    fast.peft_type: fast for fast in (FastLinear, FastEmbedding, FastConv1d, FastConv2d, FastConv3d)
 }
 
 

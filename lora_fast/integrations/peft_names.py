@@ -67,7 +67,14 @@ class Adapter(NamedTuple):
 
 def kind(layer: Any) -> Any:
     """The PEFT layer type that ``layer`` is an instance of, subclasses included; None for another."""
-    return next((known for known in DORA if isinstance(layer, known)), None)
+    # ours say it themselves: PEFT's are abstract base classes, which are slow to ask
+    known = getattr(type(layer), "peft_type", None)
+    return known or next((known for known in DORA if isinstance(layer, known)), None)
+
+
+def _member(layer: Any, container: str, name: str) -> Any:
+    """``getattr(layer, container)[name]`` of an nn.ModuleDict, past the attribute lookups of two modules."""
+    return layer._modules[container]._modules[name]
 
 
 def available(layer: Any) -> list[str]:
@@ -87,19 +94,19 @@ def is_dora(layer: Any, name: str) -> bool:
 
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has, in the order in which PEFT applies them."""
-    present = layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A
+    present = layer.lora_embedding_A if kind(layer) is Embedding else layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in present]
 
 
 def adapter(layer: Any, name: str) -> Adapter:
     """The adapter ``name``, which has no obstacle."""
-    magnitude = layer.lora_magnitude_vector[name].weight.flatten() if is_dora(layer, name) else None
+    magnitude = _member(layer, "lora_magnitude_vector", name).weight.flatten() if is_dora(layer, name) else None
     scaling = float(layer.scaling[name])
-    if isinstance(layer, Embedding):
+    if kind(layer) is Embedding:
         A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         return Adapter(name, A, B, scaling, None, None, magnitude, None)
-    lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    project = None if isinstance(layer, Linear) else lora_A
+    lora_A, lora_B, dropout = (_member(layer, part, name) for part in ("lora_A", "lora_B", "lora_dropout"))
+    project = None if kind(layer) is Linear else lora_A
     return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project)
 
 
@@ -114,7 +121,7 @@ def dropout_p(layer: Any, adapter: Adapter) -> float:
 def base_weight(layer: Any) -> Tensor:
     """W: [N, K] of a linear, whichever way the base layer stores it; [V, D], [N, C, *kernel] of the others."""
     weight = layer.base_layer.weight
-    return weight.T if isinstance(layer, Linear) and layer.fan_in_fan_out else weight
+    return weight.T if kind(layer) is Linear and layer.fan_in_fan_out else weight
 
 
 def embed(layer: Any, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -170,10 +177,10 @@ def layer_obstacle(layer: Any) -> str | None:
         return "the base weight is trained"
     if weight.is_meta:
         return "the base weight is on the meta device (offloaded or not loaded yet)"
-    if isinstance(layer, Linear):
+    if kind(layer) is Linear:
         if type(base) is nn.Linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
-    elif isinstance(layer, Embedding):
+    elif kind(layer) is Embedding:
         if base.max_norm is not None:
             return "the embedding has a max_norm, which writes into its weights"
         if getattr(layer, "input_fns", None) or getattr(layer, "output_fns", None):
@@ -186,29 +193,30 @@ def layer_obstacle(layer: Any) -> str | None:
 def adapter_obstacle(layer: Any, name: str) -> str | None:
     """What of one adapter keeps us out; None if nothing."""
     variant = layer.lora_variant.get(name)
-    dora_variant, dora_module = DORA[kind(layer)]
+    layer_kind = kind(layer)
+    dora_variant, dora_module = DORA[layer_kind]
     if variant is not None and type(variant) is not dora_variant:
         return f"its variant is {type(variant).__name__}"
     scaling = layer.scaling[name]
     if type(scaling) not in (float, int) or not math.isfinite(scaling):
         return f"its scaling is {scaling!r}, no finite number"
     modules = []
-    if isinstance(layer, Embedding):
+    if layer_kind is Embedding:
         lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
     else:
-        part = nn.Linear if isinstance(layer, Linear) else CONVOLUTIONS[kind(layer)]
-        modules = [layer.lora_A[name], layer.lora_B[name]]
+        part = nn.Linear if layer_kind is Linear else CONVOLUTIONS[layer_kind]
+        modules = [_member(layer, "lora_A", name), _member(layer, "lora_B", name)]
         if type(modules[0]) is not part or type(modules[1]) is not part:
             return f"lora_A or lora_B is no plain {part.__name__}"
         lora_A, lora_B = modules[0].weight, modules[1].weight
-        dropout = layer.lora_dropout[name]
+        dropout = _member(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
         modules.append(dropout)
         if variant is not None and modules[1].bias is not None:
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
     if variant is not None:
-        magnitude = layer.lora_magnitude_vector[name]
+        magnitude = _member(layer, "lora_magnitude_vector", name)
         if type(magnitude) is not dora_module:
             return f"its magnitude is {type(magnitude).__name__}"
         modules.append(magnitude)

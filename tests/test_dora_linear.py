@@ -1,0 +1,344 @@
+"""dora_linear_fwd: the norm made in the pass of the product, on AMX, from factors (docs/design.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_fast
+from lora_fast import functional, reference
+from lora_fast.backends import cpu, fuses_norm
+from lora_fast.norm_cache import NormCache
+from lora_fast.testing import Case, assert_within_budget, make_inputs, peak_bytes, poisoned_memory
+
+pytestmark = pytest.mark.amx
+
+# N, K, R: one tile, ragged blocks, ranks that fill no vector, one, more than one tile, as many as are fused
+SIZES = (
+    (32, 32, 1),
+    (64, 96, 3),
+    (96, 160, 16),
+    (160, 1056, 17),
+    (1056, 64, 33),
+    (384, 512, 128),
+)
+TOKENS = (1, 16, 17, 32, 33, 100, 600)  # one and two tiles of the kernel for few, one and two blocks of the other
+S = 0.7
+
+sizes = pytest.mark.parametrize("size", SIZES, ids=str)
+adapter_dtypes = pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+def tensors(
+    tokens: int, size: tuple[int, int, int], adapter_dtype: torch.dtype = torch.bfloat16, update: float = 1.0
+) -> dict[str, Tensor]:
+    """An update as large as W for ``update`` = 1."""
+    N, K, R = size
+    return {
+        "x": torch.randn(tokens, K).bfloat16(),
+        "weight": (torch.randn(N, K) * K**-0.5).bfloat16(),
+        "bias": torch.randn(N),
+        "lora_A": (torch.randn(R, K) * K**-0.5).to(adapter_dtype),
+        "lora_B": (torch.randn(N, R) * R**-0.5 * update).to(adapter_dtype),
+        "magnitude": torch.rand(N) + 0.5,
+    }
+
+
+def forward(
+    given: dict[str, Tensor], kept: tuple[Tensor, Tensor] | None = None, keep_product: bool = True
+) -> tuple[Tensor, ...]:
+    """(y, product, h, norm)"""
+    x, weight, bias, lora_A, lora_B, magnitude = given.values()
+    kept_tensors = kept or (None, None)
+    return torch.ops.lora_fast.dora_linear_fwd(
+        x, weight, bias, lora_A, lora_B, S, magnitude, *kept_tensors, keep_product, "cpu"
+    )
+
+
+def true_norm(given: dict[str, Tensor]) -> Tensor:
+    return reference.weight_norm(given["weight"].double(), given["lora_A"].double(), given["lora_B"].double(), S)
+
+
+@sizes
+@adapter_dtypes
+@pytest.mark.parametrize("update", [0.0, 0.01, 1.0])
+def test_the_norm_is_float32s_and_the_rest_the_linears(ops, threads, size, adapter_dtype, update) -> None:
+    for tokens in TOKENS:
+        given = tensors(tokens, size, adapter_dtype, update)
+        x, weight, bias, lora_A, lora_B, magnitude = given.values()
+        y, product, h, norm = forward(given)
+        truth = true_norm(given)
+        assert norm.dtype == torch.float32
+        assert ((norm - truth) / truth).abs().max() <= 8 * torch.finfo(torch.float32).eps
+        # the same kernel with the gain that is due: to the bit
+        plain = torch.ops.lora_fast.lora_linear_fwd(
+            x, weight, bias, lora_A, lora_B, S, magnitude / norm, "output", 0.0, None, True, "cpu"
+        )
+        for one, other in zip((y, product, h), plain, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(forward(given, keep_product=False)[0], y)
+
+
+@adapter_dtypes
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_rows_in_which_the_terms_cancel_or_leave_the_range(ops, adapter_dtype, tokens) -> None:
+    given = tensors(tokens, (96, 160, 16), adapter_dtype)
+    weight, lora_A, lora_B = given["weight"], given["lora_A"], given["lora_B"]
+    update = (S * lora_B.double() @ lora_A.double()).bfloat16()
+    weight[3] = -update[3]  # all but nothing is left of V
+    weight[4] = -update[4] + 1e-3 * weight[4]
+    weight[5], lora_B[5] = 0, 0  # exactly nothing
+    for row, scale in ((6, 1e-30), (7, 1e-18), (8, 1e-12), (9, 1e12), (10, 1e18), (11, 1e25)):
+        weight[row] *= scale
+        lora_B[row] *= scale
+    truth, norm = true_norm(given), forward(given)[3].double()
+    assert norm[5] == 0
+    others = torch.arange(96) != 5
+    assert ((norm - truth) / truth)[others].abs().max() <= 8 * torch.finfo(torch.float32).eps
+    assert torch.equal(forward(given)[0][:, 5], given["bias"][5].bfloat16().expand(tokens))  # gain 0
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_rows_of_lora_A_that_are_alike(ops, tokens) -> None:
+    """The Gram matrix is then all but singular, and its terms are many times their sum."""
+    given = tensors(tokens, (96, 160, 16), torch.float32)
+    given["lora_A"] = given["lora_A"][:1] + 1e-3 * given["lora_A"]
+    truth = true_norm(given)
+    norm = forward(given)[3]
+    assert ((norm - truth) / truth).abs().max() <= 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_what_is_not_finite_comes_out_in_its_rows(ops, tokens, bad) -> None:
+    given = tensors(tokens, (96, 160, 16))
+    norm = forward(given)[3]
+    for name, index, rows in (("weight", (41, 7), [41]), ("lora_B", (41, 7), [41]), ("lora_A", (3, 7), range(96))):
+        spoiled = {**given, name: given[name].clone()}
+        spoiled[name][index] = bad
+        other = forward(spoiled)[3]
+        spoilt = torch.zeros(96, dtype=torch.bool)
+        spoilt[list(rows)] = True
+        assert torch.equal(other[~spoilt], norm[~spoilt]), name
+        assert not other[spoilt].isfinite().any(), name
+
+
+@adapter_dtypes
+@pytest.mark.parametrize("leading", [(5,), (2, 16), (3, 25)], ids=str)
+def test_output_and_gradients_are_within_the_budget(ops, leading, adapter_dtype) -> None:
+    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(4):
+        inputs = make_inputs(Case(leading, 64, 96, 16, torch.bfloat16, adapter_dtype=adapter_dtype), seed)
+        given = {
+            "x": inputs.x,
+            "bias": inputs.bias,
+            "lora_A": inputs.lora_A,
+            "lora_B": inputs.lora_B,
+            "magnitude": inputs.magnitude["output"],
+        }
+        assert fuses_norm("cpu", inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
+
+        def gradients(function: Any, wide: bool, **extra: Any) -> dict[str, Tensor]:
+            leaves = {
+                name: (t.double() if wide else t.clone()).requires_grad_()
+                for name, t in given.items()  # noqa: B023
+            }
+            x, bias, lora_A, lora_B, magnitude = leaves.values()
+            weight = inputs.weight.double() if wide else inputs.weight  # noqa: B023
+            y = function(x, weight, bias, lora_A, lora_B, magnitude, S, **extra)
+            y.backward(inputs.grad_y.to(y.dtype))  # noqa: B023
+            return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+        actual = gradients(functional.dora_linear, False)
+        eager = gradients(reference.dora_linear, False, compute_dtype=torch.bfloat16)
+        truth = gradients(reference.dora_linear, True)
+        for name, value in actual.items():
+            pooled.setdefault(name, []).append((value, eager[name], truth[name]))
+    for name, results in pooled.items():
+        assert_within_budget(
+            name, *(torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results, strict=True))
+        )
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B", "magnitude"])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_each_gradient_alone(ops, tokens, wanted) -> None:
+    given = tensors(tokens, (64, 96, 16))
+
+    def gradient(names: set[str]) -> Tensor:
+        leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in given.items()}
+        x, weight, bias, lora_A, lora_B, magnitude = leaves.values()
+        functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, S).float().square().sum().backward()
+        assert {name for name, leaf in leaves.items() if leaf.grad is not None} == names
+        return leaves[wanted].grad
+
+    assert torch.equal(gradient({wanted}), gradient(set(given) - {"weight"}))
+
+
+def test_in_evaluation_the_kept_norm_is_used_until_its_content_changes(ops) -> None:
+    given = tensors(5, (64, 96, 16))
+    kept = NormCache().tensors(64, torch.float32, torch.device("cpu"))
+    assert kept is not None
+    y, _, _, norm = forward(given, kept)
+    assert torch.equal(kept[0], norm)
+    kept[0].mul_(2)  # a norm that nobody computes: what is used shows
+    assert torch.equal(forward(given, kept)[3], 2 * norm)
+    for name in ("lora_A", "lora_B", "weight"):
+        kept[0].mul_(2)
+        given[name].data[0, 0] += 1
+        again = forward(given, kept)[3]
+        assert torch.equal(again, forward(given)[3]), name
+        assert torch.equal(kept[0], again), name
+    assert not torch.equal(forward(given)[0], y)
+
+
+def test_the_layer_keeps_in_evaluation_and_renews_in_training(ops) -> None:
+    layer = lora_fast.LinearWithDoRA(torch.nn.Linear(96, 64).bfloat16(), 16, 1.0)
+    x = torch.randn(5, 96).bfloat16()
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        y = layer(x)
+    cache = layer._kept_norm
+    assert cache.norm is not None
+    cache.norm.mul_(2)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), y)
+    trained = layer(x)
+    assert torch.equal(trained, y)
+    trained.sum().backward()
+    assert layer.magnitude.grad is not None
+
+
+def test_inference_tensors_are_taken_and_not_kept(ops) -> None:
+    with torch.inference_mode():
+        given = tensors(5, (64, 96, 16))
+        kept = torch.zeros(64), torch.full((6,), -2)
+        y = forward(given, kept)[0]
+        assert torch.equal(kept[0], torch.zeros(64))
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_a_full_norm_gradient_takes_the_other_way(ops, monkeypatch, detach_norm) -> None:
+    called = []
+    native = cpu.dora_linear_fwd
+    monkeypatch.setattr(cpu, "dora_linear_fwd", lambda *args: called.append(1) or native(*args))
+    given = tensors(5, (64, 96, 16))
+    given["lora_A"].requires_grad_()
+    x, weight, bias, lora_A, lora_B, magnitude = given.values()
+    functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, S, detach_norm=detach_norm)
+    assert bool(called) == detach_norm
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        ({}, True),
+        ({"weight": lambda t: t.float(), "x": lambda t: t.float()}, False),
+        ({"weight": lambda t: t.T.contiguous().T}, False),
+        ({"weight": lambda t: t[:, :90], "x": lambda t: t[:, :90], "lora_A": lambda t: t[:, :90]}, False),
+        ({"weight": lambda t: t[:60], "lora_B": lambda t: t[:60]}, False),
+        ({"lora_A": lambda t: t.half()}, False),
+        ({"lora_A": lambda t: t.repeat(9, 1)[:129], "lora_B": lambda t: t.repeat(1, 9)[:, :129]}, False),
+        ({"x": lambda t: t[:0]}, False),
+    ],
+)
+def test_what_is_fused(ops, change, fused) -> None:
+    given = tensors(5, (64, 96, 16))
+    given.update({name: to(given[name]) for name, to in change.items()})
+    x, weight, _, lora_A, lora_B, _ = given.values()
+    assert fuses_norm("cpu", x, weight, lora_A, lora_B) == fused
+    assert not fuses_norm("torch", x, weight, lora_A, lora_B)
+
+
+def test_opcheck(ops) -> None:
+    given = tensors(5, (64, 96, 16))
+    x, weight, bias, lora_A, lora_B, magnitude = given.values()
+    kept = torch.zeros(64), torch.full((6,), -2)
+    for kept_tensors in (kept, (None, None)):
+        torch.library.opcheck(
+            torch.ops.lora_fast.dora_linear_fwd.default,
+            (x, weight, bias, lora_A, lora_B, S, magnitude, *kept_tensors, True, "cpu"),
+        )
+
+
+def test_compiled_it_gives_the_same(ops) -> None:
+    given = tensors(5, (64, 96, 16))
+    x, weight, bias, lora_A, lora_B, magnitude = given.values()
+
+    def call(x: Tensor, magnitude: Tensor) -> Tensor:
+        return functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, S)
+
+    leaves = [(x.clone().requires_grad_(), magnitude.clone().requires_grad_()) for _ in range(2)]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for function, pair in zip((call, compiled), leaves, strict=True):
+        function(*pair).float().sum().backward()
+    for one, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=2**-7, atol=1e-5)
+
+
+@adapter_dtypes
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_the_norm_adds_far_less_than_the_weights_memory(ops, tokens, adapter_dtype) -> None:
+    given = tensors(tokens, (2048, 2048, 16), adapter_dtype)
+    x, weight, bias, lora_A, lora_B, magnitude = given.values()
+    arguments = (x, weight, bias, lora_A, lora_B, S, magnitude, "output", 0.0, None, True, "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whether two hold their buffers at once is chance
+    plain = peak_bytes(lambda: torch.ops.lora_fast.lora_linear_fwd(*arguments))
+    fused = peak_bytes(lambda: forward(given))
+    torch.set_num_threads(threads)
+    assert fused <= plain + weight.nbytes / 12
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32])
+@adapter_dtypes
+def test_project_small(ops, threads, tokens, adapter_dtype) -> None:
+    for R in (1, 16, 33, 128):
+        x, lora_A = torch.randn(tokens, 160).bfloat16(), torch.randn(R, 160).to(adapter_dtype)
+        h = ops.project_small(x, lora_A)
+        rounded = lora_A.bfloat16().double()
+        expected, magnitude = x.double() @ rounded.T, x.double().abs() @ rounded.abs().T
+        assert h.dtype == torch.bfloat16
+        assert ((h.double() - expected).abs() <= 2.0**-8 * expected.abs() + 4e-6 * magnitude).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "lora_A", "message"),
+    [
+        (torch.ones(3, 64), torch.ones(4, 64), "x must be bfloat16"),
+        (torch.ones(33, 64).bfloat16(), torch.ones(4, 64), "x must have 1 to 32 rows, got 33"),
+        (torch.ones(3, 32).bfloat16(), torch.ones(4, 64), "x must have size 64"),
+        (torch.ones(3, 40).bfloat16(), torch.ones(4, 40), "lora_A must have a multiple of 32 columns, got 40"),
+        (torch.ones(3, 64).bfloat16(), torch.ones(4, 64).half(), "lora_A must be bfloat16 or float32"),
+        (torch.ones(3, 64).bfloat16(), torch.ones(64, 4).T, "lora_A must be contiguous"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_project_small_names_what_is_bad(ops, x, lora_A, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.project_small(x, lora_A)
+
+
+def test_the_native_linear_names_a_bad_norm(ops) -> None:
+    x, weight, bias, lora_A, lora_B, magnitude = tensors(3, (64, 96, 5)).values()
+    y = torch.empty(3, 64).bfloat16()
+    for norm, known, message in (
+        (torch.empty(63), False, "norm must have size 64"),
+        (torch.empty(64).double(), False, "norm must be contiguous float32"),
+        (None, True, "norm must be given where norm_known is true"),
+    ):
+        for native in (ops.lora_linear_fwd, ops.lora_linear_small_fwd):
+            with pytest.raises(RuntimeError, match=message):
+                native(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, known)
