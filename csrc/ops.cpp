@@ -19,8 +19,10 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("lora_compose_fwd", TORCH_BOX(&cpu::lora_compose_fwd));
   m.impl("lora_gain_bwd", TORCH_BOX(&cpu::lora_gain_bwd));
   m.impl("lora_linear_fwd", TORCH_BOX(&cpu::lora_linear_fwd));
+  m.impl("dora_linear_fwd", TORCH_BOX(&cpu::dora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&cpu::lora_linear_bwd));
   m.impl("lora_linear_small_fwd", TORCH_BOX(&cpu::lora_linear_small_fwd));
+  m.impl("dora_linear_small_fwd", TORCH_BOX(&cpu::dora_linear_small_fwd));
   m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
   m.impl("project_small", TORCH_BOX(&cpu::project_small));
   m.impl("input_grad_small", TORCH_BOX(&cpu::input_grad_small));

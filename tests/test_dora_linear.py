@@ -331,14 +331,15 @@ def test_project_small_names_what_is_bad(ops, x, lora_A, message) -> None:
         ops.project_small(x, lora_A)
 
 
-def test_the_native_linear_names_a_bad_norm(ops) -> None:
+def test_the_native_forwards_name_a_bad_norm_or_magnitude(ops) -> None:
     x, weight, bias, lora_A, lora_B, magnitude = tensors(3, (64, 96, 5)).values()
     y = torch.empty(3, 64).bfloat16()
-    for norm, known, message in (
-        (torch.empty(63), False, "norm must have size 64"),
-        (torch.empty(64).double(), False, "norm must be contiguous float32"),
-        (None, True, "norm must be given where norm_known is true"),
-    ):
-        for native in (ops.lora_linear_fwd, ops.lora_linear_small_fwd):
+    for native in (ops.dora_linear_fwd, ops.dora_linear_small_fwd):
+        for norm, message in (
+            (torch.empty(63), "norm must have size 64"),
+            (torch.empty(64).double(), "norm must be contiguous float32"),
+        ):
             with pytest.raises(RuntimeError, match=message):
-                native(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, known)
+                native(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, False)
+        with pytest.raises(RuntimeError, match="magnitude must have size 64"):
+            native(x, weight, lora_A, lora_B, S, magnitude[:5], bias, y, None, torch.empty(64), False)

@@ -68,21 +68,18 @@ Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> 
 
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
-                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm,
-                      bool norm_known) {
+                      const std::optional<Tensor>& product, const char* gain_name) {
   check_bf16(x, "x");
   check_factors(weight, lora_A, lora_B);
   const int64_t tokens = x.size(0), N = weight.size(0);
   check_activation(x, "x", tokens, weight.size(1));
-  check_float_vector(gain, "gain", N);
+  check_float_vector(gain, gain_name, N);
   if (bias) check_float_vector(*bias, "bias", N);
   check_activation(y, "y", tokens, N);
   if (product) {
     check_same(*product, "product", y, "y");
     check_contiguous(*product, "product");
   }
-  if (norm) check_float_vector(*norm, "norm", N);
-  STD_TORCH_CHECK(norm || !norm_known, "norm must be given where norm_known is true");
 }
 
 void check_project(const Tensor& x, const Tensor& lora_A) {
@@ -95,10 +92,14 @@ void check_project(const Tensor& x, const Tensor& lora_A) {
   STD_TORCH_CHECK(amx_enabled(), "x needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
 }
 
-void divide_magnitude(const Tensor& magnitude, const Tensor& norm, float* gain) {
-  const auto* m = static_cast<const float*>(magnitude.const_data_ptr());
-  const auto* n = static_cast<const float*>(norm.const_data_ptr());
-  for (int64_t i = 0; i < norm.size(0); ++i) gain[i] = n[i] == 0.0f ? 0.0f : m[i] / n[i];
+DoraGain::DoraGain(const Tensor& magnitudes, Tensor& norms, bool norm_known)
+    : magnitude(static_cast<const float*>(magnitudes.const_data_ptr())),
+      norm((check_float_vector(norms, "norm", magnitudes.size(0)),
+            static_cast<float*>(norms.mutable_data_ptr()))),
+      known(norm_known),
+      gain(magnitudes.size(0)) {
+  for (int64_t i = 0; known && i < magnitudes.size(0); ++i)
+    gain.data()[i] = norm[i] == 0.0f ? 0.0f : magnitude[i] / norm[i];
 }
 
 void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& weight,

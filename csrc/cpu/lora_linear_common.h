@@ -20,13 +20,19 @@ constexpr int64_t kBlockSteps = 16;
 // The arguments that the kernels for few tokens and those in blocks have in common.
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
-                      const std::optional<Tensor>& product, const std::optional<Tensor>& norm,
-                      bool norm_known);
+                      const std::optional<Tensor>& product, const char* gain_name = "gain");
 
 void check_project(const Tensor& x, const Tensor& lora_A);
 
-// gain = magnitude / norm, 0 where the norm is 0
-void divide_magnitude(const Tensor& magnitude, const Tensor& norm, float* gain);
+// DoRA's gain of a forward: magnitude / norm, 0 where the norm is 0. An unknown norm is made along with the
+// product.
+struct DoraGain {
+  DoraGain(const Tensor& magnitude, Tensor& norm, bool norm_known);
+  const float* magnitude;
+  float* norm;
+  bool known;
+  Scratch<float> gain;
+};
 
 // Which gradients a backward is asked for.
 struct Needs {

@@ -18,8 +18,7 @@ struct Linear {
   const float *gain, *bias;
   const FactoredNorm* factored;  // null where the norm is not wanted; else
   const bf16* parts;             // its parts of A as b-panels,
-  const float* magnitude;
-  float *norm, *made_gain;  // which are written, and the gain is read from the latter
+  const DoraGain* dora;          // whose norm and gain are written
 };
 
 // One block of tokens; x and h packed as b-panels, h in rank_steps steps, once or with its copy behind it.
@@ -79,7 +78,8 @@ void finish_norms(const Linear& op, int64_t norm_panels, const float* squares, c
         std::memcpy(u + row * width + panel * kPanel + half * 16,
                     sums + panel * stride + row % 2 * (kBlock / 2) + half * 256 + row / 2 * 16,
                     16 * sizeof(float));
-  op.factored->finish(n, kPanel, squares, u, width, op.magnitude + n, op.norm + n, op.made_gain + n);
+  op.factored->finish(n, kPanel, squares, u, width, op.dora->magnitude + n, op.dora->norm + n,
+                      op.dora->gain.data() + n);
 }
 
 // Panels [begin, end) of 32 outputs.
@@ -156,19 +156,16 @@ void project_tokens(const bf16* x, int64_t count, int64_t K, const bf16* lora_A,
   }
 }
 
-}  // namespace
-
-Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                            Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                            std::optional<Tensor> norm, bool norm_known) {
-  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm, norm_known);
+Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+               double scaling, const float* gain, const std::optional<Tensor>& bias, Tensor& y,
+               std::optional<Tensor>& product, const DoraGain* dora) {
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   auto* h_data = static_cast<bf16*>(h.mutable_data_ptr());
 
   std::optional<FactoredNorm> factored;
-  if (norm && !norm_known) factored.emplace(weight, lora_A, lora_B, scaling);
+  if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
   const int64_t steps = K / kDepth;
   const int64_t norm_panels = factored ? factored->padded_columns() / kPanel : 0;
   const Scratch<bf16> packed_parts(norm_panels * steps * kPanelStep);
@@ -177,9 +174,6 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
       pack_columns(factored->parts() + panel * kPanel * K, K, kPanel, steps,
                    packed_parts.data() + panel * steps * kPanelStep);
   });
-  const Scratch<float> made_gain(norm ? N : 0);
-  if (norm_known) divide_magnitude(gain, *norm, made_gain.data());
-  const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
   Linear op{elements(weight),
             weight.stride(0),
             N,
@@ -187,13 +181,11 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
             AdapterMatrix(lora_B),
             static_cast<float>(scaling),
             lora_B.scalar_type() == ScalarType::Float || !keeps_bf16(scaling),
-            norm ? made_gain.data() : given_gain,
+            gain,
             bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
             factored ? &*factored : nullptr,
             packed_parts.data(),
-            given_gain,
-            norm ? static_cast<float*>(norm->mutable_data_ptr()) : nullptr,
-            made_gain.data()};
+            dora};
   const int64_t rank_steps = round_up(op.split ? 2 * R : R, kDepth) / kDepth;
   const int64_t most_panels = round_up(std::min(tokens, kTokenBlock), kPanel) / kPanel;
   const Scratch<bf16> packed_A(round_up(R, kPanel) * K);
@@ -221,6 +213,24 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
                [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, block, begin, end); });
   }
   return h;
+}
+
+}  // namespace
+
+Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                            Tensor gain, std::optional<Tensor> bias, Tensor y,
+                            std::optional<Tensor> product) {
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product);
+  return forward(x, weight, lora_A, lora_B, scaling, static_cast<const float*>(gain.const_data_ptr()), bias,
+                 y, product, nullptr);
+}
+
+Tensor cpu::dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                            Tensor magnitude, std::optional<Tensor> bias, Tensor y,
+                            std::optional<Tensor> product, Tensor norm, bool norm_known) {
+  check_linear_fwd(x, weight, lora_A, lora_B, magnitude, bias, y, product, "magnitude");
+  const DoraGain dora(magnitude, norm, norm_known);
+  return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora);
 }
 
 }  // namespace lora_fast

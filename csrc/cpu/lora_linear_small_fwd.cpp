@@ -90,8 +90,7 @@ struct Small {
   const float *gain, *bias;
   bf16 *y, *product;
   const FactoredNorm* factored;  // null where the norm is not wanted; else
-  const float* magnitude;
-  float *norm, *made_gain;  // are written, and the gain is read from the latter
+  const DoraGain* dora;          // whose norm and gain are written
 };
 
 // turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns dealt (see Strip).
@@ -141,7 +140,7 @@ void forward_rows(const Small& op, int64_t begin, int64_t end) {
     op.operand->multiply(weight, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
     if (op.factored != nullptr) {
       op.factored->finish(n, kSmallRows, squares, c.data() + op.operand->token_width(), width,
-                          op.magnitude + n, op.norm + n, op.made_gain + n);
+                          op.dora->magnitude + n, op.dora->norm + n, op.dora->gain.data() + n);
     }
     finish_rows(op, c.data(), width, n);
   }
@@ -171,6 +170,39 @@ void project(const Operand& operand, int64_t tokens, const AdapterMatrix& lora_A
   }
 }
 
+Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+               double scaling, const float* gain, const std::optional<Tensor>& bias, Tensor& y,
+               std::optional<Tensor>& product, const DoraGain* dora) {
+  const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
+  const int64_t h_size[] = {tokens, R};
+  Tensor h = torch::stable::new_empty(x, {h_size, 2});
+  const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
+  const RoundedMatrix rounded_B(AdapterMatrix{lora_B});
+  std::optional<FactoredNorm> factored;
+  if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
+  const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
+  const Small op{elements(weight),
+                 weight.stride(0),
+                 N,
+                 K,
+                 R,
+                 tokens,
+                 &operand,
+                 scaled_h.data(),
+                 rounded_B.data(),
+                 gain,
+                 bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+                 static_cast<bf16*>(y.mutable_data_ptr()),
+                 product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr,
+                 factored ? &*factored : nullptr,
+                 dora};
+  project(operand, tokens, AdapterMatrix(lora_A), scaling, static_cast<bf16*>(h.mutable_data_ptr()),
+          scaled_h.data());
+  for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
+             [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
+  return h;
+}
+
 }  // namespace
 
 Tensor cpu::project_small(Tensor x, Tensor lora_A) {
@@ -187,43 +219,20 @@ Tensor cpu::project_small(Tensor x, Tensor lora_A) {
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   Tensor gain, std::optional<Tensor> bias, Tensor y,
-                                  std::optional<Tensor> product, std::optional<Tensor> norm,
-                                  bool norm_known) {
+                                  std::optional<Tensor> product) {
   check_few_tokens(x, "x");
-  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product, norm, norm_known);
-  const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
-  const int64_t h_size[] = {tokens, R};
-  Tensor h = torch::stable::new_empty(x, {h_size, 2});
-  const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
-  const RoundedMatrix rounded_B(AdapterMatrix{lora_B});
-  std::optional<FactoredNorm> factored;
-  if (norm && !norm_known) factored.emplace(weight, lora_A, lora_B, scaling);
-  const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
-  const Scratch<float> made_gain(norm ? N : 0);
-  if (norm_known) divide_magnitude(gain, *norm, made_gain.data());
-  const auto* given_gain = static_cast<const float*>(gain.const_data_ptr());
-  const Small op{elements(weight),
-                 weight.stride(0),
-                 N,
-                 K,
-                 R,
-                 tokens,
-                 &operand,
-                 scaled_h.data(),
-                 rounded_B.data(),
-                 norm ? made_gain.data() : given_gain,
-                 bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-                 static_cast<bf16*>(y.mutable_data_ptr()),
-                 product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr,
-                 factored ? &*factored : nullptr,
-                 given_gain,
-                 norm ? static_cast<float*>(norm->mutable_data_ptr()) : nullptr,
-                 made_gain.data()};
-  project(operand, tokens, AdapterMatrix(lora_A), scaling, static_cast<bf16*>(h.mutable_data_ptr()),
-          scaled_h.data());
-  for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
-             [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
-  return h;
+  check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product);
+  return forward(x, weight, lora_A, lora_B, scaling, static_cast<const float*>(gain.const_data_ptr()), bias,
+                 y, product, nullptr);
+}
+
+Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                                  Tensor magnitude, std::optional<Tensor> bias, Tensor y,
+                                  std::optional<Tensor> product, Tensor norm, bool norm_known) {
+  check_few_tokens(x, "x");
+  check_linear_fwd(x, weight, lora_A, lora_B, magnitude, bias, y, product, "magnitude");
+  const DoraGain dora(magnitude, norm, norm_known);
+  return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora);
 }
 
 }  // namespace lora_fast

@@ -36,10 +36,14 @@ void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, s
 Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                    int64_t version);
 
-// With `norm`, `gain` is the magnitude, and the gain is magnitude / norm; norm is written unless it is known.
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                             Tensor gain, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                             std::optional<Tensor> norm, bool norm_known);
+                             Tensor gain, std::optional<Tensor> bias, Tensor y,
+                             std::optional<Tensor> product);
+
+// The same with gain = magnitude / norm; norm is written unless it is known.
+Tensor dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                             Tensor magnitude, std::optional<Tensor> bias, Tensor y,
+                             std::optional<Tensor> product, Tensor norm, bool norm_known);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -47,8 +51,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     bool need_A, bool need_B, bool need_gain, bool need_bias);
 
 Tensor lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
-                       std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
-                       std::optional<Tensor> norm, bool norm_known);
+                       std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product);
+
+Tensor dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
+                       Tensor magnitude, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
+                       Tensor norm, bool norm_known);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,

@@ -231,7 +231,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 def fuses_norm(name: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether a backend's ``dora_linear_fwd`` takes these: the product and DoRA's norm by rows in one read of W."""
-    return name == "cpu" and module(name).fuses_norm(x, weight, lora_A, lora_B)
+    fuses = getattr(module(name), "fuses_norm", None)
+    return fuses is not None and fuses(x, weight, lora_A, lora_B)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, 1.3 s, with lora_fast.

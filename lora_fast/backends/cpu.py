@@ -6,7 +6,7 @@ The schemas of ``lora_fast_c`` are defined here, and implemented by the extensio
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ _SCHEMAS = (
     "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None, bool norm_known=False) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, bool norm_known) -> Tensor",
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!)? norm=None, bool norm_known=False) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, bool norm_known) -> Tensor",
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -115,7 +119,8 @@ class _CpuLinear(SplitLinear):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
-        return _native_fwd(x, weight, bias, lora_A, lora_B, scaling, gain, keep_product)
+        native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
+        return _native_fwd(native, x, weight, bias, lora_A, lora_B, scaling, gain, keep_product)
 
     def lora_linear_bwd(
         self,
@@ -208,13 +213,17 @@ def dora_linear_fwd(
     if kept_norm is not None and not weight.is_inference():
         key = _c.content_key(weight, lora_A, lora_B, scaling, True, weight._version)
     known = key is not None and _c.load_kept_norm(kept_norm, kept_key, key, norm)
-    forward = _native_fwd(x, weight, bias, lora_A, lora_B, scaling, magnitude.float(), keep_product, norm, known)
+    x2 = x.reshape(-1, x.shape[-1])
+    native = _c.dora_linear_small_fwd if _is_small(x2, lora_A) else _c.dora_linear_fwd
+    gain = magnitude.float()
+    forward = _native_fwd(native, x, weight, bias, lora_A, lora_B, scaling, gain, keep_product, norm, known)
     if key is not None and not known:
         _c.keep_norm(kept_norm, kept_key, key, norm)
     return *forward, norm
 
 
 def _native_fwd(
+    native: Callable[..., Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -223,12 +232,10 @@ def _native_fwd(
     scaling: float,
     gain: Tensor,
     keep_product: bool,
-    norm: Tensor | None = None,
-    norm_known: bool = False,
+    *norm: Tensor | bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, product, h); with ``norm``, which is written unless it is known, ``gain`` is the magnitude."""
+    """(y, product, h) by one of the native forwards, which take ``gain`` and ``norm`` as they are."""
     x2 = x.reshape(-1, x.shape[-1])
-    native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     product = y.new_empty(y.shape if keep_product else 0)
     h = native(
@@ -241,8 +248,7 @@ def _native_fwd(
         None if bias is None else bias.float().contiguous(),
         y.view(x2.shape[0], -1),
         product.view(x2.shape[0], -1) if keep_product else None,
-        norm,
-        norm_known,
+        *norm,
     )
     return y, product, h.view(*x.shape[:-1], -1)
 

@@ -1,0 +1,142 @@
+"""python -m lora_fast.benchmarks.readme: the figures in README.md and docs/benchmarks.md, from committed result files.
+
+What stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` is replaced. A test holds the pages to
+the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import digits
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+REGION = re.compile(
+    r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
+)
+GIB = 2**30
+OURS = re.compile(r"lora_fast (LoRA|DoRA)$")  # what auto takes; the backends by name are contenders of their own
+
+
+def render(page: str) -> str:
+    """The page with its figures made anew."""
+    return REGION.sub(lambda match: match["begin"] + FIGURES[match["name"]]() + match["end"], page)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def origin(results: dict[str, Any], name: str) -> str:
+    versions = results["versions"]
+    packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "peft") if versions.get(package))
+    link = f"benchmarks/results/{RESULTS.name}/{name}"
+    return f"{results['device']}, {results['threads']} threads, {packages}, {results['date'][:10]}: [{link}]({link})\n"
+
+
+def layer() -> str:
+    """One layer: each contender in units of the frozen linear, then every aim."""
+    results = read("layer.json")
+    steps = [row for row in results["rows"] if row["dtype"] == "bfloat16" and row["mode"] != "weight_norm"]
+    columns = sorted({(row["mode"], row["tokens"]) for row in steps})
+    names = dict.fromkeys(name for row in steps for name in row["records"] if not re.search(", (torch|cpu)$", name))
+
+    def cell(name: str, column: tuple[str, int]) -> str:
+        for row in steps:
+            if (row["mode"], row["tokens"]) == column and name in row["records"]:
+                record, frozen = row["records"][name], row["records"]["frozen linear"]
+                text = f"{digits(record['median_ms'] / frozen['median_ms'])} ({digits(record['peak_bytes'] / 2**20)})"
+                return f"**{text}**" if OURS.match(name) else text
+        return ""
+
+    first = table(
+        ["", *(f"{mode}, {tokens} tokens" for mode, tokens in columns)],
+        ([name, *(cell(name, column) for column in columns)] for name in names),
+    )
+    aims = (
+        [row["title"], bar["what"], digits(bar["measured"]), _aim(bar)]
+        for row in results["rows"]
+        for bar in row["bars"]
+    )
+    return f"{origin(results, 'layer.json')}\n{first}\n{table(['case', 'measured as', '', 'aim'], aims)}"
+
+
+def _aim(bar: dict[str, Any]) -> str:
+    bound = f"≤ {bar['at_most']:g}" if "at_most" in bar else f"≥ {bar['at_least']:g}"
+    return bound if bar["met"] else f"{bound}, **missed**"
+
+
+def t0_3b() -> str:
+    """T0-3B at full depth: how each contender ended, time and memory."""
+    results = read("t0-3b.json")
+    return f"{origin(results, 't0-3b.json')}\n" + table(
+        ["dtype, rank", "", "outcome", "s a step", "live GiB", "× LoRA", "resident GiB", "× LoRA"],
+        _t0_3b_rows(results["rows"]),
+    )
+
+
+def _t0_3b_rows(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        baseline = row["records"].get(row["baseline"], {})
+        for name, record in row["records"].items():
+            completed = record["outcome"] == "completed"
+            cells = [f"{row['dtype']}, {row['rank']}", f"**{name}**" if name.startswith("lora_fast") else name]
+            if completed:
+                cells += ["completed", digits(sorted(record["step_ms"])[len(record["step_ms"]) // 2] / 1e3)]
+            else:
+                cells += [f"**{record['outcome']}**", ""]
+            for measure in ("peak_bytes", "resident_bytes"):
+                value, unit = record.get(measure), baseline.get(measure)
+                if completed and value:
+                    cells += [f"{value / GIB:.2f}", f"{value / unit:.3f}" if unit else ""]
+                else:
+                    prediction = record["prediction"] if measure == "peak_bytes" else None
+                    cells += [f"{prediction['predicted_bytes'] / GIB:.1f} predicted" if prediction else "", ""]
+            yield cells
+
+
+def losses() -> str:
+    """Every row of the suite in which a peer that computes the same is faster than what lora_fast takes by itself."""
+    results = read("bench.json")
+    rows = list(_losses(results["rows"]))
+    return f"{origin(results, 'bench.json').replace('(benchmarks/', '(../benchmarks/')}\n" + table(
+        ["row", "lora_fast", "", "a peer", "", "ratio"], rows or [["none", "", "", "", "", ""]]
+    )
+
+
+def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        records = row["records"]
+        for name, kind in ((name, match[1]) for name in records if (match := OURS.match(name))):
+            peers = {
+                peer: record
+                for peer, record in records.items()
+                if not peer.startswith(("lora_fast", "frozen", "copy")) and (kind == "DoRA") == ("LoRA" not in peer)
+            }
+            for peer, record in peers.items():
+                ratio = records[name]["median_ms"] / record["median_ms"]
+                if ratio > 1:
+                    times = (f"{digits(entry['median_ms'])} ms" for entry in (records[name], record))
+                    yield [row["title"], name, next(times), peer, next(times), digits(ratio)]
+
+
+FIGURES: dict[str, Callable[[], str]] = {"layer": layer, "t0-3b": t0_3b, "losses": losses}
+
+if __name__ == "__main__":
+    main()
