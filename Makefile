@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench bench-results peft-oldest bench-layer clean
+.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
 
@@ -54,15 +54,20 @@ bench: setup
 bench-results: setup
 	results=benchmarks/results/$$($(BIN)/python -c 'from lora_fast.benchmarks.report import device_slug; print(device_slug())') && \
 	$(BIN)/lora-fast bench --json $$results/bench.json --csv $$results/bench.csv && \
-	$(BIN)/lora-fast report $$results/bench.json --output report.html --pictures docs/pictures
+	$(BIN)/lora-fast report $$results/bench.json --output report.html --pictures docs/pictures && \
+	$(BIN)/python -m lora_fast.benchmarks.readme
 
 # The oldest PEFT that lora_fast.accelerate takes; `make test` has the newest.
 peft-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
 
+# One layer, and one PEFT model before and after acceleration, against their bars.
 bench-layer: setup
 	$(BIN)/pytest benchmarks/bench_layer.py
+
+bench-peft: setup
+	$(BIN)/pytest benchmarks/bench_peft.py
 
 clean:
 	rm -rf $(VENV) $(GPU) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache

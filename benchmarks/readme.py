@@ -16,7 +16,7 @@ from .report import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "peft.md")
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
 )
@@ -69,12 +69,36 @@ def layer() -> str:
         ["", *(f"{mode}, {tokens} tokens" for mode, tokens in columns)],
         ([name, *(cell(name, column) for column in columns)] for name in names),
     )
-    aims = (
-        [row["title"], bar["what"], digits(bar["measured"]), _aim(bar)]
-        for row in results["rows"]
-        for bar in row["bars"]
+    return f"{origin(results, 'layer.json')}\n{first}\n{bars_lines(results['rows'])}"
+
+
+def bars_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Every bar of the rows as a line: what was measured, and the aim."""
+    return table(
+        ["case", "measured as", "", "aim"],
+        ([row["title"], bar["what"], digits(bar["measured"]), _aim(bar)] for row in rows for bar in row["bars"]),
     )
-    return f"{origin(results, 'layer.json')}\n{first}\n{table(['case', 'measured as', '', 'aim'], aims)}"
+
+
+def peft() -> str:
+    """A PEFT model before and after acceleration: time and memory in units of PEFT's LoRA, then every aim."""
+    results = read("peft.json")
+    rows = results["rows"]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        record, baseline = row["records"][name], row["records"][row["baseline"]]
+        text = f"{digits(record['median_ms'] / baseline['median_ms'])} ({digits(record['peak_bytes'] / 2**20)})"
+        return f"**{text}**" if name.startswith("accelerated") else text
+
+    first = table(
+        ["", *(row["title"] for row in rows)],
+        ([name, *(cell(row, name) for row in rows)] for name in rows[0]["records"]),
+    )
+    return f"{_from_docs(origin(results, 'peft.json'))}\n{first}\n{bars_lines(rows)}"
+
+
+def _from_docs(link: str) -> str:
+    return link.replace("(benchmarks/", "(../benchmarks/")
 
 
 def _aim(bar: dict[str, Any]) -> str:
@@ -115,7 +139,7 @@ def losses() -> str:
     """Every row of the suite in which a peer that computes the same is faster than what lora_fast takes by itself."""
     results = read("bench.json")
     rows = list(_losses(results["rows"]))
-    return f"{origin(results, 'bench.json').replace('(benchmarks/', '(../benchmarks/')}\n" + table(
+    return f"{_from_docs(origin(results, 'bench.json'))}\n" + table(
         ["row", "lora_fast", "", "a peer", "", "ratio"], rows or [["none", "", "", "", "", ""]]
     )
 
@@ -136,7 +160,7 @@ def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
                     yield [row["title"], name, next(times), peer, next(times), digits(ratio)]
 
 
-FIGURES: dict[str, Callable[[], str]] = {"layer": layer, "t0-3b": t0_3b, "losses": losses}
+FIGURES: dict[str, Callable[[], str]] = {"layer": layer, "peft": peft, "t0-3b": t0_3b, "losses": losses}
 
 if __name__ == "__main__":
     main()

@@ -255,8 +255,7 @@ def merge_weight(
     checks.check_axis(axis)
     size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
     checks.check_optional_vector("gain", gain, size, terms, weight.device)
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    name = resolve("merge_weight", backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
+    name = _resolve_for_weight("merge_weight", backend, weight, accumulate_dtype(weight, lora_A, lora_B))
     with torch.no_grad():
         _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
 
@@ -273,7 +272,7 @@ def _weight_norm(
     detached: bool = False,
 ) -> Tensor:
     dtype = accumulate_dtype(weight, lora_A, lora_B)
-    name = resolve("weight_norm", backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
+    name = _resolve_for_weight("weight_norm", backend, weight, dtype)
     size = weight.shape[0] if axis == "output" else weight.shape[1]
     kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
     with torch.no_grad():
@@ -284,6 +283,11 @@ def _weight_norm(
     if not detached and torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
         return WeightNormFunction.apply(norm, weight, lora_A, lora_B, scaling, axis, name)
     return norm
+
+
+def _resolve_for_weight(op: str, backend: str, weight: Tensor, dtype: torch.dtype) -> str:
+    """The backend of an op without an activation, computed in ``dtype``."""
+    return resolve(op, backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
 
 
 def _lora_linear(

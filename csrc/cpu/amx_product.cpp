@@ -66,8 +66,6 @@ LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_
 
 namespace lora_fast {
 
-#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16")))
-
 // Registers: 0-3 hold C by (rows, columns); 4, 5 two tiles of a; 6, 7 two of b.
 template <bool stream_a>
 LORA_FAST_AMX LORA_FAST_INLINE void multiply(const Panels& panels) {

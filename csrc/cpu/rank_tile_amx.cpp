@@ -4,8 +4,6 @@
 
 #include <immintrin.h>
 
-#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16")))
-
 namespace lora_fast {
 namespace {
 

@@ -6,8 +6,6 @@
 
 #include <immintrin.h>
 
-#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
-
 namespace lora_fast {
 namespace {
 

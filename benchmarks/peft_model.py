@@ -1,0 +1,151 @@
+"""A PEFT model before and after `lora_fast.accelerate`: four Llama-like layers, rank 16 on all linear layers.
+
+Width 2048, feed-forward 5632, bfloat16, PEFT's default adapters (float32). The contenders are whole PEFT models with
+weights of their own, alternated in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_fast
+
+from . import report
+from .registry import INFERENCE, STEP, Bar
+from .runner import Record, Step, measure
+
+PEFT_LORA, PEFT_DORA = "PEFT LoRA", "PEFT DoRA"
+LORA, DORA = "accelerated LoRA", "accelerated DoRA"
+CONTENDERS = {PEFT_LORA: (False, False), PEFT_DORA: (True, False), LORA: (False, True), DORA: (True, True)}
+WIDTH, FEED_FORWARD, DEPTH, RANK = 2048, 5632, 4, 16
+LEARNING_RATE = 1e-5
+SLACK = 4.0  # of the RMS error of PEFT's own output: in a whole model rounding meets rounding
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row and its bars."""
+
+    mode: str
+    tokens: int
+    renewed: bool = False  # with the optimizer's step, after which the norms are computed anew
+    at_most: dict[str, float] = field(default_factory=dict)  # contender: times PEFT LoRA
+    faster: float = 0.0  # accelerated DoRA than PEFT DoRA
+    memory: float | None = None  # accelerated DoRA: times PEFT LoRA
+
+    @property
+    def title(self) -> str:
+        return f"{self.mode}{' with the optimizer step' if self.renewed else ''}, {self.tokens} tokens"
+
+    def bars(self, records: dict[str, Record]) -> list[Bar]:
+        times = {name: record.median_ms for name, record in records.items()}
+        bars = [
+            Bar(f"{name}, × {PEFT_LORA}", times[name] / times[PEFT_LORA], bound, True)
+            for name, bound in self.at_most.items()
+        ]
+        bars.append(Bar(f"{DORA}, × faster than {PEFT_DORA}", times[PEFT_DORA] / times[DORA], self.faster, False))
+        if self.memory is not None:
+            peaks = [records[name].peak_bytes for name in (DORA, PEFT_LORA)]
+            bars.append(Bar(f"{DORA}, × {PEFT_LORA} in peak memory", peaks[0] / peaks[1], self.memory, True))
+        return bars
+
+
+CASES = (
+    Case(STEP, 256, False, {DORA: 1.05, LORA: 0.95}, 4.0, 1.0),
+    Case(STEP, 16, True, {DORA: 1.15}, 12.0, 1.0),
+    Case(INFERENCE, 16, False, {DORA: 1.0}, 25.0),
+)
+
+
+def models() -> dict[str, nn.Module]:
+    """The contenders, with the same weights and adapters; RuntimeError if one computes something else than PEFT's."""
+    torch.manual_seed(0)
+    built: dict[str, nn.Module] = {}
+    for name, (dora, fast) in CONTENDERS.items():
+        model = _adapted(dora)
+        if built:
+            model.load_state_dict(next(iter(built.values())).state_dict(), strict=False)
+        if fast and (left := lora_fast.accelerate(model).left_alone):
+            raise RuntimeError(f"not accelerated: {left}")
+        built[name] = model
+    for fast_name, slow_name in ((LORA, PEFT_LORA), (DORA, PEFT_DORA)):
+        _check(fast_name, built[fast_name], built[slow_name])
+    return built
+
+
+def _adapted(dora: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=128,
+    )
+    base: Any = LlamaModel(config)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, use_dora=dora, target_modules="all-linear")
+    model: nn.Module = get_peft_model(base.to(torch.bfloat16), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.01)
+    return model
+
+
+def _check(name: str, fast: nn.Module, slow: nn.Module) -> None:
+    x = torch.randn(1, 16, WIDTH, dtype=torch.bfloat16)
+    with torch.no_grad():
+        truth = output(copy.deepcopy(slow).double(), x.double())
+        ours, theirs = (float((output(model, x) - truth).square().mean().sqrt()) for model in (fast, slow))
+    if not ours <= SLACK * theirs:
+        raise RuntimeError(f"{name}: RMS error {ours:.3g} against float64, where PEFT's is {theirs:.3g}")
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    return model(inputs_embeds=x).last_hidden_state
+
+
+def step(case: Case, model: nn.Module) -> Step:
+    x = torch.randn(1, case.tokens, WIDTH, dtype=torch.bfloat16)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def train() -> None:
+        model.train()
+        output(model, x).float().square().mean().backward()
+        if case.renewed:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def infer() -> None:
+        model.eval()
+        with torch.inference_mode():
+            output(model, x)
+
+    return infer if case.mode == INFERENCE else train
+
+
+def run(budget_s: float = 8.0) -> Iterator[dict[str, Any]]:
+    """The rows, as a result file holds them."""
+    built = models()
+    for case in CASES:
+        records = measure({name: step(case, model) for name, model in built.items()}, budget_s=budget_s)
+        yield {
+            "title": case.title,
+            "mode": case.mode,
+            "tokens": case.tokens,
+            "rank": RANK,
+            "dtype": "bfloat16",
+            "baseline": PEFT_LORA,
+            "records": {name: record.as_dict() for name, record in records.items()},
+            "bars": [report.bar_as_dict(bar) for bar in case.bars(records)],
+        }
