@@ -56,8 +56,8 @@ def _adapted_rows(
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         count = rows.stop - start
-        torch.mm(lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count])
-        yield rows, chunk[:count].copy_(weight[rows]).add_(delta[:count], alpha=scaling)
+        torch.mm(lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count]).mul_(scaling)
+        yield rows, chunk[:count].copy_(weight[rows]).add_(delta[:count])
 
 
 def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
