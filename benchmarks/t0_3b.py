@@ -266,10 +266,14 @@ def _growth(runs: Sequence[Result], rank: int) -> dict[str, list[dict[str, Any]]
 
 
 def bars(records: dict[str, dict[str, Any]], rank: int) -> list[Bar]:
-    """Ours against PEFT LoRA's memory and PEFT DoRA's time, each where both completed at this rank."""
+    """Ours against PEFT LoRA's memory, and against PEFT DoRA's time where its steps ended, whatever came after them.
+
+    Each of our steps is compared with PEFT DoRA's of the same number, later ones with its last: the first touches the
+    memory for the first time.
+    """
     found = []
     completed = {name: one for name, one in records.items() if one["outcome"] == "completed" and not one["fault"]}
-    lora, dora = completed.get(NAMES[PEFT_LORA]), completed.get(NAMES[PEFT_DORA])
+    lora, dora = completed.get(NAMES[PEFT_LORA]), records.get(NAMES[PEFT_DORA])
     for key in OURS:
         name = NAMES[key]
         if name in records:
@@ -282,9 +286,10 @@ def bars(records: dict[str, dict[str, Any]], rank: int) -> list[Bar]:
             resident = ours["resident_bytes"] / lora["resident_bytes"]
             found.append(Bar(f"{name}: × PEFT LoRA's live storage", live, 1.00, True))
             found.append(Bar(f"{name}: × PEFT LoRA's peak resident size", resident, 1.05, True))
-        if dora:
-            factor = min(dora["step_ms"]) / max(ours["step_ms"])
-            found.append(Bar(f"{name}: each step × faster than PEFT DoRA's fastest", factor, 3.0, False))
+        if dora and dora["step_ms"]:
+            theirs = dora["step_ms"]
+            factor = min(theirs[min(step, len(theirs) - 1)] / time_ms for step, time_ms in enumerate(ours["step_ms"]))
+            found.append(Bar(f"{name}: each step × faster than PEFT DoRA's", factor, 3.0, False))
     article = records.get(NAMES[ARTICLE])
     if article:
         found.append(Bar(f"{NAMES[ARTICLE]}: out of memory", float(article["outcome"] != "completed"), 1.0, False))

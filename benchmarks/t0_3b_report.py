@@ -45,7 +45,7 @@ def records_table(row: Row) -> Table:
             table.add_row(name, Text(f"wrong result: {record['fault']}", style="bold red"))
             continue
         completed = record["outcome"] == "completed"
-        seconds = f"{digits(min(record['step_ms']) / 1e3)} to {digits(max(record['step_ms']) / 1e3)}"
+        steps = [digits(milliseconds / 1e3) for milliseconds in sorted(record["step_ms"])]  # none if the first died
         prediction = record["prediction"]
         table.add_row(
             name,
@@ -53,7 +53,7 @@ def records_table(row: Row) -> Table:
                 record["outcome"] if completed else f"{record['outcome']}, {record['stage']}",
                 style="" if completed else "bold red",
             ),
-            seconds if completed else "",
+            f"{steps[0]} to {steps[-1]}" if steps else "",
             *(cell for field in ("peak_bytes", "resident_bytes") for cell in _memory(record, baseline, field)),
             f"{prediction['predicted_bytes'] / GIB:.2f}" if prediction else "",
         )

@@ -65,6 +65,16 @@ def test_bars_hold_memory_to_lora_and_time_to_dora() -> None:
     assert row["records"]["lora_fast DoRA, apply"]["fault"] is None
 
 
+def test_each_step_is_compared_with_pefts_of_the_same_number_also_if_it_died_afterwards() -> None:
+    runs = [
+        completed(t0_3b.PEFT_DORA, 24, 0, step_s=[60.0, 20.0], outcome="out of memory"),
+        completed(t0_3b.APPLY, 24, 99, step_s=[10.0, 5.0, 4.0, 8.0], losses=[5.0, 4.0, 3.0, 2.0]),
+    ]
+    (row,) = t0_3b.rows_of(runs, 24, {})
+    factor = next(bar for bar in row["bars"] if "each step" in bar["what"])
+    assert (factor["measured"], factor["met"]) == (20 / 8, False)
+
+
 @pytest.mark.parametrize("loss", [4.001, float("nan")])
 def test_another_loss_than_pefts_is_a_fault_and_gets_no_ratio(loss: float) -> None:
     runs = [completed(t0_3b.PEFT_DORA, 24, 200), completed(t0_3b.APPLY, 24, 99, losses=[5.0, loss])]
@@ -101,6 +111,22 @@ def test_a_small_run_writes_its_results_and_resumes(tmp_path: Path) -> None:
     assert ours["losses"] == pytest.approx(peft["losses"], rel=1e-5)
     assert 0 < ours["between_steps_bytes"] < ours["peak_bytes"] < ours["resident_bytes"]
     assert (tmp_path / "t0-3b.svg").read_text().startswith("<?xml")
-    assert [bar["what"] for bar in row["bars"]][1:] == [
-        "lora_fast DoRA, apply: each step × faster than PEFT DoRA's fastest"
-    ]
+    assert [bar["what"] for bar in row["bars"]][1:] == ["lora_fast DoRA, apply: each step × faster than PEFT DoRA's"]
+
+
+def test_a_contender_that_died_in_its_first_step_has_a_line_in_the_table() -> None:
+    from rich.console import Console
+
+    from lora_fast.benchmarks import t0_3b_report
+
+    died = {"outcome": "out of memory", "stage": "step 1", "fault": None, "step_ms": [], "prediction": None}
+    row = {
+        "title": "T0-3B",
+        "limit_bytes": 20 * GIB,
+        "records": {"article's class": died},
+        "baseline": "",
+        "left_out": {},
+    }
+    console = Console(width=140, record=True)
+    console.print(t0_3b_report.records_table(row))
+    assert "out of memory, step 1" in console.export_text()
