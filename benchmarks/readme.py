@@ -76,8 +76,16 @@ def bars_lines(rows: Iterable[dict[str, Any]]) -> str:
     """Every bar of the rows as a line: what was measured, and the aim."""
     return table(
         ["case", "measured as", "", "aim"],
-        ([row["title"], bar["what"], digits(bar["measured"]), _aim(bar)] for row in rows for bar in row["bars"]),
+        (
+            [_subject(row) + row["title"], bar["what"], digits(bar["measured"]), _aim(bar)]
+            for row in rows
+            for bar in row["bars"]
+        ),
     )
+
+
+def _subject(row: dict[str, Any]) -> str:
+    return next((f"{name}, " for name in row["records"] if OURS.match(name)), "")
 
 
 def peft() -> str:
@@ -109,10 +117,12 @@ def _aim(bar: dict[str, Any]) -> str:
 def t0_3b() -> str:
     """T0-3B at full depth: how each contender ended, time and memory."""
     results = read("t0-3b.json")
-    return f"{origin(results, 't0-3b.json')}\n" + table(
+    first = table(
         ["dtype, rank", "", "outcome", "s a step", "live GiB", "× LoRA", "resident GiB", "× LoRA"],
         _t0_3b_rows(results["rows"]),
     )
+    bars = [row | {"title": f"{row['dtype']}, rank {row['rank']}"} for row in results["rows"] if row["rank"] == 16]
+    return f"{origin(results, 't0-3b.json')}\n{first}\n{bars_lines(bars)}"
 
 
 def _t0_3b_rows(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
@@ -121,10 +131,8 @@ def _t0_3b_rows(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
         for name, record in row["records"].items():
             completed = record["outcome"] == "completed"
             cells = [f"{row['dtype']}, {row['rank']}", f"**{name}**" if name.startswith("lora_fast") else name]
-            if completed:
-                cells += ["completed", digits(sorted(record["step_ms"])[len(record["step_ms"]) // 2] / 1e3)]
-            else:
-                cells += [f"**{record['outcome']}**", ""]
+            cells.append("completed" if completed else f"**{record['outcome']}**, {record['stage']}")
+            cells.append(digits(record["median_ms"] / 1e3) if record["step_ms"] else "")
             for measure in ("peak_bytes", "resident_bytes"):
                 value, unit = record.get(measure), baseline.get(measure)
                 if completed and value:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_fast.benchmarks import readme
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -37,3 +39,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_has_examples() -> None:
     assert len(list(blocks((ROOT / "README.md").read_text(encoding="utf-8")))) >= 4
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_figures_are_those_of_the_committed_results(page: Path) -> None:
+    """`python -m lora_fast.benchmarks.readme` makes them so."""
+    text = page.read_text(encoding="utf-8")
+    assert readme.REGION.search(text)
+    assert readme.render(text) == text
+
+
+def test_a_figure_that_was_changed_by_hand_is_seen() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    changed = text.replace("| frozen linear | 1.00", "| frozen linear | 0.99")
+    assert changed != text
+    assert readme.render(changed) == text
