@@ -166,7 +166,8 @@ def dora_linear(
     checks.check_dropout(dropout_p, seed)
     if norm is None and axis == "output" and dropout_p == 0.0 and not torch.compiler.is_compiling():
         constant = detach_norm or not (_wants_grad(lora_A) or _wants_grad(lora_B))
-        x, name = _cast(x, weight), resolve("lora_linear", backend, x.device.type, x.dtype)
+        x = _cast(x, weight)
+        name = resolve("lora_linear", backend, x.device.type, x.dtype)
         if constant and fuses_norm(name, x, weight, lora_A, lora_B):
             return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, kept, name)
     if norm is None:
