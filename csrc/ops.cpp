@@ -1,13 +1,22 @@
 // Names to functions. The schemas are defined in lora_fast/backends/cpu.py.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
 
 #include "cpu/ops.h"
 #include "cpu/scratch.h"
 
 namespace lora_fast {
 
-int64_t cpu::scratch_peak_bytes(bool reset) {
-  return lora_fast::scratch_peak_bytes(reset);
+Tensor cpu::scratch_events(bool record) {
+  const std::vector<ScratchEvent> events = take_scratch_events(record);
+  const int64_t size[] = {static_cast<int64_t>(events.size()), 2};
+  Tensor out = torch::stable::empty({size, 2}, ScalarType::Long);
+  static_assert(sizeof(ScratchEvent) == 2 * sizeof(int64_t));
+  if (!events.empty())
+    std::memcpy(out.mutable_data_ptr(), events.data(), events.size() * sizeof(ScratchEvent));
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
@@ -33,7 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
 
 // Without a tensor argument there is no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CompositeExplicitAutograd, m) {
-  m.impl("scratch_peak_bytes", TORCH_BOX(&cpu::scratch_peak_bytes));
+  m.impl("scratch_events", TORCH_BOX(&cpu::scratch_events));
 }
 
 }  // namespace lora_fast

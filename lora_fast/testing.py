@@ -7,6 +7,7 @@ an ulp is that of the output's dtype at the output's scale.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -214,30 +215,51 @@ def _peak_bytes_gpu(step: Callable[[], object]) -> int:
 
 
 def _peak_bytes_cpu(step: Callable[[], object]) -> int:
-    """Summed over the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator
-    too (a dispatch mode does not). Native scratch taken past PyTorch's allocator is asked from its own counter and
-    added.
+    """Summed in their order over the profiler's memory events, which see every allocation of PyTorch's, those inside a
+    custom operator too (a dispatch mode does not), and over those of native scratch, taken past PyTorch's allocator.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
-    _native_scratch()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler:
+    with (
+        recorded_scratch() as scratch,
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profiler,
+    ):
         step()
     recorded = profiler.profiler.kineto_results.events()
-    events = [event for event in recorded if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak + _native_scratch()
+    events = [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"]
+    return _highest(events + scratch)
 
 
-def _native_scratch() -> int:
-    """Peak of lora_fast's own scratch since the last call; 0 where nothing is compiled."""
+def scratch_peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes of native scratch that one call of ``step`` holds at once."""
+    with recorded_scratch() as events:
+        step()
+    return _highest(events)
+
+
+@contextmanager
+def recorded_scratch() -> Iterator[list[tuple[int, int]]]:
+    """The native scratch taken (+) and given back (-) inside, complete at the end: nanoseconds since 1970, bytes.
+
+    Empty where nothing is compiled.
+    """
+    events: list[tuple[int, int]] = []
     try:
-        return int(torch.ops.lora_fast_c.scratch_peak_bytes(True))
+        scratch_events = torch.ops.lora_fast_c.scratch_events
+        scratch_events(True)
     except (AttributeError, NotImplementedError):
-        return 0
+        yield events
+        return
+    try:
+        yield events
+    finally:
+        events += [(time, size) for time, size in scratch_events(False).tolist()]
+
+
+def _highest(events: list[tuple[int, int]]) -> int:
+    """The highest sum of bytes, in the order of their times."""
+    in_order = sorted(events, key=lambda event: event[0])
+    return max(itertools.accumulate((size for _, size in in_order), initial=0))
 
 
 __all__ = [
@@ -250,5 +272,7 @@ __all__ = [
     "make_inputs",
     "peak_bytes",
     "poisoned_memory",
+    "recorded_scratch",
     "scaled_dropout_mask",
+    "scratch_peak_bytes",
 ]

@@ -18,7 +18,7 @@ from lora_fast.benchmarks import contenders as c, layer, report
 from lora_fast.benchmarks.gate import Gate, error_fault
 from lora_fast.benchmarks.registry import FROZEN, INFERENCE, NORM, STEP, Bar, Case, Row
 from lora_fast.benchmarks.runner import Record, alternate, measure
-from lora_fast.testing import peak_bytes
+from lora_fast.testing import peak_bytes, scratch_peak_bytes
 
 N, K, R = 96, 64, 4
 
@@ -56,6 +56,30 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
     assert peak_bytes(one_after_the_other) < 1.5 * 4e6
     assert peak_bytes(together) >= 5 * 4e6
+
+
+@pytest.mark.native
+def test_peak_memory_adds_native_scratch_to_what_is_live_with_it(ops) -> None:
+    weight, lora_A, lora_B = torch.randn(1536, 1280), torch.randn(8, 1280), torch.randn(1536, 8)
+
+    def kernel() -> None:
+        ops.weight_norm_fwd(weight, lora_A, lora_B, 1.0, True)
+
+    def beside(scratch: int) -> None:
+        held = torch.empty(scratch, dtype=torch.uint8)
+        kernel()
+        del held
+
+    def after(scratch: int) -> None:
+        kernel()
+        torch.empty(scratch, dtype=torch.uint8)
+
+    kernel()
+    scratch, norm = scratch_peak_bytes(kernel), 1536 * 4
+    assert scratch > 4 * norm
+    assert scratch <= peak_bytes(kernel) <= scratch + 2 * norm
+    assert 2 * scratch <= peak_bytes(lambda: beside(scratch)) <= 2 * scratch + 2 * norm
+    assert scratch <= peak_bytes(lambda: after(scratch)) <= scratch + 2 * norm
 
 
 def test_peak_memory_tells_the_dense_norm_from_ours() -> None:

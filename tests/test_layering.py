@@ -97,7 +97,7 @@ def violations(root: Path) -> list[str]:
                 found.append(f"{where}:{line}: {part or 'lora_fast'} may not import {name}")
             if part == "triton_kernels" and target is None and name.split(".")[0] not in KERNELS_MAY_IMPORT:
                 found.append(f"{where}:{line}: triton_kernels may not import {name}")
-        if part not in {"backends", "benchmarks", "testing"}:  # the latter two measure: scratch_peak_bytes
+        if part not in {"backends", "benchmarks", "testing"}:  # the latter two measure: scratch_events
             found.extend(
                 f"{where}:{node.lineno}: only backends may call the compiled ops (lora_fast_c)"
                 for node in ast.walk(tree)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast.testing import dropout_mask
+from lora_fast.testing import dropout_mask, recorded_scratch, scratch_peak_bytes
 
 pytestmark = pytest.mark.native
 
@@ -359,11 +359,10 @@ def test_scratch_stays_far_below_the_weight(ops, isa, threads, dtype, adapter_dt
         "lora_gain_bwd": lambda: ops.lora_gain_bwd(base, base, norm, True, True, True),
     }
     for name, call in calls.items():
-        ops.scratch_peak_bytes(True)
-        call()
-        peak = ops.scratch_peak_bytes(True)
-        assert 0 < peak <= bound, name
-    assert ops.scratch_peak_bytes(False) == 0  # all given back
+        with recorded_scratch() as events:
+            call()
+        assert 0 < scratch_peak_bytes(call) <= bound, name
+        assert sum(size for _, size in events) == 0  # all given back
 
 
 def keys_differ(one: Tensor, other: Tensor) -> list[int]:

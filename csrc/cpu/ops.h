@@ -66,6 +66,7 @@ Tensor project_small(Tensor x, Tensor lora_A);
 
 Tensor input_grad_small(Tensor grad_v, Tensor weight);
 
-int64_t scratch_peak_bytes(bool reset);
+// int64 [n, 2], see take_scratch_events
+Tensor scratch_events(bool record);
 
 }  // namespace lora_fast::cpu

@@ -1,31 +1,41 @@
 #include "scratch.h"
 
 #include <atomic>
+#include <chrono>
+#include <mutex>
 #include <new>
+#include <utility>
 
 namespace lora_fast {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-std::atomic<int64_t> held{0};
-std::atomic<int64_t> peak{0};
+std::atomic<bool> recording{false};
+std::mutex mutex;
+std::vector<ScratchEvent> events;
+
+void note(int64_t bytes) {
+  if (!recording.load(std::memory_order_relaxed)) return;
+  const auto since_1970 = std::chrono::system_clock::now().time_since_epoch();
+  const std::lock_guard<std::mutex> lock(mutex);
+  events.push_back({std::chrono::duration_cast<std::chrono::nanoseconds>(since_1970).count(), bytes});
+}
 
 }  // namespace
 
 ScratchBlock::ScratchBlock(size_t bytes) : data_(::operator new(bytes, kAlignment)), bytes_(bytes) {
-  const int64_t now = held.fetch_add(static_cast<int64_t>(bytes)) + static_cast<int64_t>(bytes);
-  int64_t seen = peak.load();
-  while (now > seen && !peak.compare_exchange_weak(seen, now)) {
-  }
+  note(static_cast<int64_t>(bytes_));
 }
 
 ScratchBlock::~ScratchBlock() {
-  held.fetch_sub(static_cast<int64_t>(bytes_));
+  note(-static_cast<int64_t>(bytes_));
   ::operator delete(data_, kAlignment);
 }
 
-int64_t scratch_peak_bytes(bool reset) {
-  return reset ? peak.exchange(held.load()) : peak.load();
+std::vector<ScratchEvent> take_scratch_events(bool record) {
+  recording = record;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return std::exchange(events, {});
 }
 
 }  // namespace lora_fast

@@ -1,8 +1,9 @@
-// All working memory of the kernels, counted, so that a test can hold its bound.
+// All working memory of the kernels; recorded on demand, so that a test can hold its bound.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace lora_fast {
 
@@ -27,7 +28,12 @@ class Scratch : public ScratchBlock {
   T* data() const { return static_cast<T*>(ScratchBlock::data()); }
 };
 
-// The most bytes held at once since the last reset.
-int64_t scratch_peak_bytes(bool reset);
+// A block taken (bytes > 0) or given back, and when: nanoseconds since 1970, the clock of PyTorch's profiler.
+struct ScratchEvent {
+  int64_t time, bytes;
+};
+
+// The events recorded since the last call; from now on they are recorded or not.
+std::vector<ScratchEvent> take_scratch_events(bool record);
 
 }  // namespace lora_fast

@@ -44,7 +44,7 @@ _SCHEMAS = (
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",
-    "scratch_peak_bytes(bool reset) -> int",
+    "scratch_events(bool record) -> Tensor",
 )
 
 _library = torch.library.Library("lora_fast_c", "DEF")
