@@ -162,12 +162,15 @@ def test_gradcheck(form: str, p: float, backend64: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_zero_lora_B_gives_the_linear_to_the_bit(bias: bool, dtype: torch.dtype, backend: str) -> None:
-    inputs = make_inputs(Case((5, 7), 129, 65, 8, dtype, bias=bias))
-    y = functional.lora_linear(
-        inputs.x, inputs.weight, inputs.bias, inputs.lora_A, torch.zeros_like(inputs.lora_B), 0.7, backend=backend
-    )
-    assert torch.equal(y, F.linear(inputs.x, inputs.weight, inputs.bias))
+@pytest.mark.parametrize(("tokens", "N", "K"), [(35, 129, 65), (1, 256, 1024), (16, 256, 1024), (128, 256, 4096)])
+def test_zero_lora_B_gives_the_linear_to_the_bit(
+    tokens: int, N: int, K: int, bias: bool, dtype: torch.dtype, backend: str
+) -> None:
+    inputs = make_inputs(Case((tokens,), N, K, 8, dtype, bias=bias))
+    for zero in (0.0, -0.0):
+        lora_B = torch.full_like(inputs.lora_B, zero)
+        y = functional.lora_linear(inputs.x, inputs.weight, inputs.bias, inputs.lora_A, lora_B, 0.7, backend=backend)
+        assert torch.equal(y, F.linear(inputs.x, inputs.weight, inputs.bias))
 
 
 def test_the_gain_is_not_rounded_to_the_activations_dtype(backend: str) -> None:

@@ -286,3 +286,22 @@ def test_float32_adapters_are_rounded(ops, threads, tokens) -> None:
     rounded = {**wide, "lora_A": wide["lora_A"].bfloat16(), "lora_B": wide["lora_B"].bfloat16()}
     for one, other in zip(forward(ops, **wide), forward(ops, **rounded), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("at", [0, 1023, 1024, 2999])
+def test_is_zero_finds_the_one_that_is_not(ops, at: int, dtype: torch.dtype) -> None:
+    matrix = torch.zeros(3, 1000, dtype=dtype)
+    matrix[1] = -0.0
+    assert ops.is_zero(matrix)
+    for value in (1.0, -1.0, math.nan, math.inf, torch.finfo(dtype).smallest_normal / 2):
+        matrix.view(-1)[at] = value
+        assert not ops.is_zero(matrix)
+
+
+def test_is_zero_takes_what_it_can_read(ops) -> None:
+    assert ops.is_zero(torch.zeros(0, 8))
+    with pytest.raises(RuntimeError, match="matrix must be contiguous"):
+        ops.is_zero(torch.zeros(4, 6).T)
+    with pytest.raises(RuntimeError, match="matrix must have elements of 2 or 4 bytes, got 8"):
+        ops.is_zero(torch.zeros(4, 6, dtype=torch.float64))

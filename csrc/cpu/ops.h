@@ -64,6 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
 
 Tensor project_small(Tensor x, Tensor lora_A);
 
+bool is_zero(Tensor matrix);
+
 Tensor input_grad_small(Tensor grad_v, Tensor weight);
 
 // int64 [n, 2], see take_scratch_events

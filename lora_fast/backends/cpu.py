@@ -40,6 +40,7 @@ _SCHEMAS = (
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "project_small(Tensor x, Tensor lora_A) -> Tensor",
+    "is_zero(Tensor matrix) -> bool",
     "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
@@ -114,11 +115,14 @@ class _CpuLinear(SplitLinear):
         keep_product: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x2 = x.reshape(-1, x.shape[-1])
-        # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
-        if gain is None or not _native_applies(x2, weight, lora_A, lora_B, gain, axis, dropout_p):
+        applies = _native_applies(x2, weight, lora_A, lora_B, gain, axis, dropout_p)
+        # a fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then
+        if not applies or (gain is None and (x2.shape[0] > PRODUCT_TOKENS or _c.is_zero(lora_B.contiguous()))):
             return super().lora_linear_fwd(
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
+        if gain is None:
+            gain = torch.ones(weight.shape[0])
         native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
         return _native_fwd(native, x, weight, bias, lora_A, lora_B, scaling, gain, keep_product)
 
@@ -185,6 +189,7 @@ class _CpuLinear(SplitLinear):
 
 _ADAPTER_DTYPES = (torch.bfloat16, torch.float32)
 SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
+PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no gain to apply
 SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
 FUSED_RANK = 128  # above, the norm's columns are a product of their own size
 
