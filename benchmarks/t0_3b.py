@@ -169,8 +169,8 @@ def _take(event: Result, result: Result) -> None:
         result.update(event)
 
 
-def predict_live_bytes(runs: Iterable[Result], contender: str, depth: int) -> dict[str, float] | None:
-    """The line through the live storage of the two smallest depths, carried on to `depth`.
+def predict_live_bytes(runs: Iterable[Result], contender: str, rank: int, depth: int) -> dict[str, float] | None:
+    """The line through the live storage of the two smallest depths at this rank, carried on to `depth`.
 
     `error` is how far off, relatively, it lies at the largest depth that was measured below `depth`.
     """
@@ -178,7 +178,8 @@ def predict_live_bytes(runs: Iterable[Result], contender: str, depth: int) -> di
         {
             one["depth"]: one["live_bytes"]
             for one in runs
-            if (one["contender"], one["outcome"]) == (contender, "completed") and one["depth"] < depth
+            if (one["contender"], one["rank"], one["outcome"]) == (contender, rank, "completed")
+            and one["depth"] < depth
         }.items()
     )
     if len(measured) < 2:
@@ -233,7 +234,7 @@ def record(result: Result, runs: Sequence[Result], yardstick: Result | None) -> 
         "outcome": result["outcome"], "stage": result["stage"], "error": result["error"], "fault": None,
         "step_ms": [1e3 * seconds for seconds in result["step_s"]], "losses": result["losses"],
         "resident_bytes": result.get("resident_bytes"),
-        "prediction": predict_live_bytes(runs, result["contender"], result["depth"]),
+        "prediction": predict_live_bytes(runs, result["contender"], result["rank"], result["depth"]),
     }  # fmt: skip
     times = fields["step_ms"]
     if times:
@@ -297,7 +298,7 @@ def bars(records: dict[str, dict[str, Any]], rank: int) -> list[Bar]:
 
 
 def _announce_prediction(runs: Iterable[Result], task: Task) -> None:
-    prediction = predict_live_bytes(runs, task.contender, task.depth)
+    prediction = predict_live_bytes(runs, task.contender, task.rank, task.depth)
     if prediction is None or task.limit_bytes is None:
         return
     predicted, per_layer = prediction["predicted_bytes"] / GIB, prediction["bytes_per_layer"] / GIB

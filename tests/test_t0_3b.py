@@ -45,11 +45,13 @@ def test_the_full_model_has_the_parameters_of_t0_3b() -> None:
 def test_prediction_is_the_line_through_the_two_smallest_depths() -> None:
     runs = [completed(t0_3b.ARTICLE, depth, 10 + 3 * depth) for depth in (1, 2)]
     runs += [completed(t0_3b.ARTICLE, 4, 20), completed(t0_3b.APPLY, 1, 999)]
-    prediction = t0_3b.predict_live_bytes(runs, t0_3b.ARTICLE, 24)
+    runs += [completed(t0_3b.ARTICLE, 3, 999, rank=64)]
+    prediction = t0_3b.predict_live_bytes(runs, t0_3b.ARTICLE, 16, 24)
     assert prediction is not None
     assert prediction["predicted_bytes"] == 10 + 3 * 24
     assert (prediction["checked_at_depth"], prediction["error"]) == (4, pytest.approx(22 / 20 - 1))
-    assert t0_3b.predict_live_bytes(runs, t0_3b.APPLY, 24) is None
+    assert t0_3b.predict_live_bytes(runs, t0_3b.APPLY, 16, 24) is None
+    assert t0_3b.predict_live_bytes(runs, t0_3b.ARTICLE, 64, 24) is None
 
 
 def test_bars_hold_memory_to_lora_and_time_to_dora() -> None:
