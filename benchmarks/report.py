@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).resolve().parents[1]),
         "extension": {"loaded": loaded, "reason": reason, "build": build},
     }
 
@@ -152,18 +152,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the source tree this runs from, with "+" where it has changes; None for an installed wheel."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
+def _commit(root: Path) -> str | None:
+    """The commit of the source tree at ``root``, with "+" where it has changes; None for an installed wheel.
+
+    Results are none of these: each run writes its own.
+    """
+    if not (root / ".git").exists():
         return None
+    sources = [".", ":(exclude)benchmarks/results"]
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *sources)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}+" if changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +240,26 @@ def test_contenders_share_the_frozen_weight() -> None:
         linear = contender.build(inputs).module
         linear = linear if isinstance(linear, nn.Linear) else linear.get_submodule("linear")
         assert linear.weight.data_ptr() == inputs.weight.data_ptr()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_tells_changes_to_the_sources_and_not_to_results(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert report._commit(tmp_path) is None
+    source, result = tmp_path / "kernel.py", tmp_path / "benchmarks" / "results" / "cpu" / "layer.json"
+    result.parent.mkdir(parents=True)
+    for path in (source, result):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "Begin")
+    commit = report._commit(tmp_path)
+    assert commit is not None
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    result.write_text("2")
+    assert report._commit(tmp_path) == commit
+    source.write_text("2")
+    assert report._commit(tmp_path) == f"{commit}+"
