@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.backends import torch_ops
+from lora_fast.backends import extension_status, torch_ops
 
 
 @dataclass(frozen=True)
@@ -244,12 +244,12 @@ def recorded_scratch() -> Iterator[list[tuple[int, int]]]:
     Empty where nothing is compiled.
     """
     events: list[tuple[int, int]] = []
-    try:
-        scratch_events = torch.ops.lora_fast_c.scratch_events
-        scratch_events(True)
-    except (AttributeError, NotImplementedError):
+    loaded, _, _ = extension_status()
+    if not loaded:
         yield events
         return
+    scratch_events = torch.ops.lora_fast_c.scratch_events
+    scratch_events(True)
     try:
         yield events
     finally:

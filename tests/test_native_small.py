@@ -305,3 +305,27 @@ def test_is_zero_takes_what_it_can_read(ops) -> None:
         ops.is_zero(torch.zeros(4, 6).T)
     with pytest.raises(RuntimeError, match="matrix must have elements of 2 or 4 bytes, got 8"):
         ops.is_zero(torch.zeros(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_what_is_made_beside_is_of_the_inputs_device_and_dtype(ops, tokens: int) -> None:
+    given = arguments(tokens, 64, 96, 4)
+    linear = (given["x"], given["weight"], None, given["lora_A"], given["lora_B"])
+
+    def results() -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                functional.lora_linear(*linear, SCALING),
+                functional.dora_linear(*linear, given["gain"], SCALING),
+            ]
+
+    expected = results()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            actual = results()
+    finally:
+        torch.set_default_dtype(default)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)

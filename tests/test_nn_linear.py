@@ -332,3 +332,21 @@ def test_bad_activations(kind: str) -> None:
         layer(torch.randn(3, IN, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"x: got dtype torch.int64"):
         layer(torch.ones(3, IN, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_default_device_and_dtype_change_nothing(train: bool, backend: str) -> None:
+    layer = lora_fast.LinearWithDoRA(nn.Linear(64, 96), 4, 1.0, backend=backend).train(train)
+    x = torch.randn(5, 64)
+    expected = layer(x)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            actual = layer(x)
+            actual.backward(actual.detach())
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(actual, expected)
+    assert layer.magnitude.grad is not None
+    assert layer.magnitude.grad.device == x.device

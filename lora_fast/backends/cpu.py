@@ -122,7 +122,7 @@ class _CpuLinear(SplitLinear):
                 x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, keep_product
             )
         if gain is None:
-            gain = torch.ones(weight.shape[0])
+            gain = weight.new_ones(weight.shape[0], dtype=torch.float32)
         native = _c.lora_linear_small_fwd if _is_small(x2, lora_A) else _c.lora_linear_fwd
         return _native_fwd(native, x, weight, bias, lora_A, lora_B, scaling, gain, keep_product)
 
@@ -213,7 +213,7 @@ def dora_linear_fwd(
     kept_key: Tensor | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    norm = torch.empty(weight.shape[0], dtype=torch.float32)
+    norm = weight.new_empty(weight.shape[0], dtype=torch.float32)
     key = None
     if kept_norm is not None and not weight.is_inference():
         key = _c.content_key(weight, lora_A, lora_B, scaling, True, weight._version)
