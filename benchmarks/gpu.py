@@ -1,22 +1,23 @@
-"""What the GPU bars hold: the norm, composition, one layer's training step and inference, beside the contenders.
+"""What the GPU bars hold: the norm, composition, one layer's step and inference, a PEFT model, beside the contenders.
 
     python -m lora_fast.benchmarks.gpu [--out DIR] [--budget SECONDS]
 
 Times are CUDA events around one call, alternated over the contenders, behind a short spin that lets the host run
 ahead, with the L2 cache emptied before each; so they are the device's, and the host's time per call is a column of its
-own. Every contender passes the correctness gate first. Writes gpu.json and gpu.csv.
+own. A PEFT model's are the wall's. Every contender passes the correctness gate first. Writes gpu.json and gpu.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,14 @@ import lora_fast
 from lora_fast import backends, functional
 from lora_fast.testing import peak_bytes
 
-from . import contenders as c, cost, layer, report
+from . import contenders as c, cost, layer, peft_model, report
 from .gate import error_fault
-from .registry import INFERENCE, STEP, Case
+from .registry import INFERENCE, STEP, Bar, Case
 from .runner import Step
 
 SPIN_CYCLES = 500_000  # about 0.3 ms, longer than the host takes for a step
 FORWARD = ("lora_linear forward",)
 FLUSH_BYTES = 256 << 20  # more than any L2
-
-
-@dataclass(frozen=True)
-class Bar:
-    what: str
-    measured: float
-    bound: float
-    at_most: bool = True
-    aim: float | None = None
-
-    @property
-    def met(self) -> bool:
-        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
 def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, float]]:
@@ -100,7 +88,7 @@ def row(
         "least_flops": least.flops,
         "records": records,
         "left_out": left_out,
-        "bars": [{**vars(bar), "met": bar.met} for bar in bars],
+        "bars": [report.bar_as_dict(bar) for bar in bars],
     }  # fmt: skip
 
 
@@ -127,7 +115,8 @@ def norm_row(N: int, K: int, R: int, bar_ms: float, budget_s: float) -> dict[str
     records = measure(steps, budget_s)
     bars = []
     if ours := records.get("weight_norm"):
-        bars = [Bar("ms", ours["median_ms"], bar_ms), Bar("MB of extra memory", ours["peak_bytes"] / 1e6, 1.0)]
+        bars = [Bar("ms", ours["median_ms"], bar_ms, True),
+            Bar("MB of extra memory", ours["peak_bytes"] / 1e6, 1.0, True)]  # fmt: skip
     return row(f"norm, {N}×{K}, rank {R}", cost.Size(1, N, K, R), ("weight_norm",), records, bars, left_out)
 
 
@@ -152,7 +141,7 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
     chosen = names_of_ours()[0]
     reached = cost.least(op, size).bytes / records[chosen]["median_ms"] / bandwidth
-    bars = [Bar("× copy bandwidth", reached, 0.75, at_most=False)] if R == 16 else []
+    bars = [Bar("× copy bandwidth", reached, 0.75, False)] if R == 16 else []
     return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, {})
 
 
@@ -173,11 +162,11 @@ def layer_row(case: Case, budget_s: float, *, graph: bool = False) -> dict[str, 
     bars, frozen = [], records[c.FROZEN.name]["median_ms"]
     if subject := records.get(case.subject):
         if case.at_most is not None:
-            bars.append(Bar("× frozen linear", subject["median_ms"] / frozen, case.at_most, aim=case.aim))
+            bars.append(Bar("× frozen linear", subject["median_ms"] / frozen, case.at_most, True, case.aim))
         for other, factor in case.faster.items():
             if other in records:
                 ratio = records[other]["median_ms"] / subject["median_ms"]
-                bars.append(Bar(f"× faster than {other}", ratio, factor, at_most=False))
+                bars.append(Bar(f"× faster than {other}", ratio, factor, False))
     size = cost.Size(case.tokens, case.out_features, case.in_features, case.rank)
     title = f"{case.title}, rank {case.rank}{', CUDA graph' if graph else ''}"
     ops = ("weight_norm", "lora_linear forward", "lora_linear backward") if case.mode == STEP else FORWARD
@@ -202,7 +191,7 @@ def eager_inference_row(tokens: int, budget_s: float, features: int = 4096) -> d
     bars = []
     if peft.name in records:
         ratio = records[peft.name]["wall_ms"] / records[case.subject]["wall_ms"]
-        bars = [Bar(f"× faster than {peft.name}, wall time", ratio, 1.0, at_most=False)]
+        bars = [Bar(f"× faster than {peft.name}, wall time", ratio, 1.0, False)]
     size = cost.Size(tokens, features, features, case.rank)
     return row(f"{case.title}, no graph", size, FORWARD, records, bars, left_out)
 
@@ -228,6 +217,16 @@ def captured(step: Step) -> Step:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def peft_row(case: peft_model.Case, budget_s: float) -> dict[str, Any]:
+    """A PEFT model before and after acceleration; its packages are not needed to measure the rest."""
+    if missing := [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]:
+        why = f"not installed: {', '.join(missing)}"
+        return {"title": case.title, "records": {}, "bars": [], "left_out": dict.fromkeys(peft_model.CONTENDERS, why)}
+    result = peft_model.row(case, peft_model.models(), budget_s)
+    size = {"in_features": peft_model.WIDTH, "out_features": peft_model.WIDTH}
+    return result | size | {"title": f"PEFT model, {case.title}", "ops": "model", "left_out": {}}
 
 
 def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
@@ -275,6 +274,7 @@ def rows(budget_s: float) -> list[Callable[[], dict[str, Any]]]:
         *(lambda case=case: layer_row(case, 2 * budget_s) for case in steps),
         *(lambda case=case: layer_row(case, budget_s, graph=True) for case in graphs),
         *(lambda tokens=tokens: eager_inference_row(tokens, budget_s) for tokens in (16, 1)),
+        *(lambda case=case: peft_row(case, 2 * budget_s) for case in peft_model.CASES),
         *(lambda size=size: path_row(cost.Size(*size), budget_s) for size in sizes),
     ]
 
@@ -282,16 +282,16 @@ def rows(budget_s: float) -> list[Callable[[], dict[str, Any]]]:
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['title']}", flush=True)
     for name, record in result["records"].items():
-        wall = f"  wall {record['wall_ms']:.4f}" if "wall_ms" in record else ""
+        others = "".join(f"  {key} {record[f'{key}_ms']:.4f}" for key in ("host", "wall") if f"{key}_ms" in record)
         print(
             f"  {name:32} {record['median_ms']:9.4f} ms ({record['p20_ms']:.4f} to {record['p80_ms']:.4f})"
-            f"  host {record['host_ms']:.4f}{wall}  {record['peak_bytes'] / 1e6:9.1f} MB"
+            f"{others}  {record['peak_bytes'] / 1e6:9.1f} MB"
         )
     for name, reason in result["left_out"].items():
         print(f"  {name:32} left out: {reason}")
     for bar in result["bars"]:
-        sign, verdict = "≤" if bar["at_most"] else "≥", "met" if bar["met"] else "MISSED"
-        print(f"  {verdict}: {bar['measured']:.3f} {bar['what']}, bar {sign} {bar['bound']:g}", flush=True)
+        bound = f"≤ {bar['at_most']:g}" if "at_most" in bar else f"≥ {bar['at_least']:g}"
+        print(f"  {'met' if bar['met'] else 'MISSED'}: {bar['measured']:.3f} {bar['what']}, bar {bound}", flush=True)
 
 
 def provenance() -> dict[str, Any]:
@@ -314,7 +314,7 @@ def write_csv(path: Path, results: list[dict[str, Any]]) -> None:
         writer.writerow([*keys, "contender", *times])
         for result in results:
             for name, record in result["records"].items():
-                writer.writerow([*(result[key] for key in keys), name, *(record.get(key, "") for key in times)])
+                writer.writerow([*(result.get(key, "") for key in keys), name, *(record.get(key, "") for key in times)])
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from lora_fast.benchmarks import contenders as c, cost, gpu
+from lora_fast.benchmarks import contenders as c, cost, gpu, peft_model
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 
 
@@ -23,6 +23,17 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "measure", measure)
     monkeypatch.setattr(gpu, "names_of_ours", lambda: ["torch"])
     monkeypatch.setattr(gpu, "wall_ms", lambda step: 1.0)
+    monkeypatch.setattr(peft_model, "WIDTH", 64)
+    monkeypatch.setattr(peft_model, "FEED_FORWARD", 96)
+
+
+@pytest.mark.gpu
+def test_a_step_of_the_peft_model_ends_when_the_device_has_finished() -> None:
+    pytest.importorskip("peft")
+    step = peft_model.step(peft_model.CASES[0], peft_model.adapted(dora=False))
+    for _ in range(3):
+        step()
+        assert torch.cuda.current_stream().query()
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -38,6 +49,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         gpu.layer_row(case, 0.0),
         gpu.layer_row(Case(INFERENCE, 48, 64, 4, torch.bfloat16, contenders[:3], c.dora().name, at_most=1.25), 0.0),
         gpu.eager_inference_row(2, 0.0, features=48),
+        *(gpu.peft_row(case, 0.0) for case in peft_model.CASES),
     ]
     for result in results:
         assert result["bars"]
@@ -53,7 +65,22 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_every_bar_of_the_issue_has_a_row() -> None:
-    assert len(gpu.rows(0.0)) == 3 + 4 + 3 + 2 + 2 + 4
+    assert len(gpu.rows(0.0)) == 3 + 4 + 3 + 2 + 2 + 3 + 4
+
+
+def test_the_peft_model_is_built_on_the_default_device() -> None:
+    with torch.device("meta"):
+        models = [peft_model.adapted(dora) for dora in (False, True)]
+    assert {tensor.device.type for model in models for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_without_peft_its_rows_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = gpu.peft_row(peft_model.CASES[0], 0.0)
+    gpu.show(result)
+    assert capsys.readouterr().out.count("left out: not installed: peft, transformers") == len(peft_model.CONTENDERS)
+    assert result["records"] == {}
+    assert result["bars"] == []
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
