@@ -186,8 +186,9 @@ def test_each_gradient_alone(ops, tokens, wanted) -> None:
     assert torch.equal(gradient({wanted}), gradient(set(given) - {"weight"}))
 
 
-def test_in_evaluation_the_kept_norm_is_used_until_its_content_changes(ops) -> None:
-    given = tensors(5, (64, 96, 16))
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_in_evaluation_the_kept_norm_is_used_until_its_content_changes(ops, tokens) -> None:
+    given = tensors(tokens, (64, 96, 16))
     kept = NormCache().tensors(64, torch.float32, torch.device("cpu"))
     assert kept is not None
     y, _, _, norm = forward(given, kept)
@@ -197,10 +198,33 @@ def test_in_evaluation_the_kept_norm_is_used_until_its_content_changes(ops) -> N
     for name in ("lora_A", "lora_B", "weight"):
         kept[0].mul_(2)
         given[name].data[0, 0] += 1
-        again = forward(given, kept)[3]
-        assert torch.equal(again, forward(given)[3]), name
-        assert torch.equal(kept[0], again), name
+        again = forward(given, kept)
+        for one, other in zip(again, forward(given), strict=True):
+            assert torch.equal(one, other), name
+        assert torch.equal(kept[0], again[3]), name
     assert not torch.equal(forward(given)[0], y)
+
+
+def test_every_forward_keeps_the_same_key(ops) -> None:
+    """So that a norm made by one is taken by the others: few tokens, many, weight_norm."""
+    for size in ((32, 32, 1), (64, 96, 16), (4096, 64, 3), (320, 6400, 5)):
+        given = tensors(5, size)
+        weight, lora_A, lora_B = (given[name] for name in ("weight", "lora_A", "lora_B"))
+        expected = ops.content_key(weight, lora_A, lora_B, S, True, weight._version)
+        for tokens in (1, 32, 33):
+            kept = torch.zeros(size[0]), torch.full((6,), -2)
+            forward(given | {"x": torch.randn(tokens, size[1]).bfloat16()}, kept)
+            assert torch.equal(kept[1], expected)
+
+
+def test_few_tokens_see_a_write_into_any_row_that_is_sampled(ops) -> None:
+    given = tensors(5, (1024, 64, 3))  # two elements of each row
+    kept = torch.zeros(1024), torch.full((6,), -2)
+    forward(given, kept)
+    for row in (*range(0, 1024, 31), 1023):
+        given["weight"].data[row] += 1
+        norm = forward(given, kept)[3]
+        assert torch.equal(norm, forward(given)[3]), row
 
 
 def test_the_layer_keeps_in_evaluation_and_renews_in_training(ops) -> None:
@@ -334,12 +358,32 @@ def test_project_small_names_what_is_bad(ops, x, lora_A, message) -> None:
 def test_the_native_forwards_name_a_bad_norm_or_magnitude(ops) -> None:
     x, weight, bias, lora_A, lora_B, magnitude = tensors(3, (64, 96, 5)).values()
     y = torch.empty(3, 64).bfloat16()
-    for native in (ops.dora_linear_fwd, ops.dora_linear_small_fwd):
+    for native, kept in ((ops.dora_linear_fwd, (False,)), (ops.dora_linear_small_fwd, (None, None, 0))):
         for norm, message in (
             (torch.empty(63), "norm must have size 64"),
             (torch.empty(64).double(), "norm must be contiguous float32"),
         ):
             with pytest.raises(RuntimeError, match=message):
-                native(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, False)
+                native(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, *kept)
         with pytest.raises(RuntimeError, match="magnitude must have size 64"):
-            native(x, weight, lora_A, lora_B, S, magnitude[:5], bias, y, None, torch.empty(64), False)
+            native(x, weight, lora_A, lora_B, S, magnitude[:5], bias, y, None, torch.empty(64), *kept)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kept_norm", "kept_key", "message"),
+    [
+        (torch.empty(63), torch.empty(64), torch.empty(6).long(), "norm must have size 64"),
+        (torch.empty(64), torch.empty(63), torch.empty(6).long(), "kept_norm must have size 64"),
+        (torch.empty(64), torch.empty(64).double(), torch.empty(6).long(), "kept_norm must have the norm's dtype"),
+        (torch.empty(64), torch.empty(64), torch.empty(5).long(), "kept_key must be contiguous int64 of size 6"),
+        (torch.empty(64), torch.empty(64), torch.empty(6), "kept_key must be contiguous int64 of size 6"),
+        (torch.empty(64), torch.empty(64), None, "kept_norm and kept_key go together"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_kept_norm_is_named_before_anything_is_written(ops, norm, kept_norm, kept_key, message) -> None:
+    x, weight, bias, lora_A, lora_B, magnitude = tensors(3, (64, 96, 5)).values()
+    y = torch.full((3, 64), 7.0).bfloat16()
+    with pytest.raises(RuntimeError, match=message):
+        ops.dora_linear_small_fwd(x, weight, lora_A, lora_B, S, magnitude, bias, y, None, norm, kept_norm, kept_key, 0)
+    assert (y == 7).all()

@@ -1,7 +1,8 @@
-// A short key of everything that the norm depends on: all bits of the factors, a sample of W and where it
-// lies.
+#include "content_key.h"
+
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "ops.h"
 #include "parallel.h"
@@ -14,6 +15,9 @@ using Wide = unsigned __int128;
 constexpr uint64_t kOdd[4] = {0x9E3779B97F4A7C15u, 0xD1B54A32D192ED03u, 0xABC98388FB8FAC03u,
                               0x8CB92BA72F3D8DD7u};
 constexpr int64_t kSamples = 2048;
+constexpr int64_t kParts = 16;        // hashed by themselves, whatever the number of threads
+constexpr int64_t kGrain = 64 << 10;  // bytes to be read that are worth a thread
+constexpr int64_t kLine = 64;         // bytes
 
 // Both halves of the 128-bit product: every bit of a and b reaches every bit of the result.
 inline uint64_t fold(uint64_t a, uint64_t b) {
@@ -71,64 +75,106 @@ uint64_t bits_at(const char* p, size_t width) {
   return bits;
 }
 
-void add_matrix(Hasher& hasher, const Tensor& t) {
+// The part-th of kParts stretches of a range.
+struct Stretch {
+  Stretch(int64_t count, int64_t part) : begin(count * part / kParts), end(count * (part + 1) / kParts) {}
+  int64_t begin, end;
+};
+
+void add_matrix(Hasher& hasher, const Tensor& t, int64_t part) {
   const char* data = static_cast<const char*>(t.const_data_ptr());
-  const size_t width = t.element_size();
+  const int64_t width = static_cast<int64_t>(t.element_size());
   if (t.is_contiguous()) {
-    hasher.add_bytes(data, static_cast<size_t>(t.numel()) * width);
+    const Stretch elements(t.numel(), part);
+    hasher.add_bytes(data + elements.begin * width,
+                     static_cast<size_t>((elements.end - elements.begin) * width));
     return;
   }
   // Along the smaller stride, so that a transposed view reads memory in order.
   const int64_t inner = t.stride(1) <= t.stride(0) ? 1 : 0;
-  const int64_t outer_bytes = t.stride(1 - inner) * static_cast<int64_t>(width);
-  const int64_t inner_bytes = t.stride(inner) * static_cast<int64_t>(width);
-  for (int64_t o = 0; o < t.size(1 - inner); ++o) {
+  const int64_t outer_bytes = t.stride(1 - inner) * width;
+  const int64_t inner_bytes = t.stride(inner) * width;
+  const Stretch lines(t.size(1 - inner), part);
+  for (int64_t o = lines.begin; o < lines.end; ++o) {
     const char* line = data + o * outer_bytes;
     if (t.stride(inner) == 1) {
-      hasher.add_bytes(line, static_cast<size_t>(t.size(inner)) * width);
+      hasher.add_bytes(line, static_cast<size_t>(t.size(inner) * width));
     } else {
-      for (int64_t i = 0; i < t.size(inner); ++i) hasher.add(bits_at(line + i * inner_bytes, width));
+      for (int64_t i = 0; i < t.size(inner); ++i)
+        hasher.add(bits_at(line + i * inner_bytes, static_cast<size_t>(width)));
     }
   }
 }
 
-// Rows in order and evenly, columns by the golden ratio: every stretch of rows and of columns has its share.
-void add_sample(Hasher& hasher, const Tensor& w) {
-  const int64_t rows = w.size(0), cols = w.size(1);
-  if (rows == 0 || cols == 0) return;
-  const char* data = static_cast<const char*>(w.const_data_ptr());
-  const size_t width = w.element_size();
-  const int64_t row_bytes = w.stride(0) * static_cast<int64_t>(width);
-  const int64_t col_bytes = w.stride(1) * static_cast<int64_t>(width);
-  const bool all = rows * cols <= kSamples;
-  const int64_t count = all ? rows * cols : kSamples;
-  uint64_t sample[kSamples];
-  for (int64_t q = 0; q < count; ++q) {
-    const int64_t i =
-        all ? q / cols : static_cast<int64_t>(static_cast<Wide>(2 * q + 1) * rows / (2 * kSamples));
-    const int64_t j = all ? q % cols : static_cast<int64_t>(static_cast<Wide>(kOdd[0] * q) * cols >> 64);
-    sample[q] = bits_at(data + i * row_bytes + j * col_bytes, width);
+// Which elements of a matrix are sampled: rows in order and evenly, columns by the golden ratio, so that
+// every stretch of rows and of columns has its share.
+class Sampling {
+ public:
+  Sampling(int64_t rows, int64_t cols) : rows_(rows), cols_(cols), all_(rows * cols <= kSamples) {}
+  int64_t row(int64_t q) const {
+    return all_ ? q / cols_ : static_cast<int64_t>(static_cast<Wide>(2 * q + 1) * rows_ / (2 * kSamples));
   }
-  hasher.add_bytes(sample, static_cast<size_t>(count) * 8);
+  int64_t col(int64_t q) const {
+    return all_ ? q % cols_ : static_cast<int64_t>(static_cast<Wide>(kOdd[0] * q) * cols_ >> 64);
+  }
+  // the first q of the row or of those behind it
+  int64_t first_of(int64_t row) const {
+    if (all_) return row * cols_;
+    const Wide twice = static_cast<Wide>(2 * kSamples) * row;
+    return twice <= static_cast<Wide>(rows_) ? 0 : static_cast<int64_t>((twice + rows_ - 1) / (2 * rows_));
+  }
+
+ private:
+  int64_t rows_, cols_;
+  bool all_;
+};
+
+// f(part) for every part. Each thread has its share of what waits for memory.
+template <class F>
+void for_parts(int64_t bytes, const F& f) {
+  for_chunks(std::min(chunk_count(bytes, kGrain), kParts), kParts, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) f(part);
+  });
+}
+
+uint64_t sample_of(const Tensor& weight) {
+  uint64_t parts[kParts];
+  for_parts(kSamples * kLine, [&](int64_t part) {
+    const Stretch rows(weight.size(0), part);
+    parts[part] = sample_of_rows(weight, rows.begin, rows.end);
+  });
+  return std::accumulate(parts, parts + kParts, uint64_t{0});
 }
 
 }  // namespace
 
-Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
-                        int64_t version) {
-  check_adapter(weight, lora_A, lora_B);
-  Hasher factors, sample, form, scale;
-  // two threads: the one's time goes to arithmetic, the other's to waiting for memory
-  for_chunks(chunk_count(2, 1), 2, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      if (part == 0) {
-        add_matrix(factors, lora_A);
-        add_matrix(factors, lora_B);
-      } else {
-        add_sample(sample, weight);
-      }
-    }
-  });
+uint64_t sample_of_rows(const Tensor& weight, int64_t begin, int64_t end) {
+  const Sampling sampling(weight.size(0), weight.size(1));
+  if (weight.numel() == 0) return 0;
+  const char* data = static_cast<const char*>(weight.const_data_ptr());
+  const size_t width = weight.element_size();
+  const int64_t row_bytes = weight.stride(0) * static_cast<int64_t>(width);
+  const int64_t col_bytes = weight.stride(1) * static_cast<int64_t>(width);
+  uint64_t sum = 0;
+  for (int64_t q = sampling.first_of(begin), last = sampling.first_of(end); q < last; ++q) {
+    const uint64_t bits = bits_at(data + sampling.row(q) * row_bytes + sampling.col(q) * col_bytes, width);
+    sum += fold(bits ^ kOdd[1], (kOdd[2] + static_cast<uint64_t>(q) * kOdd[3]) | 1);
+  }
+  return sum;
+}
+
+ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                              double scaling, bool per_output, int64_t version) {
+  uint64_t parts[kParts];
+  for_parts((lora_A.numel() + lora_B.numel()) * static_cast<int64_t>(lora_A.element_size()),
+            [&](int64_t part) {
+              Hasher hasher;
+              add_matrix(hasher, lora_A, part);
+              add_matrix(hasher, lora_B, part);
+              parts[part] = hasher.result();
+            });
+  Hasher factors, form, scale;
+  factors.add_bytes(parts, sizeof(parts));
   for (const Tensor* t : {&weight, &lora_A, &lora_B}) {
     form.add(static_cast<uint64_t>(t->scalar_type()));
     for (int64_t d = 0; d < 2; ++d) {
@@ -138,16 +184,23 @@ Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
   }
   scale.add_bytes(&scaling, sizeof(scaling));
   scale.add(per_output ? 1 : 0);
-  const int64_t size[] = {6};
-  Tensor key = torch::stable::new_empty(weight, {size, 1}, ScalarType::Long);
-  uint64_t* out = static_cast<uint64_t*>(key.mutable_data_ptr());
-  out[0] = factors.result();
-  out[1] = sample.result();
-  out[2] = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
-  out[3] = static_cast<uint64_t>(version);
-  out[4] = form.result();
-  out[5] = scale.result();
-  return key;
+  return {factors.result(),
+          0,
+          reinterpret_cast<uintptr_t>(weight.const_data_ptr()),
+          static_cast<uint64_t>(version),
+          form.result(),
+          scale.result()};
+}
+
+Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
+                        int64_t version) {
+  check_adapter(weight, lora_A, lora_B);
+  ContentKey key = key_without_sample(weight, lora_A, lora_B, scaling, per_output, version);
+  key.sample = sample_of(weight);
+  const int64_t size[] = {sizeof(key) / sizeof(int64_t)};
+  Tensor out = torch::stable::new_empty(weight, {size, 1}, ScalarType::Long);
+  std::memcpy(out.mutable_data_ptr(), &key, sizeof(key));
+  return out;
 }
 
 }  // namespace lora_fast

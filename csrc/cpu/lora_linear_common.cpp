@@ -38,12 +38,6 @@ void check_factor(const Tensor& tensor, const char* name) {
                   static_cast<int>(tensor.scalar_type()));
 }
 
-void check_float_vector(const Tensor& tensor, const char* name, int64_t size) {
-  check_vector(tensor, name, size);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be contiguous float32");
-}
-
 void check_activation(const Tensor& tensor, const char* name, int64_t tokens, int64_t cols) {
   check_bf16(tensor, name);
   check_contiguous(tensor, name);
@@ -65,6 +59,12 @@ Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> 
 }
 
 }  // namespace
+
+void check_float_vector(const Tensor& tensor, const char* name, int64_t size) {
+  check_vector(tensor, name, size);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be contiguous float32");
+}
 
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,

@@ -17,6 +17,8 @@ constexpr int64_t kTokenBlock = 512;
 constexpr int64_t kBlockPanels = 11;
 constexpr int64_t kBlockSteps = 16;
 
+void check_float_vector(const Tensor& tensor, const char* name, int64_t size);
+
 // The arguments that the kernels for few tokens and those in blocks have in common.
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                       const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,

@@ -1,5 +1,8 @@
 // lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
 // sums; with the norm, if it is asked for, from the same read.
+#include <atomic>
+
+#include "content_key.h"
 #include "factored_norm.h"
 #include "lora_linear_common.h"
 #include "ops.h"
@@ -91,6 +94,8 @@ struct Small {
   bf16 *y, *product;
   const FactoredNorm* factored;  // null where the norm is not wanted; else
   const DoraGain* dora;          // whose norm and gain are written
+  const Tensor* sampled;         // W, where its sample is wanted
+  std::atomic<uint64_t>* sample;
 };
 
 // turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns dealt (see Strip).
@@ -143,6 +148,8 @@ void forward_rows(const Small& op, int64_t begin, int64_t end) {
                           op.dora->magnitude + n, op.dora->norm + n, op.dora->gain.data() + n);
     }
     finish_rows(op, c.data(), width, n);
+    // while the rows are in the cache
+    if (op.sampled != nullptr) *op.sample += sample_of_rows(*op.sampled, n, n + kSmallRows);
   }
 }
 
@@ -172,7 +179,7 @@ void project(const Operand& operand, int64_t tokens, const AdapterMatrix& lora_A
 
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                double scaling, const float* gain, const std::optional<Tensor>& bias, Tensor& y,
-               std::optional<Tensor>& product, const DoraGain* dora) {
+               std::optional<Tensor>& product, const DoraGain* dora, uint64_t* sample) {
   const int64_t tokens = x.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
@@ -181,6 +188,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   std::optional<FactoredNorm> factored;
   if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
   const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
+  std::atomic<uint64_t> sum = 0;
   const Small op{elements(weight),
                  weight.stride(0),
                  N,
@@ -195,11 +203,14 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
                  static_cast<bf16*>(y.mutable_data_ptr()),
                  product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr,
                  factored ? &*factored : nullptr,
-                 dora};
+                 dora,
+                 sample != nullptr ? &weight : nullptr,
+                 &sum};
   project(operand, tokens, AdapterMatrix(lora_A), scaling, static_cast<bf16*>(h.mutable_data_ptr()),
           scaled_h.data());
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
+  if (sample != nullptr) *sample = sum;
   return h;
 }
 
@@ -223,16 +234,33 @@ Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   check_few_tokens(x, "x");
   check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product);
   return forward(x, weight, lora_A, lora_B, scaling, static_cast<const float*>(gain.const_data_ptr()), bias,
-                 y, product, nullptr);
+                 y, product, nullptr, nullptr);
 }
 
 Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   Tensor magnitude, std::optional<Tensor> bias, Tensor y,
-                                  std::optional<Tensor> product, Tensor norm, bool norm_known) {
+                                  std::optional<Tensor> product, Tensor norm, std::optional<Tensor> kept_norm,
+                                  std::optional<Tensor> kept_key, int64_t version) {
   check_few_tokens(x, "x");
   check_linear_fwd(x, weight, lora_A, lora_B, magnitude, bias, y, product, "magnitude");
-  const DoraGain dora(magnitude, norm, norm_known);
-  return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora);
+  check_float_vector(norm, "norm", weight.size(0));
+  STD_TORCH_CHECK(kept_norm.has_value() == kept_key.has_value(), "kept_norm and kept_key go together");
+  const auto run = [&](bool norm_known, uint64_t* sample) {
+    const DoraGain dora(magnitude, norm, norm_known);
+    return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora, sample);
+  };
+  if (!kept_norm) return run(false, nullptr);
+  // W's sample, a read of a page for each of its elements, is taken from the rows as they pass: the kept norm
+  // is used on trust, and the result thrown away if the sample is another.
+  ContentKey key = key_without_sample(weight, lora_A, lora_B, scaling, true, version);
+  const auto kept_sample = load_kept_norm_but_for_sample(*kept_norm, *kept_key, key, norm);
+  if (kept_sample) {
+    const Tensor h = run(true, &key.sample);
+    if (key.sample == *kept_sample) return h;
+  }
+  const Tensor h = run(false, &key.sample);
+  keep_norm_of(*kept_norm, *kept_key, key, norm);
+  return h;
 }
 
 }  // namespace lora_fast

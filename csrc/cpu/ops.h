@@ -40,10 +40,11 @@ Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora
                              Tensor gain, std::optional<Tensor> bias, Tensor y,
                              std::optional<Tensor> product);
 
-// The same with gain = magnitude / norm; norm is written unless it is known.
+// The same with gain = magnitude / norm; norm is written, from the kept one if that holds, and else kept.
 Tensor dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                              Tensor magnitude, std::optional<Tensor> bias, Tensor y,
-                             std::optional<Tensor> product, Tensor norm, bool norm_known);
+                             std::optional<Tensor> product, Tensor norm, std::optional<Tensor> kept_norm,
+                             std::optional<Tensor> kept_key, int64_t version);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -53,6 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_small_bwd(
 Tensor lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, Tensor gain,
                        std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product);
 
+// The same with gain = magnitude / norm; norm is written unless it is known.
 Tensor dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                        Tensor magnitude, std::optional<Tensor> bias, Tensor y, std::optional<Tensor> product,
                        Tensor norm, bool norm_known);

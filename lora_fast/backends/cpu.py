@@ -35,7 +35,8 @@ _SCHEMAS = (
     "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
     "dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, bool norm_known) -> Tensor",
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, Tensor(d!)? kept_norm, Tensor(e!)? kept_key, "
+    "int version) -> Tensor",
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -214,15 +215,18 @@ def dora_linear_fwd(
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm = weight.new_empty(weight.shape[0], dtype=torch.float32)
-    key = None
-    if kept_norm is not None and not weight.is_inference():
-        key = _c.content_key(weight, lora_A, lora_B, scaling, True, weight._version)
-    known = key is not None and _c.load_kept_norm(kept_norm, kept_key, key, norm)
-    x2 = x.reshape(-1, x.shape[-1])
-    native = _c.dora_linear_small_fwd if _is_small(x2, lora_A) else _c.dora_linear_fwd
-    gain = magnitude.float()
-    forward = _native_fwd(native, x, weight, bias, lora_A, lora_B, scaling, gain, keep_product, norm, known)
-    if key is not None and not known:
+    if weight.is_inference():  # no version to trust
+        kept_norm = kept_key = None
+    arguments = x, weight, bias, lora_A, lora_B, scaling, magnitude.float(), keep_product, norm
+    if _is_small(x.reshape(-1, x.shape[-1]), lora_A):
+        version = -1 if kept_key is None else weight._version
+        return *_native_fwd(_c.dora_linear_small_fwd, *arguments, kept_norm, kept_key, version), norm
+    if kept_norm is None or kept_key is None:
+        return *_native_fwd(_c.dora_linear_fwd, *arguments, False), norm
+    key = _c.content_key(weight, lora_A, lora_B, scaling, True, weight._version)
+    known = _c.load_kept_norm(kept_norm, kept_key, key, norm)
+    forward = _native_fwd(_c.dora_linear_fwd, *arguments, known)
+    if not known:
         _c.keep_norm(kept_norm, kept_key, key, norm)
     return *forward, norm
 
@@ -237,7 +241,7 @@ def _native_fwd(
     scaling: float,
     gain: Tensor,
     keep_product: bool,
-    *norm: Tensor | bool,
+    *norm: Tensor | bool | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, product, h) by one of the native forwards, which take ``gain`` and ``norm`` as they are."""
     x2 = x.reshape(-1, x.shape[-1])
