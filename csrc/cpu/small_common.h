@@ -16,14 +16,18 @@ inline void check_bf16(const Tensor& tensor, const char* name) {
 }
 
 // weight [N, K] with adjacent columns, both sizes multiples of a tile step
-inline void check_tiled_weight(const Tensor& weight) {
-  check_bf16(weight, "weight");
+inline void check_tiled_shape(const Tensor& weight) {
   STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
   STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
                   "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
                   weight.size(1));
   STD_TORCH_CHECK(amx_enabled(),
                   "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
+}
+
+inline void check_tiled_weight(const Tensor& weight) {
+  check_bf16(weight, "weight");
+  check_tiled_shape(weight);
 }
 
 inline void check_few_tokens(const Tensor& tensor, const char* name) {

@@ -42,6 +42,7 @@ _SCHEMAS = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "project_small(Tensor x, Tensor lora_A) -> Tensor",
     "is_zero(Tensor matrix) -> bool",
+    "float_product(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> bool",
     "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
@@ -99,7 +100,7 @@ def merge_weight(
 
 
 class _CpuLinear(SplitLinear):
-    """For bfloat16 on AMX, native products with the passes fused into them; PyTorch's products otherwise."""
+    """On AMX, native products: for bfloat16 with the passes fused into them, for float32 by parts; else PyTorch's."""
 
     def lora_linear_fwd(
         self,
@@ -166,6 +167,21 @@ class _CpuLinear(SplitLinear):
             grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+        splits = lora_B.dtype != torch.float64 and _splits(x.reshape(-1, x.shape[-1]), weight)
+        if splits and not _c.is_zero(lora_B.contiguous()):
+            y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+            if _c.float_product(x.reshape(-1, x.shape[-1]).contiguous(), weight, True, y.view(-1, y.shape[-1])):
+                return y if bias is None else y.add_(bias)
+        return super()._product(x, weight, bias, lora_B)
+
+    def _product_grad(self, grad_v: Tensor, weight: Tensor) -> Tensor:
+        if _splits(grad_v, weight):
+            grad_x = grad_v.new_empty(grad_v.shape[0], weight.shape[1])
+            if _c.float_product(grad_v.contiguous(), weight, False, grad_x):
+                return grad_x
+        return super()._product_grad(grad_v, weight)
+
     def _project(self, x: Tensor, lora_A: Tensor) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         if x2.shape[0] > SMALL_TOKENS or lora_A.dtype not in _ADAPTER_DTYPES or not _tiles(x2, lora_A.shape[1]):
@@ -190,6 +206,8 @@ class _CpuLinear(SplitLinear):
 
 _ADAPTER_DTYPES = (torch.bfloat16, torch.float32)
 SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
+FLOAT_TOKENS = 64  # fewer are a read of W, which PyTorch's product does not rearrange
+FLOAT_WEIGHT = 1 << 19  # elements; smaller ones are split again for too few tokens, see csrc/cpu/float_product.cpp
 PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no gain to apply
 SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
 FUSED_RANK = 128  # above, the norm's columns are a product of their own size
@@ -298,6 +316,23 @@ def _tiles_with(activation: Tensor, weight: Tensor) -> bool:
         and weight.stride(1) == 1
         and weight.shape[0] % 32 == 0
         and _tiles(activation, weight.shape[1])
+    )
+
+
+def _splits(activation: Tensor, weight: Tensor) -> bool:
+    """Whether a product in float32 is made of bfloat16's: many tokens, a large weight of whole tiles, AMX.
+
+    Not where PyTorch's matmul setting allows less than float32: its own product is quicker then.
+    """
+    return (
+        activation.shape[0] >= FLOAT_TOKENS
+        and weight.numel() >= FLOAT_WEIGHT
+        and activation.dtype == weight.dtype == torch.float32
+        and weight.stride(1) == 1
+        and weight.shape[0] % 32 == 0
+        and weight.shape[1] % 32 == 0
+        and torch.get_float32_matmul_precision() == "highest"
+        and importlib.import_module("lora_fast._C").amx_enabled()
     )
 
 

@@ -55,11 +55,10 @@ class SplitLinear:
         x = self._scaled_input(x, gain, axis)
         h = self._project(self._dropped(x, seed, dropout_p), lora_A)
         if gain is None or axis == "input":
-            # one product with the bias in it, as nn.Linear's, so that lora_B = 0 gives its output to the bit
-            y = F.linear(x, weight, bias).contiguous()
+            y = self._product(x, weight, bias, lora_B)
             self.compose(_rows(y), _rows(h), lora_B, scaling, None, None, _rows(y), None)
             return y, y.new_empty(0), h
-        y = F.linear(x, weight).contiguous()
+        y = self._product(x, weight, None, lora_B)
         product = y.new_empty(y.shape if keep_product else 0)
         kept = _rows(product) if keep_product else None
         self.compose(_rows(y), _rows(h), lora_B, scaling, gain, bias, _rows(y), kept)
@@ -172,6 +171,14 @@ class SplitLinear:
         assert seed is not None
         return self.dropout(_rows(x), seed, dropout_p).view(x.shape)
 
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+        """x Wᵀ + bias, contiguous: one product as nn.Linear's, so that lora_B = 0 gives its output to the bit"""
+        return F.linear(x, weight, bias).contiguous()
+
+    def _product_grad(self, grad_v: Tensor, weight: Tensor) -> Tensor:
+        """grad_v W, contiguous"""
+        return (grad_v @ weight).contiguous()
+
     def _project(self, x: Tensor, lora_A: Tensor) -> Tensor:
         """x lora_Aᵀ"""
         return F.linear(x, lora_A.to(x.dtype))
@@ -189,8 +196,8 @@ class SplitLinear:
         if dropout_p > 0.0:
             assert seed is not None
             dropped = self.dropout(grad_h @ lora_A.to(grad_h.dtype), seed, dropout_p)
-            return (grad_v @ weight).add_(dropped)
-        grad_x = (grad_v @ weight).contiguous()
+            return self._product_grad(grad_v, weight).add_(dropped)
+        grad_x = self._product_grad(grad_v, weight)
         self.compose(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
 
