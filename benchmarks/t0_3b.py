@@ -7,7 +7,8 @@ which cut inputs at 1024 tokens and targets at 256. One process per contender un
 memory is a result. Memory is measured at small depths first; the line through the first two predicts the peak of the
 full model before it runs. Live storage is the bytes of all distinct storages between two steps plus the most that one
 step adds; the peak resident size is VmHWM over the steps. Writes t0-3b.json, after every process, and a picture of
-memory against depth.
+memory against depth. --mmap-threshold 16 keeps what PEFT's adding of DoRA adapters frees, blocks of a weight's size, from
+leaving holes in the heap.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
     parser.add_argument("--limit", type=float, default=20.0, metavar="GIB", help="RLIMIT_DATA (default: 20)")
+    parser.add_argument(
+        "--mmap-threshold", type=float, metavar="MIB", help="fix glibc's in every process (default: left to glibc)"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what the result file has")
     parser.add_argument("--size", choices=list(SIZES), default="xl", help="tiny: a check, not a measurement")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
@@ -107,10 +111,13 @@ def _plan(arguments: argparse.Namespace, dtype: str) -> Iterator[Task]:
     """The small depths of every contender, then the full depth; ours at every rank."""
 
     def task(contender: str, depth: int, rank: int, steps: int) -> Task:
-        threads, limit = torch.get_num_threads(), int(arguments.limit * GIB)
+        threshold = arguments.mmap_threshold
         return Task(
             contender, depth, rank, dtype, steps, arguments.size,
-            targets=arguments.targets, threads=threads, limit_bytes=limit,
+            targets=arguments.targets,
+            threads=torch.get_num_threads(),
+            limit_bytes=int(arguments.limit * GIB),
+            mmap_threshold_bytes=None if threshold is None else int(threshold * 2**20),
         )  # fmt: skip
 
     present = [key for key in arguments.contenders if key not in _left_out(arguments)]
@@ -219,6 +226,7 @@ def rows_of(runs: Sequence[Result], depth: int, left_out: dict[str, str]) -> lis
                 "target_tokens": one["batch"] * one["targets"],
                 "baseline": NAMES[PEFT_LORA],
                 "limit_bytes": one["limit_bytes"],
+                "mmap_threshold_bytes": one.get("mmap_threshold_bytes"),
                 "records": records,
                 "growth": _growth(runs, rank),
                 "left_out": {NAMES[key]: reason for key, reason in left_out.items()},

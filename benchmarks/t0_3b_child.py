@@ -53,6 +53,7 @@ class Task:
     targets: int = 32
     threads: int = 2
     limit_bytes: int | None = None
+    mmap_threshold_bytes: int | None = None  # None: glibc's own, which it raises to 32 MiB
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -265,8 +266,18 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
+def fix_mmap_threshold(size: int) -> None:
+    """Blocks of this size and more go back to the system when they are freed, and leave no hole in the heap."""
+    mallopt, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = ctypes.CDLL(None).mallopt, -3, -1
+    # the trim threshold would fall to 128 KiB and give back every activation: twice is glibc's own proportion
+    if not (mallopt(M_MMAP_THRESHOLD, size) and mallopt(M_TRIM_THRESHOLD, 2 * size)):
+        raise OSError(f"mmap_threshold_bytes: this system's malloc does not take {size}")
+
+
 def main(argument: str) -> int:
     task = Task(**json.loads(argument))
+    if task.mmap_threshold_bytes is not None:
+        fix_mmap_threshold(task.mmap_threshold_bytes)
     if task.limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (task.limit_bytes, task.limit_bytes))
     torch.set_num_threads(task.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,44 @@ def test_a_process_that_breaks_is_a_result() -> None:
     result = t0_3b.run(Task(t0_3b.APPLY, 1, 4, "no dtype", 1, size="tiny"))
     assert (result["outcome"], result["stage"]) == ("failed", "building the model")
     assert "no dtype" in result["error"]
+
+
+HOLES = """
+import sys, torch
+from lora_fast.benchmarks.t0_3b_child import fix_mmap_threshold, status_bytes
+if sys.argv[1] == "fixed":
+    fix_mmap_threshold(4 << 20)
+kept, before = [], status_bytes("VmData")
+for number in range(32):  # each larger than the hole of the one before, and a small one that stays behind it
+    temporary = torch.ones((4 << 20) + number * (1 << 16), dtype=torch.uint8)
+    kept.append(torch.ones(60_000, dtype=torch.uint8))
+    del temporary
+print(status_bytes("VmData") - before)
+"""
+
+
+def test_a_fixed_mmap_threshold_leaves_no_holes() -> None:
+    grown = {
+        how: int(subprocess.run([sys.executable, "-c", HOLES, how], check=True, capture_output=True).stdout)
+        for how in ("fixed", "as it is")
+    }
+    assert grown["fixed"] < 8 << 20
+    assert grown["as it is"] > 32 << 20
+
+
+def test_the_mmap_threshold_goes_to_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tasks = []
+
+    def run(task: Task, on_event: object) -> dict[str, Any]:
+        tasks.append(task)
+        return completed(task.contender, task.depth, 1, **json.loads(task.as_json()))
+
+    monkeypatch.setattr(t0_3b, "run", run)
+    t0_3b.main(["--dtype", "float32", "--mmap-threshold", "16", "--out", str(tmp_path)])
+    assert {task.contender for task in tasks} == set(t0_3b.NAMES)
+    assert {task.mmap_threshold_bytes for task in tasks} == {16 << 20}
+    rows = json.loads((tmp_path / "t0-3b.json").read_text())["rows"]
+    assert {row["mmap_threshold_bytes"] for row in rows} == {16 << 20}
 
 
 @pytest.mark.slow
