@@ -7,8 +7,8 @@ which cut inputs at 1024 tokens and targets at 256. One process per contender un
 memory is a result. Memory is measured at small depths first; the line through the first two predicts the peak of the
 full model before it runs. Live storage is the bytes of all distinct storages between two steps plus the most that one
 step adds; the peak resident size is VmHWM over the steps. Writes t0-3b.json, after every process, and a picture of
-memory against depth. --mmap-threshold 16 keeps what PEFT's adding of DoRA adapters frees, blocks of a weight's size, from
-leaving holes in the heap.
+memory against depth. With --mmap-threshold 16 what PEFT frees while it adds DoRA adapters, blocks of a weight's size,
+leaves no holes in the heap.
 """
 
 from __future__ import annotations
