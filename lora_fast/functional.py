@@ -214,6 +214,7 @@ def lora_compose(
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
     name = resolve("lora_compose", backend, base.device.type, base.dtype)
+    gain, bias = _gain_and_bias(gain, bias, base.dtype)
     compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
     y, _ = compose(base, h, lora_B, float(scaling), gain, bias, _wants_grad(gain), name)
     return y
@@ -256,8 +257,10 @@ def merge_weight(
     checks.check_axis(axis)
     size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
     checks.check_optional_vector("gain", gain, size, terms, weight.device)
-    name = _resolve_for_weight("merge_weight", backend, weight, accumulate_dtype(weight, lora_A, lora_B))
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    name = _resolve_for_weight("merge_weight", backend, weight, dtype)
     with torch.no_grad():
+        gain, _ = _gain_and_bias(gain, None, dtype)
         _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
 
 
@@ -306,6 +309,7 @@ def _lora_linear(
 ) -> Tensor:
     x = _cast(x, weight)
     name = resolve("lora_linear", backend, x.device.type, x.dtype)
+    gain, bias = _gain_and_bias(gain, bias, x.dtype)
     keep_product = axis == "output" and _wants_grad(gain)
     linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
     y, _, _ = linear(
@@ -337,6 +341,7 @@ def _dora_linear(
     name: str,
 ) -> Tensor:
     """:func:`dora_linear` by the one op that makes the norm too, a constant in backward."""
+    _, bias = _gain_and_bias(None, bias, x.dtype)
     recorded = _recorded(x, lora_A, lora_B, magnitude, bias)
     linear = DoraLinearFunction.apply if recorded else _ops.dora_linear_fwd
     kept_tensors = None if kept is None or recorded else kept.tensors(weight.shape[0], torch.float32, weight.device)
@@ -353,6 +358,15 @@ def _dora_linear(
         name,
     )
     return y
+
+
+def _gain_and_bias(gain: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """As every backend takes them: contiguous, in float64 for an op in float64 alone, the gain else in float32."""
+    if gain is not None:
+        gain = gain.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+    if bias is not None:
+        bias = (bias.float() if bias.dtype == torch.float64 != dtype else bias).contiguous()
+    return gain, bias
 
 
 def _cast(x: Tensor, weight: Tensor) -> Tensor:

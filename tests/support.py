@@ -64,6 +64,13 @@ def check(
             assert_within_budget(name, actual_, eager_, truth_)
 
 
+def spread(vector: Tensor) -> Tensor:
+    """The same values, two elements apart in a memory of NaN."""
+    memory = vector.new_full((2 * len(vector),), torch.nan)
+    memory[::2] = vector
+    return memory[::2]
+
+
 def check_each_alone(function: Callable[..., Tensor], tensors: Tensors, grad_y: Tensor) -> None:
     """Each gradient asked for alone, and none, give what asking for all gives."""
     names = {name for name, tensor in tensors.items() if tensor is not None}

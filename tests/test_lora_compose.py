@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import Tensors, check, check_each_alone
+from support import Tensors, check, check_each_alone, run, spread
 from torch import Tensor
 
 from lora_fast import functional, reference
@@ -79,3 +79,17 @@ def test_what_is_kept(backend: str) -> None:
         chunk = 2.1 * inputs.base.nbytes if backend == "torch" else 0.1 * inputs.base.nbytes  # float32 work, not kept
         assert peak_bytes(lambda gain=gain: step(gain)) < tensors * inputs.base.nbytes + chunk
         results.clear()
+
+
+def test_vectors_of_any_stride_and_dtype(backend: str) -> None:
+    inputs = make_inputs(Case((5,), 48, 32, 4))
+    tensors = tensors_of(inputs, True)
+    rounded = {
+        name: tensors[name].bfloat16().float() if name in ("gain", "bias") else tensors[name] for name in tensors
+    }
+    expected = run(fast(inputs, backend), rounded, inputs.grad_y, set(tensors))
+    for change in (spread, Tensor.double, Tensor.bfloat16):
+        changed = {**rounded, "gain": change(rounded["gain"]), "bias": change(rounded["bias"])}
+        actual = run(fast(inputs, backend), changed, inputs.grad_y, set(tensors))
+        for name in ("y", "base", "h", "lora_B"):
+            torch.testing.assert_close(actual[name], expected[name])

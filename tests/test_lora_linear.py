@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check, check_each_alone
+from support import check, check_each_alone, run, spread
 from torch import Tensor
 
 from lora_fast import functional, reference
@@ -218,6 +218,27 @@ def test_in_place_write_on_the_output_keeps_gradients_right(backend: str) -> Non
         tensors,
         Case((33,), 40, 48, 4),
     )
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("kind", ["lora", "gain", "output", "input"])
+def test_vectors_of_any_stride_and_dtype(kind: str, tokens: int, backend: str) -> None:
+    """bias, gain and magnitude with elements apart, of one value alone, in 64 and in 16 bits."""
+    inputs = make_inputs(Case((tokens,), 48, 32, 4))
+    function, tensors = call(functional, inputs, kind, backend=backend), tensors_of(inputs, kind)
+    vectors = [name for name in ("bias", "gain", "magnitude") if name in tensors]
+    rounded = {name: tensors[name].bfloat16().float() if name in vectors else tensors[name] for name in tensors}
+    expected = run(function, rounded, inputs.grad_y, set(tensors))
+    for change in (spread, Tensor.double, Tensor.bfloat16):
+        changed = {name: change(tensor) if name in vectors else tensor for name, tensor in rounded.items()}
+        for name, value in run(function, changed, inputs.grad_y, set(tensors)).items():
+            torch.testing.assert_close(value.float(), expected[name].to(value.dtype).float(), rtol=1e-2, atol=1e-3)
+            if name not in vectors or change is spread:
+                torch.testing.assert_close(value, expected[name])
+    for name in vectors:
+        one = {**rounded, name: torch.ones(1).expand(len(rounded[name]))}
+        with torch.no_grad():
+            torch.testing.assert_close(function(**one), function(**{**rounded, name: one[name].contiguous()}))
 
 
 def test_gain_zero_at_zero_rows(backend: str) -> None:

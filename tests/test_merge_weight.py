@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import spread
 
 from lora_fast import functional, reference
 from lora_fast.testing import CASES, Case, make_inputs, peak_bytes
@@ -42,3 +43,16 @@ def test_elements_between_the_strides_are_untouched(backend: str) -> None:
     functional.merge_weight(weight, torch.ones(2, 5), torch.ones(6, 2), 1.0, backend=backend)
     assert torch.equal(weight, torch.full((6, 5), 9.0))
     assert torch.equal(storage[:, 1::2], torch.full((6, 5), 7.0))
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_a_gain_of_any_stride_and_dtype(axis: str, backend: str) -> None:
+    inputs = make_inputs(Case((1,), 24, 40, 3))
+    adapter = (inputs.lora_A, inputs.lora_B, inputs.scaling)
+    gain = inputs.gain[axis].bfloat16().float()
+    expected = inputs.weight.clone()
+    functional.merge_weight(expected, *adapter, gain, axis=axis, backend=backend)
+    for change in (spread, torch.Tensor.double, torch.Tensor.bfloat16):
+        weight = inputs.weight.clone()
+        functional.merge_weight(weight, *adapter, change(gain), axis=axis, backend=backend)
+        torch.testing.assert_close(weight, expected)

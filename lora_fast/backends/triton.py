@@ -78,10 +78,6 @@ def _leading(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(tensor, (*like.shape[:-1], tensor.shape[1]))
 
 
-def _float(gain: Tensor | None) -> Tensor | None:
-    return None if gain is None else gain.float()
-
-
 def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
     with _on_device_of(weight):
         return weight_norm.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
@@ -121,7 +117,7 @@ def merge_weight(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gain: Tensor | None, axis: str
 ) -> None:
     with _on_device_of(weight):
-        merge.merge_weight(weight, lora_A, lora_B, scaling, _float(gain), axis)
+        merge.merge_weight(weight, lora_A, lora_B, scaling, gain, axis)
 
 
 def lora_linear_fwd(
@@ -138,7 +134,7 @@ def lora_linear_fwd(
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x2 = _rows(x)
-    gain_out, gain_in = (_float(gain), None) if axis == "output" else (None, _float(gain))
+    gain_out, gain_in = (gain, None) if axis == "output" else (None, gain)
     path, _ = forward_path(x2.shape[0], x2.shape[1], x.dtype, gain is not None)
     with _on_device_of(x):
         if path == "small":
@@ -194,7 +190,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_x, need_A, need_B, need_gain, need_bias = needs
     grad_y2, x2 = _rows(grad_y), None if x is None else _rows(x)
-    gain_out, gain_in = (_float(gain), None) if axis == "output" else (None, _float(gain))
+    gain_out, gain_in = (gain, None) if axis == "output" else (None, gain)
     need_gain_in = gain_in is not None and need_gain
     need_input = need_x or need_gain_in
     with _on_device_of(grad_y):
@@ -268,7 +264,7 @@ def lora_compose_fwd(
             _rows(h),
             lora_B,
             scaling,
-            _float(gain),
+            gain,
             bias,
             _rows(y),
             _rows(product) if keep_product else None,
@@ -295,7 +291,7 @@ def lora_compose_bwd(
         grad_base, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
             _rows(grad_y),
             None if product is None else _rows(product),
-            _float(gain),
+            gain,
             _rows(h),
             lora_B,
             scaling,
