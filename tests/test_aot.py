@@ -1,46 +1,83 @@
 """Every Triton kernel compiled ahead of time for GPUs that are not here: `make aot`.
 
-Held: each configuration that a launcher would choose compiles, spills nothing, fits into shared memory and uses the
+Held: what the launchers launch over a grid of sizes compiles, spills nothing, fits into shared memory and uses the
 tensor cores. Not held, since nothing runs: that it computes the right thing (`make interp`) and how fast (`make gpu`).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
 pytest.importorskip("triton")
+import torch
 import triton
 import triton.language as tl
+from launch_sweep import Call, launches, make, skipped_products
 
 from lora_fast.triton_kernels import aot
-from lora_fast.triton_kernels.target import SM80, SM90, SM100, AotCase, Target
+from lora_fast.triton_kernels.aot import Launch
+from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels decorated for the interpreter cannot be compiled", allow_module_level=True)
 
 TARGETS = {"sm_80": SM80, "sm_90": SM90, "sm_100": SM100}
-CASES = [
-    pytest.param(target, case, id=f"{name}-{case.name}")
-    for name, target in TARGETS.items()
-    for case in aot.cases(target)
-]
+EACH_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+KERNELS = sorted(name for module in aot.modules() for name, _ in aot.jit_functions(module) if name.endswith("_kernel"))
+# have products of at least 64 rows in 16 bits: their launches on thousands of tokens, or on W
+TILED = {
+    "lora_A_grad_kernel",
+    "lora_compose_fwd_kernel",
+    "lora_gain_bwd_kernel",
+    "lora_input_grad_kernel",
+    "lora_linear_fwd_kernel",
+    "lora_linear_fwd_tma_kernel",
+    "lora_project_kernel",
+    "merge_weight_kernel",
+    "weight_norm_bwd_kernel",
+    "weight_norm_fwd_kernel",
+}
 
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "case"), CASES)
-def test_compiles(target: Target, case: AotCase) -> None:
-    assert aot.faults(case, target) == []
+@EACH_TARGET
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles(target: Target, kernel: str) -> None:
+    chosen = [launch for launch in aot.representatives(launches(target)) if launch.name == kernel]
+    found = [(launch, aot.look(launch, target)) for launch in chosen]
+    faults = [f"{launch} {fault}" for launch, findings in found for fault in findings.faults]
+    assert not faults, "\n".join(faults)
+    if found and kernel in TILED:
+        assert max(findings.tensor_core_rows for _, findings in found) >= 64
 
 
-def test_every_kernel_is_named_by_a_case() -> None:
-    """Of some target: a kernel may be for the newer ones only."""
-    cases = [case for target in TARGETS.values() for case in aot.cases(target)]
-    assert aot.kernels_without_a_case(aot.modules(), cases) == []
+@pytest.mark.aot
+def test_every_kernel_is_launched() -> None:
+    """On some target: a kernel may be for the newer ones only."""
+    assert aot.kernels_never_launched(aot.modules(), [*launches(SM80), *launches(SM90)]) == []
+
+
+@pytest.mark.aot
+@EACH_TARGET
+def test_sizes_that_the_sweep_has_not_choose_no_other_tile(target: Target) -> None:
+    def tiles(made: list[Launch]) -> set[str]:
+        return {f"{launch.name} {launch.tile}" for launch in made}
+
+    draw = random.Random(0)
+    with aot.recorded(target) as made, skipped_products():
+        for _ in range(60):
+            T, N, K = (int(2 ** draw.uniform(0, most)) for most in (13.5, 13, 13))
+            rounded = 16 if draw.random() < 0.7 else 1
+            R = draw.choice([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 100, 128, 200, 256, 512, 768])
+            make(Call(T, max(N // rounded, 1) * rounded, max(K // rounded, 1) * rounded, R))
+    assert tiles(made) - tiles(launches(target)) == set()
 
 
 @triton.jit
@@ -71,43 +108,60 @@ def forgotten_kernel(x_ptr):
     tl.store(x_ptr, doubled(tl.load(x_ptr)))
 
 
-def case_of(kernel: object, dtype: str = "*bf16", **options) -> AotCase:
-    constexprs = {"SIZE": 128, **({"STEPS": 8} if kernel is dot_kernel else {}), **options.pop("constexprs", {})}
-    return AotCase(kernel, "under test", {"x_ptr": dtype, "y_ptr": dtype}, constexprs, ("x_ptr", "y_ptr"), **options)
+def launched(kernel: object, target: Target, dtype: torch.dtype = torch.bfloat16, **settings: int) -> Launch:
+    """``kernel`` as launched on aligned pointers."""
+    x = torch.empty(64, dtype=dtype)
+    settings = {"SIZE": 128, **({"STEPS": 8} if kernel is dot_kernel else {}), **settings}
+    with aot.recorded(target) as made:
+        kernel[(1,)](x, x, **settings)  # type: ignore[index]
+    (launch,) = made
+    return launch
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@EACH_TARGET
 def test_a_sound_kernel_passes(target: Target) -> None:
-    assert aot.faults(case_of(dot_kernel, dots=True, num_stages=2), target) == []
+    launch = launched(dot_kernel, target, num_stages=2)
+    assert launch.operands == {"x_ptr": "*bf16", "y_ptr": "*bf16"}
+    assert launch.tile == {"SIZE": 128, "STEPS": 8, "num_warps": 4, "num_stages": 2, "launch_pdl": False}
+    assert aot.look(launch, target) == aot.Findings(faults=[], tensor_core_rows=128)
 
 
 def test_a_spilling_kernel_is_caught() -> None:
-    case = case_of(spilling_kernel, "*fp32", num_warps=1)
-    (fault,) = aot.faults(case, SM90)
+    launch = launched(spilling_kernel, SM90, torch.float32, num_warps=1)
+    (fault,) = aot.look(launch, SM90).faults
     assert re.search(r"spills: .*STACK:[1-9]", fault)
-    assert "STL" in aot.compile_case(case, SM90).asm["sass"]  # stores to local memory, in its machine code
+    assert "STL" in aot.compiled(launch, SM90).asm["sass"]  # stores to local memory, in its machine code
 
 
 def test_an_oversized_kernel_is_caught() -> None:
-    (fault,) = aot.faults(case_of(dot_kernel, num_stages=6, num_warps=8), SM90)
+    (fault,) = aot.look(launched(dot_kernel, SM90, num_stages=6, num_warps=8), SM90).faults
     assert "bytes of shared memory, there are 232448" in fault
 
 
-def test_a_dot_without_tensor_cores_is_caught() -> None:
-    (fault,) = aot.faults(
-        case_of(dot_kernel, "*fp32", num_warps=8, num_stages=2, constexprs={"SIZE": 64}, dots=True), SM90
-    )
-    assert "no dot of 64 rows in 16 bits" in fault
+def test_a_dot_without_tensor_cores_is_seen() -> None:
+    launch = launched(dot_kernel, SM90, torch.float32, num_warps=8, num_stages=2, SIZE=64)
+    assert aot.look(launch, SM90).tensor_core_rows == 0
+    starved = replace(SM90, arch=100)  # asked for the instruction of another target
+    assert aot.look(launched(dot_kernel, SM90, num_stages=2), starved).faults == []
 
 
-def test_a_case_that_does_not_match_its_kernel_is_refused() -> None:
-    case = AotCase(dot_kernel, "wrong", {"x_ptr": "*bf16", "z_ptr": "*bf16"}, {"SIZE": 64, "STEPS": 1})
-    with pytest.raises(ValueError, match=r"without a type: \['y_ptr'\]; not the kernel's: \['z_ptr'\]"):
-        aot.compile_case(case, SM90)
+def test_a_grid_that_no_gpu_takes_is_refused() -> None:
+    with aot.recorded(SM90), pytest.raises(ValueError, match="spilling_kernel: got a grid of \\(1, 65536\\) programs"):
+        spilling_kernel[(1, 65536)](torch.empty(4), torch.empty(4), SIZE=16)
 
 
 def test_a_forgotten_kernel_is_found() -> None:
     module = ModuleType(__name__)
     vars(module).update({f.__name__: f for f in (doubled, spilling_kernel, forgotten_kernel)})
-    assert aot.kernels_without_a_case([module], [case_of(spilling_kernel)]) == ["forgotten_kernel"]
-    assert aot.kernels_without_a_case([module], []) == ["doubled", "forgotten_kernel", "spilling_kernel"]
+    launch = launched(spilling_kernel, SM90, torch.float32)
+    assert aot.kernels_never_launched([module], [launch]) == ["forgotten_kernel"]
+    assert aot.kernels_never_launched([module], []) == ["doubled", "forgotten_kernel", "spilling_kernel"]
+
+
+def test_of_launches_that_differ_in_flags_the_extremes_are_compiled() -> None:
+    with aot.recorded(SM90) as made, skipped_products():
+        make(Call(256, 768, 768, 16))
+    composed = [launch for launch in made if launch.name == "lora_compose_fwd_kernel"]
+    chosen = [launch for launch in aot.representatives(composed) if launch.tile == composed[0].tile]
+    assert len(composed) > len(chosen)
+    assert {sum(launch.flags.values()) for launch in chosen} >= {0, 3}

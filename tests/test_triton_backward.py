@@ -248,7 +248,7 @@ SIZES = [
 def test_partials_of_the_gain_pass(target) -> None:
     """dh and dlora_B are in the pass only with partials under 1/8 of grad_y's bytes; the sums' are always few."""
     for M, N, R in SIZES:
-        config = gain_bwd.lora_gain_bwd_config(M, N, R, torch.bfloat16, target)
+        config = gain_bwd.lora_gain_bwd_config(M, N, R, torch.bfloat16, True, target)
         chunks = -(-M // config.rows_per_chunk(M))
         groups = -(-N // (config.BLOCK_N * config.column_blocks))
         if config.BLOCK_R > 0:
@@ -256,8 +256,8 @@ def test_partials_of_the_gain_pass(target) -> None:
             assert groups * chunks >= target.sms // 2
         else:
             assert chunks == 1 or 4 * 2 * N * chunks <= 2 * M * N / 8
-    fused = gain_bwd.lora_gain_bwd_config(8192, 4096, 16, torch.bfloat16, target)
-    products = gain_bwd.lora_gain_bwd_config(8192, 4096, 384, torch.bfloat16, target)
+    fused = gain_bwd.lora_gain_bwd_config(8192, 4096, 16, torch.bfloat16, True, target)
+    products = gain_bwd.lora_gain_bwd_config(8192, 4096, 384, torch.bfloat16, True, target)
     assert fused.BLOCK_R == 16
     assert products.BLOCK_R == 0
 

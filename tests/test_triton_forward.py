@@ -174,7 +174,7 @@ def test_the_parts_of_h_cover_every_column(M: int, R: int, target) -> None:
         small = [lora_linear_small.lora_linear_small_config(M, 4096, K, R, 2, 2, target)] if M <= 16 else []
         assert all(c.SPLITS * 16 * c.BLOCK_R * 4 <= lora_linear_small.PARTS_BYTES for c in small)
         assert all(c.project.grid(M, K, R)[2] <= c.SPLITS for c in small)
-        for config in (lora_project.lora_project_config(M, K, R, 2, 2, target), *(c.project for c in small)):
+        for config in (lora_project.lora_project_config(M, K, R, 2, 2, True, target), *(c.project for c in small)):
             splits = config.grid(M, K, R)[2]
             assert config.split_k % config.BLOCK_K == 0
             assert (splits - 1) * config.split_k < K <= splits * config.split_k

@@ -109,6 +109,9 @@ def test_strides_past_32_bits() -> None:
     assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
+KEY = [-2] * content_key.KEY_LENGTH
+
+
 class Kept:
     """A layer's kept norm, and calls of the op that say whether it was reused."""
 
@@ -174,16 +177,35 @@ def test_the_axis_is_part_of_the_key() -> None:
 
 
 @pytest.mark.interp
+def test_another_stream_that_keeps_its_norm_meanwhile_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls on one layer: all programs of a call compare with one key, or some would leave sums unwritten."""
+    inputs = make_inputs(Case((1,), 40, 40, 3))
+    kept = Kept(inputs, "output")
+    assert not kept.is_reused()
+    key_of_now = kept.cache.key.clone()
+    kept.cache.key.fill_(-2)
+    hashes_of = content_key.content_hashes
+
+    def then_the_other_stream_finishes(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        result = hashes_of(*arguments)
+        kept.cache.key.copy_(key_of_now)
+        return result
+
+    monkeypatch.setattr(weight_norm, "content_hashes", then_the_other_stream_finishes)
+    assert not kept.is_reused()
+
+
+@pytest.mark.interp
 @pytest.mark.parametrize("size", [(1, 1), (3, 5000), (5000, 3), (700, 900)], ids=str)
 def test_the_sample_reaches_all_of_the_weight(size: tuple[int, int]) -> None:
     """Every run of N/64 rows and of K/64 columns holds a sampled element."""
     weight, factor = torch.zeros(size), torch.zeros(2, 2)
-    before = content_key.content_hashes(weight, factor, factor).sum(0)
+    before = content_key.content_hashes(weight, factor, factor, torch.tensor(KEY))[0].sum(0)
     for dim in (0, 1):
         step = max(1, size[dim] // 16)
         for start in range(0, size[dim], step):
             weight.narrow(dim, start, min(step, size[dim] - start)).fill_(1.0)
-            after = content_key.content_hashes(weight, factor, factor).sum(0)
+            after = content_key.content_hashes(weight, factor, factor, torch.tensor(KEY))[0].sum(0)
             assert after[1] != before[1]
             assert after[0] == before[0]
             weight.zero_()
@@ -193,7 +215,7 @@ def test_the_sample_reaches_all_of_the_weight(size: tuple[int, int]) -> None:
 def test_the_hash_tells_the_factors_apart() -> None:
     weight, a, b = torch.zeros(2, 2), torch.randn(2, 4), torch.randn(4, 2)
     hashes = {
-        int(content_key.content_hashes(weight, *factors).sum(0)[0])
+        int(content_key.content_hashes(weight, *factors, torch.tensor(KEY))[0].sum(0)[0])
         for factors in ((a, b), (b, a), (a.T, b.T), (a, a), (b, b), (a.flip(0), b), (a, b.flip(1)))
     }
     assert len(hashes) == 7
@@ -243,7 +265,7 @@ def test_merging_leaves_what_lies_between_the_strides() -> None:
 @pytest.mark.parametrize("K", [1, 4096, 28672])
 @pytest.mark.parametrize("R", [1, 16, 64, 384, 768])
 def test_splits_cover_the_columns_and_stay_small(N: int, K: int, R: int, target: Target) -> None:
-    config = weight_norm.weight_norm_config(N, K, R, (bf16, bf16, bf16), True, target)
+    config = weight_norm.weight_norm_config(N, K, R, (bf16, bf16, bf16), "descriptors", target)
     columns = config.tiles_per_split * config.tile.BLOCK_K
     assert (config.splits - 1) * columns < K <= config.splits * columns
     assert config.splits == 1 or config.splits * N * 4 <= 1 << 20
@@ -252,7 +274,7 @@ def test_splits_cover_the_columns_and_stay_small(N: int, K: int, R: int, target:
 
 
 def test_few_rows_fill_the_multiprocessors() -> None:
-    config = weight_norm.weight_norm_config(4096, 4096, 384, (bf16, bf16, bf16), True, SM90)
+    config = weight_norm.weight_norm_config(4096, 4096, 384, (bf16, bf16, bf16), "descriptors", SM90)
     programs = -(-4096 // config.tile.BLOCK_N) * config.splits
     assert 0.9 * SM90.sms <= programs <= SM90.sms
 

@@ -11,7 +11,6 @@ sums), all others in float32, which tensor cores do as six products of bfloat16 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +133,8 @@ def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:
 
     def lines(tensor: Tensor, inner: int) -> bool:
         step = tensor.stride(1 - inner) * tensor.element_size()
-        return tensor.stride(inner) == 1 and step % 16 == 0 and tensor.data_ptr() % 16 == 0
+        apart = tensor.stride(1 - inner) >= tensor.shape[inner]
+        return tensor.stride(inner) == 1 and apart and step % 16 == 0 and tensor.data_ptr() % 16 == 0
 
     return any(lines(lora_A, inner) and lines(lora_B, inner) for inner in (0, 1))
 
@@ -156,35 +156,3 @@ def arguments(
     strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride())
     constexprs = tile.constexprs(transposed=transposed, wide=has_long_strides(weight, lora_A, lora_B))
     return [weight, a, b], [N, K, lora_A.shape[0], scaling, *strides], constexprs
-
-
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-STRIDES = ("stride_w_n", "stride_w_k", "stride_a_r", "stride_a_k", "stride_b_n", "stride_b_r")
-
-
-def aot_arguments(
-    tile: Tile,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    axis: str,
-    *,
-    wide: bool = False,
-    conv1d: bool = False,
-) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """(signature, constexprs, aligned) of :func:`arguments` for contiguous tensors, oriented along ``axis``.
-
-    ``conv1d``: W is a view of its contiguous transpose.
-    """
-    w, a, b = (NAMES[dtype] for dtype in dtypes)
-    transposed = axis == "input"
-    signature = {"w_ptr": f"*{w}", "a_ref": f"*{a}", "b_ref": f"*{b}", "N": "i32", "K": "i32", "R": "i32"}
-    aligned: Iterable[str] = ("w_ptr", "a_ref", "b_ref", "N", "K", "R")
-    if tile.DESCRIPTORS:
-        a_block, b_block = [tile.BLOCK_R, tile.BLOCK_K], [tile.BLOCK_N, tile.BLOCK_R]
-        signature["a_ref"] = f"tensordesc<{a}{a_block[::-1] if transposed else a_block}>"
-        signature["b_ref"] = f"tensordesc<{b}{b_block[::-1] if transposed else b_block}>"
-        aligned = ("w_ptr", "N", "K", "R")
-    ones = (STRIDES[transposed == conv1d], *(STRIDES[2::2] if transposed else STRIDES[3::2]))
-    rest = [name for name in STRIDES if name not in ones]
-    signature |= {"scaling": "fp32"} | dict.fromkeys(rest, "i32")
-    constexprs = tile.constexprs(transposed=transposed, wide=wide) | dict.fromkeys(ones, 1)
-    return signature, constexprs, (*aligned, *rest)

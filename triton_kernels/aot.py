@@ -1,21 +1,27 @@
-"""Every kernel as its launcher would launch it, compiled for a target that need not be here, and looked through.
+"""Every kernel as its launcher launches it, compiled for a target that need not be here, and looked through.
 
-Each module's ``aot_cases(target)`` calls the module's own configuration functions, so that what is compiled is what
-would be launched. Triton compiles a kernel that spills, or that needs more shared memory than there is, without a
-word: :func:`faults` tells.
+:func:`recorded` lets the launchers themselves run on CPU tensors: the driver says that a target is there, and each
+launch is written down, specialised as Triton specialises it, in the place of being compiled and run. So what is
+compiled is what would be launched, and no configuration can be forgotten that a call leads to. Triton compiles a kernel
+that spills, or that needs more shared memory than there is, without a word: :func:`look` tells.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,48 +29,139 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import __path__ as _folders
-from .target import AotCase, Target
+from .target import Target
+
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along each dimension of a grid
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what its compiled form depends on; ``signature`` types every argument, "constexpr" among them."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]  # by the index of the argument
+    attributes: dict[tuple[int, ...], Any]  # divisible by 16
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {name: value for name, value in self._settings() if isinstance(value, bool)}
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        return {name: value for name, value in self._settings() if not isinstance(value, bool)} | self.options
+
+    @property
+    def operands(self) -> dict[str, str]:
+        """The types of pointers and descriptors."""
+        return {name: type_ for name, type_ in self.signature.items() if type_.startswith(("*", "tensordesc"))}
+
+    def __str__(self) -> str:
+        settings = {**self.operands, **self.tile, **{name: on for name, on in self.flags.items() if on}}
+        aligned = [self.kernel.arg_names[index] for index, *_ in self.attributes]
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in settings.items())}; aligned {', '.join(aligned)})"
+
+    def _settings(self) -> Iterator[tuple[str, Any]]:
+        """The constexprs of the kernel's text, without the arguments that a value made one."""
+        for (index, *_), value in self.constants.items():
+            if self.kernel.params[index].is_constexpr:
+                yield self.kernel.arg_names[index], value
+
+
+class _Driver:
+    """Answers what a launch asks before it compiles."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+
+    def get_current_device(self) -> Any:
+        return self.target  # kernels keep what they know by device
+
+    def get_current_stream(self, _device: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[list[Launch]]:
+    """Within it every launch goes into the list that it gives, each once, and nothing is run: outputs stay as they are.
+
+    ValueError for a grid that no GPU takes.
+    """
+    launches: list[Launch] = []
+    seen: set[tuple[str, str]] = set()
+    run = JITFunction.run
+
+    def take(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # noqa: A002 (Triton's name)
+        if (fn.name, key) not in seen:
+            seen.add((fn.name, key))
+            options = json.loads(compile["specialization_data"])["options"]
+            options = {name: options[name] for name in ("num_warps", "num_stages", "launch_pdl")}
+            attributes = {index: value for index, value in compile["configs"][0].items() if value}
+            given = compile["signature"], compile["constants"], attributes
+            launches.append(Launch(fn.jit_function, *given, options))
+        return True  # it needs no compiling
+
+    def checked_run(self: JITFunction, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> Any:
+        if any(not 0 < size <= most for size, most in zip(grid, MOST_PROGRAMS, strict=False)):
+            raise ValueError(f"{self.__name__}: got a grid of {grid} programs, expected 1 to {MOST_PROGRAMS}")
+        return run(self, *args, grid=grid, **kwargs)
+
+    with ExitStack() as stack:
+        for module in filter(lambda module: hasattr(module, "current"), modules()):
+            stack.enter_context(mock.patch.object(module, "current", return_value=target))
+        stack.enter_context(mock.patch.object(JITFunction, "run", checked_run))
+        stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
+        yield launches
+
+
+def representatives(launches: Iterable[Launch]) -> list[Launch]:
+    """Of each kernel, tile and operands' types, the launch with the most flags and the one with the fewest.
+
+    The former is the least aligned of its kind, which takes the most registers, the latter the most aligned.
+    """
+    launches = list(launches)
+    everywhere: dict[str, set[str]] = {}
+    for launch in launches:
+        everywhere.setdefault(launch.name, set(launch.operands)).intersection_update(launch.operands)
+    alike: defaultdict[tuple, list[Launch]] = defaultdict(list)
+    for launch in launches:
+        types = tuple(launch.operands[name] for name in sorted(everywhere[launch.name]))
+        alike[launch.name, repr(launch.tile), types].append(launch)
+
+    def flags_then_misalignment(launch: Launch) -> tuple[int, int]:
+        return sum(launch.flags.values()), -len(launch.attributes)
+
+    extremes = ((pick(some, key=flags_then_misalignment) for pick in (max, min)) for some in alike.values())
+    return [launch for pair in extremes for launch in {id(launch): launch for launch in pair}.values()]
 
 
 def modules() -> list[ModuleType]:
     """The modules of this package that hold kernels."""
     names = sorted(module.name for module in pkgutil.iter_modules(_folders))
     found = [importlib.import_module(f"{__package__}.{name}") for name in names if name not in ("aot", "target")]
-    return [module for module in found if any(_jit_functions(module))]
+    return [module for module in found if any(jit_functions(module))]
 
 
-def cases(target: Target) -> list[AotCase]:
-    """What all launchers would launch on ``target``, each once."""
-    found: dict[tuple, AotCase] = {}
-    for module in modules():
-        for case in module.aot_cases(target) if hasattr(module, "aot_cases") else ():
-            found.setdefault(_identity(case), case)
-    return list(found.values())
-
-
-def _identity(case: AotCase) -> tuple:
-    parts = (case.signature, case.constexprs, case.options)
-    dictionaries = (tuple(sorted((name, repr(value)) for name, value in part.items())) for part in parts)
-    return id(case.kernel), *dictionaries, frozenset(case.aligned), case.num_warps, case.num_stages
-
-
-def _unwrapped(kernel: Any) -> JITFunction:
-    while not isinstance(kernel, JITFunction):
-        kernel = kernel.fn
-    return kernel
-
-
-def _jit_functions(module: ModuleType) -> Iterator[tuple[str, JITFunction]]:
+def jit_functions(module: ModuleType) -> Iterator[tuple[str, JITFunction]]:
     """The @triton.jit functions that ``module`` defines itself."""
     for name, value in vars(module).items():
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__:
             yield name, value
 
 
-def kernels_without_a_case(holders: Iterable[ModuleType], named: Iterable[AotCase]) -> list[str]:
-    """The jitted functions that no case names and that no such function calls, directly or through others."""
-    jitted = {name: function for module in holders for name, function in _jit_functions(module)}
-    reached = {_unwrapped(case.kernel).__name__ for case in named}
+def kernels_never_launched(holders: Iterable[ModuleType], launches: Iterable[Launch]) -> list[str]:
+    """The jitted functions that no launch names and that no such function calls, directly or through others."""
+    jitted = {name: function for module in holders for name, function in jit_functions(module)}
+    reached = {launch.name for launch in launches}
     waiting = list(reached)
     while waiting:
         function = jitted.get(waiting.pop())
@@ -74,41 +171,35 @@ def kernels_without_a_case(holders: Iterable[ModuleType], named: Iterable[AotCas
     return sorted(set(jitted) - reached)
 
 
-def compile_case(case: AotCase, target: Target) -> Any:
-    """``triton.compile`` for ``target``; ValueError where the case and the kernel's arguments do not match."""
-    kernel = _unwrapped(case.kernel)
-    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    if sorted(given) != sorted(kernel.arg_names):
-        missing, unknown = set(kernel.arg_names) - set(given), set(given) - set(kernel.arg_names)
-        raise ValueError(
-            f"{case.name}: arguments without a type: {sorted(missing)}; not the kernel's: {sorted(unknown)}"
-        )
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    source = ASTSource(kernel, {name: given[name] for name in kernel.arg_names}, case.constexprs, aligned)
-    gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    return triton.compile(source, target=gpu, options=options)
+def compiled(launch: Launch, target: Target) -> Any:
+    """``triton.compile`` for ``target``."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=_Driver(target).target, options=launch.options)
 
 
-def faults(case: AotCase, target: Target) -> list[str]:
-    """What is wrong with the compiled case: spills, too much shared memory, tensor cores left unused."""
-    compiled = compile_case(case, target)
-    found = []
-    if compiled.metadata.shared > target.shared_memory:
-        found.append(f"needs {compiled.metadata.shared} bytes of shared memory, there are {target.shared_memory}")
+@dataclass(frozen=True)
+class Findings:
+    faults: list[str]
+    tensor_core_rows: int  # of the largest product of 16-bit tiles, 0 where none has 64
+
+
+def look(launch: Launch, target: Target) -> Findings:
+    """What is wrong with the compiled launch: spills, too much shared memory, tensor cores left unused."""
+    binary = compiled(launch, target)
+    rows = _tensor_core_rows(binary.asm["ttir"])
+    faults = []
+    if binary.metadata.shared > target.shared_memory:
+        faults.append(f"needs {binary.metadata.shared} bytes of shared memory, there are {target.shared_memory}")
     if target.backend != "cuda":
-        return found
-    resources = _resources(compiled.asm["cubin"])
+        return Findings(faults, rows)
+    resources = _resources(binary.asm["cubin"])
     # registers spill to the stack
     if "STACK:0 " not in resources or "LOCAL:0 " not in resources:
-        found.append(f"spills: {' '.join(resources.split('Function')[-1].split())}")
-    rows = _tensor_core_rows(compiled.asm["ttir"])
-    if case.dots and rows == 0:
-        found.append("has no dot of 64 rows in 16 bits, as its case says")
+        faults.append(f"spills: {' '.join(resources.split('Function')[-1].split())}")
     instruction = _demanded_instruction(target, rows)
-    if instruction is not None and instruction not in compiled.asm["ptx"]:
-        found.append(f"has a dot of {rows} rows in 16 bits but no {instruction} instruction")
-    return found
+    if instruction is not None and instruction not in binary.asm["ptx"]:
+        faults.append(f"has a dot of {rows} rows in 16 bits but no {instruction} instruction")
+    return Findings(faults, rows)
 
 
 def _resources(cubin: bytes) -> str:

@@ -3,6 +3,7 @@
     hash(t) = Σ_i mix(bits_i + (i + 1) · odd)  mod 2^64         mix: splitmix64's finalizer (public domain)
     key     = [hash(lora_A) + 3 hash(lora_B),  hash(sample of W),  host]                             int64 [3]
 
+A call compares with the kept key as its first kernel finds it: another stream's call may write it meanwhile.
 A sum may be taken in any order, so programs sum their share and whoever compares adds the shares up. The sample of W
 is 2048 elements: rows spread evenly, columns by the golden ratio, so that every stretch of either has its share.
 ``host`` is what the host knows: W's data pointer and version, shapes, strides, dtypes, scaling and axis.
@@ -11,7 +12,6 @@ is 2048 elements: rows spread evenly, columns by the golden ratio, so that every
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current
 
 KEY_LENGTH = 3
+STATE_LENGTH = 2 * KEY_LENGTH + 1  # of a call: its key, whether that differs from the kept one, the kept one
 SAMPLES = 2048
 
 
@@ -54,7 +55,7 @@ def _factor_hash(
 
 @triton.jit
 def content_key_kernel(
-    hashes_ptr, a_ptr, b_ptr, w_ptr,
+    hashes_ptr, state_ptr, kept_key_ptr, a_ptr, b_ptr, w_ptr,
     size_a, columns_a, stride_a_row, stride_a_column,
     size_b, columns_b, stride_b_row, stride_b_column,
     N, K, stride_w_n, stride_w_k,
@@ -62,6 +63,9 @@ def content_key_kernel(
 ):  # fmt: skip
     """hashes [PROGRAMS, 2]: shares of (the factors' hash, the sample's hash); a, b, w as integers of their bits."""
     program = tl.program_id(0)
+    if program == 0:
+        for part in tl.static_range(3):
+            tl.store(state_ptr + 4 + part, tl.load(kept_key_ptr + part))
     factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, program, PROGRAMS, BLOCK)
     factors += 3 * _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, program, PROGRAMS, BLOCK)
     tl.store(hashes_ptr + 2 * program, factors.to(tl.int64))
@@ -79,19 +83,19 @@ def content_key_kernel(
 
 
 @triton.jit
-def is_changed(hashes_ptr, kept_key_ptr, host_key, key_ptr, writes, PROGRAMS: tl.constexpr):
+def is_changed(hashes_ptr, state_ptr, host_key, writes, PROGRAMS: tl.constexpr):
     """Whether the key of ``hashes`` and ``host_key`` differs from the kept one; the program that ``writes`` stores the
-    key, and the answer after it, in ``key`` [4]."""
+    key, and the answer after it, in ``state``."""
     offs = tl.arange(0, PROGRAMS)
     factors = tl.sum(tl.load(hashes_ptr + 2 * offs), axis=0)
     sample = tl.sum(tl.load(hashes_ptr + 2 * offs + 1), axis=0)
-    changed = (tl.load(kept_key_ptr) != factors) | (tl.load(kept_key_ptr + 1) != sample)
-    changed |= tl.load(kept_key_ptr + 2) != host_key
+    changed = (tl.load(state_ptr + 4) != factors) | (tl.load(state_ptr + 5) != sample)
+    changed |= tl.load(state_ptr + 6) != host_key
     if writes:
-        tl.store(key_ptr, factors)
-        tl.store(key_ptr + 1, sample)
-        tl.store(key_ptr + 2, host_key)
-        tl.store(key_ptr + 3, changed.to(tl.int64))
+        tl.store(state_ptr, factors)
+        tl.store(state_ptr + 1, sample)
+        tl.store(state_ptr + 2, host_key)
+        tl.store(state_ptr + 3, changed.to(tl.int64))
     return changed
 
 
@@ -120,19 +124,21 @@ def _factor_bits(factor: Tensor) -> Tensor:
     return factor.view(_BITS[factor.element_size()])
 
 
-def content_hashes(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """int64 [PROGRAMS, 2], for :func:`is_changed`; 2-D tensors of 16 or 32 bits and any strides."""
+def content_hashes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, kept_key: Tensor) -> tuple[Tensor, Tensor]:
+    """(hashes int64 [PROGRAMS, 2], state int64 [STATE_LENGTH]) for :func:`is_changed`; 2-D tensors of 16 or 32 bits and
+    any strides."""
     config = content_key_config(current(weight.device))
     hashes = torch.empty(config.PROGRAMS, 2, dtype=torch.int64, device=weight.device)
+    state = torch.empty(STATE_LENGTH, dtype=torch.int64, device=weight.device)
     a, b, w = _factor_bits(lora_A), _factor_bits(lora_B), weight.view(_BITS[weight.element_size()])
     content_key_kernel[(config.PROGRAMS,)](
-        hashes, a, b, w,
+        hashes, state, kept_key, a, b, w,
         a.numel(), a.shape[1], *a.stride(),
         b.numel(), b.shape[1], *b.stride(),
         *w.shape, *w.stride(),
         PROGRAMS=config.PROGRAMS, BLOCK=config.BLOCK, SAMPLES=SAMPLES, num_warps=config.num_warps,
     )  # fmt: skip
-    return hashes
+    return hashes, state
 
 
 def host_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, version: int) -> int:
@@ -140,19 +146,3 @@ def host_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axi
     form = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in (weight, lora_A, lora_B))
     # the float's bits: hash(-1.0) == hash(-2.0)
     return hash((weight.data_ptr(), version, form, struct.pack("<d", scaling), axis))
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    config = content_key_config(target)
-    sizes = ("size_a", "columns_a", "size_b", "columns_b", "N", "K")
-    for name, factor, w in (("words", "i64", "i16"), ("elements", "i16", "i16"), ("float32", "i32", "i32")):
-        yield AotCase(
-            kernel=content_key_kernel,
-            name=f"content_key-{name}",
-            signature={"hashes_ptr": "*i64", "a_ptr": f"*{factor}", "b_ptr": f"*{factor}", "w_ptr": f"*{w}"}
-            | dict.fromkeys((*sizes, "stride_a_row", "stride_b_row", "stride_w_n"), "i32"),
-            constexprs={"stride_a_column": 1, "stride_b_column": 1, "stride_w_k": 1}
-            | {"PROGRAMS": config.PROGRAMS, "BLOCK": config.BLOCK, "SAMPLES": SAMPLES},
-            aligned=("hashes_ptr", "a_ptr", "b_ptr", "w_ptr", *sizes) if name == "words" else (),
-            num_warps=config.num_warps,
-        )

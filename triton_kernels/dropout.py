@@ -10,14 +10,13 @@ dropout call :func:`dropout_seed` and :func:`dropout_keep`, and take their argum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current
 
 
 @triton.jit
@@ -104,20 +103,3 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
     )  # fmt: skip
     return out
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    for K in (32, 4096):
-        config = dropout_config(4096, K, target)
-        for dtype in ("bf16", "fp16", "fp32"):
-            yield AotCase(
-                kernel=dropout_kernel,
-                name=f"dropout-{K}-{dtype}",
-                signature={
-                    "x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "seed_ptr": "*i64", "M": "i32", "K": "i32",
-                    "stride_x_m": "i32", "threshold": "i64", "keep_scale": "fp32",
-                },
-                constexprs={"stride_x_k": 1, "BLOCK_M": config.BLOCK_M, "BLOCK_K": config.BLOCK_K},
-                aligned=("x_ptr", "out_ptr", "K", "stride_x_m"),
-                num_warps=config.num_warps,
-            )  # fmt: skip

@@ -7,7 +7,6 @@ The mask of drop is that of :mod:`lora_fast.triton_kernels.dropout`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -87,14 +86,13 @@ def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Targe
     partials hold 256 K floats at most, fewer than [N, K] for any N above 256. Rank 16 at K = 4096 on an H200: 64
     blocks of columns, 4 splits, 1 MB of partials beside 67 MB of x. Rank 384 is 192 programs unsplit (predicted).
     """
-    rank = max(16, triton.next_power_of_2(R))
     if target.backend == "interpreter":
         BLOCK_K = min(max(16, triton.next_power_of_2(K)), 512)
-        return Config(BLOCK_K, min(rank, 256), 64, 1, 4, 1)
+        return Config(BLOCK_K, rank_block(R, 256), 64, 1, 4, 1)
     if dtype == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
-        BLOCK_K, BLOCK_R, BLOCK_M = 64, min(rank, 32), 16
+        BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 32), 16
     else:
-        BLOCK_K, BLOCK_R, BLOCK_M = 64, min(rank, 128), 64
+        BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 128), 64
         if triton.cdiv(K, 128) * triton.cdiv(R, BLOCK_R) >= target.sms:
             BLOCK_K = 128
     programs = triton.cdiv(K, BLOCK_K) * triton.cdiv(R, BLOCK_R)
@@ -120,45 +118,7 @@ def lora_A_grad(
         *grad_h.stride(), *x.stride(),
         *dropout_arguments(dropout_p),
         HAS_GAIN=gain_in is not None, HAS_DROPOUT=has_dropout,
-        **_tiles(config), num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, BLOCK_M=config.BLOCK_M,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return sum_partials(partials, dtype)
-
-
-def _tiles(config: Config) -> dict[str, int]:
-    return {"BLOCK_K": config.BLOCK_K, "BLOCK_R": config.BLOCK_R, "BLOCK_M": config.BLOCK_M}
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """Gain and dropout, and neither; one split, which writes the result, and several."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for M, K, R in ((16, 4096, 16), (8192, 4096, 16), (8192, 4096, 64), (8192, 4096, 384), (8192, 16384, 384)):
-            config = lora_A_grad_config(M, K, R, dtype, target)
-            for everything in (True, False):
-                pointers = {"grad_h_ptr": f"*{name}", "x_ptr": f"*{name}"}
-                pointers["grad_A_ptr"] = "*fp32" if config.splits > 1 else f"*{name}"
-                if everything:
-                    pointers |= {"gain_ptr": "*fp32", "seed_ptr": "*i64"}
-                integers = ("M", "K", "R", "rows_per_split", "stride_grad_h_m", "stride_x_m")
-                yield AotCase(
-                    kernel=lora_A_grad_kernel,
-                    name=f"lora_A_grad-{M}x{K}-r{R}-{name}{'-all' if everything else ''}",
-                    signature={
-                        **pointers,
-                        **dict.fromkeys(integers, "i32"),
-                        "threshold": "i64",
-                        "keep_scale": "fp32",
-                    },
-                    constexprs={
-                        **({} if everything else {"gain_ptr": None, "seed_ptr": None}),
-                        "stride_grad_h_r": 1,
-                        "stride_x_k": 1,
-                        "HAS_GAIN": everything,
-                        "HAS_DROPOUT": everything,
-                        **_tiles(config),
-                    },
-                    aligned=(*pointers, *integers),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    dots=dtype != torch.float32,
-                )

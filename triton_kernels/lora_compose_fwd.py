@@ -7,14 +7,13 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
 
 
 @triton.jit
@@ -65,22 +64,22 @@ class Config:
     num_stages: int
 
 
-def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, aligned: bool, target: Target) -> Config:
+def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, vectors: bool, target: Target) -> Config:
     """Bound by base in and out, 4 bytes an element in bfloat16 (predicted), while h and lora_B from L2 stay below it.
 
     They are 2R/BLOCK_M + 2R/BLOCK_N bytes an element: 0.75 at rank 16 with 64x128. Above rank 64 that passes 3, so
-    tiles grow to 128x128. 32 sums a thread, or less, leave registers for several programs on an SM; where rows are not
-    ``aligned`` to 16 elements, those come one by one, with an address and a mask each, and tiles stay small.
+    tiles grow to 128x128. 32 sums a thread, or less, leave registers for several programs on an SM. ``vectors``: see
+    :func:`has_vectors`.
     """
-    BLOCK_R = max(16, min(triton.next_power_of_2(R), 64))
+    BLOCK_R = rank_block(R)
     if target.backend == "interpreter":
         BLOCK_M, BLOCK_N = (max(16, min(triton.next_power_of_2(size), 256)) for size in (M, N))
         return Config(BLOCK_M, BLOCK_N, BLOCK_R, 4, 1)
     if bytes_each == 4:  # no tensor cores: 4x4 sums a thread
-        return Config(64, 64, min(BLOCK_R, 32), 8, 2)
+        return Config(64, 64, 16, 8, 2)
     if M <= 32:
-        return Config(32 if M > 16 else 16, 64, BLOCK_R, 4, 2)
-    if not aligned:
+        return Config(16, 64, BLOCK_R, 4, 2)
+    if not vectors:
         return Config(64, 64, min(BLOCK_R, 32), 8, 2)
     return Config(64, 128, BLOCK_R, 8, 2) if R <= 64 else Config(128, 128, BLOCK_R, 8, 2)
 
@@ -99,50 +98,12 @@ def lora_compose_fwd(
     (M, N), R = base.shape, lora_B.shape[1]
     if base.numel() == 0:
         return
-    aligned = all(size % 16 == 0 for size in (N, R, base.stride(0), out.stride(0)))
-    c = lora_compose_fwd_config(M, N, R, base.element_size(), aligned, current(base.device))
+    vectors = has_vectors(base, out) and R % 16 == 0
+    c = lora_compose_fwd_config(M, N, R, base.element_size(), vectors, current(base.device))
     grid = (triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N),)
     lora_compose_fwd_kernel[grid](
         base, h.to(base.dtype).contiguous(), lora_B.contiguous(), gain, bias, out, product,
         M, N, R, scaling, *base.stride(), *out.stride(),
         HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, KEEP_PRODUCT=product is not None,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_R=c.BLOCK_R, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """A decoding step and training batches, ranks on both sides of 64, one dtype and mixed ones, odd sizes."""
-    grid = (
-        ("bf16", "bf16", 8192, 8192, 16), ("bf16", "bf16", 8192, 8192, 384), ("bf16", "bf16", 8192, 4097, 9),
-        ("bf16", "bf16", 8192, 4097, 99),
-        ("bf16", "bf16", 16, 4096, 16), ("bf16", "fp32", 8192, 4096, 64), ("fp16", "fp16", 8192, 8192, 16),
-        ("fp32", "fp32", 8192, 4096, 64), ("fp32", "fp32", 8192, 4097, 9),
-    )  # fmt: skip
-    for base, B, M, N, R in grid:
-        config = lora_compose_fwd_config(M, N, R, 4 if base == "fp32" else 2, N % 16 == 0, target)
-        for flags in (False, True):
-            yield _aot_case(config, base, B, N % 16 == 0, flags)
-
-
-def _aot_case(config: Config, base: str, B: str, even: bool, flags: bool) -> AotCase:
-    c = config
-    absent = {} if flags else {"gain_ptr": None, "bias_ptr": None, "product_ptr": None}
-    pointers = {
-        "base_ptr": f"*{base}", "h_ptr": f"*{base}", "B_ptr": f"*{B}", "gain_ptr": "*fp32", "bias_ptr": f"*{base}",
-        "out_ptr": f"*{base}", "product_ptr": f"*{base}",
-    }  # fmt: skip
-    sizes = ("M", "N", "R", "stride_base_m", "stride_out_m")
-    return AotCase(
-        kernel=lora_compose_fwd_kernel,
-        name=f"lora_compose_fwd-{base}-{B}-{c.BLOCK_M}x{c.BLOCK_N}-r{c.BLOCK_R}-{'even' if even else 'odd'}"
-        f"-{'on' if flags else 'off'}",
-        signature={**pointers, **dict.fromkeys(sizes, "i32"), "scaling": "fp32"},
-        constexprs={
-            "stride_base_n": 1, "stride_out_n": 1, "HAS_GAIN": flags, "HAS_BIAS": flags, "KEEP_PRODUCT": flags,
-            "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_R": c.BLOCK_R, **absent,
-        },
-        aligned=(*(name for name in pointers if name not in absent), *(sizes if even else ())),
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        dots=c.BLOCK_M >= 64 and base != "fp32",
     )  # fmt: skip

@@ -13,7 +13,6 @@ registers, and adds its part of dh, which sums over columns, to a float32 slab [
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
 
 
 @triton.jit
@@ -122,8 +121,8 @@ class Config:
         return max(1, triton.cdiv(triton.cdiv(M, self.BLOCK_M), self.row_chunks)) * self.BLOCK_M
 
 
-def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, target: Target) -> Config:
-    """R is 0 where neither dh nor dlora_B is asked for.
+def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bool, target: Target) -> Config:
+    """R is 0 where neither dh nor dlora_B is asked for; ``vectors``: see :func:`has_vectors`.
 
     With both, the pass has partials of 4MR bytes for each group of columns and of 4N(R + 2) for each chunk of rows.
     T = 8192, N = 4096, bfloat16, a limit of 8.4 MB on an H200: rank 16 in 8 groups and 13 chunks has 4.2 + 3.8 MB
@@ -133,22 +132,20 @@ def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, target: Tar
     """
     if target.backend == "interpreter":
         # a GPU's blocks: numpy adds the elements of one after another
-        return Config(64, 64, _block_r(R), triton.cdiv(N, 64), 1, 4, 1)
-    if R > 0 and dtype != torch.float32:
+        return Config(64, 64, rank_block(R, 1024) if R > 0 else 0, triton.cdiv(N, 64), 1, 4, 1)
+    if 0 < R <= FUSED_RANK and vectors and dtype != torch.float32:
         split = _fused_split(M, N, R, dtype.itemsize, target)
         if split is not None:
             # shared memory takes the third stage on an A100 too, its registers do not
-            return Config(FUSED_M, FUSED_N, _block_r(R), *split, num_warps=8, num_stages=2 if target.arch == 80 else 3)
-    BLOCK_M, BLOCK_N = 32, 128
+            num_stages = 2 if target.operands_in_registers else 3
+            return Config(FUSED_M, FUSED_N, rank_block(R, FUSED_RANK), *split, num_warps=8, num_stages=num_stages)
+    BLOCK_M, BLOCK_N = 32, 128 if vectors else 64
     chunks = max(1, min(4 * target.sms // triton.cdiv(N, BLOCK_N), M // (2 * BLOCK_M)))
     return Config(BLOCK_M, BLOCK_N, 0, 1, chunks, num_warps=4, num_stages=2)
 
 
 FUSED_M, FUSED_N = 64, 128
-
-
-def _block_r(R: int) -> int:
-    return max(16, triton.next_power_of_2(R)) if R > 0 else 0
+FUSED_RANK = 32  # above, the sums and the tiles of h and lora_B pass a program's registers and shared memory
 
 
 def _fused_split(M: int, N: int, R: int, itemsize: int, target: Target) -> tuple[int, int] | None:
@@ -191,7 +188,7 @@ def lora_gain_bwd(
     M, N = grad_y.shape
     R = lora_B.shape[1] if lora_B is not None and (need_h or need_B) else 0
     if config is None:
-        config = lora_gain_bwd_config(M, N, R, grad_y.dtype, current(grad_y.device))
+        config = lora_gain_bwd_config(M, N, R, grad_y.dtype, has_vectors(grad_y), current(grad_y.device))
     fused = config.BLOCK_R > 0
     rows_per_chunk = config.rows_per_chunk(M)
     chunks = max(1, triton.cdiv(M, rows_per_chunk))
@@ -220,7 +217,9 @@ def lora_gain_bwd(
             grad_v, gain_partials, bias_partials, h_slabs, B_partials,
             M, N, R, scaling, rows_per_chunk, config.column_blocks,
             *grad_y.stride(), *_strides(h), *_strides(lora_B),
-            HAS_GAIN=gain is not None, **needs, **_tiles(config), num_warps=config.num_warps,
+            HAS_GAIN=gain is not None, **needs,
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
         )  # fmt: skip
 
     if fused:
@@ -259,59 +258,5 @@ def _products(
     return grad_h, grad_B
 
 
-def _tiles(config: Config) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_R": config.BLOCK_R,
-        "NUM_STAGES": config.num_stages,
-    }
-
-
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 1) if tensor is None else tensor.stride()
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """DoRA with every gradient; LoRA with those of its adapter where the pass is fused, else gain ⊙ dy alone."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for M, N, R in ((16, 4096, 16), (8192, 4096, 16), (32768, 8192, 32), (8192, 4096, 384)):
-            config = lora_gain_bwd_config(M, N, R, dtype, target)
-            fused = config.BLOCK_R > 0
-            pointer = f"*{name}"
-            for everything in (True, False):
-                flags = {"HAS_GAIN": everything or not fused, "NEED_V": everything or not fused}
-                flags |= {"NEED_GAIN": everything, "NEED_BIAS": everything, "NEED_H": fused, "NEED_B": fused}
-                pointers = {
-                    "grad_y_ptr": pointer,
-                    "product_ptr": pointer if flags["NEED_GAIN"] else None,
-                    "gain_ptr": "*fp32" if flags["HAS_GAIN"] else None,
-                    "h_ptr": pointer if fused else None,
-                    "lora_B_ptr": pointer if fused else None,
-                    "grad_v_ptr": pointer if flags["NEED_V"] else None,
-                    "grad_gain_ptr": "*fp32" if flags["NEED_GAIN"] else None,
-                    "grad_bias_ptr": "*fp32" if flags["NEED_BIAS"] else None,
-                    "grad_h_ptr": "*fp32" if fused else None,
-                    "grad_B_ptr": "*fp32" if fused else None,
-                }
-                sizes = ("M", "N", "R", "rows_per_chunk", "column_blocks")
-                strides = ("stride_grad_y_m", "stride_h_m", "stride_lora_B_n")
-                yield AotCase(
-                    kernel=lora_gain_bwd_kernel,
-                    name=f"lora_gain_bwd-{M}x{N}-r{R}-{name}{'' if everything else '-least'}",
-                    signature={
-                        **{argument: type_ for argument, type_ in pointers.items() if type_ is not None},
-                        **dict.fromkeys((*sizes, *strides), "i32"),
-                        "scaling": "fp32",
-                    },
-                    constexprs={
-                        **{argument: None for argument, type_ in pointers.items() if type_ is None},
-                        **dict.fromkeys(("stride_grad_y_n", "stride_h_r", "stride_lora_B_r"), 1),
-                        **flags,
-                        **_tiles(config),
-                    },
-                    aligned=(*(a for a, type_ in pointers.items() if type_ is not None), "M", "N", "R", *strides),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    dots=fused,
-                )

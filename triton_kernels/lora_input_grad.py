@@ -10,7 +10,6 @@ dropout takes no second accumulator. Σ_t is made in two stages, from one float3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -122,7 +121,7 @@ def lora_input_grad_config(
     epilogue of a gain, and 4 stages of 48 KB, which leaves no room for wider operands (predicted).
     """
     activation, weight, adapter = dtypes
-    BLOCK_R = min(max(16, triton.next_power_of_2(R)), 128 // adapter.itemsize)
+    BLOCK_R = rank_block(R, 64 if adapter.itemsize == 2 else 16 if M <= 16 else 32)
     if target.backend == "interpreter":
         # a GPU's sums: numpy adds the elements of a block one after another
         return Config(64, min(max(16, triton.next_power_of_2(K)), 512), 64, BLOCK_R, 8, 4, 1)
@@ -130,7 +129,7 @@ def lora_input_grad_config(
         return Config(64, 64, 16, 16, 8, num_warps=4, num_stages=3)
     if M <= 16:  # bound by the bytes of W, whose rows are read in pieces of 128 by as many programs as there can be
         return Config(16, 64, 128, BLOCK_R, 8, num_warps=4, num_stages=4)
-    largest = target.arch != 80 and not has_gain and weight.itemsize == 2
+    largest = not (target.operands_in_registers or has_gain) and weight.itemsize == 2
     tiles = ((128, 256, 8, 4), (128, 128, 8, 3), (64, 64, 4, 3))[0 if largest else 1 :]
     filling = (tile for tile in tiles if triton.cdiv(M, tile[0]) * triton.cdiv(K, tile[1]) >= target.sms)
     BLOCK_M, BLOCK_K, num_warps, num_stages = next(filling, tiles[-1])
@@ -171,80 +170,14 @@ def lora_input_grad(
             M, N, K, R,
             *grad_v.stride(), *weight.stride(), *grad_h.stride(), *lora_A.stride(), *_strides(x),
             *dropout_arguments(dropout_p),
-            **_flags(has_dropout, gain_in is not None, need_x, need_gain_in, N % config.BLOCK_N == 0),
-            **_tiles(config), num_warps=config.num_warps, num_stages=config.num_stages,
+            HAS_DROPOUT=has_dropout, HAS_GAIN=gain_in is not None, NEED_X=need_x, NEED_GAIN=need_gain_in,
+            EVEN_N=N % config.BLOCK_N == 0,
+            BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R,
+            GROUP_M=config.GROUP_M, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     grad_gain = grad_v.new_empty(0, dtype=torch.float32)
     return grad_x, grad_gain if gain_partials is None else sum_partials(gain_partials, torch.float32)
 
 
-def _flags(has_dropout: bool, has_gain: bool, need_x: bool, need_gain: bool, even_n: bool) -> dict[str, bool]:
-    return {
-        "HAS_DROPOUT": has_dropout,
-        "HAS_GAIN": has_gain,
-        "NEED_X": need_x,
-        "NEED_GAIN": need_gain,
-        "EVEN_N": even_n,
-    }
-
-
-def _tiles(config: Config) -> dict[str, int]:
-    blocks = ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R", "GROUP_M")
-    return {block: getattr(config, block) for block in blocks}
-
-
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 1) if tensor is None else tensor.stride()
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """All flags with an N of ragged blocks, dropout alone, nothing; wider weights and adapters than the activation."""
-    half, wide = (torch.bfloat16, torch.float16), torch.float32
-    every_dtype = [(dtype, dtype, dtype) for dtype in (*half, wide)]
-    mixed = [(dtype, *others) for dtype in half for others in ((dtype, wide), (wide, wide))]
-    for dtypes in (*every_dtype, *mixed):
-        for M, R in ((16, 16), (256, 16), (1024, 16), (8192, 384)):
-            for has_dropout, has_gain in ((True, True), (True, False), (False, False)):
-                config = lora_input_grad_config(M, 4096, R, dtypes, has_gain, target)
-                # dropout alone is one more case where it has the largest tile
-                if has_gain or not has_dropout or config.BLOCK_K == 256:
-                    yield _aot_case(f"{M}-r{R}", config, dtypes, has_dropout, has_gain)
-
-
-def _aot_case(size: str, config: Config, dtypes: tuple[torch.dtype, ...], has_dropout: bool, has_gain: bool) -> AotCase:
-    activation, weight, adapter = (f"*{_NAMES[dtype]}" for dtype in dtypes)
-    pointers: dict[str, str | None] = {
-        "grad_v_ptr": activation,
-        "weight_ptr": weight,
-        "grad_h_ptr": activation,
-        "lora_A_ptr": adapter,
-        "seed_ptr": "*i64" if has_dropout else None,
-        "gain_ptr": "*fp32" if has_gain else None,
-        "x_ptr": activation if has_gain else None,
-        "grad_x_ptr": activation,
-        "grad_gain_ptr": "*fp32" if has_gain else None,
-    }
-    present = {argument: type_ for argument, type_ in pointers.items() if type_ is not None}
-    integers = ("M", "N", "K", "R", *(f"stride_{m}" for m in ("grad_v_m", "weight_n", "grad_h_m", "lora_A_r", "x_m")))
-    return AotCase(
-        kernel=lora_input_grad_kernel,
-        name="-".join(
-            ["lora_input_grad", size, *(_NAMES[dtype] for dtype in dtypes)]
-            + ["drop"] * has_dropout
-            + ["gain"] * has_gain
-        ),
-        signature={**present, **dict.fromkeys(integers, "i32"), "threshold": "i64", "keep_scale": "fp32"},
-        constexprs={
-            **dict.fromkeys(pointers.keys() - present.keys()),
-            **{f"stride_{matrix}": 1 for matrix in ("grad_v_n", "weight_k", "grad_h_r", "lora_A_k", "x_k")},
-            **_flags(has_dropout, has_gain, True, has_gain, even_n=not has_gain),
-            **_tiles(config),
-        },
-        aligned=(*present, *integers),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        dots=config.BLOCK_M >= 64 and dtypes[0] != torch.float32,
-    )
-
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -9,7 +9,6 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, rank_block
 
 
 @triton.jit
@@ -144,8 +143,8 @@ class Config:
 
 # (BLOCK_M, BLOCK_N, num_warps); pointers need registers for addresses and masks, most where elements come one by one
 _DESCRIPTOR_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
-_POINTER_TILES = ((128, 128, 8), (64, 64, 4))
-_UNALIGNED_TILES = ((64, 64, 4),)
+_POINTER_TILES = ((128, 128, 8), (64, 64, 8))
+_UNALIGNED_TILES = ((64, 64, 8),)
 
 
 def lora_linear_fwd_config(
@@ -156,11 +155,11 @@ def lora_linear_fwd_config(
     A tile takes BLOCK_M·BLOCK_N (1 + 64/BLOCK_M + 64/BLOCK_N) of time: its FLOPs and, beside them, the operands that
     it brings from L2; the whole takes as many turns as there are tiles for the SMs. Predicted, not measured.
     """
-    BLOCK_R = max(16, min(triton.next_power_of_2(R), 64))
+    BLOCK_R = rank_block(R)
     if target.backend == "interpreter":
         BLOCK_K = max(16, min(triton.next_power_of_2(K), 64))
         return Config(aligned, 64, 128, BLOCK_K, BLOCK_R, 4, 1)
-    descriptors = aligned and target.backend == "cuda" and int(target.arch) >= 90
+    descriptors = aligned and target.backend == "cuda" and not target.operands_in_registers
     if x_bytes == 4:  # no tensor cores: 4x4 sums a thread
         return Config(False, 64, 64, 32, min(BLOCK_R, 32), 8, 3)
     tiles = _DESCRIPTOR_TILES if descriptors else _POINTER_TILES if aligned else _UNALIGNED_TILES
@@ -172,6 +171,7 @@ def lora_linear_fwd_config(
 
     BLOCK_M, BLOCK_N, num_warps = min(tiles, key=time)
     BLOCK_K = 64 if descriptors else 32
+    BLOCK_R = BLOCK_R if aligned else min(BLOCK_R, 32)
     stage = BLOCK_K * (BLOCK_M * x_bytes + BLOCK_N * W_bytes)
     converted = BLOCK_K * BLOCK_N * x_bytes if W_bytes != x_bytes else 0
     num_stages = min(4, (target.shared_memory - converted - 1024) // stage)
@@ -179,9 +179,11 @@ def lora_linear_fwd_config(
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Whether a descriptor can describe the matrix: contiguous rows, every one at a multiple of 16 bytes."""
+    """Whether a descriptor can describe the matrix: contiguous rows apart, every one at a multiple of 16 bytes."""
     row, column = tensor.stride()
-    return column == 1 and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return (
+        column == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    )
 
 
 def lora_linear_fwd(
@@ -228,70 +230,3 @@ def lora_linear_fwd(
             **flags,
         )  # fmt: skip
     return y, product
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """From a few hundred tokens to a training batch, aligned and not, one dtype and mixed ones; a transposed W."""
-    big, medium = (8192, 4096, 4096, 16), (256, 4096, 4096, 384)
-    odd = (100, 4097, 4099, 9)
-    grid = (
-        ("bf16", "bf16", "bf16", big, "n"), ("bf16", "bf16", "bf16", big, "k"), ("bf16", "bf16", "bf16", medium, "k"),
-        ("bf16", "bf16", "bf16", odd, "k"),
-        ("bf16", "bf16", "fp32", medium, "k"), ("bf16", "fp32", "bf16", big, "k"),
-        ("fp16", "fp16", "fp16", big, "k"), ("fp32", "fp32", "fp32", big, "k"),
-    )  # fmt: skip
-    for *types, sizes, contiguous in grid:
-        aligned = sizes[2] % 16 == 0
-        x_bytes, W_bytes = (4 if dtype == "fp32" else 2 for dtype in types[:2])
-        config = lora_linear_fwd_config(*sizes, x_bytes, W_bytes, aligned and contiguous == "k", target)
-        for form in ("none", "gain", "gain_in"):
-            yield _aot_case(config, types, form, aligned, contiguous)
-
-
-def _aot_case(config: Config, types: list[str], form: str, aligned: bool, contiguous: str) -> AotCase:
-    c = config
-    x, W, B = types
-    absent = {"gain_ptr": form != "gain", "gain_in_ptr": form != "gain_in", "bias_ptr": form == "none"}
-    common = {
-        "gain_ptr": "*fp32", "gain_in_ptr": "*fp32", "bias_ptr": f"*{x}",
-        "M": "i32", "N": "i32", "K": "i32", "R": "i32", "scaling": "fp32",
-    }  # fmt: skip
-    constexprs: dict[str, object] = {
-        "HAS_GAIN": form == "gain", "HAS_GAIN_IN": form == "gain_in", "HAS_BIAS": form != "none",
-        "KEEP_PRODUCT": form == "gain", "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K,
-        "BLOCK_R": c.BLOCK_R, "GROUP_M": c.GROUP_M,
-    }  # fmt: skip
-    if c.descriptors:
-        kernel = lora_linear_fwd_tma_kernel
-        multiples: tuple[str, ...] = ("M", "N", "K", "R")
-        shapes = {
-            "x_desc": (x, c.BLOCK_M, c.BLOCK_K), "W_desc": (W, c.BLOCK_N, c.BLOCK_K),
-            "h_desc": (x, c.BLOCK_M, c.BLOCK_R), "B_desc": (B, c.BLOCK_N, c.BLOCK_R),
-            "y_desc": (x, c.BLOCK_M, c.BLOCK_N // 2), "product_desc": (x, c.BLOCK_M, c.BLOCK_N // 2),
-        }  # fmt: skip
-        signature = {name: f"tensordesc<{t}[{rows}, {columns}]>" for name, (t, rows, columns) in shapes.items()}
-        absent["product_desc"] = form != "gain"
-    else:
-        kernel = lora_linear_fwd_kernel
-        step, one = ("n", "k") if contiguous == "k" else ("k", "n")
-        signature = {
-            "x_ptr": f"*{x}", "W_ptr": f"*{W}", "h_ptr": f"*{x}", "B_ptr": f"*{B}", "y_ptr": f"*{x}",
-            "product_ptr": f"*{x}", "stride_x_m": "i32", f"stride_w_{step}": "i32",
-        }  # fmt: skip
-        constexprs |= {"stride_x_k": 1, f"stride_w_{one}": 1}
-        multiples = ("M", "N", "K", "R", "stride_x_m", f"stride_w_{step}") if aligned else ()
-        absent["product_ptr"] = form != "gain"
-    signature |= common
-    constexprs |= {name: None for name, is_absent in absent.items() if is_absent}
-    pointers = tuple(name for name in signature if name.endswith("_ptr") and name not in constexprs)
-    kind = "tma" if c.descriptors else f"{contiguous}-{'even' if aligned else 'odd'}"
-    return AotCase(
-        kernel=kernel,
-        name=f"lora_linear_fwd-{'-'.join(types)}-{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}-r{c.BLOCK_R}-{kind}-{form}",
-        signature=signature,
-        constexprs=constexprs,
-        aligned=(*pointers, *multiples),
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        dots=x != "fp32",
-    )

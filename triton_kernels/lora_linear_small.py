@@ -9,7 +9,6 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import lora_project
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, rank_block
 
 TOKENS = 16  # the rows of the smallest tile that tensor cores take
 
@@ -87,7 +86,7 @@ class Config:
     BLOCK_N: int
     BLOCK_K: int
     BLOCK_R: int
-    SPLITS: int  # a power of two, at least the parts of h
+    SPLITS: int  # a power of two, at least the parts of h: one for each BLOCK_R, so that few kernels are compiled
     num_warps: int
     num_stages: int
 
@@ -114,8 +113,9 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
         BLOCK_K = 512 // W_bytes if x_bytes == 2 else 64
         num_stages = max(2, min(8, STAGES_BYTES // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
     part_k = min(BLOCK_K, 128)
-    BLOCK_R = max(16, min(triton.next_power_of_2(R), 64))
-    parts = min(triton.cdiv(K, 128), PARTS_BYTES // (M * R * 4), PARTS_BYTES // (TOKENS * BLOCK_R * 4))
+    BLOCK_R = rank_block(R)
+    SPLITS = PARTS_BYTES // (TOKENS * BLOCK_R * 4)
+    parts = min(triton.cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
     split_k = part_k * triton.cdiv(K, part_k * max(1, parts))
     return Config(
         project=lora_project.Config(TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
@@ -124,7 +124,7 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         BLOCK_R=BLOCK_R,
-        SPLITS=triton.next_power_of_2(triton.cdiv(K, split_k)),
+        SPLITS=SPLITS,
         num_warps=4,
         num_stages=num_stages,
     )
@@ -154,12 +154,11 @@ def lora_linear_small_fwd(
     c = lora_linear_small_config(M, N, K, R, x.element_size(), weight.element_size(), current(x.device))
     splits = triton.cdiv(K, c.project.split_k)
     parts = x.new_empty(splits, M, R, dtype=torch.float32)
-    lora_project.launch_lora_project(
-        x, lora_A.contiguous(), gain_in, dropout_p, seed, parts, c.project, early=c.overlap
-    )
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()  # no copy comes between the two launches
+    lora_project.launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, c.project, early=c.overlap)
     overlap = {"launch_pdl": True} if c.overlap else {}
     lora_linear_small_fwd_kernel[(triton.cdiv(N, c.BLOCK_N),)](
-        x, weight, parts, lora_B.contiguous(), gain, gain_in, bias, y, product if keep_product else None, h,
+        x, weight, parts, lora_B, gain, gain_in, bias, y, product if keep_product else None, h,
         M, N, K, R, splits, scaling, *x.stride(), *weight.stride(),
         HAS_GAIN=gain is not None, HAS_GAIN_IN=gain_in is not None, HAS_BIAS=bias is not None,
         KEEP_PRODUCT=keep_product, WAIT=c.overlap,
@@ -167,49 +166,3 @@ def lora_linear_small_fwd(
         num_warps=c.num_warps, num_stages=c.num_stages, **overlap,
     )  # fmt: skip
     return y, product, h
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """One token and sixteen, wide and narrow layers, one dtype and mixed ones, odd sizes."""
-    grid = (
-        ("bf16", "bf16", "bf16", 16, 4096, 4096, 16), ("bf16", "bf16", "bf16", 1, 1024, 4096, 384),
-        ("bf16", "bf16", "fp32", 16, 4096, 4096, 16), ("bf16", "fp32", "bf16", 16, 4096, 4096, 16),
-        ("fp16", "fp16", "fp16", 16, 4096, 4096, 16), ("fp32", "fp32", "fp32", 16, 4096, 4096, 16),
-        ("bf16", "bf16", "bf16", 3, 4097, 4099, 9),
-    )  # fmt: skip
-    for *types, M, N, K, R in grid:
-        x_bytes, W_bytes = (4 if dtype == "fp32" else 2 for dtype in types[:2])
-        config = lora_linear_small_config(M, N, K, R, x_bytes, W_bytes, target)
-        for form in ("none", "gain", "gain_in"):
-            yield _aot_case(config, types, form, K % 16 == 0)
-            yield lora_project.aot_case(
-                config.project, types[0], types[2], K, flags=form == "gain_in", split=True, early=config.overlap
-            )
-
-
-def _aot_case(config: Config, types: list[str], form: str, even: bool) -> AotCase:
-    c = config
-    x, W, adapter = types
-    absent = {"gain_ptr": form != "gain", "gain_in_ptr": form != "gain_in", "bias_ptr": form == "none"}
-    absent["product_ptr"] = form != "gain"
-    pointers = {
-        "x_ptr": f"*{x}", "W_ptr": f"*{W}", "parts_ptr": "*fp32", "B_ptr": f"*{adapter}", "gain_ptr": "*fp32",
-        "gain_in_ptr": "*fp32", "bias_ptr": f"*{x}", "y_ptr": f"*{x}", "product_ptr": f"*{x}", "h_ptr": f"*{x}",
-    }  # fmt: skip
-    multiples = ("N", "K", "R", "stride_x_m", "stride_w_n")
-    return AotCase(
-        kernel=lora_linear_small_fwd_kernel,
-        name=f"lora_linear_small_fwd-{'-'.join(types)}-{c.BLOCK_N}x{c.BLOCK_K}-r{c.BLOCK_R}"
-        f"-{'even' if even else 'odd'}-{form}",
-        signature={**pointers, **dict.fromkeys(("M", "splits", *multiples), "i32"), "scaling": "fp32"},
-        constexprs={
-            "stride_x_k": 1, "stride_w_k": 1, "HAS_GAIN": form == "gain", "HAS_GAIN_IN": form == "gain_in",
-            "HAS_BIAS": form != "none", "KEEP_PRODUCT": form == "gain", "WAIT": c.overlap, "BLOCK_M": c.BLOCK_M,
-            "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "BLOCK_R": c.BLOCK_R, "SPLITS": c.SPLITS,
-            **{name: None for name, is_absent in absent.items() if is_absent},
-        },
-        aligned=(*(name for name in pointers if not absent.get(name)), *(multiples if even else ())),
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        options={"launch_pdl": True} if c.overlap else {},
-    )  # fmt: skip

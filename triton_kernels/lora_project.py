@@ -8,16 +8,15 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA with one norm per column for gain_in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
+from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -62,17 +61,6 @@ def lora_project_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit
-def lora_project_sum_kernel(parts_ptr, h_ptr, numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """h = Σ_s parts[s]."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(parts_ptr + split * numel.to(tl.int64) + offs, mask=mask, other=0.0)
-    tl.store(h_ptr + offs, acc.to(h_ptr.dtype.element_ty), mask=mask)
-
-
 @dataclass(frozen=True)
 class Config:
     BLOCK_M: int
@@ -86,14 +74,14 @@ class Config:
         return triton.cdiv(M, self.BLOCK_M), triton.cdiv(R, self.BLOCK_R), triton.cdiv(K, self.split_k)
 
 
-def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, target: Target) -> Config:
+def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vectors: bool, target: Target) -> Config:
     """Bound by the bytes of x (predicted): 2 R FLOPs an element of x, against 400 a byte pair that an H200 can do.
 
     A tile of rows reads all of lora_A from L2, R / BLOCK_M times the bytes of x: BLOCK_M at least R/2 up to 64. Tiles
     of 16 rows keep a small M on many SMs; beyond that K is split, in parts of at least 256 columns. Ranks above 128
-    take several programs, and x comes from L2 for all but the first.
+    take several programs, and x comes from L2 for all but the first. ``vectors``: see :func:`has_vectors`.
     """
-    rank = max(16, triton.next_power_of_2(R))
+    rank = rank_block(R, 1024)
     if target.backend == "interpreter":
         BLOCK_K = max(16, min(triton.next_power_of_2(K), 128))
         return Config(
@@ -106,11 +94,13 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, targ
         )
     if x_bytes == 4:  # no tensor cores: 2x4 sums a thread
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 32), 32, 16
-    elif target.arch == 80:  # the sums in registers, beside the operands
+    elif not vectors:
+        BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 64), 32, 16
+    elif target.operands_in_registers:  # the sums in registers, beside the operands
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 64, min(rank, 64), 64, min(max(rank // 2, 16), 64)
     else:
         BLOCK_M, BLOCK_R = 64 if rank <= 64 else 128, min(rank, 128)
-        BLOCK_K, smallest = 128 if rank <= 64 else 64, min(max(rank // 2, 16), 64)
+        BLOCK_K, smallest = 128 if rank <= 16 else 128 // A_bytes, min(max(rank // 2, 16), 64)
     while smallest < BLOCK_M and 4 * triton.cdiv(M, BLOCK_M) * triton.cdiv(R, BLOCK_R) < 3 * target.sms:
         BLOCK_M //= 2
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(R, BLOCK_R)
@@ -149,68 +139,15 @@ def launch_lora_project(
     )  # fmt: skip
 
 
-SUM_BLOCK = 1024
-
-
 def lora_project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     """h [M, R] in x's dtype; x [M, K] of any strides, lora_A [R, K] of any floating dtype, gain_in float32 [K]."""
     (M, K), R = x.shape, lora_A.shape[0]
-    h = x.new_empty(M, R)
-    if h.numel() == 0:
-        return h
-    config = lora_project_config(M, K, R, x.element_size(), lora_A.element_size(), current(x.device))
+    if M * R == 0:
+        return x.new_empty(M, R)
+    lora_A = lora_A.contiguous()
+    vectors = has_vectors(x, lora_A)
+    config = lora_project_config(M, K, R, x.element_size(), lora_A.element_size(), vectors, current(x.device))
     splits = triton.cdiv(K, config.split_k)
-    parts = h if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
-    launch_lora_project(x, lora_A.contiguous(), gain_in, dropout_p, seed, parts, config)
-    if splits > 1:
-        grid = (triton.cdiv(M * R, SUM_BLOCK),)
-        lora_project_sum_kernel[grid](parts, h, M * R, SPLITS=splits, BLOCK=SUM_BLOCK)
-    return h
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    """Over tokens from a decoding batch to training, the ranks in use, one dtype and mixed ones; ragged where odd."""
-    sizes = ((8192, 4096, 16), (8192, 4096, 384), (2048, 4096, 64), (100, 4099, 9), (512, 4096, 384))
-    types = (("bf16", "bf16", sizes), ("bf16", "fp32", sizes[:3]), ("fp16", "fp16", sizes[:1]), ("fp32", "fp32", sizes))
-    cases: dict[str, AotCase] = {}
-    for x_type, A_type, some in types:
-        for M, K, R in some:
-            config = lora_project_config(M, K, R, 4 if x_type == "fp32" else 2, 4 if A_type == "fp32" else 2, target)
-            for flags in (False, True):
-                case = aot_case(config, x_type, A_type, K, flags, triton.cdiv(K, config.split_k) > 1)
-                cases[case.name] = case
-    yield from cases.values()
-    for splits in (2, 16):
-        yield AotCase(
-            kernel=lora_project_sum_kernel,
-            name=f"lora_project_sum-{splits}",
-            signature={"parts_ptr": "*fp32", "h_ptr": "*bf16", "numel": "i32"},
-            constexprs={"SPLITS": splits, "BLOCK": SUM_BLOCK},
-            aligned=("parts_ptr", "h_ptr", "numel"),
-        )
-
-
-def aot_case(
-    config: Config, x_type: str, A_type: str, K: int, flags: bool, split: bool, early: bool = False
-) -> AotCase:
-    """The kernel with gain and dropout or neither, for K columns, as split and started early as the launcher says."""
-    tile = f"{config.BLOCK_M}x{config.BLOCK_R}x{config.BLOCK_K}{'-split' if split else ''}{'-early' if early else ''}"
-    absent = {} if flags else {"gain_ptr": None, "seed_ptr": None}
-    even = ("K", "R", "stride_x_m") if K % 16 == 0 else ()
-    return AotCase(
-        kernel=lora_project_kernel,
-        name=f"lora_project-{x_type}-{A_type}-{tile}-K{K}-{'on' if flags else 'off'}",
-        signature={
-            "x_ptr": f"*{x_type}", "A_ptr": f"*{A_type}", "gain_ptr": "*fp32", "seed_ptr": "*i64",
-            "out_ptr": "*fp32" if split else f"*{x_type}", "M": "i32", "K": "i32", "R": "i32", "stride_x_m": "i32",
-            "split_k": "i32", "threshold": "i64", "keep_scale": "fp32",
-        },
-        constexprs={
-            "stride_x_k": 1, "HAS_GAIN": flags, "HAS_DROPOUT": flags, "LAUNCH_DEPENDENTS": early,
-            "BLOCK_M": config.BLOCK_M, "BLOCK_R": config.BLOCK_R, "BLOCK_K": config.BLOCK_K, **absent,
-        },
-        aligned=("x_ptr", "A_ptr", "out_ptr", "split_k", *even),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        dots=config.BLOCK_M >= 64 and x_type != "fp32",
-    )  # fmt: skip
+    parts = new_partials(splits, (M, R), x.dtype, x.device)
+    launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, config)
+    return sum_partials(parts, x.dtype)

@@ -6,24 +6,20 @@ for axis "output", [K] for "input", or None for 1. Reads and writes W once, 4NK 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.adapted_weight import (
-    NAMES,
     Tile,
     adapted_tile,
-    aot_arguments,
     arguments,
     exact_products,
     float32_precision,
     interpreted_tile,
 )
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current
 
 
 @triton.jit
@@ -70,27 +66,7 @@ def merge_weight(
     tile = merge_weight_tile(N, K, lora_A.shape[0], lora_A.dtype, lora_B.dtype, current(weight.device))
     tensors, numbers, constexprs = arguments(tile, weight, lora_A, lora_B, scaling)
     merge_weight_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K),)](
-        None if gain is None else gain.float().contiguous(), *tensors, *numbers,
+        gain, *tensors, *numbers,
         HAS_GAIN=gain is not None, BY_ROW=axis == "output", **constexprs,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32)):
-        for rank, gain, axis in ((16, False, "output"), (384, True, "output"), (384, True, "input")):
-            tile = merge_weight_tile(8192, 8192, rank, *dtypes[1:], target)
-            signature, constexprs, aligned = aot_arguments(tile, dtypes, "output")
-            yield AotCase(
-                kernel=merge_weight_kernel,
-                name="-".join(("merge_weight", *(NAMES[dtype] for dtype in dtypes[:2]), f"r{rank}", axis)),
-                signature=signature | ({"gain_ptr": "*fp32"} if gain else {}),
-                constexprs=constexprs
-                | {"HAS_GAIN": gain, "BY_ROW": axis == "output"}
-                | ({} if gain else {"gain_ptr": None}),
-                aligned=(*aligned, *(("gain_ptr",) if gain else ())),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                dots=exact_products(*dtypes[1:]),
-            )

@@ -5,7 +5,6 @@ partials [S, ...] contiguous, float32 (or already of the result's dtype for S = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current
 
 
 @triton.jit
@@ -65,16 +64,3 @@ def sum_partials(partials: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> 
         BLOCK_S=config.BLOCK_S, BLOCK=config.BLOCK, num_warps=config.num_warps,
     )  # fmt: skip
     return out
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    config = sum_partials_config(14, 4096 * 16, target)
-    for dtype in ("bf16", "fp16", "fp32"):
-        yield AotCase(
-            kernel=sum_partials_kernel,
-            name=f"sum_partials-{dtype}",
-            signature={"partials_ptr": "*fp32", "out_ptr": f"*{dtype}", "S": "i32", "width": "i32", "scaling": "fp32"},
-            constexprs={"BLOCK_S": config.BLOCK_S, "BLOCK": config.BLOCK},
-            aligned=("partials_ptr", "out_ptr", "width"),
-            num_warps=config.num_warps,
-        )

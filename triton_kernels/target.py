@@ -1,13 +1,13 @@
-"""What a kernel is compiled for, and the cases that are compiled ahead of time in tests."""
+"""What a kernel is compiled for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,40 @@ class Target:
     shared_memory: int
     sms: int
 
+    @property
+    def operands_in_registers(self) -> bool:
+        """Whether tensor cores read from registers alone: on NVIDIA's but Hopper and the data center's Blackwell."""
+        return self.backend == "cuda" and int(self.arch) // 10 not in (9, 10)
+
 
 SM80 = Target("cuda", 80, 163 * 1024, 108)
+SM89 = Target("cuda", 89, 99 * 1024, 128)
 SM90 = Target("cuda", 90, 227 * 1024, 132)
 SM100 = Target("cuda", 100, 227 * 1024, 148)
+SM120 = Target("cuda", 120, 99 * 1024, 188)
 GFX942 = Target("hip", "gfx942", 64 * 1024, 304)
 # Programs run one after another, at a cost per operation whatever the tile.
 INTERPRETER = Target("interpreter", 0, 1 << 30, 1)
+
+
+def rank_block(R: int, most: int = 64) -> int:
+    """How much of the rank a program takes at a time: 16, or 64 and more up to ``most``; so few kernels are compiled.
+
+    Ranks between pad with zeros, in kernels whose bytes take longer than their products.
+    """
+    return min(16 if R <= 16 else max(64, triton.next_power_of_2(R)), most)
+
+
+def has_vectors(*matrices: Tensor) -> bool:
+    """Whether Triton reads the rows of all in 16-byte pieces. Else elements come one by one, each with an address and a
+    mask in registers, and tiles must be small."""
+    return all(
+        matrix.stride(1) == 1
+        and matrix.stride(0) % 16 == 0
+        and matrix.shape[1] % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        for matrix in matrices
+    )
 
 
 def interpreting() -> bool:
@@ -50,22 +77,3 @@ def _of_gpu(index: int) -> Target:
     if torch.version.hip is not None:
         return Target("hip", properties.gcnArchName.split(":")[0], shared_memory, sms)
     return Target("cuda", 10 * properties.major + properties.minor, shared_memory, sms)
-
-
-@dataclass(frozen=True)
-class AotCase:
-    """One kernel as a launcher would launch it: what is compiled ahead of time.
-
-    ``signature`` types each argument that is not a constexpr ("*bf16", "i32", "fp32"); ``aligned`` names the
-    arguments that are multiples of 16; ``dots`` says that there is a product of 16-bit tiles of at least 64 rows.
-    """
-
-    kernel: Any
-    name: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...] = ()
-    num_warps: int = 4
-    num_stages: int = 3
-    dots: bool = False
-    options: dict[str, Any] = field(default_factory=dict)

@@ -23,7 +23,6 @@ Where W's bytes do not decide, the factored form saves a sixth at rank 384 and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,6 @@ from torch import Tensor
 from lora_fast.triton_kernels.adapted_weight import (
     Tile,
     adapted_tile,
-    aot_arguments,
     arguments,
     can_describe,
     exact_products,
@@ -50,13 +48,13 @@ from lora_fast.triton_kernels.content_key import (
     host_key,
     is_changed,
 )
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, has_vectors
 
 
 @triton.jit(do_not_specialize=["host_key"])
 def weight_norm_fwd_kernel(
     sums_ptr, w_ptr, a_ref, b_ref,
-    hashes_ptr, kept_key_ptr, host_key: tl.int64, key_ptr,
+    hashes_ptr, state_ptr, host_key: tl.int64,
     N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     tiles_per_split,
@@ -69,7 +67,7 @@ def weight_norm_fwd_kernel(
     split = tl.program_id(1)
     if KEPT:
         first = (row_block == 0) & (split == 0)
-        if not is_changed(hashes_ptr, kept_key_ptr, host_key, key_ptr, first, PROGRAMS):
+        if not is_changed(hashes_ptr, state_ptr, host_key, first, PROGRAMS):
             return
     tiles = tl.cdiv(K, BLOCK_K)
     start = split * tiles_per_split
@@ -93,7 +91,7 @@ def _power_of_two(field):
 
 @triton.jit
 def weight_norm_finish_kernel(
-    norm_ptr, sums_ptr, kept_norm_ptr, key_ptr, w_ptr, a_ref, b_ref,
+    norm_ptr, sums_ptr, kept_norm_ptr, state_ptr, w_ptr, a_ref, b_ref,
     splits,
     N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
@@ -105,8 +103,8 @@ def weight_norm_finish_kernel(
     n0 = tl.program_id(0) * BLOCK_N
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no key_ptr)
-        if tl.load(key_ptr + 3) == 0:  # unchanged
+    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no state_ptr)
+        if tl.load(state_ptr + 3) == 0:  # unchanged
             tl.store(norm_ptr + offs_n, tl.load(kept_norm_ptr + offs_n, mask=mask_n), mask=mask_n)
             return
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -149,7 +147,7 @@ class Config:
 
 
 def weight_norm_tile(
-    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], describable: bool, target: Target
+    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], access: str, target: Target
 ) -> Tile:
     """Bytes from L2 to the multiprocessors (about 31 a clock on each) decide at high rank, bytes of W at low rank.
 
@@ -157,24 +155,29 @@ def weight_norm_tile(
     rate 64 bytes a clock for 128 × 128 and 48 for 128 × 256, whose sums fill half the registers, W's tile a quarter.
     What is left is too little for the factors' addresses: they come through descriptors, which need none.
     At rank 64 and less three programs of 64 × 128 on a multiprocessor hide each other's waits for W.
+
+    ``access``: "descriptors" where the factors have what those take and W its vectors; "vectors" where W has them; else
+    "elements", whose addresses and masks leave registers for small tiles only (:func:`has_vectors`).
     """
     if target.backend == "interpreter":
         return interpreted_tile(N, K, R)
     low = 16 if R <= 16 else 32
     if not exact_products(*dtypes[1:]):
-        if target.arch == 80:  # the thirds of both factors lie in registers
+        if target.operands_in_registers or access == "elements":  # the thirds of both factors lie in registers
             return Tile(64, 32, 16, num_warps=4, num_stages=2, PRECISION=float32_precision(target))
         return Tile(64, 64, low, num_warps=4, num_stages=2, PRECISION=float32_precision(target))
     if target.backend == "hip":
         return Tile(64, 64, low, num_warps=4, num_stages=2)
-    if target.arch in (90, 100) and describable and R > 32:
+    if access == "elements":
+        return Tile(64, 64, low, num_warps=8, num_stages=2)
+    if not target.operands_in_registers and access == "descriptors" and R > 32:
         if R <= 64 or dtypes[0].itemsize == 4 or N * K < 1 << 22:
             return Tile(64, 128, 64, num_warps=4, num_stages=2, DESCRIPTORS=True)
-        if target.arch == 100:
+        if target.arch != 90:
             return Tile(128, 128, 64, num_warps=8, num_stages=3, DESCRIPTORS=True)
         return Tile(128, 256, 64, num_warps=8, num_stages=4, DESCRIPTORS=True)
-    if R <= 32 or target.arch != 80:
-        heavy = target.arch == 80 and dtypes[0].itemsize == 4  # W's tile in too many of a thread's registers
+    if R <= 32 or not target.operands_in_registers:
+        heavy = target.operands_in_registers and dtypes[0].itemsize == 4  # W's tile in too many of a thread's registers
         return Tile(64, 128, low, num_warps=8 if heavy else 4, num_stages=2)
     return Tile(64 if dtypes[0].itemsize == 4 else 128, 128, 32, num_warps=8, num_stages=3)
 
@@ -205,10 +208,10 @@ def column_splits(N: int, K: int, tile: Tile, target: Target) -> int:
 
 @functools.cache
 def weight_norm_config(
-    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], describable: bool, target: Target
+    N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], access: str, target: Target
 ) -> Config:
-    """For dtypes of weight, lora_A, lora_B; ``describable``: whether the factors can come through descriptors."""
-    tile = weight_norm_tile(N, K, R, dtypes, describable, target)
+    """For dtypes of weight, lora_A, lora_B; ``access`` as :func:`weight_norm_tile` takes it."""
+    tile = weight_norm_tile(N, K, R, dtypes, access, target)
     tiles_per_split = triton.cdiv(triton.cdiv(K, tile.BLOCK_K), column_splits(N, K, tile, target))
     return Config(
         tile=tile,
@@ -220,13 +223,19 @@ def weight_norm_config(
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept norm with its key, and the key of now: its hashes on the device, what the host knows, where it goes."""
+    """The kept norm, and the key of now: its hashes on the device, what the host knows, and where it is compared."""
 
     norm: Tensor
-    key: Tensor
     hashes: Tensor
     host_key: int
-    new_key: Tensor  # int64 [KEY_LENGTH + 1], the last: whether it differs
+    state: Tensor  # int64 [STATE_LENGTH]
+
+
+def _access(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+    if not (has_vectors(weight) or has_vectors(weight.T)):
+        return "elements"
+    long = has_long_strides(weight, lora_A, lora_B)
+    return "descriptors" if can_describe(lora_A, lora_B) and not long else "vectors"
 
 
 def _launch(
@@ -234,12 +243,11 @@ def _launch(
 ) -> Tensor:
     w, a, b = oriented(weight, lora_A, lora_B, axis)
     N, K = w.shape
-    describable = can_describe(a, b) and not has_long_strides(w, a, b)
-    config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), describable, target)
+    config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), _access(w, a, b), target)
     tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
     sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
-    key = (None, None, 0, None) if kept is None else (kept.hashes, kept.key, kept.host_key, kept.new_key)
+    key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
     weight_norm_fwd_kernel[(triton.cdiv(N, config.tile.BLOCK_N), config.splits)](
         sums, *tensors, *key, *numbers, config.tiles_per_split,
         KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, **constexprs,
@@ -248,7 +256,7 @@ def _launch(
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
     weight_norm_finish_kernel[(triton.cdiv(N, finish.BLOCK_N),)](
-        norm, sums, None if kept is None else kept.norm, None if kept is None else kept.new_key, *tensors,
+        norm, sums, None if kept is None else kept.norm, None if kept is None else kept.state, *tensors,
         config.splits, *numbers,
         KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
         num_warps=finish.num_warps, num_stages=finish.num_stages,
@@ -276,80 +284,8 @@ def weight_norm_kept(
 ) -> Tensor:
     """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [≥ 3] says that nothing changed, else
     computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay looks."""
-    key = torch.empty(KEY_LENGTH + 1, dtype=torch.int64, device=weight.device)
-    kept = Kept(
-        norm=kept_norm,
-        key=kept_key,
-        hashes=content_hashes(weight, lora_A, lora_B),
-        host_key=host_key(weight, lora_A, lora_B, scaling, axis, version),
-        new_key=key,
-    )
+    hashes, state = content_hashes(weight, lora_A, lora_B, kept_key)
+    kept = Kept(kept_norm, hashes, host_key(weight, lora_A, lora_B, scaling, axis, version), state)
     norm = _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), kept)
-    kept_key[:KEY_LENGTH].copy_(key[:KEY_LENGTH])
+    kept_key[:KEY_LENGTH].copy_(state[:KEY_LENGTH])
     return norm
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    for rank in (16, 32, 64, 384):
-        yield from _aot_cases_of(target, (bf16, bf16, bf16), rank, "output")
-    for dtypes in ((f16, f16, f16), (f32, bf16, bf16)):
-        for rank in (32, 64):
-            yield from _aot_cases_of(target, dtypes, rank, "output")
-    for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32), (f32, bf16, bf16)):
-        for rank in (16, 384):
-            yield from _aot_cases_of(target, dtypes, rank, "input" if rank == 384 else "output")
-    for rank in (16, 384):
-        yield from _aot_cases_of(target, (bf16, bf16, bf16), rank, "output", conv1d=True)
-    yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", kept=True)
-    yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, "output", describable=False)
-    for axis in ("output", "input"):
-        yield from _aot_cases_of(target, (bf16, bf16, bf16), 384, axis, describable=False, wide=True)
-
-
-def _aot_cases_of(
-    target: Target,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    rank: int,
-    axis: str,
-    *,
-    kept: bool = False,
-    describable: bool = True,
-    wide: bool = False,
-    conv1d: bool = False,
-) -> Iterator[AotCase]:
-    config = weight_norm_config(8192, 8192, rank, dtypes, describable, target)
-    flags = {"kept": kept, "wide": wide, "pointers": not describable, "conv1d": conv1d}
-    name = "-".join((*(str(dtype).removeprefix("torch.") for dtype in dtypes[:2]), f"r{rank}", axis))
-    name = "-".join((name, *(flag for flag, on in flags.items() if on)))
-    for kernel, tile, pointers, own_pointers, own in (
-        (
-            weight_norm_fwd_kernel,
-            config.tile,
-            {"hashes_ptr": "*i64", "kept_key_ptr": "*i64", "key_ptr": "*i64"},
-            {"sums_ptr": "*fp32"},
-            {"PROGRAMS": content_key_config(target).PROGRAMS},
-        ),
-        (
-            weight_norm_finish_kernel,
-            config.finish,
-            {"kept_norm_ptr": "*fp32", "key_ptr": "*i64"},
-            {"norm_ptr": "*fp32", "sums_ptr": "*fp32"},
-            {"BLOCK_S": BLOCK_S},
-        ),
-    ):
-        signature, constexprs, aligned = aot_arguments(tile, dtypes, axis, wide=wide, conv1d=conv1d)
-        first = kernel is weight_norm_fwd_kernel
-        yield AotCase(
-            kernel=kernel,
-            name=f"{'weight_norm_fwd' if first else 'weight_norm_finish'}-{name}",
-            signature=signature
-            | own_pointers
-            | (pointers if kept else {})
-            | ({"host_key": "i64", "tiles_per_split": "i32"} if first else {"splits": "i32"}),
-            constexprs=constexprs | own | {"KEPT": kept} | ({} if kept else dict.fromkeys(pointers)),
-            aligned=(*aligned, *own_pointers),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            dots=first and exact_products(*dtypes[1:]),
-        )

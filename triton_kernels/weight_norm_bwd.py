@@ -11,7 +11,6 @@ fixed order; they stay under an eighth of N·K elements. dV is rounded to the fa
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.adapted_weight import (
-    NAMES,
     Tile,
     adapted_tile,
-    aot_arguments,
     arguments,
     exact_products,
     float32_precision,
@@ -31,7 +28,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import AotCase, Target, current
+from lora_fast.triton_kernels.target import Target, current, rank_block
 
 
 @triton.jit
@@ -100,7 +97,7 @@ def weight_norm_bwd_tile(N: int, K: int, R: int, a_dtype: torch.dtype, b_dtype: 
     if target.backend == "interpreter":
         return interpreted_tile(N, K, R, most_columns=64)  # sums no longer than a GPU's, for their rounding
     if exact_products(a_dtype, b_dtype) and target.backend == "cuda":
-        return Tile(64, 64, 16 if R <= 16 else 32, num_warps=4 if R <= 64 else 8, num_stages=2)
+        return Tile(64, 64, 16 if R <= 16 else 32, num_warps=8, num_stages=2)
     return Tile(64, 32, 16, num_warps=8, num_stages=2, PRECISION=float32_precision(target))
 
 
@@ -110,8 +107,8 @@ def weight_norm_bwd_config(
 ) -> Config:
     """Programs for each multiprocessor once or twice, as far as the partials allow."""
     tile = weight_norm_bwd_tile(N, K, R, a_dtype, b_dtype, target)
-    most = 256 if target.backend == "interpreter" else 128 if exact_products(a_dtype, b_dtype) else 64
-    BLOCK_S = min(max(16, triton.next_power_of_2(R)), most)
+    most = 256 if target.backend == "interpreter" else 64 if exact_products(a_dtype, b_dtype) else 32
+    BLOCK_S = rank_block(R, most)
     tiles = triton.cdiv(K, tile.BLOCK_K)
     programs = triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(R, BLOCK_S)
     splits = max(1, min(2 * target.sms // programs, K // (8 * R), tiles))
@@ -155,24 +152,3 @@ def weight_norm_bwd(
     if need_B:
         grad_B = _grad_b(grad, norm, weight, lora_A, lora_B, scaling, by_row)
     return grad_A, grad_B
-
-
-def aot_cases(target: Target) -> Iterator[AotCase]:
-    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    for dtypes in ((bf16, bf16, bf16), (f16, f16, f16), (f32, f32, f32), (bf16, f32, f32), (f32, bf16, bf16)):
-        for rank, axis, by_row in ((16, "output", True), (384, "input", False)):
-            config = weight_norm_bwd_config(8192, 8192, rank, *dtypes[1:], target)
-            tile = config.tile
-            signature, constexprs, aligned = aot_arguments(tile, dtypes, axis)
-            out = "fp32" if config.splits > 1 else NAMES[dtypes[2]]
-            yield AotCase(
-                kernel=weight_norm_bwd_kernel,
-                name="-".join(("weight_norm_bwd", *(NAMES[dtype] for dtype in dtypes[:2]), f"r{rank}", axis)),
-                signature=signature
-                | {"out_ptr": f"*{out}", "grad_ptr": "*fp32", "norm_ptr": "*fp32", "tiles_per_split": "i32"},
-                constexprs=constexprs | {"BY_ROW": by_row, "BLOCK_S": config.BLOCK_S},
-                aligned=(*aligned, "out_ptr", "grad_ptr", "norm_ptr"),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                dots=exact_products(*dtypes[1:]),
-            )

@@ -1,0 +1,132 @@
+"""Every Triton launch that the triton backend makes over a grid of sizes, dtypes, layouts and asked-for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lora_fast.backends import triton as backend
+from lora_fast.triton_kernels import aot
+from lora_fast.triton_kernels.target import Target
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+S = 0.5
+
+
+@dataclass(frozen=True)
+class Call:
+    T: int
+    N: int
+    K: int
+    R: int
+    x: torch.dtype = bf16
+    weight: torch.dtype = bf16
+    adapter: torch.dtype = bf16
+    axis: str = "output"
+    dropout_p: float = 0.0
+    weight_layout: str = "contiguous"  # "transposed": a Conv1D's; "sliced": of a larger one; "long": strides
+
+
+def sweep() -> Iterator[Call]:
+    layers = ((4096, 4096), (1024, 4096), (11008, 1024), (768, 768), (4097, 4099), (97, 101))
+    for T in (1, 16, 17, 40, 128, 256, 1000, 8192):
+        for N, K in layers:
+            for R in (16, 32, 64, 99, 384):
+                yield Call(T, N, K, R)
+    for R in (16, 64, 128, 384):
+        yield Call(32768, 50257, 8192, R)  # the most programs and the largest partials
+    for dtypes in ((f16, f16, f16), (f32, f32, f32), (bf16, bf16, f32)):
+        for T in (16, 256, 8192):
+            for N, K in ((4096, 4096), (768, 768), (4097, 4099)):
+                for R in (16, 64, 384):
+                    yield Call(T, N, K, R, *dtypes)
+    for dtypes in ((f32, bf16, bf16), (bf16, f32, f32)):
+        for T, R in ((16, 16), (8192, 16), (8192, 384)):
+            yield Call(T, 4096, 4096, R, *dtypes)
+    for T in (16, 256, 8192):
+        for R in (16, 384):
+            for N, K in ((4096, 4096), (768, 768), (4097, 4099)):
+                yield Call(T, N, K, R, axis="input")
+                for layout in ("transposed", "sliced"):
+                    yield Call(T, N, K, R, weight_layout=layout)
+                for axis in ("output", "input"):
+                    yield Call(T, N, K, R, axis=axis, dropout_p=0.1)
+    for R in (16, 384):
+        yield Call(16, 64, 64, R, weight_layout="long")
+
+
+class skipped_products(TorchFunctionMode):
+    """PyTorch's own products take long on a CPU and are no launches of ours."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[0])
+        if function in (Tensor.__matmul__, Tensor.matmul):
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1])
+        if function is Tensor.addmm_:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _weight(call: Call) -> Tensor:
+    if call.weight_layout == "transposed":
+        return torch.empty(call.K, call.N, dtype=call.weight).T
+    if call.weight_layout == "sliced":
+        return torch.empty(call.N, 2 * call.K + 1, dtype=call.weight)[:, 1 : call.K + 1]
+    if call.weight_layout == "long":
+        return torch.empty(call.N, 1 << 23, dtype=call.weight)[:, : call.K]
+    return torch.empty(call.N, call.K, dtype=call.weight)
+
+
+def make(call: Call) -> None:
+    """Every op of the backend, with and without a gain, with all gradients and some."""
+    weight, bias = _weight(call), torch.empty(call.N, dtype=call.x)
+    lora_A, lora_B = torch.empty(call.R, call.K, dtype=call.adapter), torch.empty(call.N, call.R, dtype=call.adapter)
+    factors = (weight, lora_A, lora_B, S, call.axis)
+    norm = backend.weight_norm_fwd(*factors)
+    backend.weight_norm_kept(*factors, torch.empty_like(norm), torch.zeros(3, dtype=torch.int64))
+    backend.weight_norm_bwd(torch.empty_like(norm), norm, *factors, True, True)
+    for gain in (None, norm):
+        backend.merge_weight(weight, lora_A, lora_B, S, gain, call.axis)
+        _linear(call, weight, bias, lora_A, lora_B, gain)
+        if call.axis == "output":
+            _compose(call, bias, lora_B, gain)
+    if call.dropout_p > 0.0:
+        backend.dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p)
+
+
+def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:
+    x, grad_y = (torch.empty(call.T, size, dtype=call.x) for size in (call.K, call.N))
+    h, seed = torch.empty(call.T, call.R, dtype=call.x), torch.tensor(3) if call.dropout_p else None
+    common = (lora_A, lora_B, S, gain, call.axis)
+    keeps = gain is not None and call.axis == "output"
+    for keep in {False, keeps}:
+        for some_bias in (bias, None):
+            backend.lora_linear_fwd(x, weight, some_bias, *common, call.dropout_p, seed, keep)
+    for x_, A, B, gain_, bias_ in ((1, 1, 1, 1, 1), (1, 1, 1, 1, 0), (0, 1, 1, 1, 0), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0)):
+        needs = [bool(need) for need in (x_, A, B, gain_ and gain is not None, bias_)]
+        product = torch.empty_like(grad_y) if keeps and gain_ else None
+        backend.lora_linear_bwd(grad_y, x, weight, *common, product, h, call.dropout_p, seed, needs)
+
+
+def _compose(call: Call, bias: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:
+    base, h = torch.empty(call.T, call.N, dtype=call.x), torch.empty(call.T, call.R, dtype=call.adapter)
+    backend.lora_compose_fwd(base, h, lora_B, S, gain, bias, gain is not None)
+    product = None if gain is None else torch.empty_like(base)
+    needs = [True, True, True, gain is not None, True]
+    backend.lora_compose_bwd(torch.empty_like(base), h, lora_B, S, gain, product, needs)
+
+
+@cache
+def launches(target: Target) -> list[aot.Launch]:
+    with aot.recorded(target) as found, skipped_products():
+        for call in sweep():
+            make(call)
+    return found
