@@ -33,17 +33,14 @@ aot: setup
 
 # On a machine with a GPU: builds beside the torch, triton and pytest of $(PYTHON), downloads nothing, tests, measures.
 gpu: $(GPU)/.installed
-	$(GPU)/bin/python -m pytest -m "gpu or interp" $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s' '-n 8')
-	$(GPU)/bin/python -m lora_fast.benchmarks.gpu $(if $(OUT),--out $(OUT))
+	.ci/gpu $(GPU)/bin/python $(OUT)
 
 gpu-sanitize: $(GPU)/.installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(GPU)/bin/python -m pytest -x -m "gpu or interp" -k "test_lora_compose or test_forward or few_tokens or in_tiles"
 
 $(GPU)/.installed: $(NATIVE) $(wildcard lora_fast/*.py triton_kernels/*.py)
-	$(PYTHON) -m venv --system-site-packages --without-pip $(GPU)
-	LORA_FAST_BUILD=$(shell command -v nvcc >/dev/null && echo cuda || echo cpu) \
-		$(GPU)/bin/python -m pip install --no-index --no-deps --no-build-isolation -e .
+	.ci/gpu-setup $(PYTHON) $(GPU)
 	touch $@
 
 # Goes on after an interruption. BENCH="--quick", BENCH="--only weight_norm --against HEAD", ...

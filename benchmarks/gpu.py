@@ -5,6 +5,7 @@
 Times are CUDA events around one call, alternated over the contenders, behind a short spin that lets the host run
 ahead, with the L2 cache emptied before each; so they are the device's, and the host's time per call is a column of its
 own. A PEFT model's are the wall's. Every contender passes the correctness gate first. Writes gpu.json and gpu.csv.
+Fails where a row fails or one of ours computes something wrong; a bar that is missed is told, and no failure.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import random
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lora_fast
-from lora_fast import backends, functional
+from lora_fast import backends, functional, reference
 from lora_fast.testing import peak_bytes
 
 from . import contenders as c, cost, layer, peft_model, report
@@ -32,28 +35,35 @@ from .gate import error_fault
 from .registry import INFERENCE, STEP, Bar, Case
 from .runner import Step
 
-SPIN_CYCLES = 500_000  # about 0.3 ms, longer than the host takes for a step
+CYCLES_PER_MS = 2_000_000  # of a multiprocessor at its highest clock
 FORWARD = ("lora_linear forward",)
 FLUSH_BYTES = 256 << 20  # more than any L2
+FAILED = "failed"
 
 
 def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, float]]:
     """Median, p20 and p80 of the device's milliseconds, the host's, and the peak of memory, of each step."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8)
+    flush = torch.zeros(FLUSH_BYTES // 4)
     host: dict[str, list[float]] = {name: [] for name in steps}
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}
-    peaks = {}
+    peaks, spin_cycles = {}, {}
     for name, step in steps.items():
-        for _ in range(3):
+        for _ in range(2):
             step()
         peaks[name] = peak_bytes(step)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        spin_cycles[name] = int(
+            CYCLES_PER_MS * (0.2 + 1.5e3 * (time.perf_counter() - start))
+        )  # longer than the host takes
     order, names, deadline = random.Random(0), list(steps), time.perf_counter() + budget_s
     while len(events[names[0]]) < 10 or (time.perf_counter() < deadline and len(events[names[0]]) < 200):
         order.shuffle(names)
         for name in names:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(SPIN_CYCLES)
+            flush.sum()  # by reading: what is written would still be on its way to memory
+            torch.cuda._sleep(spin_cycles[name])
             begin.record()
             start = time.perf_counter()
             steps[name]()
@@ -134,15 +144,37 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
             return lambda: ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, None, False, name)
         return lambda: ops.lora_compose_bwd(base, h, lora_B, 0.5, gain, other, needs, name)
 
-    steps: dict[str, Step] = {"copy": lambda: other.copy_(base)} | {name: composed(name) for name in names_of_ours()}
+    left_out = composition_faults(base, h, lora_B, gain)
+    steps: dict[str, Step] = {"copy": lambda: other.copy_(base)}
+    steps |= {name: composed(name) for name in names_of_ours() if name not in left_out}
     other.copy_(base)
     records = measure(steps, budget_s)
     op = f"lora_compose {direction}"
     bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
-    chosen = names_of_ours()[0]
-    reached = cost.least(op, size).bytes / records[chosen]["median_ms"] / bandwidth
-    bars = [Bar("× copy bandwidth", reached, 0.75, False)] if R == 16 else []
-    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, {})
+    bars = []
+    if R == 16 and (chosen := records.get(names_of_ours()[0])):
+        reached = cost.least(op, size).bytes / chosen["median_ms"] / bandwidth
+        bars = [Bar("× copy bandwidth", reached, 0.75, False)]
+    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, left_out)
+
+
+def composition_faults(base: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, gain: torch.Tensor) -> dict[str, str]:
+    """Why the output or a gradient of one of our backends is wrong, by backend."""
+
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in (base, h, lora_B, gain)]
+        y = function(*leaves[:3], 0.5, leaves[3])
+        return [y.detach(), *torch.autograd.grad(y, leaves, base.to(y.dtype))]
+
+    truth = run(reference.lora_compose, torch.float64)
+    eager = run(partial(reference.lora_compose, compute_dtype=base.dtype), None)
+    faults: dict[str, str] = {}
+    for backend in names_of_ours():
+        actual = run(partial(functional.lora_compose, backend=backend), None)
+        for name, *results in zip(("y", "base", "h", "lora_B", "gain"), actual, eager, truth, strict=True):
+            if fault := error_fault(name, *results, ours=True):
+                faults.setdefault(backend, f"wrong result: {fault}")
+    return faults
 
 
 def layer_row(case: Case, budget_s: float, *, graph: bool = False) -> dict[str, Any]:
@@ -219,12 +251,14 @@ def captured(step: Step) -> Step:
     return graph.replay
 
 
-def peft_row(case: peft_model.Case, budget_s: float) -> dict[str, Any]:
+def peft_row(
+    case: peft_model.Case, models: Callable[[], dict[str, torch.nn.Module]], budget_s: float
+) -> dict[str, Any]:
     """A PEFT model before and after acceleration; its packages are not needed to measure the rest."""
     if missing := [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]:
         why = f"not installed: {', '.join(missing)}"
         return {"title": case.title, "records": {}, "bars": [], "left_out": dict.fromkeys(peft_model.CONTENDERS, why)}
-    result = peft_model.row(case, peft_model.models(), budget_s)
+    result = peft_model.row(case, models(), budget_s)
     size = {"in_features": peft_model.WIDTH, "out_features": peft_model.WIDTH}
     return result | size | {"title": f"PEFT model, {case.title}", "ops": "model", "left_out": {}}
 
@@ -236,7 +270,7 @@ def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
     inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
     gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
 
-    def forward(limit: int) -> object:
+    def forward(limit: int) -> torch.Tensor:
         kept, triton.FUSED_CONTRACTION = triton.FUSED_CONTRACTION, limit  # type: ignore[attr-defined]
         try:
             return functional.lora_linear(
@@ -245,14 +279,26 @@ def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
         finally:
             triton.FUSED_CONTRACTION = kept  # type: ignore[attr-defined]
 
-    frozen = c.frozen_linear(inputs.weight)
-    steps = {c.FROZEN.name: lambda: frozen(x), "fused": lambda: forward(1 << 30), "products": lambda: forward(0)}
+    def specified(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.Tensor:
+        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.lora_A, inputs.lora_B))
+        return reference.lora_linear(x.to(dtype), weight, None, A, B, 2.0, gain, compute_dtype=compute_dtype)
+
+    with torch.no_grad():
+        truth, eager = specified(torch.float64, torch.float64), specified(x.dtype, x.dtype)
+    frozen, left_out = c.frozen_linear(inputs.weight), {}
+    steps: dict[str, Step] = {c.FROZEN.name: lambda: frozen(x)}
+    for name, limit in {"fused": 1 << 30, "products": 0}.items():
+        if fault := error_fault("y", forward(limit).detach(), eager, truth, ours=True):
+            left_out[name] = f"wrong result: {fault}"
+        else:
+            steps[name] = partial(forward, limit)
     records = measure(steps, budget_s)
-    return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], {})
+    return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], left_out)
 
 
-def rows(budget_s: float) -> list[Callable[[], dict[str, Any]]]:
+def rows(budget_s: float) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn."""
+    models = cache(peft_model.models)
     bf16, dora, peft_dora = torch.bfloat16, c.dora().name, c.PEFT_DORA_FP32.name
     doras = (c.dora(), *(c.dora(name) for name in names_of_ours()))
     loras = (c.lora(), c.PEFT_LORA)
@@ -266,16 +312,18 @@ def rows(budget_s: float) -> list[Callable[[], dict[str, Any]]]:
     )
     sizes = ((8192, 4096, 4096, 16), (8192, 4096, 1024, 16), (512, 4096, 4096, 16), (8192, 8192, 8192, 384))
     graphs = (replace(infer, at_most=1.25), replace(infer, tokens=1, at_most=1.4, aim=1.15))
+    # 2.5 for the step as for one layer's; the CPU's bars are far above
+    peft_cases = [replace(case, faster=2.5 if case.mode == STEP else 1.0) for case in peft_model.CASES]
     return [
-        lambda: norm_row(4096, 4096, 64, 0.03, budget_s),
-        lambda: norm_row(8192, 8192, 384, 0.12, budget_s),
-        lambda: norm_row(8192, 28672, 384, 0.40, budget_s),
-        *(lambda d=d, R=R: compose_row(d, 8192, 8192, R, budget_s) for d in ("forward", "backward") for R in (16, 384)),
-        *(lambda case=case: layer_row(case, 2 * budget_s) for case in steps),
-        *(lambda case=case: layer_row(case, budget_s, graph=True) for case in graphs),
-        *(lambda tokens=tokens: eager_inference_row(tokens, budget_s) for tokens in (16, 1)),
-        *(lambda case=case: peft_row(case, 2 * budget_s) for case in peft_model.CASES),
-        *(lambda size=size: path_row(cost.Size(*size), budget_s) for size in sizes),
+        partial(norm_row, 4096, 4096, 64, 0.03, budget_s),
+        partial(norm_row, 8192, 8192, 384, 0.12, budget_s),
+        partial(norm_row, 8192, 28672, 384, 0.40, budget_s),
+        *(partial(compose_row, d, 8192, 8192, R, budget_s) for d in ("forward", "backward") for R in (16, 384)),
+        *(partial(layer_row, case, 2 * budget_s) for case in steps),
+        *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
+        *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
+        *(partial(peft_row, case, models, budget_s) for case in peft_cases),
+        *(partial(path_row, cost.Size(*size), budget_s) for size in sizes),
     ]
 
 
@@ -332,15 +380,28 @@ def main() -> int:
     for make in rows(arguments.budget):
         try:
             results.append(make())
-        except Exception as error:  # one row that fails must not lose the others; it is told, and fails the run
-            results.append({"title": "failed", "records": {}, "left_out": {"": repr(error)}, "bars": []})
+        except Exception:  # one row that fails must not lose the others; it is told, and fails the run
+            title = f"{FAILED}: {make.func.__name__}{make.args}"
+            results.append({"title": title, "records": {}, "left_out": {"": traceback.format_exc()}, "bars": []})
         show(results[-1])
         torch.cuda.empty_cache()
         report.write_json(out / "gpu.json", provenance() | {"rows": results})
     write_csv(out / "gpu.csv", [result for result in results if result["records"]])
     missed = sum(not bar["met"] for result in results for bar in result["bars"])
-    print(f"\n{missed} bars missed; written to {out}")
-    return int(any(result["title"] == "failed" for result in results))
+    wrong = faults(results)
+    print("\n".join(["", f"{missed} bars missed; written to {out}", *wrong]))
+    return int(bool(wrong))
+
+
+def faults(results: list[dict[str, Any]]) -> list[str]:
+    """Rows that failed, and contenders of ours that were left out of theirs."""
+    ours = (*names_of_ours(), "fused", "products")
+    found = [result["title"] for result in results if result["title"].startswith(FAILED)]
+    for result in results:
+        for name, reason in result["left_out"].items():
+            if name in ours or name.startswith(("lora_fast", "weight_norm")):
+                found.append(f"{result['title']}: {name} left out: {reason}")
+    return found
 
 
 if __name__ == "__main__":

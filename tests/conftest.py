@@ -57,6 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "native": _unavailable("cpu"),
         "amx": _no_amx(),
         "interp": _no_triton(),
+        "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
         "nvcc": _no_nvcc(),
     }

@@ -22,7 +22,7 @@ from launch_sweep import Call, launches, make, skipped_products
 
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.aot import Launch
-from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target
+from lora_fast.triton_kernels.target import SM80, SM89, SM90, SM100, Target
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels decorated for the interpreter cannot be compiled", allow_module_level=True)
@@ -56,6 +56,16 @@ def test_compiles(target: Target, kernel: str) -> None:
     assert not faults, "\n".join(faults)
     if found and kernel in TILED:
         assert max(findings.tensor_core_rows for _, findings in found) >= 64
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", sorted(TILED | {"lora_linear_small_fwd_kernel"}))
+def test_99_kb_of_shared_memory_are_enough(kernel: str) -> None:
+    """What GPUs for graphics and for inference have."""
+    chosen = [launch for launch in aot.representatives(launches(SM89)) if launch.name == kernel]
+    needs = {str(launch): aot.compiled(launch, SM89).metadata.shared for launch in chosen}
+    assert {name: bytes_ for name, bytes_ in needs.items() if bytes_ > SM89.shared_memory} == {}
 
 
 @pytest.mark.aot

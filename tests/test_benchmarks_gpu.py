@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from lora_fast import functional
 from lora_fast.benchmarks import contenders as c, cost, gpu, peft_model
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 
@@ -49,7 +50,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         gpu.layer_row(case, 0.0),
         gpu.layer_row(Case(INFERENCE, 48, 64, 4, torch.bfloat16, contenders[:3], c.dora().name, at_most=1.25), 0.0),
         gpu.eager_inference_row(2, 0.0, features=48),
-        *(gpu.peft_row(case, 0.0) for case in peft_model.CASES),
+        *(gpu.peft_row(case, peft_model.models, 0.0) for case in peft_model.CASES),
     ]
     for result in results:
         assert result["bars"]
@@ -76,11 +77,38 @@ def test_the_peft_model_is_built_on_the_default_device() -> None:
 
 def test_without_peft_its_rows_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = gpu.peft_row(peft_model.CASES[0], 0.0)
+    result = gpu.peft_row(peft_model.CASES[0], peft_model.models, 0.0)
     gpu.show(result)
     assert capsys.readouterr().out.count("left out: not installed: peft, transformers") == len(peft_model.CONTENDERS)
     assert result["records"] == {}
     assert result["bars"] == []
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("without_gpu")
+def test_both_paths_of_forward_are_right() -> None:
+    result = gpu.path_row(cost.Size(20, 48, 64, 8), 0.0)
+    assert list(result["records"]) == [c.FROZEN.name, "fused", "products"]
+    assert result["left_out"] == {}
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_wrong_result_of_ours_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.lora_compose
+    monkeypatch.setattr(functional, "lora_compose", lambda *a, **options: 1.02 * right(*a, **options))
+    result = gpu.compose_row("forward", 32, 48, 16, 0.0)
+    assert result["bars"] == []
+    assert list(result["records"]) == ["copy"]
+    (fault,) = gpu.faults([result])
+    assert fault.startswith("composition forward, 32×48, rank 16: torch left out: wrong result: y has an RMS error")
+
+
+def test_a_row_that_fails_is_a_fault_and_one_without_peft_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    failed = {"title": "failed: norm_row(1, 2)", "left_out": {"": "Traceback"}}
+    without = gpu.peft_row(peft_model.CASES[0], peft_model.models, 0.0)
+    other = {"title": "one layer", "left_out": {"PEFT DoRA": "wrong result: y"}}
+    assert gpu.faults([failed, without, other]) == ["failed: norm_row(1, 2)"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

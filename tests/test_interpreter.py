@@ -7,7 +7,7 @@ import torch
 
 tl = pytest.importorskip("triton.language")
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.interp
+pytestmark = [pytest.mark.interp, pytest.mark.interpreter]
 
 SIZE = 64
 

@@ -19,7 +19,7 @@ TARGETS = pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda targ
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 FORMS = pytest.mark.parametrize("form", ["none", "gain", "gain_in"])
 S = 0.7
-SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
+SEED = 0x1234_5678_9ABC_DEF1
 
 
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,7 +57,7 @@ def operands(M: int, N: int, K: int, R: int, form: str, dtype: torch.dtype, adap
 
 
 def scaled_mask(shape: tuple[int, int], p: float) -> Tensor | None:
-    return dropout_mask(SEED, shape, p).double() / (1 - p) if p else None
+    return dropout_mask(torch.tensor(SEED), shape, p).double() / (1 - p) if p else None
 
 
 @pytest.mark.interp
@@ -82,7 +82,7 @@ def test_project_in_splits_and_tiles(splits: int, p: float, dtype: torch.dtype, 
     formula = lambda *tensors: linear(*tensors)[2:]  # noqa: E731
     truth, eager = truth_and_eager(formula, x, W, None, A, B, None, gain_in, scaled_mask((70, 131), p))
     with poisoned_memory():
-        h = lora_project.lora_project(surrounded(x), A, gain_in, p, SEED)
+        h = lora_project.lora_project(surrounded(x), A, gain_in, p, torch.tensor(SEED))
     assert_within_budget("h", h, eager[0], truth[0])
 
 
@@ -118,7 +118,7 @@ def test_few_tokens(sizes: tuple[int, int, int, int], p: float, form: str, dtype
     truth, eager = truth_and_eager(linear, x, W, bias, A, B, gain, gain_in, scaled_mask((M, K), p))
     with poisoned_memory():
         actual = lora_linear_small.lora_linear_small_fwd(
-            surrounded(x), surrounded(W), bias, A, B, S, gain, gain_in, p, SEED, form == "gain"
+            surrounded(x), surrounded(W), bias, A, B, S, gain, gain_in, p, torch.tensor(SEED), form == "gain"
         )
     for name, *results in zip(("y", "product", "h"), actual, eager, truth, strict=True):
         if name != "product" or form == "gain":

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, current, rank_block
@@ -57,7 +58,7 @@ def lora_A_grad_kernel(
         if HAS_DROPOUT:
             keep = dropout_keep(seed_lo, seed_hi, (row + offs_m)[:, None], (column + offs_k)[None, :], threshold)
             x = tl.where(keep, x, 0.0)
-        acc = tl.dot(tl.trans(x), grad_h.to(x.dtype), acc, input_precision="ieee")
+        acc = dot_add(tl.trans(x), grad_h.to(x.dtype), acc)
         row += BLOCK_M
     if HAS_DROPOUT:
         acc *= keep_scale

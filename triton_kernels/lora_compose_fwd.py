@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
 
 
@@ -42,7 +43,7 @@ def lora_compose_fwd_kernel(
         mask_r = r + offs_r < R
         h = tl.load(h_ptrs + r, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         B = tl.load(B_ptrs + r, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-        acc = tl.dot(h, tl.trans(B.to(h.dtype)), acc, input_precision="ieee")
+        acc = dot_add(h, tl.trans(B.to(h.dtype)), acc)
 
     v = base.to(tl.float32) + acc * scaling
     if KEEP_PRODUCT:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
 
@@ -83,13 +84,13 @@ def lora_gain_bwd_kernel(
             if NEED_B:
                 h_ptrs = h_ptr + row * stride_h_m + offs_m[:, None] * stride_h_m + offs_r[None, :] * stride_h_r
                 h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(dtype)
-                acc_B = tl.dot(tl.trans(grad_y), h, acc_B, input_precision="ieee")  # [BLOCK_N, BLOCK_R]
+                acc_B = dot_add(tl.trans(grad_y), h, acc_B)  # [BLOCK_N, BLOCK_R]
             if NEED_H:
                 grad_h_ptrs = grad_h_ptr + (group.to(tl.int64) * M + row) * R  # this group's slab
                 grad_h_ptrs += offs_m[:, None] * R + offs_r[None, :]
                 mask_h = mask_m[:, None] & mask_r[None, :]
                 grad_h = tl.load(grad_h_ptrs, mask=mask_h & (column_block > 0), other=0.0)
-                grad_h = tl.dot(grad_y, lora_B, grad_h, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
+                grad_h = dot_add(grad_y, lora_B, grad_h)  # [BLOCK_M, BLOCK_R]
                 tl.store(grad_h_ptrs, grad_h, mask=mask_h)
 
         if NEED_GAIN:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
@@ -63,7 +64,7 @@ def lora_input_grad_kernel(
         lora_A_ptrs = lora_A_ptr + offs_r[:, None] * stride_lora_A_r + offs_k[None, :] * stride_lora_A_k
         grad_h = tl.load(grad_h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(dtype)  # [BLOCK_M, BLOCK_R]
         lora_A = tl.load(lora_A_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0).to(dtype)  # [BLOCK_R, BLOCK_K]
-        acc = tl.dot(grad_h, lora_A, acc, input_precision="ieee")
+        acc = dot_add(grad_h, lora_A, acc)
         grad_h_ptr += BLOCK_R * stride_grad_h_r
         lora_A_ptr += BLOCK_R * stride_lora_A_r
     if HAS_DROPOUT:
@@ -82,7 +83,7 @@ def lora_input_grad_kernel(
             grad_v = tl.load(grad_v_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         # [BLOCK_M, BLOCK_N] @ [BLOCK_N, BLOCK_K]
-        acc = tl.dot(grad_v, weight.to(dtype), acc, input_precision="ieee")
+        acc = dot_add(grad_v, weight.to(dtype), acc)
         grad_v_ptr += BLOCK_N * stride_grad_v_n
         weight_ptr += BLOCK_N * stride_weight_n
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.target import Target, current, rank_block
 
 
@@ -68,7 +69,7 @@ def lora_linear_fwd_kernel(
         mask_r = r + offs_r < R
         h = tl.load(h_ptrs + r, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         B = tl.load(B_ptrs + r, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-        acc = tl.dot(h, tl.trans(B.to(h.dtype)), acc, input_precision="ieee")
+        acc = dot_add(h, tl.trans(B.to(h.dtype)), acc)
     acc *= scaling
 
     offs_k = tl.arange(0, BLOCK_K)
@@ -80,7 +81,7 @@ def lora_linear_fwd_kernel(
         W = tl.load(W_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
         if HAS_GAIN_IN:
             x = _scaled_input(x, gain_in_ptr, k + offs_k, K)
-        acc = tl.dot(x, tl.trans(W.to(x.dtype)), acc, input_precision="ieee")
+        acc = dot_add(x, tl.trans(W.to(x.dtype)), acc)
         x_ptrs += BLOCK_K * stride_x_k
         W_ptrs += BLOCK_K * stride_w_k
 

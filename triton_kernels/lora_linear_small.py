@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import lora_project
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.target import Target, current, rank_block
 
 TOKENS = 16  # the rows of the smallest tile that tensor cores take
@@ -45,7 +46,7 @@ def lora_linear_small_fwd_kernel(
         if HAS_GAIN_IN:
             gain_in = tl.load(gain_in_ptr + k + offs_k, mask=mask_k, other=0.0)
             x = (x.to(tl.float32) * gain_in[None, :]).to(x.dtype)
-        acc = tl.dot(x, tl.trans(W.to(x.dtype)), acc, input_precision="ieee")
+        acc = dot_add(x, tl.trans(W.to(x.dtype)), acc)
         x_ptrs += BLOCK_K * stride_x_k
         W_ptrs += BLOCK_K * stride_w_k
 
@@ -64,7 +65,7 @@ def lora_linear_small_fwd_kernel(
             tl.store(h_ptr + offs_h, h, mask=mask_h)
         B_ptrs = B_ptr + offs_n[:, None] * R + offs_r[None, :]
         B = tl.load(B_ptrs, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-        update = tl.dot(h, tl.trans(B.to(h.dtype)), update, input_precision="ieee")
+        update = dot_add(h, tl.trans(B.to(h.dtype)), update)
     acc += update * scaling
 
     offs_y = offs_m[:, None] * N + offs_n[None, :]
@@ -111,9 +112,10 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
     else:
         BLOCK_N = 32 if triton.cdiv(N, 32) * 8 >= target.sms * 7 else 16
         BLOCK_K = 512 // W_bytes if x_bytes == 2 else 64
-        num_stages = max(2, min(8, STAGES_BYTES // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
+        stages = min(STAGES_BYTES, target.shared_memory * 3 // 4)
+        num_stages = max(2, min(8, stages // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
     part_k = min(BLOCK_K, 128)
-    BLOCK_R = rank_block(R)
+    BLOCK_R = rank_block(R, 64 if x_bytes == 2 else 32)
     SPLITS = PARTS_BYTES // (TOKENS * BLOCK_R * 4)
     parts = min(triton.cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
     split_k = part_k * triton.cdiv(K, part_k * max(1, parts))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
@@ -52,7 +53,7 @@ def lora_project_kernel(
             x = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
         if HAS_DROPOUT:
             x = tl.where(dropout_keep(seed_lo, seed_hi, offs_m[:, None], offs_k[None, :], threshold), x, 0.0)
-        acc = tl.dot(x, tl.trans(A.to(x.dtype)), acc, input_precision="ieee")
+        acc = dot_add(x, tl.trans(A.to(x.dtype)), acc)
         x_ptrs += BLOCK_K * stride_x_k
         A_ptrs += BLOCK_K
     if HAS_DROPOUT:
@@ -93,7 +94,7 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
             1,
         )
     if x_bytes == 4:  # no tensor cores: 2x4 sums a thread
-        BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 32), 32, 16
+        BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 32), 32 if vectors else 16, 16
     elif not vectors:
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 64), 32, 16
     elif target.operands_in_registers:  # the sums in registers, beside the operands
