@@ -30,13 +30,14 @@ inline void check_launch(cudaError_t error, const char* op) {
 class OnDevice {
  public:
   OnDevice(const Tensor& tensor, const char* op) : device_(tensor.get_device_index()) {
-    check_launch(cudaGetDevice(&former_), op);
-    if (device_ != former_) check_launch(cudaSetDevice(device_), op);
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch was built without CUDA");
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, op,
                     ": no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
+    check_launch(cudaGetDevice(&former_), op);
+    // last: no destructor gives the device back where the constructor throws
+    if (device_ != former_) check_launch(cudaSetDevice(device_), op);
   }
   ~OnDevice() {
     if (device_ != former_) cudaSetDevice(former_);

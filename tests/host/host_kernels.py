@@ -42,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     backends._modules["cpu"] = cuda
 
 
+@pytest.fixture(scope="session")
+def host(pytestconfig: pytest.Config) -> ctypes.CDLL:
+    """The library itself: what ops.cpp beside this file lets a test change."""
+    return ctypes.CDLL(pytestconfig.getoption("--host-library"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = [item for item in items if not _is_for_the_kernels(item)]
     config.hook.pytest_deselected(items=left_out)

@@ -5,6 +5,8 @@ Run by test_cuda_build.py, with the plugin beside this file.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 
 import pytest
@@ -215,3 +217,21 @@ def test_errors_name_the_argument(call, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call(*adapter(32, 64, 4, bf16, bf16))
     assert message in str(error.value)
+
+
+def test_the_caller_stays_on_its_device(host: ctypes.CDLL) -> None:
+    """While a kernel runs its tensors' device is the current one (-1, the CPU's), and then the caller's again."""
+    call, device = functools.partial(ops.weight_norm_fwd, *adapter(32, 64, 4, bf16, bf16), 1.0, True), ctypes.c_int()
+    host.cudaSetDevice(5)
+    try:
+        call()
+        host.cudaGetDevice(ctypes.byref(device))
+        assert device.value == 5
+        host.lora_fast_host_give_streams(False)
+        with pytest.raises(RuntimeError, match="no current CUDA stream"):
+            call()
+        host.cudaGetDevice(ctypes.byref(device))
+        assert device.value == 5
+    finally:
+        host.lora_fast_host_give_streams(True)
+        host.cudaSetDevice(-1)

@@ -6,18 +6,26 @@
 
 #include <lora_fast/device.cuh>
 
+namespace {
+
+int current = -1;  // device: that of a tensor on the CPU
+bool streams = true;
+
+}  // namespace
+
 extern "C" {
 
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
-  return 0;
+  return streams ? 0 : 1;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = -1;  // of a tensor on the CPU
+  *device = current;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) {
-  return cudaErrorInvalidDevice;
+cudaError_t cudaSetDevice(int device) {
+  current = device;
+  return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -31,6 +39,9 @@ const char* cudaGetErrorString(cudaError_t) {
 void lora_fast_host_configure(bool backwards, int multiprocessors) {
   lora_fast::host::backwards = backwards;
   lora_fast::host::multiprocessors = multiprocessors;
+}
+void lora_fast_host_give_streams(bool give) {
+  streams = give;
 }
 }
 
