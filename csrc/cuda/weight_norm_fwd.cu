@@ -90,18 +90,17 @@ Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
   if (weight.numel() == 0) return torch::stable::zero_(norm);
   const OnDevice device(weight, kName);
 
-  const ContentKey key{bits_of(weight), bits_of(lora_A), bits_of(lora_B), nullptr};
-  const int64_t bytes = lora_A.numel() * key.lora_A.width + lora_B.numel() * key.lora_B.width;
-  const int64_t blocks = content_key_blocks(bytes);
+  const Bits weight_bits = bits_of(weight), a_bits = bits_of(lora_A), b_bits = bits_of(lora_B);
+  const int64_t blocks = content_key_blocks(lora_A.numel() * a_bits.width + lora_B.numel() * b_bits.width);
   constexpr int64_t kState = divide_up(sizeof(KeptState), sizeof(uint64_t));
   Tensor shared = empty(weight, {kState + kKeyHashes * blocks}, ScalarType::Long);
   uint64_t* words = data_of<uint64_t>(shared);
-  ContentKey hashed = key;
-  hashed.hashes = words + kState;
-  check_launch(content_key(hashed, blocks, device.stream()), kName);
+  KeptState* state = reinterpret_cast<KeptState*>(words);
+  uint64_t *hashes = words + kState, *key = data_of<uint64_t>(kept_key);
+  check_launch(content_key({weight_bits, a_bits, b_bits, key, state, hashes}, blocks, device.stream()),
+               kName);
 
-  Kept kept{data_of<float>(kept_norm),          data_of<uint64_t>(kept_key), {}, words + kState, blocks,
-            reinterpret_cast<KeptState*>(words)};
+  Kept kept{data_of<float>(kept_norm), key, {}, hashes, blocks, state};
   set_host_key(kept, weight, lora_A, lora_B, scaling, per_output, version);
   enqueue(w, a, b, scaling, per_output, norm, kept, kName, device.stream());
   return norm;

@@ -98,6 +98,28 @@ def test_weight_norm_kept(per_output: bool) -> None:
     check_renewed()
 
 
+def test_weight_norm_kept_beside_another_stream(host: ctypes.CDLL) -> None:
+    """The key that another stream writes between two blocks does not divide them: all compute."""
+    weight, lora_A, lora_B = adapter(300, 40, 5, bf16, bf16)
+    expected = ops.weight_norm_fwd(weight, lora_A, lora_B, 0.7, True)
+    kept_norm, kept_key = torch.zeros(300), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+
+    def call() -> Tensor:
+        return ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, kept_norm, kept_key, 0)
+
+    call()
+    write_key = ctypes.CFUNCTYPE(None)(functools.partial(kept_key.copy_, kept_key.clone()))
+    kept_key.zero_()
+    torch.use_deterministic_algorithms(True)  # what a kernel leaves unwritten is NaN
+    host.lora_fast_host_between_blocks(write_key)
+    try:
+        assert torch.equal(call(), expected)
+    finally:
+        host.lora_fast_host_between_blocks(None)
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(kept_norm, expected)
+
+
 @pytest.mark.parametrize("keep", [True, False], ids=["product", "no product"])
 @dtypes
 def test_lora_compose_fwd(dtype: torch.dtype, adapter_dtype: torch.dtype, keep: bool) -> None:

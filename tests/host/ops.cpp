@@ -40,6 +40,9 @@ void lora_fast_host_configure(bool backwards, int multiprocessors) {
   lora_fast::host::backwards = backwards;
   lora_fast::host::multiprocessors = multiprocessors;
 }
+void lora_fast_host_between_blocks(void (*act)()) {
+  lora_fast::host::between_blocks = act;
+}
 void lora_fast_host_give_streams(bool give) {
   streams = give;
 }

@@ -1,9 +1,11 @@
 // The key of a kept norm, hashed and compared on the device: all bits of lora_A and lora_B and a sample of W,
 // in two sums of 64-bit hashes of words with their positions; the rest of the key is the host's.
 //
-//   1. content_key_kernel  partial sums of each block
-//   2. begin_kept          in every block of the kernel that computes: adds them, compares with the kept key
+//   1. content_key_kernel  partial sums of each block, and a copy of the kept key
+//   2. begin_kept          in every block of the kernel that computes: adds them, compares with the copy
 //   3. finish_kept         in the kernel after that: the last block to come writes the key
+//
+// Another stream may write the kept key at any time; the copy gives all blocks of a kernel one verdict.
 #pragma once
 
 #include <lora_fast/element.cuh>
@@ -17,7 +19,7 @@ constexpr int64_t kKeyBlocks = 128;  // at most: every block of the norm adds th
 
 // What the two kernels after content_key_kernel share; in memory that lives as long as they.
 struct KeptState {
-  uint64_t key[kKeyLength];
+  uint64_t former[kKeyLength], key[kKeyLength];  // as kept before, and of this content
   unsigned changed, finished;
 };
 
@@ -40,6 +42,8 @@ struct Bits {
 
 struct ContentKey {
   Bits weight, lora_A, lora_B;
+  const uint64_t* kept_key;
+  KeptState* state;
   uint64_t* hashes;  // [gridDim.x, kKeyHashes]
 };
 
@@ -116,6 +120,7 @@ static LORA_FAST_KERNEL(kKeyThreads, 2) content_key_kernel(ContentKey op) {
     op.hashes[kKeyHashes * blockIdx.x] = factors;
     op.hashes[kKeyHashes * blockIdx.x + 1] = sample;
   }
+  if (blockIdx.x == 0 && threadIdx.x < kKeyLength) op.state->former[threadIdx.x] = op.kept_key[threadIdx.x];
 }
 
 inline int64_t content_key_blocks(int64_t factor_bytes) {
@@ -128,7 +133,7 @@ inline cudaError_t content_key(const ContentKey& op, int64_t blocks, cudaStream_
                 stream, op);
 }
 
-// Whether the key differs from the kept one; by a whole block of `threads`, at the beginning of a kernel.
+// Whether the key differs from the former one; by a whole block of `threads`, at the beginning of a kernel.
 __device__ inline bool begin_kept(const Kept& kept, int threads) {
   uint64_t* shared = reinterpret_cast<uint64_t*>(shared_memory());
   uint64_t key[kKeyLength] = {};
@@ -137,7 +142,7 @@ __device__ inline bool begin_kept(const Kept& kept, int threads) {
   for (int k = 0; k < kKeyHashes; ++k) key[k] = sum_of_block(key[k], shared, threads);
   for (int k = kKeyHashes; k < kKeyLength; ++k) key[k] = kept.host_key[k - kKeyHashes];
   bool changed = false;
-  for (int k = 0; k < kKeyLength; ++k) changed |= key[k] != kept.key[k];
+  for (int k = 0; k < kKeyLength; ++k) changed |= key[k] != kept.state->former[k];
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
     for (int k = 0; k < kKeyLength; ++k) kept.state->key[k] = key[k];
     kept.state->changed = changed;

@@ -63,6 +63,7 @@ struct Block {
 inline Block* block = nullptr;
 inline bool backwards = false;  // the order in which threads take turns
 inline int multiprocessors = 3;
+inline void (*between_blocks)() = nullptr;  // what another stream does meanwhile
 
 inline uint3 thread_index{}, block_index{};
 inline dim3 grid_size{};
@@ -141,6 +142,7 @@ inline void run_grid(dim3 grid, int threads, size_t shared, std::function<void()
   grid_size = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
+      if (between_blocks != nullptr && x + y > 0) between_blocks();
       block_index = {x, y, 0};
       run_block(threads, shared);
     }
