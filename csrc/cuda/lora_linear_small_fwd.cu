@@ -23,8 +23,9 @@ Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora
   check_shape(y, "y", tokens, N);
   STD_TORCH_CHECK(tokens >= 1 && tokens <= kSmallTokens, "x must have 1 to ", kSmallTokens, " rows, got ",
                   tokens);
-  STD_TORCH_CHECK(K % 8 == 0 && R >= 1 && R <= kMostRank, "K must be a multiple of 8 and the rank 1 to ",
-                  kMostRank, ", got ", K, " and ", R);
+  STD_TORCH_CHECK(K > 0 && K % 8 == 0 && R >= 1 && R <= kMostRank,
+                  "K must be a positive multiple of 8 and the rank 1 to ", kMostRank, ", got ", K, " and ",
+                  R);
   STD_TORCH_CHECK(x_.dtype != Dtype::f32 && w.dtype == x_.dtype && y_.dtype == x_.dtype,
                   "x, weight and y must have one dtype, bfloat16 or float16");
   STD_TORCH_CHECK(a.dtype == b.dtype && (a.dtype == x_.dtype || a.dtype == Dtype::f32),

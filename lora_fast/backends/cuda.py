@@ -81,6 +81,7 @@ def _small_applies(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) ->
     """Whether two launches take the linear: 1 to 16 tokens, 16-bit x and W, rows in whole 16-byte words."""
     return (
         0 < x.shape[0] <= SMALL_TOKENS
+        and weight.numel() > 0
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype == x.dtype
         and lora_A.dtype == lora_B.dtype

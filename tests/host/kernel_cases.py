@@ -196,6 +196,20 @@ def test_lora_linear_small_fwd(dtype: torch.dtype, adapter: str) -> None:
             assert_near(product, v, 2 * ULP[dtype])
 
 
+@pytest.mark.parametrize(("N", "K"), [(0, 64), (32, 0)], ids=["no rows", "no columns"])
+def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
+    """The backend takes another path; called directly, the kernels leave h of N = 0 and refuse K = 0."""
+    weight, lora_A, lora_B = adapter(N, K, 4, bf16, bf16)
+    x, y = torch.randn(3, K, dtype=bf16), torch.empty(3, N, dtype=bf16)
+    assert not cuda._small_applies(x, weight, lora_A, lora_B)
+    call = functools.partial(ops.lora_linear_small_fwd, x, weight, lora_A, lora_B, 0.7, torch.ones(N), None, y, None)
+    if K == 0:
+        with pytest.raises(RuntimeError, match="K must be a positive multiple of 8"):
+            call()
+    else:
+        assert_near(call(), x.double() @ lora_A.double().t(), ULP[bf16])
+
+
 def test_few_tokens_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: a linear of 16 tokens is the small kernels', one of 17 is not."""
     calls = []

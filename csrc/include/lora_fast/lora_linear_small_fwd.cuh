@@ -230,8 +230,8 @@ cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& l
       wide ? lora_linear_small<T, F, 2, kTokenTiles> : lora_linear_small<T, F, 1, kTokenTiles>;
   const size_t shared = (wide ? kSumMemory<2, kTokenTiles> : kSumMemory<1, kTokenTiles>)+linear.tokens *
                         stride_h(linear.R) * sizeof(T);
-  return launch(kernel, dim3(divide_up(linear.N, wide ? 32 : 16)), kSmallThreads, shared, major >= 9, stream,
-                linear);
+  const int64_t blocks = linear.N > 0 ? divide_up(linear.N, wide ? 32 : 16) : 1;  // the first one writes h
+  return launch(kernel, dim3(blocks), kSmallThreads, shared, major >= 9, stream, linear);
 }
 
 // F: T or float, lora_A's and lora_B's type.
