@@ -21,7 +21,7 @@ f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 ULP = {f32: 2.0**-23, bf16: 2.0**-7, f16: 2.0**-10}
 ops = torch.ops.lora_fast_c
 
-# N, K, R around the tile (128 × 128, 128 × 64 in float32) and the depth of a step (32, 16 in float32)
+# N, K, R around the tile (128 × 128, 128 × 64 in float32) and the depth of a step (16, 8 in float32)
 SIZES = ((128, 128, 32), (129, 136, 33), (127, 264, 16), (300, 40, 5), (17, 31, 3), (130, 1, 1), (1, 200, 40))
 DTYPES = ((bf16, bf16), (f16, f16), (f32, f32), (bf16, f32), (f32, bf16), (f16, bf16))
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES, ids=str)

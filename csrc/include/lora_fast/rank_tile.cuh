@@ -79,11 +79,12 @@ struct TileWalk {
 };
 
 // How factors of type E lie in shared memory. 16-bit: as in memory, [outer][rank] or [rank][outer], for
-// load_matrices. float: [rank][outer], whatever memory has.
+// load_matrices. float: [rank][outer], whatever memory has. A step is as deep as one multiply_add; deeper
+// ones, and float's of more than 8 beside 16-bit tiles of base, leave the 99 KB of the smallest devices.
 template <class E>
 struct FactorTile {
   static constexpr bool kTensorCores = sizeof(E) == 2;
-  static constexpr int kDepth = kTensorCores ? 32 : 16;
+  static constexpr int kDepth = kTensorCores ? 16 : 8;
   static constexpr int kRankStride = kDepth + 8;  // [outer][rank]
   template <int outer>
   static constexpr int kOuterStride = outer + (kTensorCores ? 8 : 4);  // [rank][outer]
@@ -126,13 +127,15 @@ __device__ void load_base(T* tile, const Matrix<const T>& base, int64_t rows, in
                           int64_t col) {
   constexpr int kVector = Vector<T>::kSize, kVectors = kTileCols<T> / kVector;
   if (base.vector) {
-#pragma unroll 2
+    const int64_t rows_left = rows - row, cols_left = cols - col;
+    const T* corner = base.data + row * base.row_stride + col;
+#pragma unroll 1  // more of them would cost the registers that the sums need
     for (int at = threadIdx.x; at < kTileRows * kVectors; at += kTileThreads) {
       const int i = at / kVectors, j = at % kVectors * kVector;
-      const int64_t left = row + i < rows ? cols - col - j : 0;
+      const int64_t left = i < rows_left ? cols_left - j : 0;
       const int bytes = static_cast<int>(left <= 0 ? 0 : left < kVector ? left : kVector) * sizeof(T);
-      const T* from = bytes > 0 ? base.data + (row + i) * base.row_stride + col + j : base.data;
-      copy_async_16(tile + i * kBaseStride<T> + j, from, bytes);
+      copy_async_16(tile + i * kBaseStride<T> + j, bytes > 0 ? corner + i * base.row_stride + j : base.data,
+                    bytes);
     }
     return;
   }
@@ -176,15 +179,17 @@ __device__ void load_factor(E* tile, const Factor& factor, int64_t size, int64_t
     if (factor.vector) {
       constexpr int kVector = Vector<E>::kSize, kVectors = (across ? outer : kDepth) / kVector;
       constexpr int kLines = across ? kDepth : outer;
+      const int64_t rows_left = size - start, ranks_left = rank - first;
+      const int64_t stride = across ? factor.stride_rank : factor.stride_outer;
+      const E* data = static_cast<const E*>(factor.data);
+      const E* corner = data + (across ? first * stride + start : start * stride + first);
       for (int at = threadIdx.x; at < kLines * kVectors; at += kTileThreads) {
         const int line = at / kVectors, j = at % kVectors * kVector;
-        const int64_t o = start + (across ? j : line), r = first + (across ? line : j);
-        const int64_t left = o < size && r < rank ? (across ? size - o : rank - r) : 0;
-        const int bytes = static_cast<int>(left < kVector ? left : kVector) * sizeof(E);
-        const E* data = static_cast<const E*>(factor.data);
-        const E* from = bytes > 0 ? data + o * factor.stride_outer + r * factor.stride_rank : data;
+        const int64_t left =
+            line < (across ? ranks_left : rows_left) ? (across ? rows_left : ranks_left) - j : 0;
+        const int bytes = static_cast<int>(left <= 0 ? 0 : left < kVector ? left : kVector) * sizeof(E);
         copy_async_16(tile + line * (across ? Tile::template kOuterStride<outer> : Tile::kRankStride) + j,
-                      from, bytes);
+                      bytes > 0 ? corner + line * stride + j : data, bytes);
       }
       return;
     }
@@ -215,26 +220,22 @@ __device__ void multiply_factors(Fragment<T>& c, const E* p, const E* q) {
     constexpr int kP = p_across ? Tile::template kOuterStride<kTileRows> : Tile::kRankStride;
     constexpr int kQ = q_across ? Tile::template kOuterStride<kTileCols<T>> : Tile::kRankStride;
     const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    uint32_t a[Part::kRowBlocks][4];
 #pragma unroll
-    for (int r = 0; r < Tile::kDepth; r += 16) {
-      uint32_t a[Part::kRowBlocks][4];
+    for (int i = 0; i < Part::kRowBlocks; ++i) {
+      const int outer = Part::warp_row() + 16 * i + middle;
+      load_matrices<p_across>(a[i], p_across ? p + (low + high) * kP + outer : p + (outer + low) * kP + high);
+    }
+#pragma unroll
+    for (int j = 0; j < Part::kColBlocks; j += 2) {
+      const int outer = Part::warp_col() + 8 * j + high;
+      uint32_t b[4];
+      load_matrices<q_across>(b,
+                              q_across ? q + (low + middle) * kQ + outer : q + (outer + low) * kQ + middle);
 #pragma unroll
       for (int i = 0; i < Part::kRowBlocks; ++i) {
-        const int outer = Part::warp_row() + 16 * i + middle;
-        load_matrices<p_across>(
-            a[i], p_across ? p + (r + low + high) * kP + outer : p + (outer + low) * kP + r + high);
-      }
-#pragma unroll
-      for (int j = 0; j < Part::kColBlocks; j += 2) {
-        const int outer = Part::warp_col() + 8 * j + high;
-        uint32_t b[4];
-        load_matrices<q_across>(
-            b, q_across ? q + (r + low + middle) * kQ + outer : q + (outer + low) * kQ + r + middle);
-#pragma unroll
-        for (int i = 0; i < Part::kRowBlocks; ++i) {
-          multiply_add<E>(c.at[i][j], a[i], b[0], b[1]);
-          multiply_add<E>(c.at[i][j + 1], a[i], b[2], b[3]);
-        }
+        multiply_add<E>(c.at[i][j], a[i], b[0], b[1]);
+        multiply_add<E>(c.at[i][j + 1], a[i], b[2], b[3]);
       }
     }
   } else {

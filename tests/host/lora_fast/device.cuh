@@ -30,6 +30,8 @@ namespace lora_fast::host {
 constexpr size_t kStack = 256 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kGuard = 64;
+// The least that a block may have on a device of compute capability 8.0 or later: that of 8.6, 8.9 and 12.0.
+constexpr size_t kMostShared = 99 << 10;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "host CUDA: %s\n", what);
@@ -193,7 +195,7 @@ inline char* shared_memory() {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, bool,
                    cudaStream_t, Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > (227u << 10))
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > host::kMostShared)
     return cudaErrorInvalidConfiguration;
   host::run_grid(grid, static_cast<int>(threads), shared,
                  [&] { kernel(static_cast<Parameters>(arguments)...); });
