@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,6 +133,25 @@ def test_the_module_with_cuda_kernels_works_on_the_cpu(built: tuple[Path, str]) 
     needed = run("readelf", "-d", *(tree / "lora_fast").glob("_C*.so"), cwd=tree)
     assert "libtorch.so" in needed
     assert "libcuda" not in needed
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What CUDA is asked for a launch, by the device's major, the kernel's PTX, bytes of shared memory, overlap."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="decision")
+    folder = tmp_path_factory.mktemp("launch")
+    nvcc = [setup["find_cuda"]()[0] / "bin" / "nvcc", "-std=c++20", "-ccbin", setup["find_compiler"]()]
+    # the first definitions are taken: the sources', not those of CUDA's static runtime
+    sources = [HOST / "launch.cu", HOST / "launch.cpp", "-Xlinker=-zmuldefs"]
+    run(*nvcc, f"-I{ROOT / 'csrc' / 'include'}", *sources, "-o", folder / "launch", cwd=folder)
+    return lambda *case: run(folder / "launch", *map(str, case), cwd=folder).strip()
+
+
+def test_every_launch_raises_shared_memory_alike(launch: Callable[..., str]) -> None:
+    """Two threads that launch one kernel with different sizes: the smaller must not lower what the larger asked."""
+    assert launch(8, 80, 48 << 10, 0) == f"launch {48 << 10}"
+    assert launch(8, 80, 60_000, 0) == "up to 101376, launch 60000"
+    assert launch(8, 80, 90_000, 0) == "up to 101376, launch 90000"
 
 
 @pytest.fixture(scope="module")

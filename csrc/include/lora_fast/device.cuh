@@ -23,6 +23,12 @@ __device__ inline char* shared_memory() {
   return memory;
 }
 
+inline cudaError_t current_device(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+}
+
 // With `overlap` (compute capability 9 and later), the kernel may start before the one in front of it in the
 // stream has ended; it calls wait_for_former_kernel before it reads what that one wrote.
 template <class... Parameters, class... Arguments>
@@ -30,9 +36,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
                    cudaStream_t stream, Arguments... arguments) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    // not to `shared`: another thread may be about to launch this kernel with more
+    int most = 0;
+    if (const cudaError_t error = current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most))
+      return error;
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))
+      return error;
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -45,12 +55,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
-inline cudaError_t current_device(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
 }
 
 __device__ inline void wait_for_former_kernel() {
