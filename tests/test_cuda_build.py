@@ -154,6 +154,13 @@ def test_every_launch_raises_shared_memory_alike(launch: Callable[..., str]) -> 
     assert launch(8, 80, 90_000, 0) == "up to 101376, launch 90000"
 
 
+def test_a_kernel_starts_early_only_where_its_code_waits(launch: Callable[..., str]) -> None:
+    """Code that the driver makes of PTX for 8.0 has no griddepcontrol.wait, whichever device it runs on."""
+    assert launch(9, 90, 1024, 1) == launch(10, 100, 1024, 1) == "launch 1024 early"
+    for major, ptx, overlap in ((9, 80, 1), (12, 86, 1), (8, 80, 1), (9, 90, 0)):
+        assert launch(major, ptx, 1024, overlap) == "launch 1024"
+
+
 @pytest.fixture(scope="module")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA sources compiled for the CPU."""

@@ -29,8 +29,8 @@ inline cudaError_t current_device(cudaDeviceAttr attribute, int* value) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
 }
 
-// With `overlap` (compute capability 9 and later), the kernel may start before the one in front of it in the
-// stream has ended; it calls wait_for_former_kernel before it reads what that one wrote.
+// With `overlap` (on compute capability 9 and later), the kernel may start before the one in front of it in
+// the stream has ended; it calls wait_for_former_kernel before it reads what that one wrote.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, bool overlap,
                    cudaStream_t stream, Arguments... arguments) {
@@ -44,6 +44,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))
       return error;
   }
+  int major = 0;
+  cudaFuncAttributes code{};
+  if (overlap) {
+    if (const cudaError_t error = current_device(cudaDevAttrComputeCapabilityMajor, &major)) return error;
+    if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel)) return error;
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -53,7 +59,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  // code made of older PTX does not wait, whatever the device
+  config.numAttrs = major >= 9 && code.ptxVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -216,10 +216,9 @@ inline int64_t small_splits(int64_t K, int64_t R) {
 
 template <class T, class F, int kTokenTiles>
 cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& linear, cudaStream_t stream) {
-  int multiprocessors = 0, major = 0;
+  int multiprocessors = 0;
   if (const cudaError_t error = current_device(cudaDevAttrMultiProcessorCount, &multiprocessors))
     return error;
-  if (const cudaError_t error = current_device(cudaDevAttrComputeCapabilityMajor, &major)) return error;
   const cudaError_t error =
       launch(lora_project_small<T, F, kTokenTiles>, dim3(divide_up(linear.R, 16), linear.splits),
              kSmallThreads, kSumMemory<1, kTokenTiles>, false, stream, project);
@@ -231,7 +230,7 @@ cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& l
   const size_t shared = (wide ? kSumMemory<2, kTokenTiles> : kSumMemory<1, kTokenTiles>)+linear.tokens *
                         stride_h(linear.R) * sizeof(T);
   const int64_t blocks = linear.N > 0 ? divide_up(linear.N, wide ? 32 : 16) : 1;  // the first one writes h
-  return launch(kernel, dim3(blocks), kSmallThreads, shared, major >= 9, stream, linear);
+  return launch(kernel, dim3(blocks), kSmallThreads, shared, true, stream, linear);
 }
 
 // F: T or float, lora_A's and lora_B's type.

@@ -203,7 +203,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
 }
 
 inline cudaError_t current_device(cudaDeviceAttr attribute, int* value) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? host::multiprocessors : 9;
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = host::multiprocessors;
   return cudaSuccess;
 }
 
