@@ -27,6 +27,7 @@ TARGET_VERSION = "0x020a000000000000"
 MINIMUM_TORCH = (2, 10)
 # Of TORCH_CUDA_ARCH_LIST, unset: what this CUDA toolkit knows of these. The PTX is for what comes after them.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
+MINIMUM_ARCH = 8  # the first with bfloat16 on its tensor cores
 
 
 class BuildRefused(SystemExit):
@@ -100,14 +101,30 @@ def static_runtime(cuda: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
 
 
-def cuda_archs(cuda: Path) -> list[str]:
-    """["8.0", "9.0a", "10.0+PTX"]: TORCH_CUDA_ARCH_LIST, or what nvcc knows of CUDA_ARCHS."""
-    demanded = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    for arch in demanded:
+def listed_archs() -> list[str]:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+
+
+def is_old(arch: str) -> bool:
+    return int(arch.split(".")[0]) < MINIMUM_ARCH
+
+
+def arch_obstacle() -> str | None:
+    """Why TORCH_CUDA_ARCH_LIST leaves nothing to compile for; None if it leaves something."""
+    archs = listed_archs()
+    for arch in archs:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-            raise SystemExit(f"lora_fast: TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as {CUDA_ARCHS!r}")
-    if demanded:
-        return demanded
+            return f"TORCH_CUDA_ARCH_LIST: got {arch!r}, expected numbers such as {CUDA_ARCHS!r}"
+    if archs and all(map(is_old, archs)):
+        return f"TORCH_CUDA_ARCH_LIST: got {' '.join(archs)!r}, expected at least one of {MINIMUM_ARCH}.0 or later"
+    return None
+
+
+def cuda_archs(cuda: Path) -> list[str]:
+    """["8.0", "9.0a", "10.0+PTX"]: TORCH_CUDA_ARCH_LIST without old ones, or what nvcc knows of CUDA_ARCHS."""
+    listed = [arch for arch in listed_archs() if not is_old(arch)]
+    if listed:
+        return listed
     known = subprocess.run(
         [cuda / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False
     ).stdout.split()
@@ -137,12 +154,12 @@ def decide() -> tuple[str, str, bool]:
     why_not = obstacle()
     if why_not is None and kind != "cpu":
         home, where = find_cuda()
-        if home is not None:
+        why_not = where if home is None else arch_obstacle()
+        if why_not is None:
             found = f"torch, {find_compiler()} and CUDA in {home} (by {where}) were found"
             return "cuda", "LORA_FAST_BUILD=cuda" if kind else found, bool(kind)
         if not kind:
-            return "cpu", f"torch and {find_compiler()} were found, but {where}", False
-        why_not = where
+            return "cpu", f"torch and {find_compiler()} were found, but {why_not}", False
     if why_not is None:
         return "cpu", "LORA_FAST_BUILD=cpu", True
     if kind:
@@ -272,6 +289,9 @@ def build_ext_command() -> type:
 
 if __name__ == "__main__":
     announce(KIND, REASON)
+    if KIND == "cuda" and (old := list(filter(is_old, listed_archs()))):
+        left_out = f"left out {' and '.join(old)}, the kernels need {MINIMUM_ARCH}.0 or later"
+        print(f"lora_fast: TORCH_CUDA_ARCH_LIST: {left_out}", file=sys.stderr, flush=True)
     commands: dict[str, type] = {"build_py": BuildPy, "build_ext": setuptools_build_ext}
     extensions = []
     if KIND != "none":

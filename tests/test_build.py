@@ -94,6 +94,50 @@ def test_a_kind_is_decided_with_a_reason(variables: dict[str, str], decision: st
     assert done.stdout.startswith(decision)
 
 
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A CUDA toolkit whose nvcc writes an empty object."""
+    script = '#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done\n[ $# -eq 0 ] || : > "$2"\n'
+    for name, text in (("bin/nvcc", script), ("lib64/libcudart_static.a", "!<arch>\n")):
+        path = tmp_path / "toolkit" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return tmp_path / "toolkit"
+
+
+@pytest.mark.parametrize(
+    ("archs", "said"),
+    [
+        ("Hopper", "got 'Hopper', expected numbers such as '8.0;9.0a;10.0+PTX'"),
+        ("8.0;native", "got 'native', expected numbers such as '8.0;9.0a;10.0+PTX'"),
+        ("6.1;7.5+PTX", "got '6.1 7.5+PTX', expected at least one of 8.0 or later"),
+    ],
+)
+def test_architectures_that_cannot_be_had_leave_the_cpu(toolkit: Path, archs: str, said: str) -> None:
+    variables = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": archs}
+    done = decide(**variables)
+    assert done.stdout.startswith("cpu False torch and"), done.stderr
+    assert f"but TORCH_CUDA_ARCH_LIST: {said}" in done.stdout
+    demanded = decide(**variables, LORA_FAST_BUILD="cuda")
+    assert demanded.returncode != 0
+    assert f"LORA_FAST_BUILD=cuda was demanded, but TORCH_CUDA_ARCH_LIST: {said}" in demanded.stderr
+
+
+def test_old_architectures_are_left_out_with_a_notice(toolkit: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LORA_FAST_BUILD"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={**environment, "CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "7.0 7.5+PTX 12.0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the kernels for the CPU and for CUDA" in done.stderr
+    assert "lora_fast: TORCH_CUDA_ARCH_LIST: left out 7.0 and 7.5+PTX, the kernels need 8.0 or later" in done.stderr
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_the_kernels_are_for_linux(platform: str) -> None:
     said = f"the kernels are built on Linux only, and this is {platform}"

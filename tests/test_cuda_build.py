@@ -117,12 +117,10 @@ def test_the_architectures_of_torch_are_respected() -> None:
         ("", "sm_80 sm_90a sm_100 compute_100"),
         ("8.6", "sm_86"),
         ("8.0;9.0a+PTX", "sm_80 sm_90a compute_90a"),
-        ("7.5 12.0", "sm_75 sm_120"),
+        ("7.5 12.0", "sm_120"),
     ):
         said = run(sys.executable, "-c", code, cwd=ROOT, **{**environment, "TORCH_CUDA_ARCH_LIST": demanded})
         assert " ".join(re.findall(r",code=(\w+)", said)) == options
-    with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
-        run(sys.executable, "-c", code, cwd=ROOT, **{**environment, "TORCH_CUDA_ARCH_LIST": "Hopper"})
 
 
 def test_the_module_with_cuda_kernels_works_on_the_cpu(built: tuple[Path, str]) -> None:
