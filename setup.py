@@ -263,26 +263,33 @@ def build_ext_command() -> type:
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     class BuildExt(BuildExtension):
-        """torch's, falling back to the pure Python package where the kernels were not demanded and do not compile."""
+        """torch's. What was not demanded and does not compile is left out: CUDA's kernels, then the CPU's."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "use_ninja": is_ninja_available()})
 
         def run(self) -> None:
             package = ROOT / "lora_fast" if self.inplace else Path(self.build_lib, "lora_fast")
-            try:
-                if KIND == "cuda":
-                    self.extensions[0].extra_objects = compile_cuda(Path(self.build_temp, "cuda"))
-                super().run()
-            except Exception as error:
-                if DEMANDED:
-                    raise
-                reason = f"the kernels did not compile: {str(error).strip().splitlines()[0]}"
-                self.extensions = []
-                announce("none", reason)
-                record(package, "none", reason)
-            else:
-                record(package, KIND, REASON)
+            before, kind, failed = dict(vars(self)), KIND, []
+            while kind != "none":
+                try:
+                    if kind == "cuda":
+                        self.extensions[0].extra_objects = compile_cuda(Path(self.build_temp, "cuda"))
+                    super().run()
+                    break
+                except Exception as error:
+                    if DEMANDED:
+                        raise
+                    said = (str(error).strip() or repr(error)).splitlines()[0]
+                    failed.append(f"the kernels for {kind.upper()} did not compile: {said}")
+                vars(self).update(before)  # a run that failed leaves its compiler, and does not give inplace back
+                if kind == "cuda":
+                    kind = "cpu"
+                    vars(self.extensions[0]).update(vars(extension(kind)))
+                else:
+                    kind, self.extensions = "none", []
+                announce(kind, "; ".join(failed))
+            record(package, kind, "; ".join(failed) or REASON)
 
     return BuildExt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,57 @@ def test_old_architectures_are_left_out_with_a_notice(toolkit: Path) -> None:
     )
     assert "the kernels for the CPU and for CUDA" in done.stderr
     assert "lora_fast: TORCH_CUDA_ARCH_LIST: left out 7.0 and 7.5+PTX, the kernels need 8.0 or later" in done.stderr
+
+
+NVCC = "nvcc failed on csrc/cuda/kernels.cu"
+COMPILER = "[^;]+"  # ninja and setuptools say it differently
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind", "reason"),
+    [
+        (["nvcc"], "cpu", f"the kernels for CUDA did not compile: {NVCC}"),
+        (["cuda"], "cpu", f"the kernels for CUDA did not compile: {COMPILER}"),
+        (
+            ["nvcc", "cpu"],
+            "none",
+            f"the kernels for CUDA did not compile: {NVCC}; the kernels for CPU did not compile: {COMPILER}",
+        ),
+    ],
+    ids=["nvcc", "the C++ of CUDA", "everything"],
+)
+@pytest.mark.parametrize("demanded", [False, True], ids=["", "demanded"])
+def test_what_does_not_compile_leaves_the_best_that_does(
+    toolkit: Path, tmp_path: Path, broken: list[str], kind: str, reason: str, demanded: bool
+) -> None:
+    """In a tree with one source of each sort; those in ``broken`` do not compile."""
+    tree = tmp_path / "tree"
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lora_fast/__init__.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for folder in ("cpu", "cuda"):
+        (tree / "csrc" / folder).mkdir(parents=True)
+        (tree / "csrc" / folder / "ops.cpp").write_text("#error" if folder in broken else "")
+    (tree / "csrc" / "cuda" / "kernels.cu").touch()
+    if "nvcc" in broken:
+        (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    environment = {name: value for name, value in os.environ.items() if name != "LORA_FAST_BUILD"}
+    environment |= {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
+    if demanded:
+        environment["LORA_FAST_BUILD"] = "cuda"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    built = [path.name for path in (tree / "lora_fast").iterdir() if path.name != "__init__.py"]
+    if demanded:
+        assert done.returncode != 0
+        assert built == []
+        return
+    assert done.returncode == 0, done.stderr
+    recorded = runpy.run_path(str(tree / "lora_fast" / "_build.py"))
+    assert recorded["KIND"] == kind
+    assert re.fullmatch(reason, recorded["REASON"])
+    assert f": {recorded['REASON']}\n" in done.stderr
+    assert any(name.startswith("_C.") for name in built) == (kind == "cpu")
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
