@@ -29,7 +29,7 @@ interp: setup
 
 # Every Triton kernel as it would be launched, compiled for three GPUs.
 aot: setup
-	$(BIN)/pytest tests/test_aot.py -n $(JOBS)
+	$(BIN)/pytest tests/test_aot.py -n $(JOBS) --dist loadgroup
 
 # On a machine with a GPU: builds beside the torch, triton and pytest of $(PYTHON), downloads nothing, tests, measures.
 gpu: $(GPU)/.installed

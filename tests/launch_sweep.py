@@ -129,4 +129,4 @@ def launches(target: Target) -> list[aot.Launch]:
     with aot.recorded(target) as found, skipped_products():
         for call in sweep():
             make(call)
-    return found
+    return aot.distinct(found)

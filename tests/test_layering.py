@@ -176,3 +176,19 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(source)
     assert violations(tmp_path) == []
+
+
+def test_the_gpu_command_runs_every_module_that_a_gpu_can_run() -> None:
+    """But the tests of the interpreter itself."""
+    from conftest import ON_EVERY_DEVICE
+
+    marked = {
+        path.stem
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"pytest\.mark\.(gpu|interp)\b", path.read_text(encoding="utf-8"))
+    }
+    named = re.search(r"tests/test_\{(.*)\}\.py\)", (ROOT / ".ci" / "gpu").read_text(encoding="utf-8"))
+    assert named is not None
+    listed = re.sub(r"(\w+_)\{([^}]*)\}", lambda m: ",".join(m[1] + part for part in m[2].split(",")), named[1])
+    wanted = {*marked, *ON_EVERY_DEVICE} - {"test_interpreter", "test_layering"}
+    assert {f"test_{name}" for name in listed.split(",")} == wanted

@@ -39,6 +39,7 @@ class Launch:
     """A kernel with what its compiled form depends on; ``signature`` types every argument, "constexpr" among them."""
 
     kernel: JITFunction
+    key: str  # Triton's own, of a compiled form
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]  # by the index of the argument
     attributes: dict[tuple[int, ...], Any]  # divisible by 16
@@ -91,22 +92,18 @@ class _Driver:
 
 @contextmanager
 def recorded(target: Target) -> Iterator[list[Launch]]:
-    """Within it every launch goes into the list that it gives, each once, and nothing is run: outputs stay as they are.
+    """Within it every launch goes into the list that it gives, and nothing is run: outputs stay as they are.
 
     ValueError for a grid that no GPU takes.
     """
     launches: list[Launch] = []
-    seen: set[tuple[str, str]] = set()
     run = JITFunction.run
 
     def take(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # noqa: A002 (Triton's name)
-        if (fn.name, key) not in seen:
-            seen.add((fn.name, key))
-            options = json.loads(compile["specialization_data"])["options"]
-            options = {name: options[name] for name in ("num_warps", "num_stages", "launch_pdl")}
-            attributes = {index: value for index, value in compile["configs"][0].items() if value}
-            given = compile["signature"], compile["constants"], attributes
-            launches.append(Launch(fn.jit_function, *given, options))
+        options = json.loads(compile["specialization_data"])["options"]
+        options = {name: options[name] for name in ("num_warps", "num_stages", "launch_pdl")}
+        attributes = {index: value for index, value in compile["configs"][0].items() if value}
+        launches.append(Launch(fn.jit_function, key, compile["signature"], compile["constants"], attributes, options))
         return True  # it needs no compiling
 
     def checked_run(self: JITFunction, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> Any:
@@ -121,6 +118,11 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
         yield launches
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Of launches that are compiled into the same, the first."""
+    return list({(launch.name, launch.key): launch for launch in launches}.values())
 
 
 def representatives(launches: Iterable[Launch]) -> list[Launch]:
