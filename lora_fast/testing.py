@@ -61,13 +61,14 @@ _SIZES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
 CASES: tuple[Case, ...] = (
     *(Case(*size, dtype) for size in _SIZES for dtype in (_f32, _bf16)),
     *(Case(*size, dtype) for size in _SIZES[:3] for dtype in (_f16, _f64)),
-    *(Case((5, 4), 48, 56, rank, dtype) for rank in (3, 100, 384, 768) for dtype in (_f32, _bf16)),
+    *(Case((5, 4), 48, 56, rank, dtype) for rank in (3, 100, 200, 384, 768) for dtype in (_f32, _bf16)),
     *(Case((9,), 47, 61, 7, dtype, layout=layout) for layout in ("transposed", "strided") for dtype in (_f32, _bf16)),
     Case((12,), 50, 70, 8, _bf16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f32, adapter_dtype=_bf16),
     Case((3, 25), 64, 96, 16, _bf16),  # whole tiles, more tokens than the kernels for few take
     Case((50,), 96, 64, 40, _bf16, adapter_dtype=_f32),
+    Case((12,), 50, 70, 150, _bf16, adapter_dtype=_f32),
     Case((12,), 50, 70, 8, _f32, bias=False),
     Case((12,), 50, 70, 8, _bf16, bias=False),
 )

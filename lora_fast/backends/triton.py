@@ -29,6 +29,7 @@ from lora_fast.triton_kernels import (
 
 SMALL_TOKENS = 16  # rows of the smallest tile that the tensor cores take
 FUSED_CONTRACTION = 1024
+GEMM_RANK = 128
 
 
 def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool) -> tuple[str, str]:
@@ -59,6 +60,16 @@ def _product_path(contraction: int, dtype: torch.dtype) -> tuple[str, str]:
     if contraction <= FUSED_CONTRACTION:
         return "fused", f"up to {FUSED_CONTRACTION} columns the pass that is saved outweighs cuBLAS's lead (predicted)"
     return "products", f"above {FUSED_CONTRACTION} columns cuBLAS's lead outweighs one pass over the output (predicted)"
+
+
+def _takes_gemm(R: int) -> bool:
+    """Whether products along the rank that nothing is fused with (h, d lora_A, an update without a gain) are cuBLAS's.
+
+    They are 2 R FLOPs an element of what they read, 2 or 4 bytes: above rank 200 the tensor cores decide, which cuBLAS
+    keeps 70% busy, plain Triton kernels 55%, and less at 8192 × 4096, rank 384: 192 tiles of 128 × 128 are 1.5 turns
+    of 132 multiprocessors. Three such products of a step at that size: 45 µs each against 65 to 85 (predicted).
+    """
+    return R >= GEMM_RANK
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -142,10 +153,34 @@ def lora_linear_fwd(
                 x2, weight, bias, lora_A, lora_B, scaling, gain_out, gain_in, dropout_p, seed, keep_product
             )
         else:
-            h = lora_project.lora_project(x2, lora_A, gain_in, dropout_p, seed)
+            h = _project(x2, lora_A, gain_in, dropout_p, seed)
             forward = linear.lora_linear_fwd if path == "fused" else _products_fwd
             y, product = forward(x2, weight, bias, h, lora_B, scaling, gain_out, gain_in, keep_product)
     return _leading(y, x), _leading(product, x) if keep_product else product, _leading(h, x)
+
+
+def _project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """h = drop(x ⊙ gain_in) lora_Aᵀ"""
+    if gain_in is None and dropout_p == 0.0 and _takes_gemm(lora_A.shape[0]):
+        return F.linear(x, lora_A.to(x.dtype))
+    return lora_project.lora_project(x, lora_A, gain_in, dropout_p, seed)
+
+
+def _A_grad(
+    grad_h: Tensor, x: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """dhᵀ drop(x ⊙ gain_in), rounded once to ``dtype``"""
+    if gain_in is None and dropout_p == 0.0 and dtype == x.dtype and _takes_gemm(grad_h.shape[1]):
+        return grad_h.T @ x
+    return lora_A_grad.lora_A_grad(grad_h, x, gain_in, dropout_p, seed, dtype)
+
+
+def _add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """base += s h lora_Bᵀ, in place"""
+    if _takes_gemm(lora_B.shape[1]):
+        base.addmm_(h, lora_B.T.to(base.dtype), alpha=scaling)
+    else:
+        compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
 
 
 def _products_fwd(
@@ -165,7 +200,7 @@ def _products_fwd(
         x = lora_gain_bwd.lora_gain_bwd(x, None, gain_in, None, None, 1.0, True, False, False, False, False)[0]
     if gain is None:
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        compose.lora_compose_fwd(y, h, lora_B, scaling, None, None, y, None)
+        _add_update(y, h, lora_B, scaling)
         return y, y.new_empty(0)
     y = F.linear(x, weight)
     product = torch.empty_like(y) if keep_product else None
@@ -211,7 +246,8 @@ def lora_linear_bwd(
             grad_v = grad_y2
         grad_x, grad_A = grad_y.new_empty(0), grad_y.new_empty(0)
         if need_A:
-            grad_A = lora_A_grad.lora_A_grad(grad_h, x2, gain_in, dropout_p, seed, lora_A.dtype)
+            assert x2 is not None
+            grad_A = _A_grad(grad_h, x2, gain_in, dropout_p, seed, lora_A.dtype)
         if need_input:
             path, _ = input_grad_path(weight.shape[0], grad_y.dtype, dropout_p)
             backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
@@ -238,7 +274,7 @@ def _products_input_grad(
 ) -> tuple[Tensor, Tensor]:
     """(dx, d gain_in) without dropout: cuBLAS's product, the rank step composed in place, then the gain's pass."""
     grad_x = grad_v @ weight.to(grad_v.dtype)
-    compose.lora_compose_fwd(grad_x, grad_h, lora_A.T, 1.0, None, None, grad_x, None)
+    _add_update(grad_x, grad_h, lora_A.T, 1.0)
     if gain_in is None:
         return grad_x, grad_x.new_empty(0)
     grad_x, grad_gain, *_ = lora_gain_bwd.lora_gain_bwd(
