@@ -27,7 +27,7 @@ from lora_fast.autograd import (
     LoraLinearFunction,
     WeightNormFunction,
 )
-from lora_fast.backends import fuses_norm, resolve
+from lora_fast.backends import fuses_norm, linear_op, resolve
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import dora_gain
 from lora_fast.norm_cache import NormCache
@@ -167,7 +167,7 @@ def dora_linear(
     if norm is None and axis == "output" and dropout_p == 0.0 and not torch.compiler.is_compiling():
         constant = detach_norm or not (_wants_grad(lora_A) or _wants_grad(lora_B))
         x = _cast(x, weight)
-        name = resolve("lora_linear", backend, x.device.type, x.dtype)
+        name = resolve(linear_op(x), backend, x.device.type, x.dtype)
         if constant and fuses_norm(name, x, weight, lora_A, lora_B):
             return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, kept, name)
     if norm is None:
@@ -308,7 +308,7 @@ def _lora_linear(
     backend: str,
 ) -> Tensor:
     x = _cast(x, weight)
-    name = resolve("lora_linear", backend, x.device.type, x.dtype)
+    name = resolve(linear_op(x), backend, x.device.type, x.dtype)
     gain, bias = _gain_and_bias(gain, bias, x.dtype)
     keep_product = axis == "output" and _wants_grad(gain)
     linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd

@@ -106,20 +106,29 @@ def test_gpu_backends_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("triton", "cuda", "dtype", "chosen"),
+    ("triton", "cuda", "dtype", "chosen", "few"),
     [
-        (True, True, torch.bfloat16, "triton"),
-        (False, True, torch.bfloat16, "cuda"),
-        (True, True, torch.float64, "torch"),
+        (True, True, torch.bfloat16, "triton", "cuda"),
+        (True, False, torch.bfloat16, "triton", "triton"),
+        (False, True, torch.bfloat16, "cuda", "cuda"),
+        (True, True, torch.float64, "torch", "torch"),
     ],
 )
 def test_auto_on_a_gpu(
-    triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+    triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, few: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice needs no GPU, so that `lora-fast info` explains it anywhere."""
     monkeypatch.setattr(backends, "triton_status", lambda: (triton, "no"))
     monkeypatch.setattr(backends, "cuda_status", lambda: (cuda, "no"))
-    assert {backends.choose(op, "cuda", dtype).backend for op in backends.OPS} == {chosen}
+    assert {backends.choose(op, "cuda", dtype).backend for op in backends.OPS if op != backends.FEW} == {chosen}
+    assert backends.choose(backends.FEW, "cuda", dtype).backend == few
+    explained = {(row["op"], row["dtype"]) for row in backends.explain("cuda")}
+    assert ((backends.FEW, str(dtype).removeprefix("torch.")) in explained) == (few != chosen)
+
+
+@pytest.mark.parametrize(("leading", "few"), [((0,), True), ((16,), True), ((2, 8), True), ((17,), False), ((), True)])
+def test_few_tokens_are_an_op_of_their_own(leading: tuple[int, ...], few: bool) -> None:
+    assert backends.linear_op(torch.empty(*leading, 5)) == (backends.FEW if few else "lora_linear")
 
 
 def test_auto_on_a_gpu_without_kernels_warns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,7 @@ def test_explain_covers_every_op_and_agrees_with_resolve(monkeypatch: pytest.Mon
     monkeypatch.setattr(backends, "_default", None)
     monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
     rows = backends.explain()
-    assert {row["op"] for row in rows} == set(backends.OPS)
+    assert {row["op"] for row in rows} == {*backends.OPS} - {backends.FEW}  # which the CPU's table does not set apart
     for row in rows:
         assert row["backend"] == backends.resolve(row["op"], "auto", row["device"], getattr(torch, row["dtype"]))
         assert row["reason"]

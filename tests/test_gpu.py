@@ -295,9 +295,10 @@ def test_tensors_of_another_device_than_the_current(gpu_backend: str) -> None:
         torch.testing.assert_close(there.to("cuda:0"), expected)
 
 
-def test_auto_takes_a_gpu_backend() -> None:
-    inputs = make_inputs(Case((4,), 32, 32, 4, torch.bfloat16))
-    name = backends.choose("lora_linear", "cuda", torch.bfloat16).backend
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_auto_takes_a_gpu_backend(tokens: int) -> None:
+    inputs = make_inputs(Case((tokens,), 32, 32, 4, torch.bfloat16))
+    name = backends.choose(backends.linear_op(inputs.x), "cuda", torch.bfloat16).backend
     common = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"])
     assert torch.equal(functional.lora_linear(*common), functional.lora_linear(*common, backend=name))
     zero = torch.zeros_like(inputs.lora_B)

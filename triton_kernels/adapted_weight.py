@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_fast.triton_kernels.target import Target
+from lora_fast.triton_kernels.target import Target, next_power_of_2
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def interpreted_tile(N: int, K: int, R: int, most_columns: int = 256) -> Tile:
     """Few programs, and more than one rank block above 256."""
 
     def block(size: int, most: int) -> int:
-        return min(max(16, triton.next_power_of_2(size)), most)
+        return min(max(16, next_power_of_2(size)), most)
 
     return Tile(block(N, 256), block(K, most_columns), block(R, 256), num_warps=4, num_stages=1)
 

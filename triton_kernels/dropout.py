@@ -10,13 +10,14 @@ dropout call :func:`dropout_seed` and :func:`dropout_keep`, and take their argum
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import Target, current
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2
 
 
 @triton.jit
@@ -82,11 +83,12 @@ class Config:
     num_warps: int
 
 
+@functools.lru_cache(CONFIGS)
 def dropout_config(M: int, K: int, target: Target) -> Config:
     """About 12 integer instructions an element against 2 to 4 bytes each way: memory and arithmetic nearly balance
     (predicted), so a program takes 2048 elements, 16 a thread, and a row's hash is shared by its columns."""
     if target.backend == "interpreter":
-        return Config(min(triton.next_power_of_2(M), 256), min(triton.next_power_of_2(K), 1024), 4)
+        return Config(min(next_power_of_2(M), 256), min(next_power_of_2(K), 1024), 4)
     return Config(8, 256, 4) if K > 64 else Config(32, 64, 4)
 
 
@@ -97,7 +99,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     if out.numel() == 0:
         return out
     config = dropout_config(M, K, current(x.device))
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K))
+    grid = (cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K))
     dropout_kernel[grid](
         x, out, seed, M, K, *x.stride(), *dropout_arguments(p),
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,

@@ -7,6 +7,7 @@ The mask of drop is that of :mod:`lora_fast.triton_kernels.dropout`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import Target, current, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -77,9 +78,10 @@ class Config:
     num_stages: int
 
     def rows_per_split(self, M: int) -> int:
-        return max(1, triton.cdiv(triton.cdiv(M, self.BLOCK_M), self.splits)) * self.BLOCK_M
+        return max(1, cdiv(cdiv(M, self.BLOCK_M), self.splits)) * self.BLOCK_M
 
 
+@functools.lru_cache(CONFIGS)
 def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Target) -> Config:
     """x is read once for each BLOCK_R of the rank, 2 R FLOPs an element: bytes bind up to rank 128, products above.
 
@@ -88,15 +90,15 @@ def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Targe
     blocks of columns, 4 splits, 1 MB of partials beside 67 MB of x. Rank 384 is 192 programs unsplit (predicted).
     """
     if target.backend == "interpreter":
-        BLOCK_K = min(max(16, triton.next_power_of_2(K)), 512)
+        BLOCK_K = min(max(16, next_power_of_2(K)), 512)
         return Config(BLOCK_K, rank_block(R, 256), 64, 1, 4, 1)
     if dtype == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
         BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 32), 16
     else:
         BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 128), 64
-        if triton.cdiv(K, 128) * triton.cdiv(R, BLOCK_R) >= target.sms:
+        if cdiv(K, 128) * cdiv(R, BLOCK_R) >= target.sms:
             BLOCK_K = 128
-    programs = triton.cdiv(K, BLOCK_K) * triton.cdiv(R, BLOCK_R)
+    programs = cdiv(K, BLOCK_K) * cdiv(R, BLOCK_R)
     splits = max(1, min(2 * target.sms // programs, M // 256, 256 // R))
     return Config(BLOCK_K, BLOCK_R, BLOCK_M, splits, num_warps=8 if BLOCK_R == 128 else 4, num_stages=3)
 
@@ -110,10 +112,10 @@ def lora_A_grad(
     if config is None:
         config = lora_A_grad_config(M, K, R, x.dtype, current(x.device))
     rows_per_split = config.rows_per_split(M)
-    splits = max(1, triton.cdiv(M, rows_per_split))
+    splits = max(1, cdiv(M, rows_per_split))
     partials = new_partials(splits, (R, K), dtype, x.device)
     has_dropout = dropout_p > 0.0
-    lora_A_grad_kernel[(triton.cdiv(K, config.BLOCK_K), triton.cdiv(R, config.BLOCK_R), splits)](
+    lora_A_grad_kernel[(cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R), splits)](
         grad_h, x, gain_in, seed if has_dropout else None, partials,
         M, K, R, rows_per_split,
         *grad_h.stride(), *x.stride(),

@@ -7,6 +7,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, next_power_of_2, rank_block
 
 
 @triton.jit
@@ -65,6 +66,7 @@ class Config:
     num_stages: int
 
 
+@functools.lru_cache(CONFIGS)
 def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, vectors: bool, target: Target) -> Config:
     """Bound by base in and out, 4 bytes an element in bfloat16 (predicted), while h and lora_B from L2 stay below it.
 
@@ -74,7 +76,7 @@ def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, vectors: bo
     """
     BLOCK_R = rank_block(R)
     if target.backend == "interpreter":
-        BLOCK_M, BLOCK_N = (max(16, min(triton.next_power_of_2(size), 256)) for size in (M, N))
+        BLOCK_M, BLOCK_N = (max(16, min(next_power_of_2(size), 256)) for size in (M, N))
         return Config(BLOCK_M, BLOCK_N, BLOCK_R, 4, 1)
     if bytes_each == 4:  # no tensor cores: 4x4 sums a thread
         return Config(64, 64, 16, 8, 2)
@@ -101,7 +103,7 @@ def lora_compose_fwd(
         return
     vectors = has_vectors(base, out) and R % 16 == 0
     c = lora_compose_fwd_config(M, N, R, base.element_size(), vectors, current(base.device))
-    grid = (triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N),)
+    grid = (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)
     lora_compose_fwd_kernel[grid](
         base, h.to(base.dtype).contiguous(), lora_B.contiguous(), gain, bias, out, product,
         M, N, R, scaling, *base.stride(), *out.stride(),

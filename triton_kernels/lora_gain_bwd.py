@@ -13,6 +13,7 @@ registers, and adds its part of dh, which sums over columns, to a float32 slab [
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, rank_block
 
 
 @triton.jit
@@ -119,9 +120,10 @@ class Config:
     num_stages: int
 
     def rows_per_chunk(self, M: int) -> int:
-        return max(1, triton.cdiv(triton.cdiv(M, self.BLOCK_M), self.row_chunks)) * self.BLOCK_M
+        return max(1, cdiv(cdiv(M, self.BLOCK_M), self.row_chunks)) * self.BLOCK_M
 
 
+@functools.lru_cache(CONFIGS)
 def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bool, target: Target) -> Config:
     """R is 0 where neither dh nor dlora_B is asked for; ``vectors``: see :func:`has_vectors`.
 
@@ -133,7 +135,7 @@ def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bo
     """
     if target.backend == "interpreter":
         # a GPU's blocks: numpy adds the elements of one after another
-        return Config(64, 64, rank_block(R, 1024) if R > 0 else 0, triton.cdiv(N, 64), 1, 4, 1)
+        return Config(64, 64, rank_block(R, 1024) if R > 0 else 0, cdiv(N, 64), 1, 4, 1)
     if 0 < R <= FUSED_RANK and vectors and dtype != torch.float32:
         split = _fused_split(M, N, R, dtype.itemsize, target)
         if split is not None:
@@ -141,7 +143,7 @@ def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bo
             num_stages = 2 if target.operands_in_registers else 3
             return Config(FUSED_M, FUSED_N, rank_block(R, FUSED_RANK), *split, num_warps=8, num_stages=num_stages)
     BLOCK_M, BLOCK_N = 32, 128 if vectors else 64
-    chunks = max(1, min(4 * target.sms // triton.cdiv(N, BLOCK_N), M // (2 * BLOCK_M)))
+    chunks = max(1, min(4 * target.sms // cdiv(N, BLOCK_N), M // (2 * BLOCK_M)))
     return Config(BLOCK_M, BLOCK_N, 0, 1, chunks, num_warps=4, num_stages=2)
 
 
@@ -153,15 +155,15 @@ def _fused_split(M: int, N: int, R: int, itemsize: int, target: Target) -> tuple
     """(column_blocks, row_chunks) with the most programs, up to two a multiprocessor, whose partials stay under 1/8 of
     grad_y's bytes; None where that leaves half of the multiprocessors idle."""
     limit = M * N * itemsize // 8
-    rows, blocks = triton.cdiv(M, FUSED_M), triton.cdiv(N, FUSED_N)
+    rows, blocks = cdiv(M, FUSED_M), cdiv(N, FUSED_N)
     best, split = (target.sms + 1) // 2 - 1, None
     column_blocks = 1
     while column_blocks < 2 * blocks:
-        groups = triton.cdiv(blocks, column_blocks)
+        groups = cdiv(blocks, column_blocks)
         chunks = (limit - 1 - 4 * M * R * groups) // (4 * N * (R + 2))
         chunks = min(chunks, max(1, 2 * target.sms // groups))
         if chunks > 0:
-            chunks = triton.cdiv(rows, triton.cdiv(rows, chunks))  # as many as there will be
+            chunks = cdiv(rows, cdiv(rows, chunks))  # as many as there will be
         if groups * chunks > best:
             best, split = groups * chunks, (column_blocks, chunks)
         column_blocks *= 2
@@ -192,8 +194,8 @@ def lora_gain_bwd(
         config = lora_gain_bwd_config(M, N, R, grad_y.dtype, has_vectors(grad_y), current(grad_y.device))
     fused = config.BLOCK_R > 0
     rows_per_chunk = config.rows_per_chunk(M)
-    chunks = max(1, triton.cdiv(M, rows_per_chunk))
-    groups = triton.cdiv(triton.cdiv(N, config.BLOCK_N), config.column_blocks)
+    chunks = max(1, cdiv(M, rows_per_chunk))
+    groups = cdiv(cdiv(N, config.BLOCK_N), config.column_blocks)
 
     stores_v = gain is not None and (need_v or (R > 0 and not fused))  # products read dv from memory
     grad_v = grad_y.new_empty(M, N) if stores_v else None

@@ -10,6 +10,7 @@ dropout takes no second accumulator. Σ_t is made in two stages, from one float3
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import Target, current, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -112,6 +113,7 @@ class Config:
     num_stages: int
 
 
+@functools.lru_cache(CONFIGS)
 def lora_input_grad_config(
     M: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], has_gain: bool, target: Target
 ) -> Config:
@@ -125,14 +127,14 @@ def lora_input_grad_config(
     BLOCK_R = rank_block(R, 64 if adapter.itemsize == 2 else 16 if M <= 16 else 32)
     if target.backend == "interpreter":
         # a GPU's sums: numpy adds the elements of a block one after another
-        return Config(64, min(max(16, triton.next_power_of_2(K)), 512), 64, BLOCK_R, 8, 4, 1)
+        return Config(64, min(max(16, next_power_of_2(K)), 512), 64, BLOCK_R, 8, 4, 1)
     if activation == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
         return Config(64, 64, 16, 16, 8, num_warps=4, num_stages=3)
     if M <= 16:  # bound by the bytes of W, whose rows are read in pieces of 128 by as many programs as there can be
         return Config(16, 64, 128, BLOCK_R, 8, num_warps=4, num_stages=4)
     largest = not (target.operands_in_registers or has_gain) and weight.itemsize == 2
     tiles = ((128, 256, 8, 4), (128, 128, 8, 3), (64, 64, 4, 3))[0 if largest else 1 :]
-    filling = (tile for tile in tiles if triton.cdiv(M, tile[0]) * triton.cdiv(K, tile[1]) >= target.sms)
+    filling = (tile for tile in tiles if cdiv(M, tile[0]) * cdiv(K, tile[1]) >= target.sms)
     BLOCK_M, BLOCK_K, num_warps, num_stages = next(filling, tiles[-1])
     return Config(BLOCK_M, BLOCK_K, 64, BLOCK_R, 8, num_warps, num_stages)
 
@@ -155,7 +157,7 @@ def lora_input_grad(
     if config is None:
         dtypes = (grad_v.dtype, weight.dtype, lora_A.dtype)
         config = lora_input_grad_config(M, K, R, dtypes, gain_in is not None, current(grad_v.device))
-    blocks_m = triton.cdiv(M, config.BLOCK_M)
+    blocks_m = cdiv(M, config.BLOCK_M)
     if need_gain_in and blocks_m >= max(N, 2):
         # the blocks' rows would be as large as W: u first, then its pass over x
         u, _ = lora_input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed, None, None, False, True, config)
@@ -165,7 +167,7 @@ def lora_input_grad(
     gain_partials = new_partials(blocks_m, (K,), torch.float32, grad_v.device) if need_gain_in else None
     has_dropout = dropout_p > 0.0
     if M > 0 and (need_x or need_gain_in):
-        lora_input_grad_kernel[(blocks_m * triton.cdiv(K, config.BLOCK_K),)](
+        lora_input_grad_kernel[(blocks_m * cdiv(K, config.BLOCK_K),)](
             grad_v, weight, grad_h, lora_A, seed if has_dropout else None, gain_in, x if need_gain_in else None,
             grad_x if need_x else None, gain_partials,
             M, N, K, R,

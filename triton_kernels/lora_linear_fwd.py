@@ -9,6 +9,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import Target, current, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit
@@ -148,6 +149,7 @@ _POINTER_TILES = ((128, 128, 8), (64, 64, 8))
 _UNALIGNED_TILES = ((64, 64, 8),)
 
 
+@functools.lru_cache(CONFIGS)
 def lora_linear_fwd_config(
     M: int, N: int, K: int, R: int, x_bytes: int, W_bytes: int, aligned: bool, target: Target
 ) -> Config:
@@ -158,7 +160,7 @@ def lora_linear_fwd_config(
     """
     BLOCK_R = rank_block(R)
     if target.backend == "interpreter":
-        BLOCK_K = max(16, min(triton.next_power_of_2(K), 64))
+        BLOCK_K = max(16, min(next_power_of_2(K), 64))
         return Config(aligned, 64, 128, BLOCK_K, BLOCK_R, 4, 1)
     descriptors = aligned and target.backend == "cuda" and not target.operands_in_registers
     if x_bytes == 4:  # no tensor cores: 4x4 sums a thread
@@ -167,7 +169,7 @@ def lora_linear_fwd_config(
 
     def time(tile: tuple[int, int, int]) -> float:
         BLOCK_M, BLOCK_N, _ = tile
-        turns = triton.cdiv(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N), target.sms)
+        turns = cdiv(cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N), target.sms)
         return turns * BLOCK_M * BLOCK_N * (1 + 64 / BLOCK_M + 64 / BLOCK_N)
 
     BLOCK_M, BLOCK_N, num_warps = min(tiles, key=time)
@@ -212,7 +214,7 @@ def lora_linear_fwd(
         "KEEP_PRODUCT": keep_product, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K,
         "BLOCK_R": c.BLOCK_R, "GROUP_M": c.GROUP_M, "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
-    grid = (triton.cdiv(M, c.BLOCK_M) * triton.cdiv(N, c.BLOCK_N),)
+    grid = (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)
     kept = product if keep_product else None
     if c.descriptors:
 

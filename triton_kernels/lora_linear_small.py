@@ -9,6 +9,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lora_fast.triton_kernels import lora_project
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import Target, current, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
 
 TOKENS = 16  # the rows of the smallest tile that tensor cores take
 
@@ -98,6 +99,7 @@ PARTS_BYTES = 32 * 1024
 STAGES_BYTES = 96 * 1024  # of W on the way in one SM; 132 of them times 96 KiB are 2.6 times latency x bandwidth
 
 
+@functools.lru_cache(CONFIGS)
 def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_bytes: int, target: Target) -> Config:
     """Bound by the bytes of W (predicted): 2M FLOPs an element.
 
@@ -107,18 +109,18 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
     """
     interpreting = target.backend == "interpreter"
     if interpreting:
-        BLOCK_N, BLOCK_K = max(16, min(triton.next_power_of_2(N), 128)), max(16, min(triton.next_power_of_2(K), 64))
+        BLOCK_N, BLOCK_K = max(16, min(next_power_of_2(N), 128)), max(16, min(next_power_of_2(K), 64))
         num_stages = 1
     else:
-        BLOCK_N = 32 if triton.cdiv(N, 32) * 8 >= target.sms * 7 else 16
+        BLOCK_N = 32 if cdiv(N, 32) * 8 >= target.sms * 7 else 16
         BLOCK_K = 512 // W_bytes if x_bytes == 2 else 64
         stages = min(STAGES_BYTES, target.shared_memory * 3 // 4)
         num_stages = max(2, min(8, stages // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
     part_k = min(BLOCK_K, 128)
     BLOCK_R = rank_block(R, 64 if x_bytes == 2 else 32)
     SPLITS = PARTS_BYTES // (TOKENS * BLOCK_R * 4)
-    parts = min(triton.cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
-    split_k = part_k * triton.cdiv(K, part_k * max(1, parts))
+    parts = min(cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
+    split_k = part_k * cdiv(K, part_k * max(1, parts))
     return Config(
         project=lora_project.Config(TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
         overlap=target.backend == "cuda" and int(target.arch) >= 90,
@@ -154,12 +156,12 @@ def lora_linear_small_fwd(
     if M == 0:
         return y, product, h
     c = lora_linear_small_config(M, N, K, R, x.element_size(), weight.element_size(), current(x.device))
-    splits = triton.cdiv(K, c.project.split_k)
+    splits = cdiv(K, c.project.split_k)
     parts = x.new_empty(splits, M, R, dtype=torch.float32)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()  # no copy comes between the two launches
     lora_project.launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, c.project, early=c.overlap)
     overlap = {"launch_pdl": True} if c.overlap else {}
-    lora_linear_small_fwd_kernel[(triton.cdiv(N, c.BLOCK_N),)](
+    lora_linear_small_fwd_kernel[(cdiv(N, c.BLOCK_N),)](
         x, weight, parts, lora_B, gain, gain_in, bias, y, product if keep_product else None, h,
         M, N, K, R, splits, scaling, *x.stride(), *weight.stride(),
         HAS_GAIN=gain is not None, HAS_GAIN_IN=gain_in is not None, HAS_BIAS=bias is not None,

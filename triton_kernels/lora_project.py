@@ -8,6 +8,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA with one norm per column for gain_in
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import Target, current, has_vectors, rank_block
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -72,9 +73,10 @@ class Config:
     num_stages: int
 
     def grid(self, M: int, K: int, R: int) -> tuple[int, int, int]:
-        return triton.cdiv(M, self.BLOCK_M), triton.cdiv(R, self.BLOCK_R), triton.cdiv(K, self.split_k)
+        return cdiv(M, self.BLOCK_M), cdiv(R, self.BLOCK_R), cdiv(K, self.split_k)
 
 
+@functools.lru_cache(CONFIGS)
 def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vectors: bool, target: Target) -> Config:
     """Bound by the bytes of x (predicted): 2 R FLOPs an element of x, against 400 a byte pair that an H200 can do.
 
@@ -84,12 +86,12 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
     """
     rank = rank_block(R, 1024)
     if target.backend == "interpreter":
-        BLOCK_K = max(16, min(triton.next_power_of_2(K), 128))
+        BLOCK_K = max(16, min(next_power_of_2(K), 128))
         return Config(
-            max(16, min(triton.next_power_of_2(M), 128)),
+            max(16, min(next_power_of_2(M), 128)),
             min(rank, 128),
             BLOCK_K,
-            BLOCK_K * triton.cdiv(K, BLOCK_K),
+            BLOCK_K * cdiv(K, BLOCK_K),
             4,
             1,
         )
@@ -102,9 +104,9 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
     else:
         BLOCK_M, BLOCK_R = 64 if rank <= 64 else 128, min(rank, 128)
         BLOCK_K, smallest = 128 if rank <= 16 else 128 // A_bytes, min(max(rank // 2, 16), 64)
-    while smallest < BLOCK_M and 4 * triton.cdiv(M, BLOCK_M) * triton.cdiv(R, BLOCK_R) < 3 * target.sms:
+    while smallest < BLOCK_M and 4 * cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R) < 3 * target.sms:
         BLOCK_M //= 2
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(R, BLOCK_R)
+    tiles = cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R)
     splits = max(1, min(target.sms // tiles, K // 256))
     stage = BLOCK_K * (BLOCK_M * x_bytes + BLOCK_R * A_bytes)
     converted = BLOCK_K * BLOCK_R * x_bytes if A_bytes != x_bytes else 0
@@ -112,7 +114,7 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
         BLOCK_M=BLOCK_M,
         BLOCK_R=BLOCK_R,
         BLOCK_K=BLOCK_K,
-        split_k=BLOCK_K * triton.cdiv(K, BLOCK_K * splits),
+        split_k=BLOCK_K * cdiv(K, BLOCK_K * splits),
         num_warps=8 if BLOCK_M * BLOCK_R >= 128 * 128 else 4,
         num_stages=min(4, (target.shared_memory - converted) // stage),
     )
@@ -148,7 +150,7 @@ def lora_project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: f
     lora_A = lora_A.contiguous()
     vectors = has_vectors(x, lora_A)
     config = lora_project_config(M, K, R, x.element_size(), lora_A.element_size(), vectors, current(x.device))
-    splits = triton.cdiv(K, config.split_k)
+    splits = cdiv(K, config.split_k)
     parts = new_partials(splits, (M, R), x.dtype, x.device)
     launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, config)
     return sum_partials(parts, x.dtype)

@@ -19,7 +19,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     float32_precision,
     interpreted_tile,
 )
-from lora_fast.triton_kernels.target import Target, current
+from lora_fast.triton_kernels.target import Target, cdiv, current
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def merge_weight(
     N, K = weight.shape
     tile = merge_weight_tile(N, K, lora_A.shape[0], lora_A.dtype, lora_B.dtype, current(weight.device))
     tensors, numbers, constexprs = arguments(tile, weight, lora_A, lora_B, scaling)
-    merge_weight_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(K, tile.BLOCK_K),)](
+    merge_weight_kernel[(cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K),)](
         gain, *tensors, *numbers,
         HAS_GAIN=gain is not None, BY_ROW=axis == "output", **constexprs,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

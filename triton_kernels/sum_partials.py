@@ -5,6 +5,7 @@ partials [S, ...] contiguous, float32 (or already of the result's dtype for S = 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import Target, current
+from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2
 
 
 @triton.jit
@@ -39,10 +40,11 @@ class Config:
     num_warps: int
 
 
+@functools.lru_cache(CONFIGS)
 def sum_partials_config(S: int, width: int, target: Target) -> Config:
     """A kilobyte of each partial row, eight rows at once: what is summed was just written and sits in the cache."""
     if target.backend == "interpreter":
-        return Config(min(triton.next_power_of_2(max(S, 1)), 64), min(triton.next_power_of_2(width), 4096), 4)
+        return Config(min(next_power_of_2(max(S, 1)), 64), min(next_power_of_2(width), 4096), 4)
     return Config(BLOCK_S=8, BLOCK=256, num_warps=4)
 
 
@@ -59,7 +61,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> 
     if out.numel() == 0:
         return out
     config = sum_partials_config(partials.shape[0], out.numel(), current(partials.device))
-    sum_partials_kernel[(triton.cdiv(out.numel(), config.BLOCK),)](
+    sum_partials_kernel[(cdiv(out.numel(), config.BLOCK),)](
         partials, out, partials.shape[0], out.numel(), scaling,
         BLOCK_S=config.BLOCK_S, BLOCK=config.BLOCK, num_warps=config.num_warps,
     )  # fmt: skip

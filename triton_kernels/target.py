@@ -35,12 +35,22 @@ GFX942 = Target("hip", "gfx942", 64 * 1024, 304)
 INTERPRETER = Target("interpreter", 0, 1 << 30, 1)
 
 
+def cdiv(x: int, y: int) -> int:
+    """⌈x / y⌉, without the microseconds that Triton's own takes on the host: few tokens would notice them."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is n or more, n at least 1; plain for the same reason."""
+    return 1 << (n - 1).bit_length()
+
+
 def rank_block(R: int, most: int = 64) -> int:
     """How much of the rank a program takes at a time: 16, or 64 and more up to ``most``; so few kernels are compiled.
 
     Ranks between pad with zeros, in kernels whose bytes take longer than their products.
     """
-    return min(16 if R <= 16 else max(64, triton.next_power_of_2(R)), most)
+    return min(16 if R <= 16 else max(64, next_power_of_2(R)), most)
 
 
 def has_vectors(*matrices: Tensor) -> bool:
@@ -53,6 +63,9 @@ def has_vectors(*matrices: Tensor) -> bool:
         and matrix.data_ptr() % 16 == 0
         for matrix in matrices
     )
+
+
+CONFIGS = 1024  # launch configurations that a launcher remembers: of sizes, tokens among them
 
 
 def interpreting() -> bool:

@@ -48,7 +48,7 @@ from lora_fast.triton_kernels.content_key import (
     host_key,
     is_changed,
 )
-from lora_fast.triton_kernels.target import Target, current, has_vectors
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
 
 
 @triton.jit(do_not_specialize=["host_key"])
@@ -195,14 +195,14 @@ def column_splits(N: int, K: int, tile: Tile, target: Target) -> int:
 
     Two programs of 4 warps, or one of 8, run on a multiprocessor at once. The sums stay under 1 MB.
     """
-    row_blocks, tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(K, tile.BLOCK_K)
+    row_blocks, tiles = cdiv(N, tile.BLOCK_N), cdiv(K, tile.BLOCK_K)
     if target.backend == "interpreter":
         return min(tiles, 2)
     at_once = target.sms * 8 // tile.num_warps
     most = min(tiles, 64, max(1, (1 << 18) // N))
     return min(
         range(1, most + 1),
-        key=lambda splits: triton.cdiv(row_blocks * splits, at_once) * (triton.cdiv(tiles, splits) + 1),
+        key=lambda splits: cdiv(row_blocks * splits, at_once) * (cdiv(tiles, splits) + 1),
     )
 
 
@@ -212,12 +212,12 @@ def weight_norm_config(
 ) -> Config:
     """For dtypes of weight, lora_A, lora_B; ``access`` as :func:`weight_norm_tile` takes it."""
     tile = weight_norm_tile(N, K, R, dtypes, access, target)
-    tiles_per_split = triton.cdiv(triton.cdiv(K, tile.BLOCK_K), column_splits(N, K, tile, target))
+    tiles_per_split = cdiv(cdiv(K, tile.BLOCK_K), column_splits(N, K, tile, target))
     return Config(
         tile=tile,
         finish=finish_tile(tile, target),
         tiles_per_split=tiles_per_split,
-        splits=triton.cdiv(triton.cdiv(K, tile.BLOCK_K), tiles_per_split),
+        splits=cdiv(cdiv(K, tile.BLOCK_K), tiles_per_split),
     )
 
 
@@ -248,14 +248,14 @@ def _launch(
     sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
-    weight_norm_fwd_kernel[(triton.cdiv(N, config.tile.BLOCK_N), config.splits)](
+    weight_norm_fwd_kernel[(cdiv(N, config.tile.BLOCK_N), config.splits)](
         sums, *tensors, *key, *numbers, config.tiles_per_split,
         KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, **constexprs,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
     )  # fmt: skip
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
-    weight_norm_finish_kernel[(triton.cdiv(N, finish.BLOCK_N),)](
+    weight_norm_finish_kernel[(cdiv(N, finish.BLOCK_N),)](
         norm, sums, None if kept is None else kept.norm, None if kept is None else kept.state, *tensors,
         config.splits, *numbers,
         KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,

@@ -28,7 +28,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import Target, current, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, rank_block
 
 
 @triton.jit
@@ -109,11 +109,11 @@ def weight_norm_bwd_config(
     tile = weight_norm_bwd_tile(N, K, R, a_dtype, b_dtype, target)
     most = 256 if target.backend == "interpreter" else 64 if exact_products(a_dtype, b_dtype) else 32
     BLOCK_S = rank_block(R, most)
-    tiles = triton.cdiv(K, tile.BLOCK_K)
-    programs = triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(R, BLOCK_S)
+    tiles = cdiv(K, tile.BLOCK_K)
+    programs = cdiv(N, tile.BLOCK_N) * cdiv(R, BLOCK_S)
     splits = max(1, min(2 * target.sms // programs, K // (8 * R), tiles))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    return Config(tile, BLOCK_S, tiles_per_split, triton.cdiv(tiles, tiles_per_split))
+    tiles_per_split = cdiv(tiles, splits)
+    return Config(tile, BLOCK_S, tiles_per_split, cdiv(tiles, tiles_per_split))
 
 
 def _grad_b(grad: Tensor, norm: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, by_row: bool) -> Tensor:
@@ -122,7 +122,7 @@ def _grad_b(grad: Tensor, norm: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling
     config = weight_norm_bwd_config(N, K, R, a.dtype, b.dtype, current(w.device))
     out = new_partials(config.splits, (N, R), b.dtype, w.device)
     tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
-    grid = (triton.cdiv(N, config.tile.BLOCK_N), triton.cdiv(R, config.BLOCK_S), config.splits)
+    grid = (cdiv(N, config.tile.BLOCK_N), cdiv(R, config.BLOCK_S), config.splits)
     weight_norm_bwd_kernel[grid](
         out, grad, norm, *tensors, *numbers, config.tiles_per_split,
         BY_ROW=by_row, BLOCK_S=config.BLOCK_S, **constexprs,

@@ -37,6 +37,10 @@ class Row:
         )
 
 
+# lora_linear with few tokens is an op of its own here: W's bytes and the host's time bound it, not products.
+FEW_TOKENS = 16
+FEW = f"lora_linear, up to {FEW_TOKENS} tokens"
+
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UP_TO_FLOAT32 = _WIDE[1:]
 
@@ -64,6 +68,13 @@ TABLE = (
         ops=("weight_norm", "merge_weight"),
         dtypes=_UP_TO_FLOAT32,
         reason="predicted: one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
+    ),
+    Row(
+        backend="cuda",
+        devices=("cuda",),
+        ops=(FEW,),
+        dtypes=_UP_TO_FLOAT32,
+        reason="predicted: W is read once by either; one C++ call launches what takes Triton's Python 30 µs",
     ),
     Row(
         backend="triton",
@@ -198,6 +209,11 @@ def check_name(backend: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument}: got {backend!r}, expected one of {choices}")
 
 
+def linear_op(x: Tensor) -> str:
+    """The name of lora_linear on x in the table."""
+    return FEW if x.numel() <= FEW_TOKENS * x.shape[-1] else "lora_linear"
+
+
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Row:
     """The row of the table that ``auto`` takes for this op, device type and dtype."""
     passed_over = None
@@ -284,7 +300,7 @@ class use_backend:
         _default = self._former
 
 
-OPS = ("weight_norm", "lora_linear", "lora_compose", "merge_weight")
+OPS = ("weight_norm", "lora_linear", FEW, "lora_compose", "merge_weight")
 
 
 def explain(device_type: str = "cpu") -> list[dict[str, str]]:
@@ -293,6 +309,8 @@ def explain(device_type: str = "cpu") -> list[dict[str, str]]:
     for op in OPS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             row = choose(op, device_type, dtype)
+            if op == FEW and row.backend == choose("lora_linear", device_type, dtype).backend:
+                continue
             rows.append(
                 {
                     "op": op,
