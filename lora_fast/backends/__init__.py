@@ -210,7 +210,7 @@ def check_name(backend: str, argument: str = "backend") -> None:
 
 
 def linear_op(x: Tensor) -> str:
-    """The name of lora_linear on x in the table. Traced it is one op, so that a graph holds for any number of tokens."""
+    """The name of lora_linear on x in the table; in a traced graph one for any number of tokens, so that it holds."""
     if torch.compiler.is_compiling():
         return "lora_linear"
     return FEW if x.numel() <= FEW_TOKENS * x.shape[-1] else "lora_linear"
