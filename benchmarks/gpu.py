@@ -322,7 +322,7 @@ def rows(budget_s: float) -> list[partial[dict[str, Any]]]:
         *(partial(layer_row, case, 2 * budget_s) for case in steps),
         *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
         *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
-        *(partial(peft_row, case, models, budget_s) for case in peft_cases),
+        *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
         *(partial(path_row, cost.Size(*size), budget_s) for size in sizes),
     ]
 

@@ -147,7 +147,8 @@ def test_input_grad_of_any_strides(N: int, layout: str) -> None:
 
 @pytest.mark.interp
 @pytest.mark.parametrize("N", [3, 50], ids=["a pass of its own", "in the epilogue"])
-def test_input_grad_of_the_gain_alone(N: int) -> None:
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_input_grad_of_the_gain_alone(layout: str, N: int) -> None:
     """And with fewer rows of W than blocks of rows of x, whose partials would be larger than W."""
     M, K, R = 100, 40, 4
     inputs = normal(M, N), normal(N, K), normal(M, R), normal(R, K)
@@ -155,7 +156,9 @@ def test_input_grad_of_the_gain_alone(N: int) -> None:
     config = input_grad.Config(32, 32, 32, 16, 8, 4, 1)
     for need_x in (True, False):
         with poisoned_memory():
-            grad_x, grad_gain = input_grad.lora_input_grad(*inputs, 0.0, None, gain, x, True, need_x, config)
+            grad_x, grad_gain = input_grad.lora_input_grad(
+                *inputs, 0.0, None, gain, laid_out(x, layout), True, need_x, config
+            )
         expected = of_input(*inputs, gain, x, torch.ones(M, K))
         torch.testing.assert_close(grad_gain, expected[1], rtol=1e-4, atol=1e-4)
         if need_x:

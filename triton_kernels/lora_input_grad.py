@@ -161,7 +161,8 @@ def lora_input_grad(
     if need_gain_in and blocks_m >= max(N, 2):
         # the blocks' rows would be as large as W: u first, then its pass over x
         u, _ = lora_input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed, None, None, False, True, config)
-        return lora_gain_bwd(u, x, gain_in, None, None, 1.0, need_x, True, False, False, False)[:2]
+        summed = None if x is None else x.contiguous()
+        return lora_gain_bwd(u, summed, gain_in, None, None, 1.0, need_x, True, False, False, False)[:2]
 
     grad_x = grad_v.new_empty((M, K) if need_x else 0)
     gain_partials = new_partials(blocks_m, (K,), torch.float32, grad_v.device) if need_gain_in else None

@@ -251,11 +251,7 @@ def lora_linear_bwd(
         if need_input:
             path, _ = input_grad_path(weight.shape[0], grad_y.dtype, dropout_p)
             backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
-            # Σ_t over x takes it contiguous
-            summed = x2.contiguous() if x2 is not None and need_gain_in else None
-            grad_x, grad_gain_in = backward(
-                grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, summed, need_gain_in
-            )
+            grad_x, grad_gain_in = backward(grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in)
             grad_gain = grad_gain_in if need_gain_in else grad_gain
             grad_x = _leading(grad_x, grad_y) if need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
@@ -278,7 +274,7 @@ def _products_input_grad(
     if gain_in is None:
         return grad_x, grad_x.new_empty(0)
     grad_x, grad_gain, *_ = lora_gain_bwd.lora_gain_bwd(
-        grad_x, x, gain_in, None, None, 1.0, True, need_gain_in, False, False, False
+        grad_x, None if x is None else x.contiguous(), gain_in, None, None, 1.0, True, need_gain_in, False, False, False
     )
     return grad_x, grad_gain
 
