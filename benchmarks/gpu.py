@@ -54,9 +54,8 @@ def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, f
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
-        spin_cycles[name] = int(
-            CYCLES_PER_MS * (0.2 + 1.5e3 * (time.perf_counter() - start))
-        )  # longer than the host takes
+        host_ms = 1e3 * (time.perf_counter() - start)
+        spin_cycles[name] = int(CYCLES_PER_MS * (0.2 + 1.5 * host_ms))  # longer than the host takes
     order, names, deadline = random.Random(0), list(steps), time.perf_counter() + budget_s
     while len(events[names[0]]) < 10 or (time.perf_counter() < deadline and len(events[names[0]]) < 200):
         order.shuffle(names)

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import run
+from support import call, check, fast_and_specification, run, tensors_of
 from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import backends, functional, reference
-from lora_fast.testing import Case, Inputs, assert_within_budget, make_inputs, peak_bytes
+from lora_fast.testing import Case, make_inputs, peak_bytes
 
 pytestmark = pytest.mark.gpu
 
 KINDS = ("lora", "output", "output-full", "input")
-FACTORS = ("lora_A", "lora_B", "magnitude")
 N, K, R, TOKENS = 256, 192, 16, 64
 
 
@@ -161,32 +159,13 @@ def test_autocast(kind: str, dtype: torch.dtype, gpu_backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_sizes(kind: str, tokens: int, R: int, gpu_backend: str) -> None:
     """The tiles, stages, splits and descriptors that the shared cases are too small for; twice the same, to the bit."""
-    size, axis = 4096, kind.split("-")[0]
-    inputs = make_inputs(Case((tokens,), size, size, R, torch.bfloat16))
-    fast, specified = (
-        partial(_linear, module, inputs, kind, **options)
-        for module, options in ((functional, {"backend": gpu_backend}), (reference, {}))
-    )
-    tensors = {"x": inputs.x, "bias": inputs.bias, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B}
-    if kind != "lora":
-        tensors["magnitude"] = inputs.magnitude[axis]
-    wide = {name: tensor.double() for name, tensor in tensors.items()}
-    truth = run(specified, wide, inputs.grad_y, set(tensors))
-    eager = run(partial(specified, compute_dtype=torch.bfloat16), tensors, inputs.grad_y, set(tensors))
-    actual, again = (run(fast, tensors, inputs.grad_y, set(tensors)) for _ in range(2))
-    for name, value in actual.items():
+    case = Case((tokens,), 4096, 4096, R, torch.bfloat16)
+    check(*fast_and_specification(kind, gpu_backend), case)
+    inputs = make_inputs(case)
+    tensors, function = tensors_of(inputs, kind), call(functional, inputs, kind, backend=gpu_backend)
+    once, again = (run(function, tensors, inputs.grad_y, set(tensors)) for _ in range(2))
+    for name, value in once.items():
         assert torch.equal(value, again[name]), name
-        assert_within_budget(name, value, eager[name].to(value.dtype), truth[name])
-
-
-def _linear(module: Any, inputs: Inputs, kind: str, **options: Any) -> Tensor:
-    """lora_linear or dora_linear of ``module`` (functional or reference)."""
-    x, bias, lora_A, lora_B, magnitude = (options.pop(name, None) for name in ("x", "bias", *FACTORS))
-    common = (x, inputs.weight, bias, lora_A, lora_B)
-    if kind == "lora":
-        return module.lora_linear(*common, inputs.scaling, **options)
-    axis, *full = kind.split("-")
-    return module.dora_linear(*common, magnitude, inputs.scaling, axis=axis, detach_norm=not full, **options)
 
 
 def test_two_streams_on_one_layer(gpu_backend: str) -> None:

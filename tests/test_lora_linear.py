@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check, check_each_alone, run, spread
+from support import call, check, check_each_alone, fast_and_specification, run, spread, tensors_of
 from torch import Tensor
 
 from lora_fast import functional, reference
@@ -21,39 +21,6 @@ from lora_fast.testing import (
 )
 
 FORMS = ("lora", "gain", "output", "output-full", "input", "input-full")
-
-
-def tensors_of(inputs: Inputs, form: str) -> dict[str, Tensor | None]:
-    tensors = {"x": inputs.x, "bias": inputs.bias, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B}
-    if form == "gain":
-        tensors["gain"] = inputs.gain["output"]
-    elif form != "lora":
-        tensors["magnitude"] = inputs.magnitude[form.split("-")[0]]
-    return tensors
-
-
-def call(module, inputs: Inputs, form: str, **options):
-    """lora_linear or dora_linear of ``module`` (functional or reference) as a function of the tensors that train."""
-
-    def function(x, bias, lora_A, lora_B, gain=None, magnitude=None, **more):
-        common = (x, inputs.weight, bias, lora_A, lora_B)
-        if form in ("lora", "gain"):
-            return module.lora_linear(*common, inputs.scaling, gain, **options, **more)
-        axis, *full = form.split("-")
-        return module.dora_linear(
-            *common, magnitude, inputs.scaling, axis=axis, detach_norm=not full, **options, **more
-        )
-
-    return function
-
-
-def fast_and_specification(form: str, backend: str, **options):
-    """The two sides of :func:`check`, each a function of the inputs."""
-    return (
-        lambda inputs: call(functional, inputs, form, backend=backend, **options),
-        lambda inputs: call(reference, inputs, form),
-        lambda inputs: tensors_of(inputs, form),
-    )
 
 
 # a norm over one element is |V|: in the reference V / n loses its rounding errors, and its error is no yardstick

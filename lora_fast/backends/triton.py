@@ -27,7 +27,6 @@ from lora_fast.triton_kernels import (
     weight_norm_bwd as norm_bwd,
 )
 
-SMALL_TOKENS = 16  # rows of the smallest tile that the tensor cores take
 FUSED_CONTRACTION = 1024
 GEMM_RANK = 128
 
@@ -36,7 +35,7 @@ def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool) -> tup
     """("products" | "small" | "fused", why) for y = gain ⊙ (x Wᵀ + s h lora_Bᵀ) + bias."""
     if not has_gain:
         return "products", "without a gain the product is PyTorch's: lora_B = 0 gives nn.Linear's output to the bit"
-    if tokens <= SMALL_TOKENS:
+    if tokens <= small.TOKENS:
         return "small", "W's bytes bound it, not FLOPs: W is read once, by at most two launches"
     return _product_path(K, dtype)
 
