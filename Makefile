@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot gpu gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
+.PHONY: setup demo test lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,18 @@ aot: setup
 # On a machine with a GPU: builds beside the torch, triton and pytest of $(PYTHON), downloads nothing, tests, measures.
 gpu: $(GPU)/.installed
 	.ci/gpu $(GPU)/bin/python $(OUT)
+
+# The first minutes on a GPU, one command: is everything right, where the time goes, which bars hold.
+gpu-first:
+	.ci/gpu-first $(PYTHON) $(or $(OUT),.gpu/first)
+
+# Launch configurations against each other.
+gpu-tune: $(GPU)/.installed
+	$(GPU)/bin/python -m lora_fast.benchmarks.gpu_tune --out $(or $(OUT),.gpu/tune)
+
+# Without a GPU: the extension and Triton's cache for one, into .gpu.
+gpu-prewarm:
+	.ci/gpu-prewarm $(PYTHON)
 
 gpu-sanitize: $(GPU)/.installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \

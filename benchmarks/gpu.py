@@ -295,8 +295,8 @@ def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
     return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], left_out)
 
 
-def rows(budget_s: float) -> list[partial[dict[str, Any]]]:
-    """Every row, to be run in turn."""
+def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
+    """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile."""
     models = cache(peft_model.models)
     bf16, dora, peft_dora = torch.bfloat16, c.dora().name, c.PEFT_DORA_FP32.name
     doras = (c.dora(), *(c.dora(name) for name in names_of_ours()))
@@ -305,7 +305,7 @@ def rows(budget_s: float) -> list[partial[dict[str, Any]]]:
     step = Case(STEP, 4096, 4096, 8192, bf16, (c.FROZEN, *doras, *loras, *others), dora, faster={peft_dora: 2.5})
     infer = Case(INFERENCE, 4096, 4096, 16, bf16, (c.FROZEN, *doras, c.lora()), dora)
     steps = (
-        replace(step, at_most=1.30, aim=1.20, contenders=(*step.contenders, c.COMPILED)),
+        replace(step, at_most=1.30, aim=1.20, contenders=(*step.contenders, *([c.COMPILED] if compiled else []))),
         replace(step, rank=384, at_most=1.60, faster={}),
         replace(step, rank=384, out_features=8192, in_features=8192, at_most=1.35, faster={}),
     )
@@ -376,7 +376,20 @@ def main() -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = arguments.out or Path(__file__).resolve().parent / "results" / slug
     results: list[dict[str, Any]] = []
-    for make in rows(arguments.budget):
+    wrong = run_rows(
+        rows(arguments.budget), results, lambda: report.write_json(out / "gpu.json", provenance() | {"rows": results})
+    )
+    write_csv(out / "gpu.csv", [result for result in results if result["records"]])
+    missed = sum(not bar["met"] for result in results for bar in result["bars"])
+    print("\n".join(["", f"{missed} bars missed; written to {out}", *wrong]))
+    return int(bool(wrong))
+
+
+def run_rows(
+    makers: list[partial[dict[str, Any]]], results: list[dict[str, Any]], write: Callable[[], None]
+) -> list[str]:
+    """Runs each row into ``results``, shows it and writes; what is wrong, see :func:`faults`."""
+    for make in makers:
         try:
             results.append(make())
         except Exception:  # one row that fails must not lose the others; it is told, and fails the run
@@ -384,12 +397,8 @@ def main() -> int:
             results.append({"title": title, "records": {}, "left_out": {"": traceback.format_exc()}, "bars": []})
         show(results[-1])
         torch.cuda.empty_cache()
-        report.write_json(out / "gpu.json", provenance() | {"rows": results})
-    write_csv(out / "gpu.csv", [result for result in results if result["records"]])
-    missed = sum(not bar["met"] for result in results for bar in result["bars"])
-    wrong = faults(results)
-    print("\n".join(["", f"{missed} bars missed; written to {out}", *wrong]))
-    return int(bool(wrong))
+        write()
+    return faults(results)
 
 
 def faults(results: list[dict[str, Any]]) -> list[str]:

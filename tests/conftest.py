@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lora_fast import backends
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
+PREWARMING = "--prewarm" in sys.argv  # see pytest_addoption
 if INTERPRETING:
     from interpreter import patch_bfloat16
 
@@ -33,7 +35,7 @@ def _no_amx() -> str | None:
 
 def _no_triton() -> str | None:
     """Triton runs on a GPU, or in its interpreter; the reason why it doesn't here."""
-    if not (INTERPRETING or torch.cuda.is_available()):
+    if not (INTERPRETING or PREWARMING or torch.cuda.is_available()):
         return "needs TRITON_INTERPRET=1 (make interp) or a GPU"
     present, reason = backends.triton_status()
     return None if present else reason
@@ -107,6 +109,28 @@ DEVICE = (
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
 ON_EVERY_DEVICE = ("test_lora_compose", "test_lora_linear", "test_merge_weight", "test_weight_norm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--prewarm",
+        action="store_true",
+        help="compile what the tests of Triton's kernels launch into Triton's cache for an H100, instead of launching "
+        "it: outputs stay as they were, so that most of these tests fail (.ci/gpu-prewarm)",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _prewarmed() -> Iterator[None]:
+    if not PREWARMING:
+        yield
+        return
+    from lora_fast.triton_kernels import prewarm
+    from lora_fast.triton_kernels.target import SM90
+
+    with pytest.MonkeyPatch.context() as patch, prewarm.warmed(SM90):
+        patch.setattr(backends, "_interpreting", lambda: True)  # the kernels take CPU tensors
+        yield
 
 
 def pytest_report_header() -> list[str]:

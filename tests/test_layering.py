@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "backends": {"_C", "_build", "triton_kernels"},
     **{leaf: set() for leaf in (*LEAVES, "_build", "adapter_files", "triton_kernels", "reference")},
     "testing": {"", *LIBRARY, "nn", "reference"},
-    "benchmarks": {"", *LIBRARY, "integrations", "io", "nn", "reference", "testing"},
+    "check": {"", *LIBRARY, "nn", "reference", "testing"},
+    "benchmarks": {"", *LIBRARY, "check", "integrations", "io", "nn", "reference", "testing", "triton_kernels"},
     "demo": {"", *LIBRARY, "benchmarks", "integrations", "io", "nn", "reference", "testing"},
     "cli": {"", "backends", "benchmarks", "demo", "io", "merge_checkpoint"},
     "__main__": {"cli"},
@@ -187,7 +188,7 @@ def test_the_gpu_command_runs_every_module_that_a_gpu_can_run() -> None:
         for path in (ROOT / "tests").glob("test_*.py")
         if re.search(r"pytest\.mark\.(gpu|interp)\b", path.read_text(encoding="utf-8"))
     }
-    named = re.search(r"tests/test_\{(.*)\}\.py\)", (ROOT / ".ci" / "gpu").read_text(encoding="utf-8"))
+    named = re.search(r"tests/test_\{(.*)\}\.py\)", (ROOT / ".ci" / "gpu-tests").read_text(encoding="utf-8"))
     assert named is not None
     listed = re.sub(r"(\w+_)\{([^}]*)\}", lambda m: ",".join(m[1] + part for part in m[2].split(",")), named[1])
     wanted = {*marked, *ON_EVERY_DEVICE} - {"test_interpreter", "test_layering"}

@@ -1,0 +1,152 @@
+"""What the first minutes on a GPU should tell: is everything right, where a step's time goes, which bars hold.
+
+    python -m lora_fast.benchmarks.gpu_first [--out DIR] [--budget SECONDS]
+
+In this order: the device's own ceilings, :mod:`lora_fast.check`, the kernels of each step by the profiler, the rows of
+:mod:`~lora_fast.benchmarks.gpu` with a short budget. Writes first.json after each item, so that a run that is cut off
+still tells; the last lines are the verdict. Fails where something is wrong, not where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import lora_fast
+from lora_fast import check
+
+from . import contenders as c, gpu, layer, report
+from .registry import INFERENCE, STEP, Case
+from .runner import Step
+
+ROUNDS = 5
+
+
+def ceilings() -> dict[str, float]:
+    """What the device itself does: a copy in TB/s (read and written), products of random bfloat16 in TFLOPS."""
+    source = torch.randn(1 << 30, dtype=torch.bfloat16)
+    copied = torch.empty_like(source)
+    steps: dict[str, Step] = {"copy": lambda: copied.copy_(source)}
+    flops: dict[str, int] = {}
+    for T, N, K in ((8192, 4096, 4096), (8192, 8192, 8192), (8192, 4112, 4096)):
+        x, W = torch.randn(T, K).bfloat16(), torch.randn(N, K).bfloat16()
+        g = torch.randn(T, N).bfloat16()
+        flops |= {f"x Wᵀ {T}×{N}×{K}": 2 * T * N * K, f"g W {T}×{N}×{K}": 2 * T * N * K}
+        steps[f"x Wᵀ {T}×{N}×{K}"] = lambda x=x, W=W: F.linear(x, W)  # type: ignore[misc]
+        steps[f"g W {T}×{N}×{K}"] = lambda g=g, W=W: g @ W  # type: ignore[misc]
+    records = gpu.measure(steps, 1.0)
+    found = {name: flops[name] / records[name]["median_ms"] / 1e9 for name in flops}
+    return {"copy": 2 * source.nbytes / records["copy"]["median_ms"] / 1e9} | found
+
+
+def checked(results: list[dict[str, Any]], write: Callable[[], None]) -> Iterator[str]:
+    """Runs the check, prints what fails, and gives a line for each fault."""
+    for result in check.run("cuda"):
+        results.append(asdict(result))
+        write()
+        for fault in result.faults:
+            line = f"{result.name}, {result.backend}, {result.dtype}, {result.size}: {fault}"
+            print(f"WRONG: {line}", flush=True)
+            yield line
+
+
+def profiles() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The kernels of each step and inference of one layer, in microseconds a call, as the profiler sees them."""
+    bf16 = torch.bfloat16
+    few = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora())
+    cases = [
+        Case(STEP, 4096, 4096, 8192, bf16, (c.FROZEN, c.dora(), c.lora(), c.PEFT_LORA)),
+        Case(STEP, 4096, 4096, 8192, bf16, (c.dora(),), rank=384),
+        Case(STEP, 8192, 8192, 8192, bf16, (c.dora(),), rank=384),
+        Case(STEP, 4096, 4096, 512, bf16, (c.dora(),)),
+        Case(INFERENCE, 4096, 4096, 16, bf16, few),
+        Case(INFERENCE, 4096, 4096, 1, bf16, few),
+    ]
+    for case in cases:
+        inputs = layer.inputs_of(case)
+        for contender in case.contenders:
+            if contender.missing():
+                continue
+            built = contender.build(inputs)
+            title = f"{contender.name}, {case.title}, rank {case.rank}"
+            if case.mode == STEP:
+                yield title, kernels(layer.training_step(built, inputs))
+                continue
+            yield f"{title}, kept norm", kernels(layer.inference(built, inputs))
+            if contender.formula == "dora":
+                lora_fast.freeze_norms(built.module.eval())
+                yield f"{title}, frozen norm", kernels(layer.inference(built, inputs))
+
+
+def kernels(step: Step) -> list[dict[str, Any]]:
+    flush = torch.zeros(gpu.FLUSH_BYTES // 4)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(ROUNDS):
+            flush.fill_(1.0)
+            step()
+        torch.cuda.synchronize()
+    found = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    return [
+        {"kernel": event.key, "calls": event.count / ROUNDS, "us": event.self_device_time_total / ROUNDS}
+        for event in sorted(found, key=lambda event: -event.self_device_time_total)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_fast.benchmarks.gpu_first", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds of measuring a row")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: nothing was measured")
+        return 1
+    start = time.perf_counter()
+    torch.set_default_device("cuda")
+    state: dict[str, Any] = gpu.provenance() | {"check": [], "profiles": {}, "rows": []}
+    path = arguments.out / "first.json"
+
+    def write() -> None:
+        report.write_json(path, state)
+
+    def elapsed() -> str:
+        return f"[{time.perf_counter() - start:5.1f} s]"
+
+    state["ceilings"] = ceilings()
+    print(elapsed(), state["ceilings"], flush=True)
+    wrong = list(checked(state["check"], write))
+    print(elapsed(), f"checked {len(state['check'])} items, {len(wrong)} faults", flush=True)
+    try:
+        for title, found in profiles():
+            state["profiles"][title] = found
+            write()
+            total = sum(kernel["us"] for kernel in found)
+            print(f"\n{title}: {total:.1f} µs", flush=True)
+            for kernel in found[:16]:
+                print(f"  {kernel['us']:8.1f}  {kernel['calls']:4.1f} ×  {kernel['kernel'][:100]}", flush=True)
+    except Exception as error:  # the profiler is no proof: the rows below are worth more than its absence
+        print(f"profiles ended early: {error!r}", flush=True)
+    print(elapsed(), "profiled", flush=True)
+    wrong += gpu.run_rows(gpu.rows(arguments.budget, compiled=False), state["rows"], write)
+    missed = [
+        f"{row['title']}: {bar['measured']:.3f} {bar['what']}"
+        for row in state["rows"]
+        for bar in row["bars"]
+        if not bar["met"]
+    ]
+    print("\n".join(["", elapsed(), "missed bars:", *missed, "", *(wrong or ["everything is right"])]))
+    print("FAIL" if wrong else "PASS")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
