@@ -10,6 +10,8 @@ still tells; the last lines are the verdict. Fails where something is wrong, not
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -102,6 +104,38 @@ def kernels(step: Step) -> list[dict[str, Any]]:
     ]
 
 
+def host_times() -> dict[str, dict[str, float]]:
+    """Microseconds of a call, one behind the other, of which the host's functions take most, by their own time."""
+    bf16, found = torch.bfloat16, {}
+    inference = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora(), c.PEFT_LORA)
+    step = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora(), c.PEFT_LORA, c.PEFT_DORA)
+    for case in (Case(INFERENCE, 1024, 1024, 16, bf16, inference), Case(STEP, 1024, 1024, 64, bf16, step)):
+        inputs = layer.inputs_of(case)
+        for contender in case.contenders:
+            if contender.missing():
+                continue
+            built = contender.build(inputs)
+            if case.mode == INFERENCE and contender.formula == "dora":
+                lora_fast.freeze_norms(built.module.eval())
+            call = (layer.training_step if case.mode == STEP else layer.inference)(built, inputs)
+            for _ in range(10):
+                call()
+            wall = 1e3 * min(gpu.wall_ms(call, 50) for _ in range(4))
+            profile = cProfile.Profile()
+            profile.runcall(_repeated, call)
+            stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+            own = sorted(((value[2] / 50 * 1e6, value[0] / 50, key) for key, value in stats.items()), reverse=True)[:25]
+            found[f"{contender.name}, {case.mode}"] = {"wall": wall} | {
+                f"{Path(file).name}:{line}({name})": round(us, 1) for us, _, (file, line, name) in own
+            }
+    return found
+
+
+def _repeated(call: Step) -> None:
+    for _ in range(50):
+        call()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_fast.benchmarks.gpu_first", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -136,6 +170,10 @@ def main() -> int:
     except Exception as error:  # the profiler is no proof: the rows below are worth more than its absence
         print(f"profiles ended early: {error!r}", flush=True)
     print(elapsed(), "profiled", flush=True)
+    state["host"] = host_times()
+    for name, found in state["host"].items():
+        print(f"{name}: {found['wall']:.0f} µs a call", flush=True)
+    write()
     wrong += gpu.run_rows(gpu.rows(arguments.budget, compiled=False), state["rows"], write)
     missed = [
         f"{row['title']}: {bar['measured']:.3f} {bar['what']}"

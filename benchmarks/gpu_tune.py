@@ -13,6 +13,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -65,24 +66,21 @@ def _gain(size: int) -> Tensor:
 
 
 def sweeps() -> Iterator[Callable[[], Sweep]]:
-    for T, N, R, keep in (
-        (8192, 4096, 16, True),
-        (8192, 4096, 16, False),
-        (8192, 4096, 384, True),
-        (8192, 8192, 384, False),
-    ):
-        yield lambda T=T, N=N, R=R, keep=keep: compose(T, N, R, keep)  # type: ignore[misc]
     for T, N, R in ((8192, 4096, 16), (8192, 4096, 32), (2048, 4096, 16), (8192, 4096, 384)):
-        yield lambda T=T, N=N, R=R: gain_bwd(T, N, R)  # type: ignore[misc]
+        yield partial(gain_bwd, T, N, R)
+    for R in (16, 32):
+        yield partial(gain_bwd, 8192, 4096, R, lora=True)
+    for N, K, R in ((4096, 4096, 16), (4096, 4096, 64), (8192, 8192, 384)):
+        yield partial(norm, N, K, R)
+    for T in (16, 1):
+        yield partial(small, T, 4096, 4096, 16)
+    for T, N, K, R in ((8192, 4096, 4096, 16), (8192, 4096, 4096, 384), (512, 4096, 4096, 16), (8192, 4096, 1024, 16)):
+        yield partial(linear, T, N, K, R)
+    for T, N, R in ((8192, 4096, 16), (8192, 8192, 384)):
+        yield partial(compose, T, N, R, False)
     for R in (16, 64):
-        yield lambda R=R: project(8192, 4096, R)  # type: ignore[misc]
-        yield lambda R=R: A_grad(8192, 4096, R)  # type: ignore[misc]
-    for N, K, R in ((4096, 4096, 16), (4096, 4096, 64), (8192, 8192, 64), (8192, 8192, 384)):
-        yield lambda N=N, K=K, R=R: norm(N, K, R)  # type: ignore[misc]
-    for T in (1, 16):
-        yield lambda T=T: small(T, 4096, 4096, 16)  # type: ignore[misc]
-    for T, N, K in ((8192, 4096, 1024), (8192, 4096, 4096)):
-        yield lambda T=T, N=N, K=K: linear(T, N, K, 16)  # type: ignore[misc]
+        yield partial(project, 8192, 4096, R)
+        yield partial(A_grad, 8192, 4096, R)
 
 
 def compose(T: int, N: int, R: int, keep: bool) -> Sweep:
@@ -94,7 +92,7 @@ def compose(T: int, N: int, R: int, keep: bool) -> Sweep:
         return out
 
     tiles = ((64, 128), (128, 128), (64, 256), (32, 256), (32, 128), (16, 256), (128, 64))
-    ranks, stages = ((16,), (2,)) if R <= 16 else ((32, 64, 128), (2, 3, 4))
+    ranks, stages = ((16,), (2,)) if R <= 16 else ((32, 64), (2, 3, 4))
     candidates = [
         lora_compose_fwd.Config(M, N_, BLOCK_R, warps, stages_)
         for (M, N_), BLOCK_R, warps, stages_ in product(tiles, ranks, (4, 8), stages)
@@ -107,30 +105,43 @@ def compose(T: int, N: int, R: int, keep: bool) -> Sweep:
     return Sweep(name, lora_compose_fwd, "lora_compose_fwd_config", call, candidates, others)
 
 
-def gain_bwd(T: int, N: int, R: int) -> Sweep:
+def gain_bwd(T: int, N: int, R: int, lora: bool = False) -> Sweep:
     grad_y, kept, h, B, gain = _normal(T, N), _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
 
     def call() -> tuple[Tensor, ...]:
+        if lora:
+            return lora_gain_bwd.lora_gain_bwd(grad_y, None, None, h, B, 0.5, False, False, False, True, True)
         return lora_gain_bwd.lora_gain_bwd(grad_y, kept, gain, h, B, 0.5, True, True, False, True, True)
 
     Config = lora_gain_bwd.Config
     plain = [
         Config(M, N_, 0, 1, chunks, warps, stages)
         for (M, N_), chunks, (warps, stages) in product(
-            ((32, 128), (64, 128), (16, 256), (32, 256)), (8, 16, 33), ((4, 2), (8, 2), (4, 3))
+            ((32, 128), (64, 128), (16, 256), (32, 256)), (8, 16, 33), ((4, 2), (8, 2), (4, 3), (8, 3))
         )
-    ]
+    ][: 1 if lora else None]
     fused = []
     if R <= 32:
         fused = [
             Config(M, N_, max(16, R), columns, chunks, warps, stages)
             for (M, N_), columns, chunks, warps, stages in product(
-                ((32, 128), (64, 128), (128, 128), (64, 64), (128, 64)), (2, 4, 8), (8, 13, 16, 33, 66), (4, 8), (2, 3)
+                ((32, 128), (64, 128), (128, 128), (64, 64), (128, 64)),
+                (1, 2, 4, 8, 16),
+                (8, 13, 16, 33, 66, 132),
+                (4, 8),
+                (1, 2, 3),
             )
-            if 0.5 <= cdiv(cdiv(N, N_), columns) * chunks / 132 <= 4.2
+            if 0.7 <= cdiv(cdiv(N, N_), columns) * chunks / 132 <= 4.2
         ]
     others: dict[str, Call] = {"copy": lambda: kept.copy_(grad_y)}
-    return Sweep(f"gain_bwd {T}×{N} rank {R}", lora_gain_bwd, "lora_gain_bwd_config", call, plain + fused, others)
+    return Sweep(
+        f"gain_bwd {T}×{N} rank {R}{' lora' if lora else ''}",
+        lora_gain_bwd,
+        "lora_gain_bwd_config",
+        call,
+        plain + fused,
+        others,
+    )
 
 
 def project(T: int, K: int, R: int) -> Sweep:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lora_fast import backends
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
 PREWARMING = "--prewarm" in sys.argv  # see pytest_addoption
+FAILURES: Path | None = None
 if INTERPRETING:
     from interpreter import patch_bfloat16
 
@@ -118,6 +120,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compile what the tests of Triton's kernels launch into Triton's cache for an H100, instead of launching "
         "it: outputs stay as they were, so that most of these tests fail (.ci/gpu-prewarm)",
     )
+    parser.addoption("--failures", metavar="FILE", help="append each failure to FILE as it happens")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With --failures FILE each failure is written when it happens: a run that is cut off tells what it found."""
+    if FAILURES is not None and report.failed:
+        with FAILURES.open("a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid}\n{report.longreprtext}\n\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global FAILURES
+    if config.getoption("--failures") and not hasattr(config, "workerinput"):  # the reports of all workers come here
+        FAILURES = Path(config.getoption("--failures"))
 
 
 @pytest.fixture(autouse=True, scope="session")

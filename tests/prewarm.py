@@ -1,6 +1,6 @@
 """Fills Triton's cache with what the GPU commands launch, beside the tests: python tests/prewarm.py [SHARE OF].
 
-Compiles for an H100 (sm_90), without one. ``SHARE`` of ``OF`` processes takes every OF-th call.
+Compiles for an H100 (sm_90), without one. ``SHARE`` of ``OF`` processes takes every OF-th call and sweep.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 from launch_sweep import Call, make, skipped_products
 
 from lora_fast import check
+from lora_fast.benchmarks import gpu_tune
 from lora_fast.triton_kernels import prewarm
 from lora_fast.triton_kernels.target import SM90
 
@@ -49,9 +51,19 @@ def main() -> None:
     share, of = (int(text) for text in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
     start, mine = time.perf_counter(), list(dict.fromkeys(calls()))[share::of]
     with prewarm.warmed(SM90) as done, skipped_products():
+
+        def told(what: str) -> None:
+            print(f"{what}, {len(done)} kernels, {time.perf_counter() - start:.0f} s", flush=True)
+
         for index, call in enumerate(mine, 1):
             make(call)
-            print(f"{index}/{len(mine)} calls, {len(done)} kernels, {time.perf_counter() - start:.0f} s", flush=True)
+            told(f"{index}/{len(mine)} calls")
+        for sweep in [make_sweep() for make_sweep in gpu_tune.sweeps()][share::of]:
+            with mock.patch.object(sweep.module, sweep.function) as patched:
+                for config in sweep.candidates:
+                    patched.return_value = config
+                    sweep.call()
+            told(sweep.name)
 
 
 if __name__ == "__main__":

@@ -87,18 +87,27 @@ def test_project_in_splits_and_tiles(splits: int, p: float, dtype: torch.dtype, 
 
 
 @pytest.mark.interp
-@DTYPES
 @FORMS
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_linear_in_tiles(descriptors: bool, form: str, dtype: torch.dtype, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("descriptors", "dtype"),
+    [
+        *(("", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((of, dtype) for of in ("plain", "transposed") for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
+def test_linear_in_tiles(descriptors: str, form: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Through descriptors 16-bit operands alone: a GPU would multiply float32 tiles in TF32."""
     M, N, K, R = 70, 136, 72, 40
-    config = lora_linear_fwd.Config(descriptors, 32, 32, 32, 16, 4, 1, GROUP_M=2)
+    config = lora_linear_fwd.Config(bool(descriptors), 32, 32, 32, 16, 4, 1, GROUP_M=2)
     monkeypatch.setattr(lora_linear_fwd, "lora_linear_fwd_config", lambda *_: config)
     x, W, bias, A, B, gain, gain_in = operands(M, N, K, R, form, dtype)
     h = lora_project.lora_project(x, A, gain_in, 0.0, None)
     truth, eager = truth_and_eager(linear, x, W, bias, A, B, gain, gain_in, None)
     if not descriptors:
         x, W = surrounded(x), W.T.contiguous().T
+    if descriptors == "transposed":
+        W, B = W.T.contiguous().T, B.T.contiguous().T
     with poisoned_memory():
         y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, form == "gain")
     assert_within_budget("y", y, eager[0], truth[0])

@@ -24,11 +24,32 @@ from lora_fast.triton_kernels.target import Target, next_power_of_2
 
 
 @triton.jit
+def _rank_step(a_ptrs, b_ptrs, mask_n, mask_k, mask_r, acc, PRECISION: tl.constexpr):
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+    a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
+    if a.dtype != b.dtype:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(b, a, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        b = b_ref.load([r, row]).T
+        a = a_ref.load([column, r]).T
+    else:
+        b = b_ref.load([row, r])  # [BLOCK_N, BLOCK_R]
+        a = a_ref.load([r, column])  # [BLOCK_R, BLOCK_K]
+    return tl.dot(b, a, acc)
+
+
+@triton.jit
 def adapted_tile(
     w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """V[n0:, k0:] in float32 [BLOCK_N, BLOCK_K], 0 outside; a_ref, b_ref: pointers or, on DESCRIPTORS, descriptors."""
     n0 = tl.cast(n0, tl.int64)
@@ -43,6 +64,7 @@ def adapted_tile(
         offs_n = offs_n.to(tl.int64)
         offs_k = offs_k.to(tl.int64)
         offs_r = offs_r.to(tl.int64)
+    # on ONE_STEP there is no loop here: a loop over tiles is then the innermost, and brings the next tiles ahead
     # W is asked for before the products, which hide its latency, and is not kept in the cache that lora_A lives in
     w = tl.load(
         w_ptr + (n0 * stride_w_n + k0 * stride_w_k) + (offs_n[:, None] * stride_w_n + offs_k[None, :] * stride_w_k),
@@ -52,29 +74,23 @@ def adapted_tile(
     if DESCRIPTORS:
         row = n0.to(tl.int32)
         column = k0.to(tl.int32)
-        for r in range(0, R, BLOCK_R):
-            if TRANSPOSED:
-                b = b_ref.load([r, row]).T
-                a = a_ref.load([column, r]).T
-            else:
-                b = b_ref.load([row, r])  # [BLOCK_N, BLOCK_R]
-                a = a_ref.load([r, column])  # [BLOCK_R, BLOCK_K]
-            acc = tl.dot(b, a, acc)
+        if ONE_STEP:
+            acc = _described_step(a_ref, b_ref, row, column, 0, acc, TRANSPOSED)
+        else:
+            for r in range(0, R, BLOCK_R):
+                acc = _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED)
     else:
         a_base = a_ref + k0 * stride_a_k
         b_base = b_ref + n0 * stride_b_n
         a_offs = offs_r[:, None] * stride_a_r + offs_k[None, :] * stride_a_k
         b_offs = offs_n[:, None] * stride_b_n + offs_r[None, :] * stride_b_r
-        for r in range(0, R, BLOCK_R):
-            mask_r = offs_r < R - r
-            b = tl.load(b_base + b_offs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-            a = tl.load(a_base + a_offs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
-            if a.dtype != b.dtype:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            acc = tl.dot(b, a, acc, input_precision=PRECISION)
-            a_base += tl.cast(BLOCK_R, tl.int64) * stride_a_r
-            b_base += tl.cast(BLOCK_R, tl.int64) * stride_b_r
+        if ONE_STEP:
+            acc = _rank_step(a_base + a_offs, b_base + b_offs, mask_n, mask_k, offs_r < R, acc, PRECISION)
+        else:
+            for r in range(0, R, BLOCK_R):
+                acc = _rank_step(a_base + a_offs, b_base + b_offs, mask_n, mask_k, offs_r < R - r, acc, PRECISION)
+                a_base += tl.cast(BLOCK_R, tl.int64) * stride_a_r
+                b_base += tl.cast(BLOCK_R, tl.int64) * stride_b_r
     return w.to(tl.float32) + scaling * acc
 
 
@@ -95,10 +111,11 @@ class Tile:
     PRECISION: str = "ieee"
     DESCRIPTORS: bool = False
 
-    def constexprs(self, *, transposed: bool = False, wide: bool = False) -> dict[str, Any]:
+    def constexprs(self, R: int, *, transposed: bool = False, wide: bool = False) -> dict[str, Any]:
         return {
             "PRECISION": self.PRECISION, "DESCRIPTORS": self.DESCRIPTORS,
             "TRANSPOSED": transposed and self.DESCRIPTORS, "WIDE": wide,
+            "ONE_STEP": self.BLOCK_R >= R,
             "BLOCK_N": self.BLOCK_N, "BLOCK_K": self.BLOCK_K, "BLOCK_R": self.BLOCK_R,
         }  # fmt: skip
 
@@ -154,5 +171,5 @@ def arguments(
         a = TensorDescriptor.from_tensor(lora_A, [tile.BLOCK_R, tile.BLOCK_K])
         b = TensorDescriptor.from_tensor(lora_B, [tile.BLOCK_N, tile.BLOCK_R])
     strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride())
-    constexprs = tile.constexprs(transposed=transposed, wide=has_long_strides(weight, lora_A, lora_B))
+    constexprs = tile.constexprs(lora_A.shape[0], transposed=transposed, wide=has_long_strides(weight, lora_A, lora_B))
     return [weight, a, b], [N, K, lora_A.shape[0], scaling, *strides], constexprs

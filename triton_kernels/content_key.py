@@ -69,16 +69,14 @@ def content_key_kernel(
     factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, program, PROGRAMS, BLOCK)
     factors += 3 * _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, program, PROGRAMS, BLOCK)
     tl.store(hashes_ptr + 2 * program, factors.to(tl.int64))
-    sample = tl.zeros([], dtype=tl.uint64)
-    if program == PROGRAMS - 1:  # the one with the smallest share of the factors
-        q = tl.arange(0, SAMPLES).to(tl.int64)
-        elements = tl.cast(N, tl.int64) * K
-        small = elements <= SAMPLES
-        row = tl.where(small, q // K, (2 * q + 1) * N // (2 * SAMPLES))
-        column = tl.where(small, q % K, ((q * 0x9E3779B1 & 0xFFFFFFFF) * K) >> 32)
-        mask = q < elements
-        bits = tl.load(w_ptr + row * stride_w_n + column * stride_w_k, mask=mask, other=0)
-        sample = tl.sum(tl.where(mask, _hash(bits, q), 0), axis=0)
+    q = program.to(tl.int64) * (SAMPLES // PROGRAMS) + tl.arange(0, SAMPLES // PROGRAMS)
+    elements = tl.cast(N, tl.int64) * K
+    small = elements <= SAMPLES
+    row = tl.where(small, q // K, (2 * q + 1) * N // (2 * SAMPLES))
+    column = tl.where(small, q % K, ((q * 0x9E3779B1 & 0xFFFFFFFF) * K) >> 32)
+    mask = q < elements
+    bits = tl.load(w_ptr + row * stride_w_n + column * stride_w_k, mask=mask, other=0)
+    sample = tl.sum(tl.where(mask, _hash(bits, q), 0), axis=0)
     tl.store(hashes_ptr + 2 * program + 1, sample.to(tl.int64))
 
 

@@ -99,26 +99,31 @@ def lora_linear_fwd_tma_kernel(
     x_desc, W_desc, h_desc, B_desc, gain_ptr, gain_in_ptr, bias_ptr, y_desc, product_desc,
     M, N, K, R, scaling,
     HAS_GAIN: tl.constexpr, HAS_GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_PRODUCT: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The same through tensor descriptors, which fill with zeros past the edges and need no register for an address."""
+    """The same through tensor descriptors, which fill with zeros past the edges and need no register for an address.
+
+    For 16-bit operands: float32 tiles would be multiplied in TF32. On W_TRANSPOSED the descriptor is of Wᵀ [K, N], on
+    B_TRANSPOSED of lora_Bᵀ [R, N].
+    """
     pid_m, pid_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in tl.range(0, R, BLOCK_R, num_stages=2):
         h = h_desc.load([m, r])  # [BLOCK_M, BLOCK_R]
-        B = B_desc.load([n, r])  # [BLOCK_N, BLOCK_R]
-        acc = tl.dot(h, tl.trans(B.to(h.dtype)), acc)
+        B = B_desc.load([r, n]) if B_TRANSPOSED else B_desc.load([n, r]).T  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(h, B.to(h.dtype), acc)
     acc *= scaling
 
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([m, k])  # [BLOCK_M, BLOCK_K]
-        W = W_desc.load([n, k])  # [BLOCK_N, BLOCK_K]
+        W = W_desc.load([k, n]) if W_TRANSPOSED else W_desc.load([n, k]).T  # [BLOCK_K, BLOCK_N]
         if HAS_GAIN_IN:
             x = _scaled_input(x, gain_in_ptr, k + tl.arange(0, BLOCK_K), K)
-        acc = tl.dot(x, tl.trans(W.to(x.dtype)), acc)
+        acc = tl.dot(x, W.to(x.dtype), acc)
 
     # half of the columns at a time: the sums, scaled and not, beside what is stored would not fit into the registers
     HALF: tl.constexpr = BLOCK_N // 2
@@ -189,6 +194,27 @@ def _aligned(tensor: Tensor) -> bool:
     )
 
 
+def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target) -> bool:
+    """Whether the tensor memory accelerator brings all operands; of W and of lora_B one orientation is enough."""
+    return (
+        target.backend in ("cuda", "interpreter")
+        and not target.operands_in_registers
+        and x.element_size() == 2
+        and weight.shape[0] * x.element_size() % 16 == 0  # a row of y
+        and lora_B.shape[1] * x.element_size() % 16 == 0  # of h
+        and _aligned(x)
+        and (_aligned(weight) or _aligned(weight.T))
+        and (_aligned(lora_B) or _aligned(lora_B.T))
+    )
+
+
+def keeps_up(x: Tensor, weight: Tensor, lora_B: Tensor) -> bool:
+    """Whether the product takes this kernel no longer than cuBLAS: through descriptors on compute capability 9.0, where
+    it was measured. W of another dtype, as under autocast, is converted tile by tile, which was not."""
+    target = current(x.device)
+    return target.arch == 90 and weight.dtype == x.dtype and takes_descriptors(x, weight, lora_B, target)
+
+
 def lora_linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -206,9 +232,13 @@ def lora_linear_fwd(
     product = x.new_empty((M, N) if keep_product else 0)
     if y.numel() == 0:
         return y, product
-    h, lora_B = h.contiguous(), lora_B.contiguous()
-    aligned = all(map(_aligned, (x, weight, h, lora_B, y)))
-    c = lora_linear_fwd_config(M, N, K, R, x.element_size(), weight.element_size(), aligned, current(x.device))
+    target = current(x.device)
+    h = h.contiguous()
+    described = takes_descriptors(x, weight, lora_B, target)
+    if not described:
+        lora_B = lora_B.contiguous()
+    aligned = described or all(map(_aligned, (x, weight, h, lora_B, y)))
+    c = lora_linear_fwd_config(M, N, K, R, x.element_size(), weight.element_size(), aligned, target)
     flags = {
         "HAS_GAIN": gain is not None, "HAS_GAIN_IN": gain_in is not None, "HAS_BIAS": bias is not None,
         "KEEP_PRODUCT": keep_product, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K,
@@ -217,15 +247,18 @@ def lora_linear_fwd(
     grid = (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)
     kept = product if keep_product else None
     if c.descriptors:
+        w_transposed, b_transposed = not _aligned(weight), not _aligned(lora_B)
 
-        def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+        def tiles(tensor: Tensor, rows: int, columns: int, transposed: bool = False) -> TensorDescriptor:
+            if transposed:
+                return TensorDescriptor.from_tensor(tensor.T, [columns, rows])
             return TensorDescriptor.from_tensor(tensor, [rows, columns])
 
         lora_linear_fwd_tma_kernel[grid](
-            tiles(x, c.BLOCK_M, c.BLOCK_K), tiles(weight, c.BLOCK_N, c.BLOCK_K),
-            tiles(h, c.BLOCK_M, c.BLOCK_R), tiles(lora_B, c.BLOCK_N, c.BLOCK_R), gain, gain_in, bias,
+            tiles(x, c.BLOCK_M, c.BLOCK_K), tiles(weight, c.BLOCK_N, c.BLOCK_K, w_transposed),
+            tiles(h, c.BLOCK_M, c.BLOCK_R), tiles(lora_B, c.BLOCK_N, c.BLOCK_R, b_transposed), gain, gain_in, bias,
             tiles(y, c.BLOCK_M, c.BLOCK_N // 2), None if kept is None else tiles(kept, c.BLOCK_M, c.BLOCK_N // 2),
-            M, N, K, R, scaling, **flags,
+            M, N, K, R, scaling, W_TRANSPOSED=w_transposed, B_TRANSPOSED=b_transposed, **flags,
         )  # fmt: skip
     else:
         lora_linear_fwd_kernel[grid](

@@ -29,14 +29,14 @@ def merge_weight_kernel(
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     HAS_GAIN: tl.constexpr, BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     n0 = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)) * BLOCK_N
     k0 = (tl.program_id(0) % tl.cdiv(K, BLOCK_K)) * BLOCK_K
     v = adapted_tile(
         w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
         stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-        PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+        PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     offs_n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
     offs_k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)

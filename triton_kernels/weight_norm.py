@@ -58,9 +58,9 @@ def weight_norm_fwd_kernel(
     N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     tiles_per_split,
-    KEPT: tl.constexpr, PROGRAMS: tl.constexpr,
+    KEPT: tl.constexpr, PROGRAMS: tl.constexpr, NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, N] = Σ V² over each split's columns. On KEPT: nothing, if the key is the kept one."""
     row_block = tl.program_id(0)
@@ -72,11 +72,11 @@ def weight_norm_fwd_kernel(
     tiles = tl.cdiv(K, BLOCK_K)
     start = split * tiles_per_split
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
+    for tile in tl.range(start, tl.minimum(start + tiles_per_split, tiles), num_stages=NUM_STAGES if ONE_STEP else 1):
         v = adapted_tile(
             w_ptr, a_ref, b_ref, row_block * BLOCK_N, tile * BLOCK_K, N, K, R, scaling,
             stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-            PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+            PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         sums += tl.sum(v * v, axis=1)
     offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -97,7 +97,7 @@ def weight_norm_finish_kernel(
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """norm = sqrt(Σ_splits sums), by a scaled look where the sum is out of range; on KEPT from or to kept_norm."""
     n0 = tl.program_id(0) * BLOCK_N
@@ -122,7 +122,7 @@ def weight_norm_finish_kernel(
             v = adapted_tile(
                 w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
                 stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-                PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+                PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
             before = _power_of_two(field)
             largest = tl.max(tl.abs(v), axis=1).to(tl.int32, bitcast=True) >> 23
@@ -250,8 +250,8 @@ def _launch(
     key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
     weight_norm_fwd_kernel[(cdiv(N, config.tile.BLOCK_N), config.splits)](
         sums, *tensors, *key, *numbers, config.tiles_per_split,
-        KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, **constexprs,
-        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
+        KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, NUM_STAGES=config.tile.num_stages,
+        **constexprs, num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
     )  # fmt: skip
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)

@@ -48,7 +48,7 @@ def weight_norm_bwd_kernel(
     tiles_per_split,
     BY_ROW: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out [splits, N, R] = s dV lora_Aᵀ over each split's columns, for BLOCK_S of the rank."""
     n0 = tl.program_id(0) * BLOCK_N
@@ -64,7 +64,7 @@ def weight_norm_bwd_kernel(
         grad_v = adapted_tile(
             w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
             stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-            PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, BLOCK_N, BLOCK_K, BLOCK_R,
+            PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K

@@ -105,13 +105,13 @@ LORA_FAST_KERNEL(kGainThreads, 2)
 lora_gain_bwd_sum(GainGrad<T> op, int64_t splits) {
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kGainThreads + threadIdx.x;
   if (col >= op.width) return;
-  float gain = 0, bias = 0;
+  double gain = 0, bias = 0;  // a chain of hundreds of additions, for one thread a column
   for (int64_t split = 0; split < splits; ++split) {
     if (op.grad_gain != nullptr) gain += op.partial[2 * split * op.width + col];
     if (op.grad_bias != nullptr) bias += op.partial[(2 * split + 1) * op.width + col];
   }
-  if (op.grad_gain != nullptr) op.grad_gain[col] = gain;
-  if (op.grad_bias != nullptr) op.grad_bias[col] = bias;
+  if (op.grad_gain != nullptr) op.grad_gain[col] = static_cast<float>(gain);
+  if (op.grad_bias != nullptr) op.grad_bias[col] = static_cast<float>(bias);
 }
 
 template <class T>

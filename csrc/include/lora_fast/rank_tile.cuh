@@ -239,22 +239,35 @@ __device__ void multiply_factors(Fragment<T>& c, const E* p, const E* q) {
       }
     }
   } else {
+    // a step's products are summed apart, some columns at a time for want of registers: one long chain of
+    // additions along the rank would round several times as much
     constexpr int kP = Tile::template kOuterStride<kTileRows>, kQ = Tile::template kOuterStride<kTileCols<T>>;
-#pragma unroll 1
-    for (int r = 0; r < Tile::kDepth; ++r) {
-      float a[Part::kRowBlocks][2];
-      for (int i = 0; i < Part::kRowBlocks; ++i)
-        for (int half = 0; half < 2; ++half) a[i][half] = p[r * kP + Part::row(i, half)];
+    constexpr int kColumns = Part::kColBlocks / 4;
 #pragma unroll
-      for (int j = 0; j < Part::kColBlocks; ++j) {
-        const float2 b = *reinterpret_cast<const float2*>(q + r * kQ + Part::col(j));
-        for (int i = 0; i < Part::kRowBlocks; ++i) {
-          for (int half = 0; half < 2; ++half) {
-            c.at[i][j][2 * half] += a[i][half] * b.x;
-            c.at[i][j][2 * half + 1] += a[i][half] * b.y;
+    for (int first = 0; first < Part::kColBlocks; first += kColumns) {
+      float sums[Part::kRowBlocks][kColumns][4] = {};
+#pragma unroll 1
+      for (int r = 0; r < Tile::kDepth; ++r) {
+        float a[Part::kRowBlocks][2];
+        for (int i = 0; i < Part::kRowBlocks; ++i)
+          for (int half = 0; half < 2; ++half) a[i][half] = p[r * kP + Part::row(i, half)];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const float2 b = *reinterpret_cast<const float2*>(q + r * kQ + Part::col(first + j));
+          for (int i = 0; i < Part::kRowBlocks; ++i) {
+            for (int half = 0; half < 2; ++half) {
+              sums[i][j][2 * half] += a[i][half] * b.x;
+              sums[i][j][2 * half + 1] += a[i][half] * b.y;
+            }
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < Part::kRowBlocks; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c.at[i][first + j][e] += sums[i][j][e];
     }
   }
 }
