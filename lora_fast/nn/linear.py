@@ -196,7 +196,7 @@ class AdaptedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        compat.prepare_load(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
+        compat.prepare_load(self, state_dict, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
