@@ -1,4 +1,4 @@
-"""Law 2 at a size where it hurts: the peak resident size of a child process."""
+"""Law 2 of docs/design.md at a size where it hurts: the peak resident size of a child process."""
 
 from __future__ import annotations
 
