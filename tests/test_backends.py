@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -138,6 +139,12 @@ def test_explain_covers_every_op_and_agrees_with_resolve(monkeypatch: pytest.Mon
     for row in rows:
         assert row["backend"] == backends.resolve(row["op"], "auto", row["device"], getattr(torch, row["dtype"]))
         assert row["reason"]
+
+
+def test_no_reason_quotes_a_time() -> None:
+    """It would be another machine's than the one where `lora-fast info` prints it."""
+    for row in backends.TABLE:
+        assert not re.search(r"\d\s*(ns|µs|us|ms|s|seconds)\b", row.reason), row
 
 
 def test_a_missing_extension_is_survived() -> None:

@@ -21,8 +21,7 @@ class FactoredNorm {
   const bf16* parts() const { return parts_.data(); }
 
   // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for `rows` rows of W, a multiple of 4, from
-  // `first` on; squares
-  // [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
+  // `first` on; squares [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
   void finish(int64_t first, int64_t rows, const float* squares, const float* u, int64_t ld,
               const float* magnitude, float* norm, float* gain) const;
 

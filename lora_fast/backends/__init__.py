@@ -47,23 +47,23 @@ FEW = f"lora_linear, up to {FEW_TOKENS} tokens"
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UP_TO_FLOAT32 = _WIDE[1:]
 
-# What was measured, in the reasons of "cpu": 4096², bfloat16, rank 16, 2 threads,
-# benchmarks/results/intel-xeon-processor-2-threads/layer.json. No GPU has run these kernels yet: what their reasons
-# count in bytes and FLOPs is predicted (benchmarks/cost.py).
+# `lora-fast info` prints a reason on machines that nobody measured: it says what the backend does (bytes, passes,
+# launches) and no time. benchmarks/results has times, each with its machine. No GPU has run these kernels yet: what
+# their reasons count in bytes and FLOPs is predicted (benchmarks/cost.py).
 TABLE = (
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=("weight_norm", "merge_weight"),
         dtypes=_WIDE,
-        reason="one C++ pass over W: weight_norm takes 1.6 ms where torch takes 38",
+        reason="one C++ pass over W, where torch makes several passes over each block of rows",
     ),
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=(),
         dtypes=_WIDE,
-        reason="products and passes in C++: a DoRA step of 512 tokens takes 19 ms where torch takes 69",
+        reason="update, gain and bias in one C++ pass after the product; on AMX, for whole tiles, in the product",
     ),
     Row(
         backend="triton",
@@ -77,7 +77,7 @@ TABLE = (
         devices=("cuda",),
         ops=(FEW,),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: W is read once by either; one C++ call launches what takes Triton's Python 30 µs",
+        reason="predicted: W is read once by either; one C++ call launches what Triton launches from Python",
     ),
     Row(
         backend="triton",
