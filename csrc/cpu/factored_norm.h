@@ -14,7 +14,7 @@ class FactoredNorm {
  public:
   FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling);
 
-  // The parts of A, [columns(), rounded up to kPartRows][K], zero behind: the columns of U.
+  // The parts of A, [columns(), rounded up to kPartRows][K], zero-padded: the columns of U.
   static constexpr int64_t kPartRows = 32;
   int64_t columns() const { return parts_count_ * v_.rank; }
   int64_t padded_columns() const { return round_up(columns(), kPartRows); }
