@@ -154,6 +154,21 @@ def test_asyncio_tasks_that_interleave_keep_their_own() -> None:
     assert backends.default_backend() == "auto"
 
 
+def test_an_asyncio_task_created_inside_starts_with_the_block_and_keeps_it() -> None:
+    async def later(block_left: asyncio.Event) -> str:
+        await block_left.wait()
+        return backends.default_backend()
+
+    async def create() -> str:
+        block_left = asyncio.Event()
+        with lora_fast.use_backend("torch"):
+            task = asyncio.create_task(later(block_left))
+        block_left.set()
+        return await task
+
+    assert asyncio.run(create()) == "torch"
+
+
 def weighted_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, weight, lora_A, lora_B, magnitude, all but the weight with a gradient."""
     x, weight, lora_A, lora_B, magnitude = (torch.randn(size) for size in ((3, IN), (7, IN), (2, IN), (7, 2), (7,)))

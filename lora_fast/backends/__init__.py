@@ -304,20 +304,22 @@ def set_backend(backend: str) -> None:
 
 
 def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
-    """A context manager: what ``backend="auto"`` means for the calls in its block, and in no other thread or task.
+    """A context manager: what ``backend="auto"`` means for the calls that its block makes.
 
     ::
 
         with lora_fast.use_backend("torch"):
             loss = model(x)
 
-    It is kept in a ContextVar: an asyncio task has its own, and a thread that is started in the block sees the default
-    of the process (:func:`set_backend`). Backward runs on its forward's backend, wherever it is called. So does what
-    activation checkpointing computes again, in lora_fast's layers (see :class:`ForwardDefault`); a checkpointed
-    function that calls :mod:`lora_fast.functional` itself finds the default that holds where backward runs, so name its
-    backend there.
-    ``torch.compile`` reads it when it traces, and with ``fullgraph=True`` cannot trace the block itself: open it around
-    the first call of the compiled function. Raises ValueError for an unknown name, before the block is entered.
+    It is kept in a ContextVar, so no other thread or asyncio task sees it. A task that is created in the block starts
+    with it, and a thread with the default of the process (:func:`set_backend`). ``torch.compile`` reads it when it
+    traces, and with ``fullgraph=True`` cannot trace the block itself: open it around the first compiled call.
+
+    Backward runs on its forward's backend, wherever it is called. So does what activation checkpointing computes again,
+    in lora_fast's layers (see :class:`ForwardDefault`); a checkpointed function that calls :mod:`lora_fast.functional`
+    itself finds the default that holds where backward runs, so name its backend there.
+
+    Raises ValueError for an unknown name, before the block is entered.
     """
     check_name(backend)
     return _open_block(backend)
