@@ -9,7 +9,7 @@ Start with :func:`accelerate` for a PEFT model, :func:`apply` for another, :clas
 """
 
 from lora_fast import functional
-from lora_fast.backends import use_backend
+from lora_fast.backends import set_backend, use_backend
 from lora_fast.integrations import accelerate, restore
 from lora_fast.io import load_adapter, save_adapter
 from lora_fast.nn import (
@@ -37,6 +37,7 @@ __all__ = [
     "load_adapter",
     "restore",
     "save_adapter",
+    "set_backend",
     "trainable_parameters",
     "unfreeze_norms",
     "use_backend",

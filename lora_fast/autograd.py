@@ -1,7 +1,7 @@
 """One torch.autograd.Function per op. First order only: jvp, vmap and double backward raise.
 
-Kept for backward: x and, when the gain wants a gradient, the product before gain and bias [..., N] (law 2);
-h [..., R] and the parameters besides. The output is never kept: users write it in place.
+Kept for backward: x and, when the gain wants a gradient, the product before gain and bias [..., N] (law 2 of
+docs/design.md); h [..., R] and the parameters besides. The output is never kept: users write it in place.
 A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply binds the
 arguments to forward's signature at every call, which costs 50 µs for twelve named ones.
 """

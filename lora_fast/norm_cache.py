@@ -1,5 +1,6 @@
-"""The norm is recomputed when something changed, and only then; content decides, not bookkeeping (law 3).
+"""The norm is recomputed when something changed, and only then; content decides, not bookkeeping.
 
+That is law 3 of docs/design.md.
 A layer keeps its last norm and a key of what it was computed from: a 64-bit hash of the bits of lora_A and lora_B,
 the scaling, the axis, and for the frozen weight its data pointer, version, shape, strides and a hash of some thousand
 sampled elements. The op ``weight_norm_kept`` computes the key anew at every call, at run time, and compares.

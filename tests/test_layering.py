@@ -179,6 +179,19 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
     assert violations(tmp_path) == []
 
 
+def test_laws_that_are_cited_are_stated() -> None:
+    stated = re.findall(r"^(\d+)\. \*\*", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cited = {
+        number
+        for folder in (*PACKAGES, "csrc", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".cpp", ".h", ".cuh", ".cu"}
+        for number in re.findall(r"\b[Ll]aw (\d+)", path.read_text(encoding="utf-8"))
+    }
+    assert stated == [str(number + 1) for number in range(len(stated))]
+    assert {"1", "2", "3"} <= cited <= set(stated)
+
+
 def test_the_gpu_command_runs_every_module_that_a_gpu_can_run() -> None:
     """But the tests of the interpreter itself."""
     from conftest import ON_EVERY_DEVICE

@@ -1,4 +1,4 @@
-"""Law 2 at a size where it hurts: the peak resident size of a child process."""
+"""Law 2 of docs/design.md at a size where it hurts: the peak resident size of a child process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fast import functional, reference
 torch.set_num_threads(1)
 module = functional if sys.argv[1] == "fast" else reference
 if sys.argv[1] == "fast":
-    lora_fast.use_backend(sys.argv[2])
+    lora_fast.set_backend(sys.argv[2])
 N = K = 6144
 weight = torch.randn(N, 1).bfloat16().expand(N, K).contiguous()
 lora_A, lora_B = torch.randn(16, K).bfloat16().requires_grad_(), torch.randn(N, 16).bfloat16().requires_grad_()

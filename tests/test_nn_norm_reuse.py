@@ -1,4 +1,4 @@
-"""Law 3 through the modules: the norm is recomputed when something changed, and only then.
+"""Law 3 of docs/design.md through the modules: the norm is recomputed when something changed, and only then.
 
 Every change is also tried on two caches that break the law, to show that the tests can see it: one that never looks,
 and one keyed on (data_ptr, _version).

@@ -153,40 +153,71 @@ def test_non_strict_loads_what_is_there(kind: str, names: set[str]) -> None:
         assert_unchanged(other, {**before, **{name: layer.state_dict()[name] for name in names}})
 
 
-def broken_state_dicts(state: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
-    """Each key of the layer missing, misshapen, of a wrong type; and keys that nobody knows."""
-    broken: dict[str, tuple[dict[str, Any], str]] = {}
+def misfits(state: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Each key of the layer with a value of a wrong shape, and of a wrong type, and what is said of it."""
+    found: dict[str, tuple[Any, str]] = {}
     for key, value in state.items():
-        rest = {name: value for name, value in state.items() if name != key}
-        broken[f"{key} missing"] = (rest, f'Missing key.*"a.b.{key}"')
-        broken[f"{key} misshapen"] = ({**state, key: torch.ones(*value.shape, 2)}, f"size mismatch for a.b.{key}: got ")
-        broken[f"{key} no tensor"] = ({**state, key: [1.0]}, f'"a.b.{key}": got list, expected a Tensor')
-    broken["unexpected"] = ({**state, "lora_C": torch.ones(1)}, 'Unexpected key.*"a.b.lora_C"')
-    broken["unexpected inside"] = ({**state, "linear.scale": torch.ones(1)}, 'Unexpected key.*"a.b.linear.scale"')
-    broken["empty"] = ({}, "Missing key")
-    return broken
+        found[f"{key} misshapen"] = ({key: torch.ones(*value.shape, 2)}, f"size mismatch for PREFIX{key}: got ")
+        found[f"{key} no tensor"] = ({key: [1.0]}, f'"PREFIX{key}": got list, expected a Tensor')
+    return found
 
 
+def alone_and_in_a_model(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The layer, and a model that has it under a prefix."""
+    return [(layer, ""), (nn.ModuleDict({"a": nn.ModuleDict({"b": layer})}), "a.b.")]
+
+
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_state_dict_leaves_the_layer_unchanged(kind: str) -> None:
-    layer, other = make_layer(kind, seed=1), make_layer(kind, seed=2)
-    model = nn.ModuleDict({"a": nn.ModuleDict({"b": other})})
+def test_a_value_that_does_not_fit_leaves_the_layer_unchanged(kind: str, strict: bool) -> None:
+    state, other = dict(make_layer(kind, seed=1).state_dict()), make_layer(kind, seed=2)
     before = snapshot(other)
-    for name, (state, message) in broken_state_dicts(dict(layer.state_dict())).items():
-        for module, prefix in ((other, ""), (model, "a.b.")):
-            with pytest.raises(RuntimeError, match=message.replace("a.b.", prefix)) as caught:
-                module.load_state_dict({prefix + key: value for key, value in state.items()})
-            key = message.split('"')[-2] if '"' in message else None
-            if key:  # said once, not by the layer and its linear both
-                assert str(caught.value).count(key.replace("a.b.", prefix) + '"') == 1, name
+    for misfit, message in misfits(state).values():
+        for module, prefix in alone_and_in_a_model(other):
+            given = {prefix + key: value for key, value in {**state, **misfit}.items()}
+            with pytest.raises(RuntimeError, match=message.replace("PREFIX", prefix)) as caught:
+                module.load_state_dict(given, strict=strict)
+            assert len(str(caught.value).splitlines()) == 2  # said once, not by the layer and its linear both
             assert_unchanged(other, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_misshapen_key_is_an_error_without_strict_too(kind: str) -> None:
-    layer = make_layer(kind)
+def test_a_misfit_hides_no_missing_or_unexpected_key(kind: str) -> None:
+    state, layer = dict(make_layer(kind, seed=1).state_dict()), make_layer(kind, seed=2)
     before = snapshot(layer)
-    state = {**make_layer(kind, seed=3).state_dict(), "lora_A": torch.ones(RANK + 1, IN)}
-    with pytest.raises(RuntimeError, match="size mismatch for lora_A"):
-        layer.load_state_dict(state, strict=False)
+    del state["lora_B"]
+    with pytest.raises(RuntimeError) as caught:
+        layer.load_state_dict({**state, "lora_A": torch.ones(RANK + 1, IN), "lora_C": torch.ones(1)})
+    for said in ("size mismatch for lora_A", 'Missing key(s) in state_dict: "lora_B"', '"lora_C"'):
+        assert said in str(caught.value)
     assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_and_unexpected_keys_are_what_torch_says_of_them(kind: str) -> None:
+    """As of a module of PyTorch's own with the same parameters: the same words, and the same that was loaded."""
+    state = dict(make_layer(kind, seed=1).state_dict())
+    broken = [{name: value for name, value in state.items() if name != key} for key in state]
+    broken += [{}, {**state, "lora_C": torch.ones(1)}, {**state, "linear.scale": torch.ones(1)}]
+    for given in broken:
+        layer = make_layer(kind, seed=2)
+        plain = plain_module(layer)
+        for (module, prefix), (twin, _) in zip(alone_and_in_a_model(layer), alone_and_in_a_model(plain), strict=True):
+            prefixed = {prefix + key: value for key, value in given.items()}
+            with pytest.raises(RuntimeError) as theirs:
+                twin.load_state_dict(prefixed)
+            with pytest.raises(RuntimeError) as ours:
+                module.load_state_dict(prefixed)
+            assert str(ours.value).replace(type(module).__name__, type(twin).__name__) == str(theirs.value)
+            assert_unchanged(layer, snapshot(plain))
+            expected_keys, keys = (m.load_state_dict(prefixed, strict=False) for m in (twin, module))
+            assert keys == expected_keys
+
+
+def plain_module(layer: Any) -> nn.Module:
+    """A module without code of its own, with copies of the layer's parameters under their names."""
+    plain = nn.Module()
+    plain.linear = copy.deepcopy(layer.linear)
+    for name, parameter in layer.named_parameters(recurse=False):
+        plain.register_parameter(name, copy.deepcopy(parameter))
+    return plain

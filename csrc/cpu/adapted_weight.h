@@ -1,5 +1,4 @@
-// V[rows × cols] = W + s P Q, turned so that W's columns are adjacent in memory where one of its strides is
-// 1:
+// V[rows × cols] = W + s P Q, transposed where that makes W's columns adjacent in memory:
 //   W as it is:    P = lora_B [N, R], Q = lora_A [R, K]
 //   W transposed:  P = lora_Aᵀ [K, R], Q = lora_Bᵀ [R, N]
 #pragma once

@@ -22,15 +22,16 @@ struct Panels {
   int64_t steps;
 };
 
-// The operand that a loop over blocks changes at each turn: its loads leave the first-level cache to the
-// other.
+// The operand that changes with each iteration of a loop over blocks: its loads leave the first-level cache
+// to the other.
 enum class Streamed { a, b };
 
 // c [2][2][16][16] = or += the sum of the products
 void panel_product(Streamed streamed, std::initializer_list<Panels> products, float* c, bool accumulate);
 
-// Where a row of a panel lies, as 16 · tile + row: in order, or even rows in the first tile and odd ones in
-// the second, so that a block turned over has the columns of a strip (see Strip).
+// Where a row of a panel lies, as 16 · tile + row: in order, or de-interleaved, even rows in the first tile
+// and odd ones in the second, so that the columns of a transposed block are in the order of a strip (see
+// Strip).
 enum class RowOrder { plain, dealt };
 
 // An a-panel from up to 32 rows of m (row stride ld), `steps` steps of 32 columns; missing rows are zero.
@@ -40,7 +41,7 @@ void pack_rows(const bf16* m, int64_t ld, int64_t rows, int64_t steps, RowOrder 
 void pack_columns(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out);
 
 // One step of the b-panels of `strips` strips of 32 columns, summed over up to 32 rows of m; missing rows are
-// zero. Strip i goes to out + i · out_stride, its columns dealt (see Strip).
+// zero. Strip i goes to out + i · out_stride, its columns de-interleaved (see Strip).
 void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_t strips, bf16* out, int64_t out_stride);
 
 }  // namespace lora_fast

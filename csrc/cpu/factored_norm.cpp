@@ -32,7 +32,7 @@ LORA_FAST_INLINE void widen_row_as(const T* row, int64_t length, float* out) {
   }
 }
 
-// out [length in whole vectors] = a row of bfloat16 or float32, zero behind
+// out [length in whole vectors] = a row of bfloat16 or float32, zero-padded
 LORA_FAST_CLONES void widen_row(const void* row, bool wide, int64_t length, float* out) {
   if (wide) {
     widen_row_as(static_cast<const float*>(row), length, out);
@@ -77,7 +77,7 @@ struct Adapter {
   float scaling, coherence;
 };
 
-// U of one row, sixteen ranks from `at` on, zero behind the last: the sum of its parts
+// U of one row, sixteen ranks from `at` on, zero past the last: the sum of its parts
 LORA_FAST_INLINE f32x16 projected(const Adapter& op, const float* u, int64_t at) {
   f32x16 sum{};
   for (int64_t part = 0; part < op.parts; ++part) {

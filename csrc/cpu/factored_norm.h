@@ -14,15 +14,14 @@ class FactoredNorm {
  public:
   FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling);
 
-  // The parts of A, [columns(), rounded up to kPartRows][K], zero behind: the columns of U.
+  // The parts of A, [columns(), rounded up to kPartRows][K], zero-padded: the columns of U.
   static constexpr int64_t kPartRows = 32;
   int64_t columns() const { return parts_count_ * v_.rank; }
   int64_t padded_columns() const { return round_up(columns(), kPartRows); }
   const bf16* parts() const { return parts_.data(); }
 
   // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for `rows` rows of W, a multiple of 4, from
-  // `first` on; squares
-  // [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
+  // `first` on; squares [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
   void finish(int64_t first, int64_t rows, const float* squares, const float* u, int64_t ld,
               const float* magnitude, float* norm, float* gain) const;
 

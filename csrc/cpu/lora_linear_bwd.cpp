@@ -1,7 +1,8 @@
 // The backward of lora_linear in bfloat16, in blocks of 512 tokens:
 //   dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v   dbias = Σ_t dy   dh = s dv B   dB = s dvᵀ h
 //   dA = dhᵀ x   dx = dv W + dh A
-// One pass over dy and v gives all of the first line; dh then opens the sums of dx, and dA goes along.
+// One pass over dy and v gives all of the first line; the sums of dx then start from dh A, and dA is computed
+// in the same loop.
 #include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
@@ -260,7 +261,7 @@ LORA_FAST_CLONES void store_grad_A(const Linear& op, T* out, int64_t begin, int6
   }
 }
 
-// out [N, R] = s times blocks [N / 32][rank panels] turned over, the outputs [begin, end) in panels
+// out [N, R] = s times blocks [N / 32][rank panels] transposed, the outputs [begin, end) in panels
 template <class T>
 LORA_FAST_CLONES void store_grad_B(const Linear& op, T* out, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {

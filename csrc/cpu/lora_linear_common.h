@@ -75,8 +75,8 @@ inline bool keeps_bf16(double scaling) {
   return scaling == 0.0 || (std::fabs(mantissa) == 0.5 && exponent > -64 && exponent < 64);
 }
 
-// out [rows][width] = factor · m from `row` on in bfloat16, zero behind; with `split` what the rounding
-// leaves lies behind it, at column m.cols: their sum is the float32 product to 2^-17.
+// out [rows][width] = factor · m from `row` on in bfloat16, zero-padded; with `split` the rounding error, in
+// bfloat16 too, follows at column m.cols: their sum is the float32 product to 2^-17.
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out);
 

@@ -1,6 +1,6 @@
-// y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 352 outputs and 512 tokens: the update
-// opens each block's float32 sums, gain and bias close them. The product is made turned over, W x, because
-// x is cheaper to rearrange than W.
+// y = gain ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + bias in bfloat16, in blocks of 352 outputs and 512 tokens: each
+// block's float32 sums start from the update, and gain and bias are applied to them at the end. The product
+// is computed transposed, W xᵀ, because x is cheaper to rearrange than W.
 #include "factored_norm.h"
 #include "lora_linear_common.h"
 #include "ops.h"
@@ -29,7 +29,7 @@ struct Tokens {
   int64_t norm_panels;  // of the parts, in the first block of tokens; else none
 };
 
-// f(token, strip) for eight tokens of a block c whose rows are 32 outputs, dealt.
+// f(token, strip) for eight tokens of a block c whose rows are 32 outputs, de-interleaved.
 template <class F>
 LORA_FAST_INLINE void for_turned(const float* c, int64_t first, int64_t tokens, const F& f) {
   u32x16 even[8], odd[8];

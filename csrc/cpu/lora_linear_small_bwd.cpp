@@ -1,6 +1,6 @@
 // The backward of lora_linear for up to 32 tokens in bfloat16:
-//   dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v   dbias = Σ_t dy   dh = s dv B   dB = dvᵀ (s h)   dA = dhᵀ x   dx =
-//   dv W + dh A
+//   dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v   dbias = Σ_t dy   dh = s dv B   dB = dvᵀ (s h)
+//   dA = dhᵀ x   dx = dv W + dh A
 // First over the columns of dy, then, with dh complete, over the columns of x and of W.
 #include "lora_linear_common.h"
 #include "ops.h"

@@ -98,7 +98,7 @@ struct Small {
   std::atomic<uint64_t>* sample;
 };
 
-// turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns dealt (see Strip).
+// turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns de-interleaved (see Strip).
 template <int64_t tiles>
 LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t ld, int64_t n,
                                  float (*turned)[kStrip]) {

@@ -44,7 +44,8 @@ class PackedPanels {
   Scratch<char> data_;
 };
 
-// A vector as float, or double where wide, zero-padded to whole tiles, in the order of strips where dealt.
+// A vector as float, or double where wide, zero-padded to whole tiles, in the order of strips where
+// `dealt` (see Strip).
 class PackedVector {
  public:
   PackedVector(const Tensor& vector, bool wide, bool dealt);

@@ -63,7 +63,7 @@ struct RankLayout {
         step(amx ? (rank + 2 * steps - 1) / (2 * steps) * 2 : rank),
         depth(steps * step) {}
   int64_t rank;
-  bool dealt;  // Q's columns lie as strips of a 16-bit W do
+  bool dealt;  // Q's columns are de-interleaved as those of a 16-bit W are, see Strip
   bool amx;
   int64_t steps, step, depth;
 };

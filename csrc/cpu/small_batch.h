@@ -31,7 +31,7 @@ void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles,
 void row_squares(const bf16* weight, int64_t ld, int64_t depth, float* sums, Ahead ahead);
 
 // c [strips][tiles · 16][32] += g W for 32 rows of W (row stride ld elements) and `strips` strips of 32
-// columns; g is [tiles · 16][32] with row stride ld_g. The columns of c are dealt (see Strip).
+// columns; g is [tiles · 16][32] with row stride ld_g. The columns of c are de-interleaved (see Strip).
 void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
                     int64_t tiles, float* c);
 

@@ -142,15 +142,16 @@ LORA_FAST_INLINE void store(T* p, Vec<F> v) {
   }
 }
 
-// A strip is 32 adjacent columns in two vectors. Of a 16-bit type they are dealt, the even columns to the
-// first and the odd ones to the second, which costs a shift and a mask where widening in order costs
-// shuffles; of wider types they are the two halves. What meets them lane by lane is packed in the same order.
+// A strip is 32 adjacent columns in two vectors. Of a 16-bit type they are de-interleaved ("dealt" in names):
+// the even columns are in the first and the odd ones in the second, which costs a shift and a mask where
+// widening in order costs shuffles; of wider types the vectors are the two halves. Operands that are combined
+// with a strip lane by lane are packed in the same order.
 constexpr int64_t kStrip = 2 * kLanes;
 
 template <class T>
 constexpr bool kDealt = sizeof(T) == 2;
 
-// Where a column of a dealt line lies.
+// The index of a column in a de-interleaved line.
 inline int64_t dealt_position(int64_t column) {
   const int64_t within = column % kStrip;
   return column - within + within % 2 * kLanes + within / 2;
@@ -203,7 +204,7 @@ LORA_FAST_INLINE void store_strip_n(T* p, Strip<F> s, int64_t n) {
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
-// The two vectors of a strip of F from the order of its columns to the dealt one.
+// De-interleaves the two vectors of a strip of F, which hold its columns in order.
 template <class V>
 LORA_FAST_INLINE void deal_strip(V& first, V& second) {
   const V even =
@@ -212,7 +213,7 @@ LORA_FAST_INLINE void deal_strip(V& first, V& second) {
   first = even;
 }
 
-// And back.
+// The inverse: interleaves them again.
 template <class V>
 LORA_FAST_INLINE void undeal_strip(V& even, V& odd) {
   const V first = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -255,7 +256,7 @@ LORA_FAST_INLINE void transpose_words(const void* rows, int64_t row_bytes, u32x1
   for (int i = 0; i < 4; ++i) exchange(out[i], out[i + 4], four);
 }
 
-// Two vectors as they lie, already in the order of the strip.
+// Two vectors from memory that is in the order of the strip already.
 template <class F>
 LORA_FAST_INLINE Strip<F> load_packed(const F* p) {
   return {load<F>(p), load<F>(p + kLanes)};

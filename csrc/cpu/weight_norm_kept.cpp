@@ -1,4 +1,4 @@
-// The kept norm while nothing that it depends on has changed (law 3).
+// The kept norm while nothing that it depends on has changed (law 3 of docs/design.md).
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>

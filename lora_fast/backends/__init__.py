@@ -5,10 +5,13 @@ A backend is one row (or more) in :data:`TABLE` and one module of this package.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -44,23 +47,23 @@ FEW = f"lora_linear, up to {FEW_TOKENS} tokens"
 _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UP_TO_FLOAT32 = _WIDE[1:]
 
-# What was measured, in the reasons of "cpu": 4096², bfloat16, rank 16, 2 threads,
-# benchmarks/results/intel-xeon-processor-2-threads/layer.json. No GPU has run these kernels yet: what their reasons
-# count in bytes and FLOPs is predicted (benchmarks/cost.py).
+# `lora-fast info` prints a reason on machines that nobody measured: it says what the backend does (bytes, passes,
+# launches) and no time. benchmarks/results has times, each with its machine. No GPU has run these kernels yet: what
+# their reasons count in bytes and FLOPs is predicted (benchmarks/cost.py).
 TABLE = (
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=("weight_norm", "merge_weight"),
         dtypes=_WIDE,
-        reason="one C++ pass over W: weight_norm takes 1.6 ms where torch takes 38",
+        reason="one C++ pass over W, where torch makes several passes over each block of rows",
     ),
     Row(
         backend="cpu",
         devices=("cpu",),
         ops=(),
         dtypes=_WIDE,
-        reason="products and passes in C++: a DoRA step of 512 tokens takes 19 ms where torch takes 69",
+        reason="update, gain and bias in one C++ pass after the product; on AMX, for whole tiles, in the product",
     ),
     Row(
         backend="triton",
@@ -74,7 +77,7 @@ TABLE = (
         devices=("cuda",),
         ops=(FEW,),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: W is read once by either; one C++ call launches what takes Triton's Python 30 µs",
+        reason="predicted: W is read once by either; one C++ call launches what Triton launches from Python",
     ),
     Row(
         backend="triton",
@@ -257,18 +260,30 @@ def fuses_norm(name: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Ten
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_default: str | None = None
+@dataclass(frozen=True)
+class _Block:
+    """The :func:`use_backend` that is open, and the backward that it was entered in."""
+
+    backend: str
+    graph_task: int
+
+
+_NO_BACKWARD = -1  # what autograd's engine gives as the number of its task outside of a backward
+_process_default: str | None = None
+_block: ContextVar[_Block | None] = ContextVar("lora_fast_backend", default=None)
 
 
 def default_backend() -> str:
-    """What ``backend="auto"`` stands for: :class:`use_backend`'s, else ``LORA_FAST_BACKEND``, else "auto"."""
+    """What ``backend="auto"`` stands for: the first that is set of use_backend, set_backend, LORA_FAST_BACKEND."""
     return default_backend_source()[0]
 
 
 def default_backend_source() -> tuple[str, str]:
     """The default backend and where it comes from."""
-    if _default is not None:
-        return _default, "use_backend"
+    if block := _block.get():
+        return block.backend, "use_backend"
+    if _process_default is not None:
+        return _process_default, "set_backend"
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     if value:
         check_name(value, ENVIRONMENT_VARIABLE)
@@ -276,30 +291,72 @@ def default_backend_source() -> tuple[str, str]:
     return "auto", "built-in"
 
 
-class use_backend:
-    """Set the backend that ``backend="auto"`` means, for the whole process.
+def set_backend(backend: str) -> None:
+    """Set what ``backend="auto"`` means in this process, in all of its threads, until it is set again.
 
-    As a function it stays set; as a context manager the former one returns at the end::
+    It comes before the environment variable ``LORA_FAST_BACKEND``, and :func:`use_backend` before both; "auto" leaves
+    every call to the table. The backend must be there when an op runs, not yet here. Raises ValueError for an unknown
+    name.
+    """
+    global _process_default
+    check_name(backend)
+    _process_default = backend
 
-        lora_fast.use_backend("torch")
-        with lora_fast.use_backend("cpu"):
-            ...
 
-    Raises ValueError for an unknown name. The backend must be there when an op runs, not yet here.
+def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
+    """A context manager: what ``backend="auto"`` means for the calls that its block makes.
+
+    ::
+
+        with lora_fast.use_backend("torch"):
+            loss = model(x)
+
+    It is kept in a ContextVar, so no other thread or asyncio task sees it. A task that is created in the block starts
+    with it, and a thread with the default of the process (:func:`set_backend`). ``torch.compile`` reads it when it
+    traces, and with ``fullgraph=True`` cannot trace the block itself: open it around the first compiled call.
+
+    Backward runs on its forward's backend, wherever it is called. So does what activation checkpointing computes again,
+    in lora_fast's layers (see :class:`ForwardDefault`); a checkpointed function that calls :mod:`lora_fast.functional`
+    itself finds the default that holds where backward runs, so name its backend there.
+
+    Raises ValueError for an unknown name, before the block is entered.
+    """
+    check_name(backend)
+    return _open_block(backend)
+
+
+@contextlib.contextmanager
+def _open_block(backend: str) -> Iterator[None]:
+    token = _block.set(_Block(backend, torch._C._current_graph_task_id()))
+    try:
+        yield
+    finally:
+        _block.reset(token)
+
+
+class ForwardDefault:
+    """The default backend of a layer's last forward, for the recomputation of that forward in backward.
+
+    Activation checkpointing calls the layer a second time, inside autograd's engine: after the block of
+    :func:`use_backend` was left and, on a GPU, in a thread that never saw it. That a call is a recomputation is
+    certain, since a task of the engine runs in its thread. Which forward it repeats is told to nobody, and is taken to
+    be the layer's last. So a layer that runs under two defaults before the backward of the first takes the second's
+    there: its backend must be named.
     """
 
-    def __init__(self, backend: str) -> None:
-        global _default
-        check_name(backend)
-        self._former = _default
-        _default = backend
+    def __init__(self) -> None:
+        self._backend: str | None = None
 
-    def __enter__(self) -> use_backend:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        global _default
-        _default = self._former
+    def in_force(self) -> contextlib.AbstractContextManager[None]:
+        """The context for one call of the layer: remembers the default in a forward, brings it back in a backward."""
+        if torch.compiler.is_compiling():  # a traced graph has its backends' names in it, in the recomputation too
+            return contextlib.nullcontext()
+        graph_task, block = torch._C._current_graph_task_id(), _block.get()
+        if graph_task == _NO_BACKWARD:
+            self._backend = default_backend()
+        elif self._backend is not None and (block is None or block.graph_task != graph_task):
+            return _open_block(self._backend)
+        return contextlib.nullcontext()  # a block that the recomputation itself has entered again holds as it is
 
 
 OPS = ("weight_norm", "lora_linear", FEW, "lora_compose", "merge_weight")

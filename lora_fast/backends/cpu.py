@@ -1,6 +1,9 @@
-"""C++ kernels for the CPU: the norm and the passes around PyTorch's products.
+"""C++ kernels for the CPU: the norm, the passes around products and, on AMX, products themselves.
 
-The schemas of ``lora_fast_c`` are defined here, and implemented by the extension ``lora_fast._C`` (csrc).
+Around PyTorch's products there are passes of ours (:mod:`lora_fast.backends.split`). On a processor with AMX, for sizes
+of whole tiles, bfloat16 products are made here with those passes in them, DoRA's norm too, and float32 products of
+three bfloat16 parts; the limits stand below :class:`_CpuLinear`. The schemas of ``lora_fast_c`` are defined here and
+are implemented by the extension ``lora_fast._C`` (csrc).
 """
 
 from __future__ import annotations
@@ -205,12 +208,12 @@ class _CpuLinear(SplitLinear):
 
 
 _ADAPTER_DTYPES = (torch.bfloat16, torch.float32)
-SMALL_TOKENS = 32  # two AMX tiles: W is read once and not rearranged
-FLOAT_TOKENS = 64  # fewer are a read of W, which PyTorch's product does not rearrange
-FLOAT_WEIGHT = 1 << 19  # elements; smaller ones are split again for too few tokens, see csrc/cpu/float_product.cpp
+SMALL_TOKENS = 32  # two AMX tiles: W is read once and not repacked
+FLOAT_TOKENS = 64  # below, the time is that of reading W, which PyTorch's product does without repacking it
+FLOAT_WEIGHT = 1 << 19  # elements; a smaller W is split for too few products with each part, csrc/cpu/float_product.cpp
 PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no gain to apply
-SMALL_RANK = 128  # the small kernels' rank step is not done in tiles
-FUSED_RANK = 128  # above, the norm's columns are a product of their own size
+SMALL_RANK = 128  # the kernels for few tokens do the rank step on vectors, not in AMX tiles
+FUSED_RANK = 128  # above, W lora_Aᵀ, from which the fused norm is made, is as much work as a product of many tokens
 
 
 def fuses_norm(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -232,6 +235,7 @@ def dora_linear_fwd(
     kept_key: Tensor | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, product, h, norm [N]): lora_linear_fwd with the gain magnitude / norm; the kept norm if it holds."""
     norm = weight.new_empty(weight.shape[0], dtype=torch.float32)
     if weight.is_inference():  # no version to trust
         kept_norm = kept_key = None

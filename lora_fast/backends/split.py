@@ -1,11 +1,12 @@
-"""lora_linear and lora_compose as PyTorch's own products with a backend's passes around them.
+"""lora_linear and lora_compose as products with W, x and the adapter, with a backend's passes around them.
 
     forward   base = x Wᵀ      h = drop(x) Aᵀ      y = gain ⊙ (base + s h Bᵀ) + bias
     backward  dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v  dbias = Σ_t dy
               dh = s dv B      dB = dvᵀ (s h)      dA = dhᵀ drop(x)        dx = dv W + drop(dh A)
 
 With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
-For backends whose products are PyTorch's (torch, cpu); a fused backend writes its own.
+The products here are PyTorch's. The backend torch uses the class as it is; cpu and cuda subclass it, with kernels of
+their own for the sizes and dtypes that they name, where a kernel makes one of the products or all of a linear.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class SplitLinear:
         return self.dropout(_rows(x), seed, dropout_p).view(x.shape)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
-        """x Wᵀ + bias, contiguous: one product as nn.Linear's, so that lora_B = 0 gives its output to the bit"""
+        """x Wᵀ + bias, contiguous; where lora_B = 0 to the bit what nn.Linear gives."""
         return F.linear(x, weight, bias).contiguous()
 
     def _product_grad(self, grad_v: Tensor, weight: Tensor) -> Tensor:

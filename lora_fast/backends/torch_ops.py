@@ -98,7 +98,7 @@ def weight_norm_kept(
 
 
 def content_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
-    """int64 [KEY_LENGTH]: everything that the norm depends on (law 3)."""
+    """int64 [KEY_LENGTH]: everything that the norm depends on (law 3 of docs/design.md)."""
     layout = hash((weight.shape, weight.stride(), weight.dtype, lora_A.shape, lora_A.dtype, lora_B.dtype, axis))
     adapter = _bit_hash(lora_A) * 3 + _bit_hash(lora_B)
     # the bits: Python hashes -1.0 and -2.0 alike

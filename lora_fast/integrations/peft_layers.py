@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import functional
+from lora_fast.backends import ForwardDefault
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.integrations import peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
@@ -34,6 +35,7 @@ class State:
 
     compute_dtype: str  # "activation" or "adapter"
     norm_reuse: bool
+    forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
 
 
@@ -45,6 +47,10 @@ class FastLayer(nn.Module, LoraLayer):
     base_layer: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._lora_fast.forward_default.in_force():
+            return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unknown = bool(args) or not peft_names.KNOWN_ARGUMENTS.issuperset(kwargs)
         if unknown or peft_names.is_plain(self) or not self._takes(x):
             return super().forward(x, *args, **kwargs)

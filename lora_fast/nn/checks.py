@@ -91,5 +91,5 @@ def check_norm_axis(norm_axis: Any) -> None:
 
 
 def magnitude_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any is float64, else float32: the dtype of norm, gain and magnitude (law 1)."""
+    """float64 if any is float64, else float32: the dtype of norm, gain and magnitude (law 1 of docs/design.md)."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

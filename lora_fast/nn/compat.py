@@ -1,4 +1,4 @@
-"""State dicts: all of a layer's keys are checked before one is copied, and the articles' keys are read as they are.
+"""State dicts: all of a layer's values are checked before one is copied, and the articles' keys are read as they are.
 
     lora.A [in, r] → lora_A = lora.Aᵀ      lora.B [r, out] → lora_B = lora.Bᵀ      m [1, in] → magnitude [in]
 
@@ -8,12 +8,9 @@ weight, in Sebastian Raschka's "Improving LoRA: Implementing Weight-Decomposed L
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from lora_fast.nn.linear import AdaptedLinear
@@ -21,90 +18,71 @@ if TYPE_CHECKING:
 ARTICLE_KEYS = {"lora.A": "lora_A", "lora.B": "lora_B", "m": "magnitude"}
 
 
-def prepare_load(
-    layer: AdaptedLinear,
-    state_dict: dict[str, Any],
-    prefix: str,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Rewrite ``layer``'s part of ``state_dict`` so that the loading that follows takes all of it or nothing.
+def prepare_load(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """Rewrite ``layer``'s part of ``state_dict`` in our keys; if a value does not fit, so that nothing is loaded.
 
-    When something is wrong it is reported in the lists, and every value is replaced by the layer's own.
+    What does not fit is reported in ``error_msgs``, and every value that came is replaced by the layer's own. Missing
+    and unexpected keys are left to the loading that follows, with what PyTorch promises of them.
     """
     errors: list[str] = []
     if layer.is_merged:
         errors.append(f'"{prefix}*": the layer is merged: its weight holds the update; call unmerge_() before loading.')
-    given_m = prefix + "m" in state_dict
-    _translate(layer, state_dict, prefix, errors)
-
     current = {prefix + name: parameter for name, parameter in layer.named_parameters()}
-    given = [key for key in state_dict if key.startswith(prefix)]
-    missing = [key for key in current if key not in state_dict and not (given_m and key == prefix + "magnitude")]
-    unexpected = [key for key in given if key not in current]
-    for key in given:
-        if key in current:
-            errors += _mismatch(key, state_dict[key], current[key])
+    _translate(layer, state_dict, prefix, errors)
+    given = [key for key in current if key in state_dict]
+    errors += [error for key in given if (error := _mismatch(key, state_dict[key], current[key]))]
 
-    if not errors and not (_is_strict() and (missing or unexpected)):
-        magnitude = state_dict.get(prefix + "magnitude")
-        if magnitude is not None and magnitude.dtype not in (torch.float32, torch.float64):
-            state_dict[prefix + "magnitude"] = magnitude.float()  # law 1, also under assign=True
+    if errors:
+        error_msgs += errors
+        state_dict.update((key, current[key]) for key in given)
         return
-    error_msgs += errors
-    missing_keys += missing
-    unexpected_keys += unexpected
-    for key in given:
-        del state_dict[key]
-    state_dict.update(current)
+    magnitude = state_dict.get(prefix + "magnitude")
+    if magnitude is not None and magnitude.dtype not in (torch.float32, torch.float64):
+        state_dict[prefix + "magnitude"] = magnitude.float()  # law 1 of docs/design.md, also under assign=True
 
 
 def _translate(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
-    names = dict(layer.named_parameters())
+    """Put the articles' values under our keys; the layer's own in the place of one that does not fit."""
+    parameters = dict(layer.named_parameters())
     for theirs, ours in ARTICLE_KEYS.items():
-        value = state_dict.get(prefix + theirs)
-        if value is None or ours not in names or prefix + ours in state_dict or not torch.is_tensor(value):
+        if prefix + theirs not in state_dict or ours not in parameters or prefix + ours in state_dict:
             continue
-        if ours != "magnitude":
-            if value.dim() == 2:
-                state_dict[prefix + ours] = state_dict.pop(prefix + theirs).detach().T.contiguous()
-            else:
-                errors.append(f"size mismatch for {prefix}{theirs}: got {list(value.shape)}, expected two dimensions.")
-            continue
-        n_out, n_in = layer.linear.weight.shape
-        if layer.norm_axis != "input":
-            errors.append(
-                f"{prefix}m: a magnitude per input column, [1, {n_in}], loads into norm_axis='input' only; "
-                f"this layer has norm_axis={layer.norm_axis!r}."
-            )
-        elif list(value.shape) == [1, n_in]:
-            state_dict[prefix + ours] = state_dict.pop(prefix + theirs).detach().reshape(n_in)
+        value = state_dict.pop(prefix + theirs)
+        if error := _article_mismatch(layer, prefix, theirs, value):
+            errors.append(error)
+            state_dict[prefix + ours] = parameters[ours]
+        elif theirs == "m":
+            state_dict[prefix + ours] = value.detach().reshape(-1)
         else:
-            hint = ""
-            if list(value.shape) == [1, n_out]:
-                hint = " One per output is that of the variant that normalises the adapter's output: another function."
-            errors.append(f"size mismatch for {prefix}m: got {list(value.shape)}, expected [1, {n_in}].{hint}")
-        state_dict.pop(prefix + theirs, None)
+            state_dict[prefix + ours] = value.detach().T.contiguous()
 
 
-def _mismatch(key: str, value: Any, parameter: torch.Tensor) -> list[str]:
+def _article_mismatch(layer: AdaptedLinear, prefix: str, name: str, value: Any) -> str | None:
+    """Why an article's value cannot be read as our parameter; whether it then fits is :func:`_mismatch`'s to say."""
+    key = prefix + name
     if not torch.is_tensor(value):
-        return [f'"{key}": got {type(value).__name__}, expected a Tensor.']
+        return f'"{key}": got {type(value).__name__}, expected a Tensor.'
+    if name != "m":
+        return (
+            None if value.dim() == 2 else f"size mismatch for {key}: got {list(value.shape)}, expected two dimensions."
+        )
+    n_out, n_in = layer.out_features, layer.in_features
+    if layer.norm_axis != "input":
+        return (
+            f"{key}: a magnitude per input column, [1, {n_in}], loads into norm_axis='input' only; "
+            f"this layer has norm_axis={layer.norm_axis!r}."
+        )
+    if list(value.shape) == [1, n_in]:
+        return None
+    hint = ""
+    if list(value.shape) == [1, n_out]:
+        hint = " One per output is that of the variant that normalises the adapter's output: another function."
+    return f"size mismatch for {key}: got {list(value.shape)}, expected [1, {n_in}].{hint}"
+
+
+def _mismatch(key: str, value: Any, parameter: torch.Tensor) -> str | None:
+    if not torch.is_tensor(value):
+        return f'"{key}": got {type(value).__name__}, expected a Tensor.'
     if value.shape != parameter.shape:
-        return [f"size mismatch for {key}: got {list(value.shape)}, expected {list(parameter.shape)}."]
-    return []
-
-
-def _is_strict() -> bool:
-    """The ``strict`` of the load_state_dict that is running.
-
-    It tells every module strict=True, whatever its caller said, and collects the missing keys until the end, after
-    everything was copied. The frame is the only place to learn whether a missing key will be an error.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is nn.Module.load_state_dict.__code__:
-            return bool(frame.f_locals["strict"])
-        frame = frame.f_back
-    return True
+        return f"size mismatch for {key}: got {list(value.shape)}, expected {list(parameter.shape)}."
+    return None

@@ -42,6 +42,7 @@ class AdaptedLinear(nn.Module):
         checks.warn_of_large_rank(rank, linear, stacklevel=3)
 
         self.backend = backend
+        self._forward_default = backends.ForwardDefault()
         self.linear = linear
         dtype = adapter_dtype or linear.weight.dtype
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features, dtype=dtype))
@@ -83,6 +84,15 @@ class AdaptedLinear(nn.Module):
     @property
     def is_merged(self) -> bool:
         return self._merged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_merged:
+            return self._merged_forward(x)
+        with self._forward_default.in_force():
+            return self._adapted_forward(x)
+
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         text = f"rank={self.rank}, alpha={self.alpha:g}"
@@ -186,7 +196,7 @@ class AdaptedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        compat.prepare_load(self, state_dict, prefix, missing_keys, unexpected_keys, error_msgs)
+        compat.prepare_load(self, state_dict, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -231,9 +241,7 @@ class LinearWithLoRA(AdaptedLinear):
         self.reset_parameters()
         linear.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_merged:
-            return self._merged_forward(x)
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         dropout_p, seed = self._draw_dropout(x)
         return functional.lora_linear(
             x,
@@ -319,9 +327,7 @@ class LinearWithDoRA(AdaptedLinear):
             text += ", norm_reuse=False"
         return text + (", frozen norm" if self._frozen_gain is not None else "")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_merged:
-            return self._merged_forward(x)
+    def _adapted_forward(self, x: Tensor) -> Tensor:
         if self._frozen_gain is not None:
             return self._frozen_forward(x, self._frozen_gain)
         dropout_p, seed = self._draw_dropout(x)

@@ -1,4 +1,4 @@
-"""The norms of a whole model: forget them, freeze them, release them (law 3)."""
+"""The norms of a whole model: forget them, freeze them, release them (law 3 of docs/design.md)."""
 
 from __future__ import annotations
 

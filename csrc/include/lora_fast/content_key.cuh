@@ -5,7 +5,7 @@
 //   2. begin_kept          in every block of the kernel that computes: adds them, compares with the copy
 //   3. finish_kept         in the kernel after that: the last block to come writes the key
 //
-// Another stream may write the kept key at any time; the copy gives all blocks of a kernel one verdict.
+// Another stream may write the kept key at any time; with the copy all blocks of a kernel decide alike.
 #pragma once
 
 #include <lora_fast/element.cuh>

@@ -2,13 +2,12 @@
 // once.
 //
 //   1. lora_project_small     partial sums of h, float32 [splits, T, R]
-//   2. lora_linear_small      W's rows through registers into the tensor cores, 16 bytes a load and no shared
-//   memory; h is
-//                             added up and rounded when the product is done, so that on compute capability 9
-//                             and later this kernel reads W while the first one still runs
+//   2. lora_linear_small      W's rows through registers into the tensor cores, 16 bytes a load, without
+//                             shared memory; h is added up and rounded when the product is done, so that on
+//                             compute capability 9 and later this kernel reads W while the first still runs
 //
 // In a product a bᵀ over k the order of k is free as long as a and b share it: a lane reads eight adjacent k
-// of a row and deals them to two multiplications.
+// of a row and distributes them over two multiplications.
 #pragma once
 
 #include <lora_fast/element.cuh>
