@@ -34,7 +34,7 @@ from lora_fast.triton_kernels import (
     weight_norm,
 )
 from lora_fast.triton_kernels.adapted_weight import Tile
-from lora_fast.triton_kernels.target import SM90, cdiv
+from lora_fast.triton_kernels.target import SM90, cdiv, rank_block
 
 from . import gpu, report
 
@@ -74,8 +74,9 @@ def sweeps() -> Iterator[Callable[[], Sweep]]:
         yield partial(norm, N, K, R)
     for T in (16, 1):
         yield partial(small, T, 4096, 4096, 16)
-    for T, N, K, R in ((8192, 4096, 4096, 16), (8192, 4096, 4096, 384), (512, 4096, 4096, 16), (8192, 4096, 1024, 16)):
-        yield partial(linear, T, N, K, R)
+    for T, R in ((8192, 16), (8192, 384), (2048, 16), (512, 16)):
+        for backward in (False, True):
+            yield partial(linear, T, 4096, 4096, R, backward)
     for T, N, R in ((8192, 4096, 16), (8192, 8192, 384)):
         yield partial(compose, T, N, R, False)
     for R in (16, 64):
@@ -233,20 +234,32 @@ def small(T: int, N: int, K: int, R: int) -> Sweep:
     return Sweep(name, lora_linear_small, "lora_linear_small_config", call, candidates, others)
 
 
-def linear(T: int, N: int, K: int, R: int) -> Sweep:
+def linear(T: int, N: int, K: int, R: int, backward: bool = False) -> Sweep:
+    """Forward with its product kept, or the gradient of the input: x is grad_v then, W and lora_B are transposed."""
     x, W, h, B, gain = _normal(T, K), _normal(N, K), _normal(T, R), _normal(N, R), _gain(N)
+    if backward:
+        W, B = _normal(K, N).T, _normal(R, N).T
     candidates = [
-        lora_linear_fwd.Config(True, M, N_, K_, max(16, R), warps, stages, group)
+        lora_linear_fwd.Config(True, M, N_, K_, rank_block(R), warps, stages, group)
         for (M, N_, warps), K_, stages, group in product(
             ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8)), (64,), (3, 4), (4, 8, 16)
         )
     ]
 
     def call() -> Tensor:
+        if backward:
+            return lora_linear_fwd.lora_linear_fwd(x, W, None, h, B, 1.0, None, None, False)[0]
         return lora_linear_fwd.lora_linear_fwd(x, W, None, h, B, 0.5, gain, None, True)[0]
 
-    others = {"frozen": lambda: F.linear(x, W)}
-    return Sweep(f"linear {T}×{N}×{K} rank {R}", lora_linear_fwd, "lora_linear_fwd_config", call, candidates, others)
+    def products() -> Tensor:
+        y = F.linear(x, W)
+        kept = None if backward else torch.empty_like(y)
+        lora_compose_fwd.lora_compose_fwd(y, h, B, 0.5, None if backward else gain, None, y, kept)
+        return y
+
+    others: dict[str, Call] = {"frozen": lambda: F.linear(x, W), "products": products}
+    name = f"linear {T}×{N}×{K} rank {R}{' backward' if backward else ''}"
+    return Sweep(name, lora_linear_fwd, "lora_linear_fwd_config", call, candidates, others)
 
 
 def microseconds(call: Call, flush: Tensor) -> float:
