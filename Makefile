@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
+.PHONY: setup demo test builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +18,11 @@ demo: setup
 	$(BIN)/lora-fast demo --output demo
 
 test: setup
-	$(BIN)/pytest -m "not aot"
+	$(BIN)/pytest -m "not aot and not build" -n $(JOBS)
+
+# Wheels and the sdist, installed; the CUDA kernels with nvcc, and their arithmetic on the CPU. A file to a worker.
+builds: setup
+	$(BIN)/pytest -m build -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE))

@@ -29,6 +29,7 @@ from .registry import INFERENCE, STEP, Case
 from .runner import Step
 
 ROUNDS = 5
+PARTS = ("ceilings", "check", "profiles", "host", "rows")
 
 
 def ceilings() -> dict[str, float]:
@@ -87,6 +88,18 @@ def profiles() -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 yield f"{title}, frozen norm", kernels(layer.inference(built, inputs))
 
 
+def profiled(results: dict[str, Any], write: Callable[[], None]) -> None:
+    try:
+        for title, found in profiles():
+            results[title] = found
+            write()
+            print(f"\n{title}: {sum(kernel['us'] for kernel in found):.1f} µs", flush=True)
+            for kernel in found[:16]:
+                print(f"  {kernel['us']:8.1f}  {kernel['calls']:4.1f} ×  {kernel['kernel'][:100]}", flush=True)
+    except Exception as error:  # the profiler is no proof: what follows is worth more than its absence
+        print(f"profiles ended early: {error!r}", flush=True)
+
+
 def kernels(step: Step) -> list[dict[str, Any]]:
     flush = torch.zeros(gpu.FLUSH_BYTES // 4)
     for _ in range(3):
@@ -140,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_fast.benchmarks.gpu_first", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of measuring a row")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was measured")
@@ -155,26 +169,23 @@ def main() -> int:
     def elapsed() -> str:
         return f"[{time.perf_counter() - start:5.1f} s]"
 
-    state["ceilings"] = ceilings()
-    print(elapsed(), state["ceilings"], flush=True)
-    wrong = list(checked(state["check"], write))
-    print(elapsed(), f"checked {len(state['check'])} items, {len(wrong)} faults", flush=True)
-    try:
-        for title, found in profiles():
-            state["profiles"][title] = found
-            write()
-            total = sum(kernel["us"] for kernel in found)
-            print(f"\n{title}: {total:.1f} µs", flush=True)
-            for kernel in found[:16]:
-                print(f"  {kernel['us']:8.1f}  {kernel['calls']:4.1f} ×  {kernel['kernel'][:100]}", flush=True)
-    except Exception as error:  # the profiler is no proof: the rows below are worth more than its absence
-        print(f"profiles ended early: {error!r}", flush=True)
-    print(elapsed(), "profiled", flush=True)
-    state["host"] = host_times()
-    for name, found in state["host"].items():
-        print(f"{name}: {found['wall']:.0f} µs a call", flush=True)
-    write()
-    wrong += gpu.run_rows(gpu.rows(arguments.budget, compiled=False), state["rows"], write)
+    wrong: list[str] = []
+    if "ceilings" in arguments.parts:
+        state["ceilings"] = ceilings()
+        print(elapsed(), state["ceilings"], flush=True)
+    if "check" in arguments.parts:
+        wrong += checked(state["check"], write)
+        print(elapsed(), f"checked {len(state['check'])} items, {len(wrong)} faults", flush=True)
+    if "profiles" in arguments.parts:
+        profiled(state["profiles"], write)
+        print(elapsed(), "profiled", flush=True)
+    if "host" in arguments.parts:
+        state["host"] = host_times()
+        for name, found in state["host"].items():
+            print(f"{name}: {found['wall']:.0f} µs a call", flush=True)
+        write()
+    if "rows" in arguments.parts:
+        wrong += gpu.run_rows(gpu.rows(arguments.budget, compiled=False), state["rows"], write)
     missed = [
         f"{row['title']}: {bar['measured']:.3f} {bar['what']}"
         for row in state["rows"]

@@ -132,6 +132,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     global FAILURES
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)  # as many workers as cores: their threads would wait for each other
     if config.getoption("--failures") and not hasattr(config, "workerinput"):  # the reports of all workers come here
         FAILURES = Path(config.getoption("--failures"))
 

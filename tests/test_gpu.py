@@ -85,7 +85,8 @@ def test_inference_in_a_cuda_graph(kind: str, tokens: int, gpu_backend: str) -> 
         lora_fast.freeze_norms(layer)
         graph, y = captured(lambda: layer(x))
         graph.replay()
-        torch.testing.assert_close(y, expected)
+        # a frozen gain on the input's side takes another path: two results within 2^-8 of the exact one, at their scale
+        assert (y.float() - expected.float()).norm() <= 2**-8 * expected.float().norm()
 
 
 def captured(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

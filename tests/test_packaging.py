@@ -18,7 +18,7 @@ import pytest
 
 import lora_fast
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("lora_fast", "csrc", "benchmarks", "triton_kernels", "tests", "docs")

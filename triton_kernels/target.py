@@ -68,9 +68,13 @@ def has_vectors(*matrices: Tensor) -> bool:
 CONFIGS = 1024  # launch configurations that a launcher remembers: of sizes, tokens among them
 
 
+# Read once, as Triton does when it decorates a kernel; each reading is a look into the environment.
+_INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors (TRITON_INTERPRET=1 at import)."""
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 def current(device: torch.device) -> Target:
