@@ -39,7 +39,7 @@ from lora_fast.triton_kernels.target import SM90, cdiv, rank_block
 from . import gpu, report
 
 Call = Callable[[], Any]
-ROUNDS = 15
+ROUNDS = 11
 bf16 = torch.bfloat16
 
 
@@ -209,17 +209,13 @@ def small(T: int, N: int, K: int, R: int) -> Sweep:
     candidates = [
         replace(
             today,
-            project=replace(today.project, split_k=split_k),
             BLOCK_N=N_,
             BLOCK_K=K_,
-            SPLITS=max(4, K // split_k),
             num_warps=warps,
             num_stages=stages,
         )
-        for N_, K_, warps, stages, split_k in product(
-            (16, 32, 64), (128, 256, 512), (2, 4, 8), (2, 3, 4, 6), (128, 512)
-        )
-        if (N_ + 16) * K_ * 2 * stages <= 200_000 and 32 * warps // 2 <= K_
+        for N_, K_, warps, stages in product((16, 32), (128, 256, 512), (4, 8), (2, 3, 4, 6))
+        if 40_000 <= (N_ + 16) * K_ * 2 * stages <= 200_000
     ]
 
     def call() -> Tensor:
@@ -241,8 +237,9 @@ def linear(T: int, N: int, K: int, R: int, backward: bool = False) -> Sweep:
         W, B = _normal(K, N).T, _normal(R, N).T
     candidates = [
         lora_linear_fwd.Config(True, M, N_, K_, rank_block(R), warps, stages, group)
-        for (M, N_, warps), K_, stages, group in product(
-            ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8)), (64,), (3, 4), (4, 8, 16)
+        for (M, N_, warps), K_, stages, group in (
+            *product(((128, 256, 8),), (64,), (3, 4), (4, 8, 16)),
+            *product(((256, 128, 8), (128, 128, 4), (128, 128, 8)), (64,), (4,), (8,)),
         )
     ]
 

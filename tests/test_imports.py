@@ -65,7 +65,9 @@ def test_import_takes_at_most_a_tenth_of_a_second_on_top_of_torch() -> None:
         "print(json.dumps(time.process_time() - start))"
     )
     best = float("inf")
-    for _ in range(5):  # of the processor's time: on a loaded machine, as under other tests, the clock tells of the others
+    for _ in range(
+        5
+    ):  # of the processor's time: on a loaded machine, as under other tests, the clock tells of the others
         best = min(best, run(code))
         if best <= 0.1:
             return
