@@ -16,7 +16,8 @@ from .report import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "peft.md")
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md")))
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
 )
@@ -168,7 +169,77 @@ def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
                     yield [row["title"], name, next(times), peer, next(times), digits(ratio)]
 
 
-FIGURES: dict[str, Callable[[], str]] = {"layer": layer, "peft": peft, "t0-3b": t0_3b, "losses": losses}
+def gpu() -> str:
+    """One layer on a GPU: each contender in units of the frozen linear."""
+    results = _gpu_results()
+    rows = [row for row in results["rows"] if row["title"].startswith(("training step", "inference"))]
+    names = dict.fromkeys(name for row in rows for name in row["records"] if not re.search(", (torch|cuda|triton)$", name))
+
+    def cell(name: str, row: dict[str, Any]) -> str:
+        if name not in row["records"]:
+            return ""
+        record, frozen = row["records"][name], row["records"]["frozen linear"]
+        if name == "frozen linear":
+            return f"{1e3 * record['median_ms']:.0f} µs"
+        text = f"{record['median_ms'] / frozen['median_ms']:.2f}"
+        return f"**{text}**" if OURS.match(name) else text
+
+    columns = [row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²") for row in rows]
+    return f"{_gpu_origin(results)}\n" + table(
+        ["", *columns], ([name, *(cell(name, row) for row in rows)] for name in names)
+    )
+
+
+def gpu_bars() -> str:
+    """Every bar of the GPU benchmark."""
+    results = _gpu_results()
+    return f"{_from_docs(_gpu_origin(results))}\n{bars_lines(results['rows'])}"
+
+
+def gpu_kernels() -> str:
+    """Where the device's time of a DoRA step goes, by the profiler."""
+    results = _gpu_results()
+    name = "lora_fast DoRA, training step, 8192 tokens, 4096×4096 bfloat16, rank 16"
+    merged: dict[str, list[float]] = {}
+    for entry in results["profiles"][name]:
+        if "FillFunctor<float>" in entry["kernel"]:  # empties the cache between the steps
+            continue
+        total = merged.setdefault(_kernel(entry["kernel"]), [0.0, 0.0])
+        total[0] += entry["calls"]
+        total[1] += entry["us"]
+    rows = [[kernel, f"{calls:g}", f"{us:.1f}"] for kernel, (calls, us) in merged.items()]
+    return f"{_from_docs(_gpu_origin(results))}\n" + table(["kernel", "calls", "µs"], rows)
+
+
+def _kernel(name: str) -> str:
+    """The name without its types: cuBLAS's products and PyTorch's passes told from ours."""
+    if name.startswith("nvjet"):
+        return "cuBLAS, x Wᵀ" if name.endswith("TNT") else "cuBLAS, dv W"
+    if "multi_tensor_apply" in name:
+        return "PyTorch, AdamW"
+    return "PyTorch, gain and copies" if "at::native" in name or name.startswith("Mem") else f"`{name}`"
+
+
+def _gpu_results() -> dict[str, Any]:
+    return json.loads((GPU_RESULTS / "first.json").read_text(encoding="utf-8"))
+
+
+def _gpu_origin(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "triton", "peft"))
+    link = f"benchmarks/results/{GPU_RESULTS.name}/first.json"
+    return f"{results['device']}, {packages}, {results['date'][:10]}: [{link}]({link})\n"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "layer": layer,
+    "peft": peft,
+    "t0-3b": t0_3b,
+    "losses": losses,
+    "gpu": gpu,
+    "gpu-bars": gpu_bars,
+    "gpu-kernels": gpu_kernels,
+}
 
 if __name__ == "__main__":
     main()

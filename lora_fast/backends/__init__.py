@@ -48,8 +48,8 @@ _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UP_TO_FLOAT32 = _WIDE[1:]
 
 # `lora-fast info` prints a reason on machines that nobody measured: it says what the backend does (bytes, passes,
-# launches) and no time. benchmarks/results has times, each with its machine. No GPU has run these kernels yet: what
-# their reasons count in bytes and FLOPs is predicted (benchmarks/cost.py).
+# launches) and no time. benchmarks/results has times, each with its machine; docs/gpu.md says what was measured on a GPU,
+# an H200. What a reason counts and nobody has measured is called predicted (benchmarks/cost.py).
 TABLE = (
     Row(
         backend="cpu",
@@ -70,28 +70,28 @@ TABLE = (
         devices=("cuda",),
         ops=("weight_norm", "merge_weight"),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
+        reason="one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
     ),
     Row(
         backend="cuda",
         devices=("cuda",),
         ops=(FEW,),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: W is read once by either; one C++ call launches what Triton launches from Python",
+        reason="W is read once by either; predicted to take less of the host's time: one C++ call makes the launches",
     ),
     Row(
         backend="triton",
         devices=("cuda",),
         ops=(),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: the rank step, gain and bias in the product's epilogue or one pass after it",
+        reason="the rank step, gain and bias in the product's epilogue or one pass after it",
     ),
     Row(
         backend="cuda",
         devices=("cuda",),
         ops=(),
         dtypes=_UP_TO_FLOAT32,
-        reason="predicted: native kernels where Triton is not installed",
+        reason="native kernels where Triton is not installed",
     ),
     Row(
         backend="torch",
