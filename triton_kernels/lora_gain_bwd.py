@@ -60,11 +60,10 @@ def lora_gain_bwd_kernel(
             if HAS_GAIN:
                 lora_B *= gain[:, None]
             lora_B = lora_B.to(dtype)  # gain ⊙ lora_B, [BLOCK_N, BLOCK_R]
-        # rows apart until the last step: their sum crosses the warps
         if NEED_GAIN:
-            acc_gain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc_gain = tl.zeros((BLOCK_N,), tl.float32)
         if NEED_BIAS:
-            acc_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc_bias = tl.zeros((BLOCK_N,), tl.float32)
         if NEED_B:
             acc_B = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
 
@@ -77,9 +76,9 @@ def lora_gain_bwd_kernel(
             grad_y = tl.load(grad_y_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
             if NEED_GAIN:
                 product = tl.load(product_ptr + row * N + column + contiguous, mask=mask, other=0.0)
-                acc_gain += grad_y.to(tl.float32) * product.to(tl.float32)
+                acc_gain += tl.sum(grad_y.to(tl.float32) * product.to(tl.float32), axis=0)
             if NEED_BIAS:
-                acc_bias += grad_y.to(tl.float32)
+                acc_bias += tl.sum(grad_y.to(tl.float32), axis=0)
             if NEED_V:
                 grad_v = (grad_y.to(tl.float32) * gain[None, :]).to(dtype)
                 tl.store(grad_v_ptr + row * N + column + contiguous, grad_v, mask=mask)
@@ -96,9 +95,9 @@ def lora_gain_bwd_kernel(
                 tl.store(grad_h_ptrs, grad_h, mask=mask_h)
 
         if NEED_GAIN:
-            tl.store(grad_gain_ptr + chunk * N + column + offs_n, tl.sum(acc_gain, axis=0), mask=mask_n)
+            tl.store(grad_gain_ptr + chunk * N + column + offs_n, acc_gain, mask=mask_n)
         if NEED_BIAS:
-            tl.store(grad_bias_ptr + chunk * N + column + offs_n, tl.sum(acc_bias, axis=0), mask=mask_n)
+            tl.store(grad_bias_ptr + chunk * N + column + offs_n, acc_bias, mask=mask_n)
         if NEED_B:
             grad_B_ptrs = grad_B_ptr + (chunk * N + column) * R + offs_n[:, None] * R + offs_r[None, :]
             grad_B = acc_B * scaling
