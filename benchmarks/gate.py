@@ -1,19 +1,21 @@
 """The correctness gate: no time is reported for a contender that computes something else.
 
-Truth is the reference in float64 on the same input, the yardstick is the reference's formula run eagerly in the input's
-dtype. lora_fast is held to the error budget of the project; other people's code, which rounds where it likes, to
-`SLACK` times the yardstick's RMS, which still tells a wrong axis, a missing scaling or a missing gain.
+Truth is the reference in float64 on the same input, the yardstick the worse of the reference's formulas, dense and
+factored, run eagerly in the input's dtype. lora_fast is held to the error budget of the project; other people's code,
+which rounds where it likes, to `SLACK` times the yardstick's RMS, which still tells a wrong axis, a missing scaling or
+a missing gain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fast import reference
-from lora_fast.testing import budget_fault
+from lora_fast.testing import EAGER, budget_fault
 
 from .contenders import Contender, Layer, LayerInputs
 
@@ -27,36 +29,40 @@ class Gate:
     def __init__(self, inputs: LayerInputs) -> None:
         self.inputs = inputs
         self.errors: dict[str, float] = {}  # of y, by contender: RMS against float64, in units of y's own RMS
-        self._expected: dict[tuple[str, str, bool], tuple[Results, Results]] = {}
+        self._expected: dict[tuple[str, str, bool], tuple[Results, list[Results]]] = {}
 
     def fault(self, contender: Contender, layer: Layer) -> str | None:
         """What is wrong with the layer's output or gradients; None if nothing is."""
         key = (contender.formula, contender.axis, contender.detach_norm)
         if key not in self._expected:
-            self._expected[key] = (self._reference(*key, torch.float64), self._reference(*key, None))
-        truth, eager = self._expected[key]
+            self._expected[key] = (self._reference(*key, torch.float64), self._eager(*key))
+        truth, eagers = self._expected[key]
         actual = self._run(layer)
         if actual.keys() != truth.keys():
             return f"gradients of {sorted(actual)}, expected {sorted(truth)}"
         for name, value in actual.items():
-            yardstick = eager[name]
-            if name not in ("y", "x"):  # a gradient has its parameter's dtype: float32 adapters on a bfloat16 layer
-                yardstick = yardstick.to(value.dtype)
-            if fault := error_fault(name, value, yardstick, truth[name], ours=contender.ours):
+            # a gradient has its parameter's dtype: float32 adapters on a bfloat16 layer
+            yardsticks = [eager[name] if name in ("y", "x") else eager[name].to(value.dtype) for eager in eagers]
+            if fault := self._error_fault(name, value, yardsticks, truth[name], contender):
                 return fault
         self.errors[contender.name] = relative_error(actual["y"], truth["y"])
         return None
 
     def inference_fault(self, contender: Contender, layer: Layer) -> str | None:
         """The same for the output in evaluation, where caches are on: of a first call and of a second."""
-        truth, eager = self._expected[contender.formula, contender.axis, contender.detach_norm]
+        truth, eagers = self._expected[contender.formula, contender.axis, contender.detach_norm]
         module = layer.module.eval()
         with torch.inference_mode():
             for _ in range(2):
                 y = module(self.inputs.x.detach())
-                if fault := error_fault("y", y, eager["y"], truth["y"], ours=contender.ours):
+                if fault := self._error_fault("y", y, [eager["y"] for eager in eagers], truth["y"], contender):
                     return f"in evaluation, {fault}"
         return None
+
+    def _error_fault(
+        self, name: str, actual: Tensor, eagers: Sequence[Tensor], truth: Tensor, contender: Contender
+    ) -> str | None:
+        return error_fault(name, actual, eagers, truth, ours=contender.ours, dtype=self.inputs.x.dtype)
 
     def _run(self, layer: Layer) -> Results:
         x = self.inputs.x.detach().clone().requires_grad_()
@@ -66,7 +72,14 @@ class Gate:
         layer.module.zero_grad()
         return {name: value for name, value in results.items() if value is not None}
 
+    def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
+        formulas = ({},) if formula == "frozen" else EAGER
+        return [self._computed(formula, axis, detach_norm, None, **options) for options in formulas]
+
     def _reference(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None) -> Results:
+        return self._computed(formula, axis, detach_norm, dtype)
+
+    def _computed(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None, **more: bool) -> Results:
         """The reference on the input as it is, computing in x's dtype, or (`dtype`) all of it converted first."""
         inputs = self.inputs
         start = {"lora_A": inputs.lora_A, "lora_B": inputs.lora_B, "magnitude": inputs.magnitude(axis)}
@@ -82,6 +95,7 @@ class Gate:
             "bias": None,
             "weight": weight,
             "compute_dtype": dtype or inputs.x.dtype,
+            **more,
         }
         if formula == "dora":
             y = reference.dora_linear(**leaves, **options, axis=axis, detach_norm=detach_norm)
@@ -94,11 +108,21 @@ class Gate:
         return {name: value for name, value in results.items() if value is not None}
 
 
-def error_fault(name: str, actual: Tensor, eager: Tensor, truth: Tensor, *, ours: bool) -> str | None:
-    """Say how `actual` misses its bound, or None. A NaN is always a fault."""
+def error_fault(
+    name: str,
+    actual: Tensor,
+    eager: Tensor | Sequence[Tensor],
+    truth: Tensor,
+    *,
+    ours: bool,
+    dtype: torch.dtype | None = None,
+) -> str | None:
+    """Say how `actual` misses its bound, or None; `eager`'s formulas compute in `dtype`. A NaN is always a fault."""
     if ours:
-        return budget_fault(name, actual, eager, truth)
-    bound = SLACK * _rms(eager.double() - truth) + torch.finfo(actual.dtype).eps * _rms(truth)
+        return budget_fault(name, actual, eager, truth, dtype)
+    eagers = [eager] if isinstance(eager, Tensor) else eager
+    yardstick = max(_rms(one.double() - truth) for one in eagers)
+    bound = SLACK * yardstick + torch.finfo(actual.dtype).eps * _rms(truth)
     error = _rms(actual.double() - truth)
     return None if error <= bound else f"{name} has an RMS error of {error:.3g}, more than {bound:.3g}"
 

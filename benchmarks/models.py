@@ -224,6 +224,9 @@ class ModelGate(Gate):
     def inference_fault(self, contender: c.Contender, layer: c.Layer) -> str | None:
         return super().inference_fault(replace(contender, ours=False), layer)
 
+    def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
+        return [self._reference(formula, axis, detach_norm, None)]
+
     def _reference(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None) -> Results:
         model, adapters, inputs = self.model, self.adapters, self.inputs
         if dtype is not None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import functional, reference
+from lora_fast import functional, reference, testing
 
 from . import contenders as c, cost
 from .gate import error_fault, relative_error
@@ -55,7 +56,8 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
         left_out[COMPILED] = NOT_COMPILED
 
     truth = run(op.reference, {key: tensor.double() for key, tensor in inputs.items()})
-    eager = run(lambda **tensors: op.reference(**tensors, compute_dtype=workload.dtype), inputs)
+    formulas = testing.EAGER if workload.subject == "lora_linear" else ({},)
+    eagers = [run(partial(op.reference, compute_dtype=workload.dtype, **formula), inputs) for formula in formulas]
     floor, floor_function = op.floor
     steps: dict[str, Step] = {floor: lambda: floor_function(**inputs)}
     errors = {}
@@ -63,7 +65,15 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
         actual = run(function, inputs)
         ours = contender.startswith("lora_fast")
         faults = [
-            error_fault(key, value, eager[key].to(value.dtype), truth[key], ours=ours) for key, value in actual.items()
+            error_fault(
+                key,
+                value,
+                [eager[key].to(value.dtype) for eager in eagers],
+                truth[key],
+                ours=ours,
+                dtype=workload.dtype,
+            )
+            for key, value in actual.items()
         ]
         if any(faults):
             left_out[contender] = "wrong result: " + "; ".join(fault for fault in faults if fault)
@@ -140,10 +150,16 @@ def _compose_reference(
 
 
 def _linear_reference(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor, compute_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    dense: bool = False,
 ) -> Tensor:
     dtype = compute_dtype or x.dtype
-    return reference.lora_linear(x, weight, None, lora_A, lora_B, SCALING, gain, compute_dtype=dtype)
+    return reference.lora_linear(x, weight, None, lora_A, lora_B, SCALING, gain, compute_dtype=dtype, dense=dense)
 
 
 def _norm_function(function: c.NormFunction) -> Function:

@@ -173,7 +173,9 @@ def gpu() -> str:
     """One layer on a GPU: each contender in units of the frozen linear."""
     results = _gpu_results()
     rows = [row for row in results["rows"] if row["title"].startswith(("training step", "inference"))]
-    names = dict.fromkeys(name for row in rows for name in row["records"] if not re.search(", (torch|cuda|triton)$", name))
+    names = dict.fromkeys(
+        name for row in rows for name in row["records"] if not re.search(", (torch|cuda|triton)$", name)
+    )
 
     def cell(name: str, row: dict[str, Any]) -> str:
         if name not in row["records"]:
@@ -184,7 +186,9 @@ def gpu() -> str:
         text = f"{record['median_ms'] / frozen['median_ms']:.2f}"
         return f"**{text}**" if OURS.match(name) else text
 
-    columns = [row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²") for row in rows]
+    columns = [
+        row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²") for row in rows
+    ]
     return f"{_gpu_origin(results)}\n" + table(
         ["", *columns], ([name, *(cell(name, row) for row in rows)] for name in names)
     )

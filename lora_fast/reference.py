@@ -7,7 +7,8 @@
 
 Every function computes in float32, or float64 when an input is float64, and returns the activation's dtype.
 ``compute_dtype`` runs the same formula in another dtype: ``compute_dtype=x.dtype`` is what a user's eager code does,
-and its error is the yardstick of the error budget (:mod:`lora_fast.testing`). Fast code never imports this module.
+and its error is the yardstick of the error budget (:mod:`lora_fast.testing`). ``dense`` says whether V is built: the
+same function, whose sums are rounded in another order. Fast code never imports this module.
 
 Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
 """
@@ -64,15 +65,39 @@ def lora_linear(
     *,
     dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    dense: bool = False,
 ) -> Tensor:
     """``gain * (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias``; ``dropout_mask`` [..., K] holds 0 or 1/(1-p)."""
     dtype = x.dtype
     x, weight, bias, lora_A, lora_B, gain = _upcast(compute_dtype, x, weight, bias, lora_A, lora_B, gain)
-    dropped = x if dropout_mask is None else x * dropout_mask
-    y = F.linear(x, weight) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
-    if gain is not None:
-        y = y * gain
+    if dense:
+        scale = None if gain is None else gain[:, None]
+        y = _dense_product(x, weight, lora_A, lora_B, scaling, scale, dropout_mask)
+    else:
+        dropped = x if dropout_mask is None else x * dropout_mask
+        y = F.linear(x, weight) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
+        if gain is not None:
+            y = y * gain
     return (y if bias is None else y + bias).to(dtype)
+
+
+def _dense_product(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    scale: Tensor | None,
+    dropout_mask: Tensor | None,
+) -> Tensor:
+    """``x (scale ⊙ V)ᵀ``; with a mask the adapter's part of V sees the masked input."""
+    if dropout_mask is None:
+        V = adapted_weight(weight, lora_A, lora_B, scaling)
+        return F.linear(x, V if scale is None else scale * V)
+    delta = scaling * (lora_B @ lora_A)
+    if scale is not None:
+        weight, delta = scale * weight, scale * delta
+    return F.linear(x, weight) + F.linear(x * dropout_mask, delta)
 
 
 def dora_linear(
@@ -89,10 +114,12 @@ def dora_linear(
     detach_norm: bool = True,
     dropout_mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    dense: bool = True,
 ) -> Tensor:
     """``x ((m / n) V)ᵀ + bias`` with ``V = W + s * lora_B @ lora_A`` built densely.
 
-    With a ``dropout_mask`` the adapter's branch sees the masked input, as in :func:`lora_linear`.
+    With a ``dropout_mask`` the adapter's branch sees the masked input, as in :func:`lora_linear`. Without ``dense`` the
+    gain scales the output (axis "input": the input) of :func:`lora_linear`, and only the norm builds V.
     """
     dtype = x.dtype
     x, weight, bias, lora_A, lora_B, magnitude, norm = _upcast(
@@ -102,13 +129,16 @@ def dora_linear(
         norm = weight_norm(weight, lora_A, lora_B, scaling, axis=axis, compute_dtype=weight.dtype)
         norm = norm.detach() if detach_norm else norm
     gain = gain_of(magnitude, norm)
-    scale = gain[:, None] if axis == "output" else gain[None, :]
-    if dropout_mask is None:
-        y = F.linear(x, scale * adapted_weight(weight, lora_A, lora_B, scaling))
+    if dense:
+        scale = gain[:, None] if axis == "output" else gain[None, :]
+        y = _dense_product(x, weight, lora_A, lora_B, scaling, scale, dropout_mask)
+        return (y if bias is None else y + bias).to(dtype)
+    if axis == "output":
+        given, scale_output = x, gain
     else:
-        delta = scaling * (lora_B @ lora_A)
-        y = F.linear(x, scale * weight) + F.linear(x * dropout_mask, scale * delta)
-    return (y if bias is None else y + bias).to(dtype)
+        given, scale_output = x * gain, None
+    options: dict[str, Any] = {"dropout_mask": dropout_mask, "compute_dtype": weight.dtype}
+    return lora_linear(given, weight, bias, lora_A, lora_B, scaling, scale_output, **options).to(dtype)
 
 
 def lora_compose(

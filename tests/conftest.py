@@ -20,6 +20,17 @@ if INTERPRETING:
     patch_bfloat16()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-amx", action="store_true", help="run the kernels of a processor without AMX")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("no_amx"):
+        from lora_fast import _C
+
+        _C.allow_amx(False)
+
+
 def _unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
@@ -183,9 +194,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways to make a tile."""
     from lora_fast import _C
 
+    before = _C.amx_enabled()
     _C.allow_amx(request.param == "amx")
     yield request.param
-    _C.allow_amx(True)
+    _C.allow_amx(before)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

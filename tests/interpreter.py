@@ -1,10 +1,11 @@
-"""bfloat16 as a GPU computes it, in Triton's interpreter.
+"""bfloat16 and sums as a GPU computes them, in Triton's interpreter.
 
 The interpreter holds bfloat16 as its bits, in uint16 arrays, and computes on those as on integers; its conversion from
 float32 truncates. Here every floating-point operation widens bfloat16 operands to float32, which is exact, and rounds
 the result to nearest even. Float32 has more than twice bfloat16's digits, so the second rounding of a sum, product,
 quotient or root changes nothing. A sum over an axis is refused, since a GPU rounds it at every step, in an order of its
-own. For triton 3.6 to 3.9.
+own. In wider types a GPU sums an axis in a tree, and so do we: numpy adds one row after another, with another error
+than the kernel. For triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -98,6 +99,18 @@ def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _in_halves(self: ReduceOps, tensor: Any) -> Any:
+    axis, data = (0, tensor.handle.data.reshape(-1)) if self.axis is None else (self.axis, tensor.handle.data)
+    while (size := data.shape[axis]) > 1:  # a power of two, as all sizes of a block
+        first, second = np.split(data, [size // 2], axis=axis)
+        data = first + second
+    if self.axis is None and self.keep_dims:
+        data = data.reshape([1] * tensor.handle.data.ndim)
+    elif not self.keep_dims:
+        data = data.squeeze(axis)
+    return self.to_tensor(data, tensor.dtype)
+
+
 def patch_bfloat16() -> None:
     """Patch the interpreter of this process, once."""
     builder: Any = InterpreterBuilder
@@ -109,6 +122,7 @@ def patch_bfloat16() -> None:
     for name in _CASTS:
         setattr(builder, name, _cast(getattr(builder, name)))
     builder.get_bf16 = _get_bf16
+    ReduceOps.sum = wraps(ReduceOps.sum)(_in_halves)
     for operation, names in ((ReduceOps, ("sum",)), (ScanOps, ("cumsum", "cumprod"))):
         for name in names:
             setattr(operation, name, _refused(getattr(operation, name)))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import Draw, Results
 from torch import Tensor, nn
 
 import lora_fast
@@ -36,8 +37,10 @@ def perceptron(*, dtype: torch.dtype = torch.float64, adapters: tuple[str, ...] 
     return adapted(Perceptron(), dtype, adapters, target_modules=["up", "down"], **config)
 
 
-def adapted(base: nn.Module, dtype: torch.dtype, adapters: tuple[str, ...] = ("default",), **config: Any) -> Any:
-    torch.manual_seed(0)
+def adapted(
+    base: nn.Module, dtype: torch.dtype, adapters: tuple[str, ...] = ("default",), *, seed: int = 0, **config: Any
+) -> Any:
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.copy_(torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5)
@@ -46,7 +49,7 @@ def adapted(base: nn.Module, dtype: torch.dtype, adapters: tuple[str, ...] = ("d
     model = get_peft_model(base.to(dtype), LoraConfig(**config), adapters[0], autocast_adapter_dtype=autocast)
     for name in adapters[1:]:
         model.add_adapter(name, LoraConfig(**config))
-    move(model)
+    move(model, seed=1 + seed)
     return model.double() if dtype == torch.float64 else model
 
 
@@ -68,8 +71,8 @@ def accelerated(model: nn.Module, **options: Any) -> Any:
     return copied
 
 
-def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+def tokens(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 7) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def results(
@@ -90,6 +93,12 @@ def results(
         found["x"] = x.grad
     found.update({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     return found
+
+
+def drawn(actual: Results, eager: Results, truth: Results) -> Draw:
+    """What :func:`support.hold_to_budget` takes; PEFT's own results in the dtypes of ours."""
+    assert actual.keys() == truth.keys()
+    return actual, [{name: eager[name].to(value.dtype) for name, value in actual.items()}], truth
 
 
 def assert_same(fast: nn.Module, peft: nn.Module, x: Tensor, **kwargs: Any) -> None:

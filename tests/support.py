@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lora_fast import functional, reference
-from lora_fast.testing import Case, Inputs, assert_within_budget, make_inputs, poisoned_memory
+from lora_fast.testing import EAGER, Case, ErrorBudget, Inputs, make_inputs, poisoned_memory
 
 Tensors = Mapping[str, "Tensor | None"]
 
@@ -64,38 +65,61 @@ def run(function: Callable[..., Tensor], tensors: Tensors, grad_y: Tensor, wante
     return results
 
 
+Results = Mapping[str, Tensor]
+Draw = tuple[Results, Sequence[Results], Results]
+
+
+def named(names: Sequence[str], actual: Sequence[Tensor], truth: Sequence[Tensor], *eagers: Sequence[Tensor]) -> Draw:
+    """A draw of several results; eager's take the dtypes of ours."""
+    ours = dict(zip(names, actual, strict=True))
+    yardsticks = [
+        {name: value.to(ours[name].dtype) for name, value in zip(names, eager, strict=True)} for eager in eagers
+    ]
+    return ours, yardsticks, dict(zip(names, truth, strict=True))
+
+
+def hold_to_budget(dtype: torch.dtype, draw: Callable[[int], Draw]) -> None:
+    """Hold the results of ``draw(seed)`` to the error budget, over as many draws as it takes to tell.
+
+    A draw is what is tested, plain PyTorch in ``dtype`` by one formula or more, and the truth in float64.
+    """
+    budget = ErrorBudget(dtype)
+    for seed in itertools.count():
+        budget.add(*draw(seed))
+        if budget.is_full():
+            break
+    budget.check()
+
+
 def check(
     fast: Callable[[Inputs], Callable[..., Tensor]],
     specification: Callable[[Inputs], Callable[..., Tensor]],
     tensors_of: Callable[[Inputs], Tensors],
     case: Case,
+    formulas: Sequence[Mapping[str, bool]] = EAGER,
 ) -> None:
-    """Hold ``fast``, its output and all gradients, to the error budget of ``specification`` (takes ``compute_dtype``).
+    """Hold ``fast``, its output and all gradients, to the error budget of ``specification``, float64 to the last digit.
 
-    Errors are pooled over draws until there are enough numbers to compare a root mean square within 10%.
+    The specification takes ``compute_dtype`` and the options of ``formulas``.
     """
-    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    smallest = min(tensor.numel() for tensor in tensors_of(make_inputs(case)).values() if tensor is not None)
-    for seed in range(12 if smallest < 32 else 6 if case.N * case.K < 1 << 12 else 2):
+
+    def draw(seed: int) -> Draw:
         inputs = make_inputs(case, seed)
         tensors, grad_y, spec = tensors_of(inputs), inputs.grad_y, specification(inputs)
         names = {name for name, tensor in tensors.items() if tensor is not None}
         wide = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
         truth = run(spec, wide, grad_y, names)
-        eager = run(partial(spec, compute_dtype=case.dtype), tensors, grad_y, names)
+        eagers = [
+            run(partial(spec, compute_dtype=case.dtype, **formula), tensors, grad_y, names) for formula in formulas
+        ]
         with poisoned_memory():
-            actual = run(fast(inputs), tensors, grad_y, names)
-        for name in actual:
-            assert actual[name].shape == truth[name].shape, name
-            pooled.setdefault(name, []).append((actual[name], eager[name], truth[name]))
-    for name, results in pooled.items():
-        actual_, eager_, truth_ = (
-            torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results, strict=True)
-        )
-        if case.dtype == torch.float64:
-            torch.testing.assert_close(actual_, truth_, rtol=1e-11, atol=1e-12)
-        else:
-            assert_within_budget(name, actual_, eager_, truth_)
+            return run(fast(inputs), tensors, grad_y, names), eagers, truth
+
+    if case.dtype == torch.float64:
+        actual, _, truth = draw(0)
+        torch.testing.assert_close(actual, truth, rtol=1e-11, atol=1e-12)
+    else:
+        hold_to_budget(case.dtype, draw)
 
 
 def spread(vector: Tensor) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
+from support import check, fast_and_specification
 from torch import Tensor
 
 import lora_fast
 from lora_fast import functional, reference
 from lora_fast.backends import cpu, fuses_norm
 from lora_fast.norm_cache import NormCache
-from lora_fast.testing import Case, assert_within_budget, make_inputs, peak_bytes, poisoned_memory
+from lora_fast.testing import Case, make_inputs, peak_bytes, poisoned_memory
 
 pytestmark = pytest.mark.amx
 
@@ -137,38 +137,10 @@ def test_what_is_not_finite_comes_out_in_its_rows(ops, tokens, bad) -> None:
 @adapter_dtypes
 @pytest.mark.parametrize("leading", [(5,), (2, 16), (3, 25)], ids=str)
 def test_output_and_gradients_are_within_the_budget(ops, leading, adapter_dtype) -> None:
-    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for seed in range(4):
-        inputs = make_inputs(Case(leading, 64, 96, 16, torch.bfloat16, adapter_dtype=adapter_dtype), seed)
-        given = {
-            "x": inputs.x,
-            "bias": inputs.bias,
-            "lora_A": inputs.lora_A,
-            "lora_B": inputs.lora_B,
-            "magnitude": inputs.magnitude["output"],
-        }
-        assert fuses_norm("cpu", inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
-
-        def gradients(function: Any, wide: bool, **extra: Any) -> dict[str, Tensor]:
-            leaves = {
-                name: (t.double() if wide else t.clone()).requires_grad_()
-                for name, t in given.items()  # noqa: B023
-            }
-            x, bias, lora_A, lora_B, magnitude = leaves.values()
-            weight = inputs.weight.double() if wide else inputs.weight  # noqa: B023
-            y = function(x, weight, bias, lora_A, lora_B, magnitude, S, **extra)
-            y.backward(inputs.grad_y.to(y.dtype))  # noqa: B023
-            return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
-
-        actual = gradients(functional.dora_linear, False)
-        eager = gradients(reference.dora_linear, False, compute_dtype=torch.bfloat16)
-        truth = gradients(reference.dora_linear, True)
-        for name, value in actual.items():
-            pooled.setdefault(name, []).append((value, eager[name], truth[name]))
-    for name, results in pooled.items():
-        assert_within_budget(
-            name, *(torch.cat([tensor.flatten() for tensor in part]) for part in zip(*results, strict=True))
-        )
+    case = Case(leading, 64, 96, 16, torch.bfloat16, adapter_dtype=adapter_dtype)
+    inputs = make_inputs(case)
+    assert fuses_norm("cpu", inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
+    check(*fast_and_specification("output", "cpu"), case)
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "lora_A", "lora_B", "magnitude"])

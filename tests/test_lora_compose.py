@@ -38,7 +38,15 @@ def specification(inputs: Inputs):
 @pytest.mark.parametrize("gain", [True, False], ids=["gain", "plain"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case: Case, gain: bool, backend: str) -> None:
-    check(lambda inputs: fast(inputs, backend), specification, lambda inputs: tensors_of(inputs, gain), case)
+    one = ({},)  # formula: the base product is given
+    check(lambda inputs: fast(inputs, backend), specification, lambda inputs: tensors_of(inputs, gain), case, one)
+
+
+def test_the_error_of_sums_over_many_tokens(backend: str) -> None:
+    """A running sum's error would be twice that of PyTorch's."""
+    one = ({},)
+    case = Case((1500,), 128, 8, 4)
+    check(lambda inputs: fast(inputs, backend), specification, lambda inputs: tensors_of(inputs, True), case, one)
 
 
 @pytest.mark.parametrize("gain", [True, False], ids=["gain", "plain"])

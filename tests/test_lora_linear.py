@@ -62,9 +62,9 @@ def test_dropout(dtype: torch.dtype, form: str, p: float, backend: str) -> None:
     mask = scaled_dropout_mask(seed, (*case.leading, case.K), p)
 
     def specification(inputs: Inputs):
-        def function(compute_dtype=None, **tensors):
+        def function(compute_dtype=None, **more):
             rounded = mask.to(compute_dtype or torch.float64)
-            return call(reference, inputs, form, dropout_mask=rounded)(compute_dtype=compute_dtype, **tensors)
+            return call(reference, inputs, form, dropout_mask=rounded)(compute_dtype=compute_dtype, **more)
 
         return function
 

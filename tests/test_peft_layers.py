@@ -12,10 +12,21 @@ from torch import Tensor, nn
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
 from peft import LoraConfig
-from peft_helpers import EXACT, accelerated, adapted, assert_same, move, results, same_masks, tokens, uses_lora_fast
+from peft_helpers import (
+    EXACT,
+    accelerated,
+    adapted,
+    assert_same,
+    drawn,
+    move,
+    results,
+    same_masks,
+    tokens,
+    uses_lora_fast,
+)
+from support import Draw, hold_to_budget
 
 import lora_fast
-from lora_fast.testing import assert_within_budget
 
 __all__ = ["same_masks"]
 FORMS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -80,12 +91,14 @@ def test_embedding_of_several_adapters_merged_and_mixed(dora: bool) -> None:
 def test_embedding_within_the_budget(dora: bool, wide_adapters: bool) -> None:
     base = nn.Sequential(nn.Embedding(300, 64))
     config = {"target_modules": ["0"], "use_dora": dora, "r": 8, "autocast_adapter_dtype": wide_adapters}
-    peft = adapted(base, torch.bfloat16, **config)
-    fast, wide = accelerated(peft), copy.deepcopy(peft).double()
-    words = torch.randint(300, (16, 16), generator=torch.Generator().manual_seed(0))
-    actual, eager, truth = results(fast, words), results(peft.bfloat16(), words), results(wide, words)
-    for name, value in actual.items():
-        assert_within_budget(name, value, eager[name].to(value.dtype), truth[name])
+
+    def draw(seed: int) -> Draw:
+        peft = adapted(copy.deepcopy(base), torch.bfloat16, seed=seed, **config)
+        fast, wide = accelerated(peft), copy.deepcopy(peft).double()
+        words = torch.randint(300, (16, 16), generator=torch.Generator().manual_seed(seed))
+        return drawn(results(fast, words), results(peft.bfloat16(), words), results(wide, words))
+
+    hold_to_budget(torch.bfloat16, draw)
 
 
 def test_embedding_with_max_norm_is_left_to_peft() -> None:
@@ -132,12 +145,14 @@ def test_convolution_of_several_adapters_merged_and_mixed(dora: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolution_within_the_budget(dora: bool, dtype: torch.dtype) -> None:
     base = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1))
-    peft = adapted(base, dtype, target_modules=["0"], use_dora=dora, r=8)
-    fast, wide = accelerated(peft), copy.deepcopy(peft).double()
-    x = tokens(2, 16, 10, 10, dtype=dtype)
-    actual, eager, truth = results(fast, x), results(peft.to(dtype), x), results(wide, x.double())
-    for name, value in actual.items():
-        assert_within_budget(name, value, eager[name].to(value.dtype), truth[name])
+
+    def draw(seed: int) -> Draw:
+        peft = adapted(copy.deepcopy(base), dtype, seed=seed, target_modules=["0"], use_dora=dora, r=8)
+        fast, wide = accelerated(peft), copy.deepcopy(peft).double()
+        x = tokens(2, 16, 10, 10, dtype=dtype, seed=seed)
+        return drawn(results(fast, x), results(peft.to(dtype), x), results(wide, x.double()))
+
+    hold_to_budget(dtype, draw)
 
 
 def test_convolution_with_groups_is_left_to_peft() -> None:

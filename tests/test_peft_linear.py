@@ -18,6 +18,7 @@ from peft_helpers import (
     accelerated,
     adapted,
     assert_same,
+    drawn,
     move,
     perceptron,
     results,
@@ -25,11 +26,11 @@ from peft_helpers import (
     tokens,
     uses_lora_fast,
 )
+from support import Draw, hold_to_budget
 from transformers.pytorch_utils import Conv1D
 
 import lora_fast
 from lora_fast import testing
-from lora_fast.testing import assert_within_budget
 
 __all__ = ["same_masks"]
 FORMS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -243,36 +244,41 @@ def wide_function(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("compute_dtype", ["activation", "adapter"])
 def test_within_the_budget(dora: bool, dtype: torch.dtype, wide_adapters: bool, compute_dtype: str) -> None:
     """The truth is PEFT in float64; the yardstick PEFT in the activation's dtype, or as it is for "adapter"."""
-    base = nn.Sequential(nn.Linear(96, 64))
-    config = {"target_modules": ["0"], "use_dora": dora, "r": 8}
-    peft = adapted(base, dtype, autocast_adapter_dtype=wide_adapters, **config)
-    fast = accelerated(peft, compute_dtype=compute_dtype)
-    yardstick = copy.deepcopy(peft)
-    if compute_dtype == "activation":
-        yardstick.to(dtype)
-    x = tokens(64, 96, dtype=dtype)
-    actual, eager, truth = results(fast, x), results(yardstick, x), results(wide_function(peft), x.double())
-    assert actual.keys() == truth.keys()
-    for name, value in actual.items():
-        parameter = dict(fast.named_parameters()).get(name)
-        assert value.dtype == (dtype if parameter is None else parameter.dtype)
-        assert_within_budget(name, value, eager[name].to(value.dtype), truth[name])
+    config = {"target_modules": ["0"], "use_dora": dora, "r": 8, "autocast_adapter_dtype": wide_adapters}
+
+    def draw(seed: int) -> Draw:
+        peft = adapted(nn.Sequential(nn.Linear(96, 64)), dtype, seed=seed, **config)
+        fast = accelerated(peft, compute_dtype=compute_dtype)
+        yardstick = copy.deepcopy(peft)
+        if compute_dtype == "activation":
+            yardstick.to(dtype)
+        x = tokens(64, 96, dtype=dtype, seed=seed)
+        actual = results(fast, x)
+        for name, value in actual.items():
+            parameter = dict(fast.named_parameters()).get(name)
+            assert value.dtype == (dtype if parameter is None else parameter.dtype)
+        return drawn(actual, results(yardstick, x), results(wide_function(peft), x.double()))
+
+    hold_to_budget(dtype, draw)
 
 
 @FORMS
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dora: bool, base_dtype: torch.dtype) -> None:
-    peft = adapted(nn.Sequential(nn.Linear(96, 64)), base_dtype, target_modules=["0"], use_dora=dora, r=8)
-    fast = accelerated(peft)
-    x = tokens(64, 96, dtype=torch.float32)
+    config = {"target_modules": ["0"], "use_dora": dora, "r": 8}
 
     def around() -> Any:
         return torch.autocast("cpu", torch.bfloat16)
 
-    actual, eager, truth = results(fast, x, around), results(peft, x, around), results(wide_function(peft), x.double())
-    assert actual["y"].dtype == torch.bfloat16
-    for name, value in actual.items():
-        assert_within_budget(name, value, eager[name], truth[name])
+    def draw(seed: int) -> Draw:
+        peft = adapted(nn.Sequential(nn.Linear(96, 64)), base_dtype, seed=seed, **config)
+        x = tokens(64, 96, dtype=torch.float32, seed=seed)
+        actual, eager = results(accelerated(peft), x, around), results(peft, x, around)
+        assert actual["y"].dtype == torch.bfloat16
+        assert [value.dtype for value in actual.values()] == [eager[name].dtype for name in actual]
+        return drawn(actual, eager, results(wide_function(peft), x.double()))
+
+    hold_to_budget(torch.bfloat16, draw)
 
 
 def test_a_zero_row_stays_finite() -> None:

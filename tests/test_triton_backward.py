@@ -9,7 +9,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lora_fast.testing import assert_within_budget, dropout_mask, poisoned_memory
+from support import Draw, hold_to_budget, named
+
+from lora_fast.testing import dropout_mask, poisoned_memory
 from lora_fast.triton_kernels import lora_A_grad as A_grad, lora_gain_bwd as gain_bwd, lora_input_grad as input_grad
 from lora_fast.triton_kernels.sum_partials import sum_partials
 from lora_fast.triton_kernels.target import SM80, SM90, SM100
@@ -50,14 +52,16 @@ GAIN_CONFIGS = {
 @DTYPES
 @pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
 def test_gain_bwd_against_float64(config: gain_bwd.Config | None, dtype: torch.dtype) -> None:
-    inputs = [normal(100, 130, dtype=dtype), normal(100, 130, dtype=dtype), 1 + 0.2 * normal(130)]
-    inputs += [normal(100, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
-    with poisoned_memory():
-        actual = gain_bwd.lora_gain_bwd(*inputs, S, True, True, True, True, True, config=config)
-    truth = of_gain(*(tensor.double() for tensor in inputs))
-    eager = of_gain(*(tensor.to(dtype) for tensor in inputs))
-    for name, *results in zip(("dv", "dgain", "dbias", "dh", "dB"), actual, eager, truth, strict=True):
-        assert_within_budget(name, results[0], results[1].to(results[0].dtype), results[2])
+    def draw(_: int) -> Draw:
+        inputs = [normal(100, 130, dtype=dtype), normal(100, 130, dtype=dtype), 1 + 0.2 * normal(130)]
+        inputs += [normal(100, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
+        with poisoned_memory():
+            actual = gain_bwd.lora_gain_bwd(*inputs, S, True, True, True, True, True, config=config)
+        truth = of_gain(*(tensor.double() for tensor in inputs))
+        eager = of_gain(*(tensor.to(dtype) for tensor in inputs))
+        return named(("dv", "dgain", "dbias", "dh", "dB"), actual, truth, eager)
+
+    hold_to_budget(dtype, draw)
 
 
 @pytest.mark.interp
@@ -115,19 +119,24 @@ INPUT_CONFIGS = {"own": None, "many blocks": input_grad.Config(32, 32, 16, 16, 2
 @pytest.mark.parametrize("config", INPUT_CONFIGS.values(), ids=INPUT_CONFIGS)
 def test_input_grad_against_float64(config: input_grad.Config | None, p: float, dtype: torch.dtype) -> None:
     M, N, K, R = 40, 30, 60, 20
-    inputs = [normal(M, N, dtype=dtype), normal(N, K, dtype=dtype), normal(M, R, dtype=dtype), normal(R, K)]
-    gain, x = 1 + 0.2 * normal(K), normal(M, K, dtype=dtype)
     seed = torch.tensor(0x1234_5678_9ABC_DEF1)
     mask = dropout_mask(seed, (M, K), p) / (1.0 if p in (0.0, 1.0) else 1.0 - p)
-    with poisoned_memory():
-        actual = input_grad.lora_input_grad(*inputs, p, seed if p else None, gain, x, True, config=config)
-    truth = of_input(*(tensor.double() for tensor in (*inputs, gain, x, mask)))
-    eager = of_input(*(tensor.to(dtype) for tensor in (*inputs, gain, x, mask)))
-    for name, *results in zip(("dx", "dgain"), actual, eager, truth, strict=True):
-        assert_within_budget(name, results[0], results[1].to(results[0].dtype), results[2])
-    without, nothing = input_grad.lora_input_grad(*inputs, p, seed if p else None, None, None, False, config=config)
-    assert_within_budget("u", without, (eager[0] / gain.to(dtype)), truth[0] / gain)
-    assert nothing.numel() == 0
+
+    def draw(_: int) -> Draw:
+        inputs = [normal(M, N, dtype=dtype), normal(N, K, dtype=dtype), normal(M, R, dtype=dtype), normal(R, K)]
+        gain, x = 1 + 0.2 * normal(K), normal(M, K, dtype=dtype)
+        with poisoned_memory():
+            actual = input_grad.lora_input_grad(*inputs, p, seed if p else None, gain, x, True, config=config)
+        plain, nothing = input_grad.lora_input_grad(*inputs, p, seed if p else None, None, None, False, config=config)
+        assert nothing.numel() == 0
+
+        def formula(to: torch.dtype) -> tuple[Tensor, ...]:
+            of = [tensor.to(to) for tensor in (*inputs, gain, x, mask)]
+            return *of_input(*of), of_input(*of[:4], torch.ones_like(of[4]), *of[5:])[0]
+
+        return named(("dx", "dgain", "u"), (*actual, plain), formula(torch.float64), formula(dtype))
+
+    hold_to_budget(dtype, draw)
 
 
 @pytest.mark.interp
@@ -199,8 +208,8 @@ def test_A_grad_against_float64(config: A_grad.Config | None, p: float, has_gain
         actual = A_grad.lora_A_grad(
             grad_h, x, gain if has_gain else None, p, seed if p else None, torch.float32, config
         )
-    truth, eager = product(torch.float64), product(dtype)
-    assert_within_budget("dA", actual.to(dtype), eager, truth)
+    results = named(("dA",), (actual.to(dtype),), (product(torch.float64),), (product(dtype),))
+    hold_to_budget(dtype, lambda _: results)
 
 
 @pytest.mark.interp

@@ -14,7 +14,7 @@ namespace {
 // The sums of 8 panels of outputs over 512 tokens, and the parts of both operands in 8 steps, stay in the
 // second-level cache.
 constexpr int64_t kBlockPanels = 8;
-constexpr int64_t kBlockSteps = 4;
+constexpr int64_t kBlockSteps = 8;
 constexpr int64_t kTokenBlock = 512;
 // Magnitudes between which no part, product or sum leaves the range of normal numbers to an extent that
 // shows.

@@ -5,8 +5,9 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-// One body, three instruction sets, chosen by the loader.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    __GNUC__ >= 12 && !defined(LORA_FAST_ONE_ISA)
+// One body, three instruction sets, chosen by the loader; LORA_FAST_ONE_ISA leaves the compiler's own alone.
 #define LORA_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define LORA_FAST_HAS_CLONES 1
 #else

@@ -11,6 +11,31 @@ namespace {
 // Columns that one pass down the tokens takes; rows whose sum is made in registers.
 constexpr int64_t kPass = 512;
 constexpr int64_t kGroup = 4;
+// Sums over tokens in levels, so that their error does not grow with the number of tokens: a level holds the
+// sum of up to kFan sums of the level below it, the last of any number.
+constexpr int64_t kLevels = 4;
+constexpr int64_t kFan = 16;
+
+template <class F>
+struct Sums {
+  alignas(64) F level[kLevels][kPass] = {};
+
+  // After `groups` groups, each level that is full goes into the one above.
+  LORA_FAST_INLINE void carry(int64_t groups, int64_t cols) {
+    for (int64_t l = 0; l + 1 < kLevels && groups % kFan == 0; ++l, groups /= kFan) empty(l, cols);
+  }
+
+  LORA_FAST_INLINE const F* total(int64_t cols) {
+    for (int64_t l = 0; l + 1 < kLevels; ++l) empty(l, cols);
+    return level[kLevels - 1];
+  }
+
+ private:
+  LORA_FAST_INLINE void empty(int64_t l, int64_t cols) {
+    for (int64_t j = 0; j < round_up(cols, kStrip); ++j) level[l + 1][j] += level[l][j];
+    std::fill_n(level[l], round_up(cols, kStrip), F{});
+  }
+};
 
 struct GainGrad {
   const void* grad;     // [tokens, width], rows adjacent
@@ -56,14 +81,16 @@ template <class F, class T>
 LORA_FAST_INLINE void gain_grad(const GainGrad& op, int64_t begin, int64_t end) {
   for (int64_t j0 = begin; j0 < end; j0 += kPass) {
     const int64_t cols = std::min(kPass, end - j0);
-    alignas(64) F gain_sums[kPass] = {}, bias_sums[kPass] = {};
+    Sums<F> gain, bias;
     for (int64_t t = 0; t < op.tokens; t += kGroup) {
       const int64_t rows = std::min(kGroup, op.tokens - t);
       for (int64_t k = 0; k < cols; k += kStrip)
-        group_strip<F, T>(op, t, rows, j0 + k, cols - k, gain_sums + k, bias_sums + k);
+        group_strip<F, T>(op, t, rows, j0 + k, cols - k, gain.level[0] + k, bias.level[0] + k);
+      gain.carry(t / kGroup + 1, cols);
+      bias.carry(t / kGroup + 1, cols);
     }
-    write_sums(op.grad_gain, gain_sums, j0, cols, kDealt<T>);
-    write_sums(op.grad_bias, bias_sums, j0, cols, kDealt<T>);
+    write_sums(op.grad_gain, gain.total(cols), j0, cols, kDealt<T>);
+    write_sums(op.grad_bias, bias.total(cols), j0, cols, kDealt<T>);
   }
 }
 

@@ -3,21 +3,33 @@
 namespace lora_fast {
 namespace {
 
+// Products that are summed one after another. The error of such a sum grows with its length, so that longer
+// ones are sums of these stretches.
+constexpr int64_t kStretch = 16;
+
 // C[M × NV vectors] (+)= A B with M · NV accumulators
 template <class V, int M, int NV, class F>
 LORA_FAST_INLINE void gemm_micro(const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, F* c,
                                  int64_t ldc, int64_t k, bool accumulate) {
   constexpr int64_t lanes = sizeof(V) / sizeof(F);
-  V acc[M][NV] = {};
-  for (int64_t kk = 0; kk < k; ++kk) {
-    V row[NV];
+  V sum[M][NV] = {};
+  for (int64_t first = 0; first < k; first += kStretch) {
+    V acc[M][NV] = {};
+    for (int64_t kk = first; kk < std::min(k, first + kStretch); ++kk) {
+      V row[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) row[v] = load_bits<V>(b + kk * ldb + v * lanes);
+      for (int v = 0; v < NV; ++v) row[v] = load_bits<V>(b + kk * ldb + v * lanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V x = a[m * a_row + kk * a_col] - V{};
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
+      }
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const V x = a[m * a_row + kk * a_col] - V{};
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
+      for (int v = 0; v < NV; ++v) sum[m][v] += acc[m][v];
     }
   }
 #pragma GCC unroll 8
@@ -25,7 +37,7 @@ LORA_FAST_INLINE void gemm_micro(const F* a, int64_t a_row, int64_t a_col, const
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       F* out = c + m * ldc + v * lanes;
-      store_bits(out, accumulate ? load_bits<V>(out) + acc[m][v] : acc[m][v]);
+      store_bits(out, accumulate ? load_bits<V>(out) + sum[m][v] : sum[m][v]);
     }
   }
 }
@@ -65,6 +77,12 @@ LORA_FAST_GEMM(__attribute__((target("arch=x86-64-v3"))), float, 32, 6)
 LORA_FAST_GEMM(__attribute__((target("arch=x86-64-v3"))), double, 32, 6)
 LORA_FAST_GEMM(__attribute__((target("default"))), float, 16, 6)
 LORA_FAST_GEMM(__attribute__((target("default"))), double, 16, 6)
+#elif defined(__AVX512F__)
+LORA_FAST_GEMM(, float, 64, 8)
+LORA_FAST_GEMM(, double, 64, 8)
+#elif defined(__AVX2__)
+LORA_FAST_GEMM(, float, 32, 6)
+LORA_FAST_GEMM(, double, 32, 6)
 #else
 LORA_FAST_GEMM(, float, 16, 6)
 LORA_FAST_GEMM(, double, 16, 6)

@@ -201,7 +201,7 @@ LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, const RankLay
 }
 
 // C[m × n] (+)= A[m × k] B[k × n]; A's strides are free (a transposed A costs nothing), n is a multiple of
-// kLanes. The sums over k are made in registers before they are added to C.
+// kLanes. The sums over k are made in registers, in stretches, before they are added to C.
 void gemm_tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
                int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate);
 void gemm_tile(const double* a, int64_t a_row, int64_t a_col, const double* b, int64_t ldb, double* c,

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import norm_cache
@@ -36,7 +35,9 @@ def _chunk_rows(weight: Tensor) -> int:
 
 
 def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
-    step = max(1, 4 * CHUNK // max(width, 1))
+    """A quarter of the tokens, within [SMALLEST_CHUNK, 4 CHUNK] elements: in float32 half of what all are in 16 bits"""
+    elements = min(max(tokens * width // 4, SMALLEST_CHUNK), 4 * CHUNK)
+    step = max(1, elements // max(width, 1))
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
@@ -175,18 +176,22 @@ def compose(
     out: Tensor,
     product: Tensor | None,
 ) -> None:
-    """out ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, and product ← v where it is given; out may be base."""
+    """out ← gain ⊙ v + bias with v = base + s h lora_Bᵀ, and product ← v where it is given; out may be base.
+
+    A chunk is one buffer, in which everything happens: a small layer's activations are of its weight's size.
+    """
     dtype = accumulate_dtype(base)
     lora_B = lora_B.to(dtype)
+    gain, bias = (None if vector is None else vector.to(dtype) for vector in (gain, bias))
     for tokens in _token_chunks(*base.shape):
-        v = base[tokens].to(dtype).add(F.linear(h[tokens].to(dtype), lora_B), alpha=scaling)
+        v = base[tokens].to(dtype, copy=True).addmm_(h[tokens].to(dtype), lora_B.T, alpha=scaling)
         if product is not None:
-            product[tokens] = v.to(base.dtype)
+            product[tokens] = v
         if gain is not None:
-            v = v * gain
+            v *= gain
         if bias is not None:
-            v = v + bias
-        out[tokens] = v.to(base.dtype)
+            v += bias
+        out[tokens] = v
 
 
 def gain_bwd(
@@ -200,15 +205,14 @@ def gain_bwd(
     grad_gain = grad.new_zeros(width if need_gain else 0, dtype=dtype)
     grad_bias = grad.new_zeros(width if need_bias else 0, dtype=dtype)
     for tokens in _token_chunks(*grad.shape):
-        chunk = grad[tokens].to(dtype)
         if need_scaled:
             assert gain is not None
-            scaled[tokens] = (chunk * gain).to(grad.dtype)
+            scaled[tokens] = grad[tokens].to(dtype, copy=True).mul_(gain.to(dtype))
         if need_gain:
             assert product is not None
-            grad_gain += (chunk * product[tokens]).sum(0)
+            grad_gain += grad[tokens].to(dtype, copy=True).mul_(product[tokens].to(dtype)).sum(0)
         if need_bias:
-            grad_bias += chunk.sum(0)
+            grad_bias += grad[tokens].sum(0, dtype=dtype)
     return scaled, grad_gain, grad_bias
 
 
