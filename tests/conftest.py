@@ -20,17 +20,6 @@ if INTERPRETING:
     patch_bfloat16()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-amx", action="store_true", help="run the kernels of a processor without AMX")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("no_amx"):
-        from lora_fast import _C
-
-        _C.allow_amx(False)
-
-
 def _unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
@@ -125,6 +114,7 @@ ON_EVERY_DEVICE = ("test_lora_compose", "test_lora_linear", "test_merge_weight",
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-amx", action="store_true", help="run the kernels of a processor without AMX")
     parser.addoption(
         "--prewarm",
         action="store_true",
@@ -145,6 +135,10 @@ def pytest_configure(config: pytest.Config) -> None:
     global FAILURES
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # as many workers as cores: their threads would wait for each other
+    if config.getoption("no_amx"):
+        from lora_fast import _C
+
+        _C.allow_amx(False)
     if config.getoption("--failures") and not hasattr(config, "workerinput"):  # the reports of all workers come here
         FAILURES = Path(config.getoption("--failures"))
 

@@ -48,8 +48,8 @@ _WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UP_TO_FLOAT32 = _WIDE[1:]
 
 # `lora-fast info` prints a reason on machines that nobody measured: it says what the backend does (bytes, passes,
-# launches) and no time. benchmarks/results has times, each with its machine; docs/gpu.md says what was measured on a GPU,
-# an H200. What a reason counts and nobody has measured is called predicted (benchmarks/cost.py).
+# launches) and no time. benchmarks/results has times, each with its machine, one GPU among them (docs/gpu.md). What a
+# reason counts and nobody has measured is called predicted (benchmarks/cost.py).
 TABLE = (
     Row(
         backend="cpu",

@@ -77,7 +77,22 @@ def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype))
     if axis == "output":
         return torch.cat(list(norms))
-    return functools.reduce(lambda total, part: _scaled_norm(torch.stack((total, part)), 0), norms)
+    return _norm_of_parts(norms)
+
+
+def _norm_of_parts(norms: Iterator[Tensor]) -> Tensor:
+    """√(Σ n²) of the norms of parts, by twos: in a chain the rounding errors would grow with the number of parts."""
+    waiting: list[Tensor | None] = []  # at i the norm of 2^i parts
+    for norm in norms:
+        level = 0
+        while level < len(waiting) and (other := waiting[level]) is not None:
+            norm = _scaled_norm(torch.stack((other, norm)), 0)
+            waiting[level] = None
+            level += 1
+        waiting[level : level + 1] = [norm]
+    return functools.reduce(
+        lambda total, part: _scaled_norm(torch.stack((total, part)), 0), (part for part in waiting if part is not None)
+    )
 
 
 def weight_norm_kept(
