@@ -10,7 +10,8 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results peft-oldest bench-layer bench-peft clean
+.PHONY: setup demo test portable builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results \
+	peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +24,10 @@ test: setup
 # Wheels and the sdist, installed; the CUDA kernels with nvcc, and their arithmetic on the CPU. A file to a worker.
 builds: setup
 	$(BIN)/pytest -m build -n $(JOBS) --dist loadfile
+
+# The numeric tests as other processors run them.
+portable: setup
+	.ci/portable $(VENV) $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE))

@@ -6,8 +6,8 @@ factored formulas, run in the input's own dtype:
     RMS error ≤ 1.1 × eager's (float32: 1.25 ×) + 0.1 ulp of the output's dtype at the output's RMS
     largest error ≤ 2 × eager's + 1 ulp at the output's largest
 
-The ratio of two root mean squares of n errors is known to about 1/√n, so that errors are pooled over draws to POOL numbers
-at least. Of a result that has a few numbers a draw there are fewer: three such deviations are then allowed besides.
+The ratio of two root mean squares of n errors is known to about 1/√n, so that errors are pooled over draws to POOL
+numbers at least. Where a result has too few numbers a draw for that, three such deviations are allowed besides.
 """
 
 from __future__ import annotations

@@ -64,8 +64,9 @@ def test_the_layer_follows_the_reference(kind: str, gpu_backend: str) -> None:
         axis, *full = kind.split("-")
         expected = reference.dora_linear(*common, layer.magnitude, 1.5, axis=axis, detach_norm=not full)
     wanted = torch.autograd.grad(expected.square().sum(), list(lora_fast.trainable_parameters(layer)))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(step(layer, x)[2:], list(wanted), rtol=1e-3, atol=1e-2)
+    # float32's sums are right to some 10 ulp of their size; TF32 would be off by 4,000
+    for actual, exact in zip([layer(x), *step(layer, x)[2:]], [expected, *wanted], strict=True):
+        assert (actual - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, TOKENS])
@@ -152,7 +153,7 @@ def test_autocast(kind: str, dtype: torch.dtype, gpu_backend: str) -> None:
     assert results[0].dtype == dtype
     assert {gradient.dtype for gradient in results[1:]} == {torch.float32}
     for actual, exact in zip(results, step(layer, x), strict=True):
-        assert (actual - exact).norm() <= 0.03 * exact.norm()
+        assert (actual - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("R", [16, 384])

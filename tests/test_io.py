@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import few_roundings
 from torch import Tensor, nn
 
 import lora_fast
@@ -112,8 +113,7 @@ def test_ours_load_in_peft(dora: bool, dtype: torch.dtype, tmp_path: Path) -> No
     theirs = peft.PeftModel.from_pretrained(base(dtype), tmp_path).eval()
     assert_same_adapters(model, theirs)
     x = torch.randn(5, 12, dtype=dtype)
-    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(theirs(x), model(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(theirs(x), model(x), **few_roundings(dtype))
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -133,8 +133,7 @@ def test_peft_s_load_here(dora: bool, dtype: torch.dtype, into: str, tmp_path: P
         assert model.blocks[0].q.dropout == 0.25
         assert not model.head.weight.requires_grad
     x = torch.randn(5, 12, dtype=dtype)
-    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(model.eval()(x), theirs.eval()(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(model.eval()(x), theirs.eval()(x), **few_roundings(dtype))
 
 
 def test_patterns_rslora_and_whole_modules_of_peft_load_here(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nn_helpers import DORA_KINDS, IN, KINDS, assert_unchanged, expected, make_layer, move_adapter, snapshot
+from support import few_roundings
 from torch import Tensor, nn
 
 from lora_fast import reference
@@ -76,7 +77,8 @@ def test_merge_and_unmerge(kind: str, dtype: torch.dtype, backend: str) -> None:
     assert (error <= restoration_bound(layer, before["linear.weight"])).all()
     before["linear.weight"] = weight.detach().clone()
     assert_unchanged(layer, before)
-    torch.testing.assert_close(layer(x), expected(layer, x), rtol=0.02, atol=0.02)
+    # two more: unmerging rounds W
+    torch.testing.assert_close(layer(x), expected(layer, x), **few_roundings(x.dtype, 6))
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF)

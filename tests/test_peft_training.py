@@ -154,7 +154,8 @@ def test_accelerator(tmp_path: Path) -> None:
         losses.append(loss.detach())
         assert bool(uses_lora_fast(prepared, tokens(6, 12, dtype=torch.float32))) == (model is fast)
         accelerator.unwrap_model(prepared).save_pretrained(tmp_path)
-    torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
+    # a mean of squares of numbers that either side rounds: two ulp of bfloat16 for one that is all of one sign
+    torch.testing.assert_close(*losses, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0.0)
 
 
 def language_model(kind: str, **config: Any) -> Any:
@@ -206,7 +207,7 @@ def test_trainer_with_checkpointing_saves_and_resumes(kind: str, dora: bool, tmp
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     _, wanted = trained(peft, tmp_path / "peft", **options)
     _, losses = trained(fast, tmp_path / "fast", **options)
-    assert losses == pytest.approx(wanted, rel=1e-3)
+    assert losses == pytest.approx(wanted, rel=1e-5)  # float32 over four steps; the log has six digits
     assert losses[-1] < losses[0]
     assert sorted(os.listdir(tmp_path / "fast" / "checkpoint-4")) == sorted(
         os.listdir(tmp_path / "peft" / "checkpoint-4")
