@@ -23,7 +23,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "measure", measure)
     monkeypatch.setattr(gpu, "names_of_ours", lambda: ["torch"])
-    monkeypatch.setattr(gpu, "wall_ms", lambda step: 1.0)
+    monkeypatch.setattr(gpu, "wall_ms", lambda step, calls=100: 1.0)
     monkeypatch.setattr(peft_model, "WIDTH", 64)
     monkeypatch.setattr(peft_model, "FEED_FORWARD", 96)
 
