@@ -40,22 +40,24 @@ def warmed(target: Target) -> Iterator[set[str]]:
 
     done: set[str] = set()
     run = JITFunction.run
+    has_launchers = hasattr(driver, "compile_module_from_src")  # of each kernel its own; Triton 3.9 has one for all
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in done:
+        if kernel.hash not in done and has_launchers:
             driver.CudaLauncher(kernel.src, kernel.metadata)
-            done.add(kernel.hash)
+        done.add(kernel.hash)
 
     with ExitStack() as stack:
         for holder in filter(lambda module: hasattr(module, "current"), modules()):
             stack.enter_context(mock.patch.object(holder, "current", return_value=target))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
-        stack.enter_context(mock.patch.object(driver, "library_dirs", return_value=[]))
-        stack.enter_context(mock.patch.object(driver, "compile_module_from_src", _compile_module))
-        source = Path(driver.dirname, "driver.c").read_text()
-        _compile_module(source, "cuda_utils", [], driver.include_dirs, driver.libraries)
+        if has_launchers:
+            stack.enter_context(mock.patch.object(driver, "library_dirs", return_value=[]))
+            stack.enter_context(mock.patch.object(driver, "compile_module_from_src", _compile_module))
+            source = Path(driver.dirname, "driver.c").read_text()
+            _compile_module(source, "cuda_utils", [], driver.include_dirs, driver.libraries)
         yield done
 
 
