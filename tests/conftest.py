@@ -116,6 +116,9 @@ ON_EVERY_DEVICE = ("test_lora_compose", "test_lora_linear", "test_merge_weight",
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-amx", action="store_true", help="run the kernels of a processor without AMX")
     parser.addoption(
+        "--built-for", metavar="ISA", help="demand the extension from a folder of this name (.ci/portable)"
+    )
+    parser.addoption(
         "--prewarm",
         action="store_true",
         help="compile what the tests of Triton's kernels launch into Triton's cache for an H100, instead of launching "
@@ -135,6 +138,11 @@ def pytest_configure(config: pytest.Config) -> None:
     global FAILURES
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # as many workers as cores: their threads would wait for each other
+    if built_for := config.getoption("--built-for"):
+        from lora_fast import _C
+
+        if built_for not in Path(_C.__file__).parts:  # in each worker too
+            raise pytest.UsageError(f"--built-for {built_for}: the extension that is loaded is {_C.__file__}")
     if config.getoption("no_amx"):
         from lora_fast import _C
 
