@@ -100,7 +100,7 @@ class SplitLinear:
         grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
         if need_B:
             assert h is not None
-            grad_B = (grad_v.T @ (_rows(h) * scaling)).to(lora_B.dtype)
+            grad_B = grad_v.new_empty(lora_B.shape).addmm_(grad_v.T, _rows(h), beta=0, alpha=scaling).to(lora_B.dtype)
         if need_input or need_A:
             grad_h = grad_v @ _scaled(lora_B, scaling, dtype)
         if need_A:
