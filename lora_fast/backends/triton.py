@@ -152,7 +152,8 @@ def lora_linear_fwd(
     x2 = _rows(x)
     gain_out, gain_in = (gain, None) if axis == "output" else (None, gain)
     with _on_device_of(x):
-        described = gain_out is not None and linear.keeps_up(x2, weight, lora_B)
+        many = x2.shape[0] > small.TOKENS  # few tokens have a kernel of their own, and no host time to spare
+        described = many and gain_out is not None and linear.keeps_up(x2, weight, lora_B)
         path, _ = forward_path(x2.shape[0], x2.shape[1], x.dtype, gain is not None, described)
         if path == "small":
             y, product, h = small.lora_linear_small_fwd(
