@@ -200,8 +200,8 @@ def lora_compose(
         [..., N] of base's dtype; base is not changed. Kept for backward: h and, if gain requires grad, one [..., N].
     """
     checks.check_tensor("base", base)
-    if base.dim() == 0:
-        raise ValueError("base: got shape [], expected [..., N]")
+    if base.dim() == 0 or base.shape[-1] == 0:
+        raise ValueError(f"base: got shape {list(base.shape)}, expected [..., N] with N of at least 1")
     checks.check_tensor("h", h)
     if h.dim() == 0 or h.shape[-1] == 0:
         raise ValueError(f"h: got shape {list(h.shape)}, expected [..., R] with a rank R of at least 1")

@@ -71,7 +71,11 @@ BAD: dict[str, list[tuple[type[Exception], Any]]] = {
     ],
     "magnitude": [(ValueError, torch.rand(N + 1)), (ValueError, torch.rand(1, N)), (TypeError, None)],
     "gain": [(ValueError, torch.rand(N + 1)), (TypeError, torch.ones(N, dtype=torch.int64))],
-    "base": [(ValueError, torch.tensor(1.0)), (TypeError, torch.ones(T, N, dtype=torch.int64))],
+    "base": [
+        (ValueError, torch.tensor(1.0)),
+        (ValueError, torch.randn(T, 0)),
+        (TypeError, torch.ones(T, N, dtype=torch.int64)),
+    ],
     "h": [(ValueError, torch.randn(T + 1, R)), (ValueError, torch.randn(T, 0)), (TypeError, None)],
     "scaling": [
         (ValueError, float("nan")),

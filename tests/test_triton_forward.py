@@ -14,7 +14,14 @@ pytest.importorskip("triton")
 from support import Draw, hold_to_budget, named
 
 from lora_fast.testing import EAGER, dropout_mask, poisoned_memory
-from lora_fast.triton_kernels import dropout, lora_compose_fwd, lora_linear_fwd, lora_linear_small, lora_project
+from lora_fast.triton_kernels import (
+    dropout,
+    lora_A_grad,
+    lora_compose_fwd,
+    lora_linear_fwd,
+    lora_linear_small,
+    lora_project,
+)
 from lora_fast.triton_kernels.target import SM80, SM90, SM100
 
 TARGETS = pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=lambda target: f"sm_{target.arch}")
@@ -59,9 +66,10 @@ def linear(x, W, bias, A, B, gain, gain_in, mask, dense: bool = False) -> tuple[
 
 def operands(M: int, N: int, K: int, R: int, form: str, dtype: torch.dtype, adapter: torch.dtype | None = None):
     gain, gain_in = (1 + 0.2 * normal(size) if form == name else None for name, size in (("gain", N), ("gain_in", K)))
-    A, B = normal(R, K, scale=K**-0.5, dtype=adapter or dtype), normal(N, R, scale=R**-0.5, dtype=adapter or dtype)
+    scale = max(K, 1) ** -0.5
+    A, B = normal(R, K, scale=scale, dtype=adapter or dtype), normal(N, R, scale=R**-0.5, dtype=adapter or dtype)
     bias = None if form == "none" else normal(N, dtype=dtype)
-    return normal(M, K, dtype=dtype), normal(N, K, scale=K**-0.5, dtype=dtype), bias, A, B, gain, gain_in
+    return normal(M, K, dtype=dtype), normal(N, K, scale=scale, dtype=dtype), bias, A, B, gain, gain_in
 
 
 def scaled_mask(shape: tuple[int, int], p: float) -> Tensor | None:
@@ -183,6 +191,28 @@ def test_nothing_to_do() -> None:
     small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, True)
     lora_compose_fwd.lora_compose_fwd(y, h, B, S, gain, bias, y, product)
     assert [tuple(t.shape) for t in (h, y, product, *small)] == [(0, 2), (0, 5), (0, 5), (0, 5), (0, 5), (0, 2)]
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("form", ["gain", "gain_in"])
+def test_no_columns_or_no_rows_of_the_weight(form: str) -> None:
+    """Sums over nothing are zero, and what the backward reads is written; the public functions refuse such a weight."""
+    with poisoned_memory():
+        for T in (3, 20):
+            for N, K in ((0, 4), (5, 0)):
+                x, W, bias, A, B, gain, gain_in = operands(T, N, K, 2, form, torch.float32)
+                h = lora_project.lora_project(x, A, gain_in, 0.0, None)
+                results = [(*lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, True), h)]
+                if T <= lora_linear_small.TOKENS:
+                    results += [
+                        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, gain_in, 0, None, True)
+                    ]
+                for y, product, h in results:
+                    assert torch.equal(y, bias.expand(T, N))
+                    assert torch.equal(product, torch.zeros(T, N))
+                    torch.testing.assert_close(h, (x if gain_in is None else x * gain_in) @ A.T)
+                grad_A = lora_A_grad.lora_A_grad(normal(T, 2), x, gain_in, 0.0, None, torch.float32)
+                assert grad_A.shape == (2, K)
 
 
 @TARGETS

@@ -120,7 +120,7 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
     BLOCK_R = rank_block(R, 64 if x_bytes == 2 else 32)
     SPLITS = PARTS_BYTES // (TOKENS * BLOCK_R * 4)
     parts = min(cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
-    split_k = part_k * cdiv(K, part_k * max(1, parts))
+    split_k = part_k * max(1, cdiv(K, part_k * max(1, parts)))
     return Config(
         project=lora_project.Config(TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
         overlap=target.backend == "cuda" and int(target.arch) >= 90,
@@ -156,12 +156,13 @@ def lora_linear_small_fwd(
     if M == 0:
         return y, product, h
     c = lora_linear_small_config(M, N, K, R, x.element_size(), weight.element_size(), current(x.device))
-    splits = cdiv(K, c.project.split_k)
+    splits = c.project.splits(K)
     parts = x.new_empty(splits, M, R, dtype=torch.float32)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()  # no copy comes between the two launches
     lora_project.launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, c.project, early=c.overlap)
     overlap = {"launch_pdl": True} if c.overlap else {}
-    lora_linear_small_fwd_kernel[(cdiv(N, c.BLOCK_N),)](
+    # the first program writes h, also where N is 0
+    lora_linear_small_fwd_kernel[(max(1, cdiv(N, c.BLOCK_N)),)](
         x, weight, parts, lora_B, gain, gain_in, bias, y, product if keep_product else None, h,
         M, N, K, R, splits, scaling, *x.stride(), *weight.stride(),
         HAS_GAIN=gain is not None, HAS_GAIN_IN=gain_in is not None, HAS_BIAS=bias is not None,

@@ -73,7 +73,10 @@ class Config:
     num_stages: int
 
     def grid(self, M: int, K: int, R: int) -> tuple[int, int, int]:
-        return cdiv(M, self.BLOCK_M), cdiv(R, self.BLOCK_R), cdiv(K, self.split_k)
+        return cdiv(M, self.BLOCK_M), cdiv(R, self.BLOCK_R), self.splits(K)
+
+    def splits(self, K: int) -> int:
+        return max(1, cdiv(K, self.split_k))  # one of no columns writes the zeros of K = 0
 
 
 @functools.lru_cache(CONFIGS)
@@ -91,7 +94,7 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
             max(16, min(next_power_of_2(M), 128)),
             min(rank, 128),
             BLOCK_K,
-            BLOCK_K * cdiv(K, BLOCK_K),
+            BLOCK_K * max(1, cdiv(K, BLOCK_K)),
             4,
             1,
         )
@@ -114,7 +117,7 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
         BLOCK_M=BLOCK_M,
         BLOCK_R=BLOCK_R,
         BLOCK_K=BLOCK_K,
-        split_k=BLOCK_K * cdiv(K, BLOCK_K * splits),
+        split_k=BLOCK_K * max(1, cdiv(K, BLOCK_K * splits)),
         num_warps=8 if BLOCK_M * BLOCK_R >= 128 * 128 else 4,
         num_stages=min(4, (target.shared_memory - converted) // stage),
     )
@@ -150,7 +153,6 @@ def lora_project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: f
     lora_A = lora_A.contiguous()
     vectors = has_vectors(x, lora_A)
     config = lora_project_config(M, K, R, x.element_size(), lora_A.element_size(), vectors, current(x.device))
-    splits = cdiv(K, config.split_k)
-    parts = new_partials(splits, (M, R), x.dtype, x.device)
+    parts = new_partials(config.splits(K), (M, R), x.dtype, x.device)
     launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, config)
     return sum_partials(parts, x.dtype)
