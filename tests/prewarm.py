@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from unittest import mock
+from dataclasses import replace
 
 from launch_sweep import Call, make, skipped_products
 
 from lora_fast import check
-from lora_fast.benchmarks import gpu_tune
-from lora_fast.triton_kernels import prewarm
+from lora_fast.benchmarks import gpu_sweeps
+from lora_fast.triton_kernels import constants, prewarm
 from lora_fast.triton_kernels.target import SM90
 
 
@@ -58,12 +58,13 @@ def main() -> None:
         for index, call in enumerate(mine, 1):
             make(call)
             told(f"{index}/{len(mine)} calls")
-        for sweep in [make_sweep() for make_sweep in gpu_tune.sweeps()][share::of]:
-            with mock.patch.object(sweep.module, sweep.function) as patched:
-                for config in sweep.candidates:
-                    patched.return_value = config
-                    sweep.call()
-            told(sweep.name)
+        for make_sweep in gpu_sweeps.sweeps()[share::of]:
+            sweep = make_sweep()
+            for value in () if sweep.wall else sweep.values:
+                with constants.instead(replace(constants.of(SM90), **{sweep.constant: value})):
+                    for call in sweep.calls.values():
+                        call()
+            told(sweep.constant)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import __path__ as _folders
-from .target import Target
+from .target import Target, pretended
 
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along each dimension of a grid
 
@@ -112,8 +112,7 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
         return run(self, *args, grid=grid, **kwargs)
 
     with ExitStack() as stack:
-        for module in filter(lambda module: hasattr(module, "current"), modules()):
-            stack.enter_context(mock.patch.object(module, "current", return_value=target))
+        stack.enter_context(pretended(target))
         stack.enter_context(mock.patch.object(JITFunction, "run", checked_run))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))

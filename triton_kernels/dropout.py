@@ -10,14 +10,14 @@ dropout call :func:`dropout_seed` and :func:`dropout_keep`, and take their argum
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2
+from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2
 
 
 @triton.jit
@@ -83,7 +83,7 @@ class Config:
     num_warps: int
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def dropout_config(M: int, K: int, target: Target) -> Config:
     """About 12 integer instructions an element against 2 to 4 bytes each way: memory and arithmetic nearly balance
     (predicted), so a program takes 2048 elements, 16 a thread, and a row's hash is shared by its columns."""

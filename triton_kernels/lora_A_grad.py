@@ -7,7 +7,6 @@ The mask of drop is that of :mod:`lora_fast.triton_kernels.dropout`.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -81,7 +82,7 @@ class Config:
         return max(1, cdiv(cdiv(M, self.BLOCK_M), self.splits)) * self.BLOCK_M
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Target) -> Config:
     """x is read once for each BLOCK_R of the rank, 2 R FLOPs an element: bytes bind up to rank 128, products above.
 
@@ -92,15 +93,19 @@ def lora_A_grad_config(M: int, K: int, R: int, dtype: torch.dtype, target: Targe
     if target.backend == "interpreter":
         BLOCK_K = min(max(16, next_power_of_2(K)), 512)
         return Config(BLOCK_K, rank_block(R, 256), 64, 1, 4, 1)
+    chosen = constants.of(target)
     if dtype == torch.float32:  # no tensor cores: a thread holds its operands, so the steps are short
-        BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 32), 16
+        block = constants.Block(16, 64, 32, 4, 3)
+    elif R <= 64:
+        block = chosen.A_grad_low
     else:
-        BLOCK_K, BLOCK_R, BLOCK_M = 64, rank_block(R, 128), 64
-        if cdiv(K, 128) * cdiv(R, BLOCK_R) >= target.sms:
-            BLOCK_K = 128
+        block = constants.Block(64, 64, 128, 8, 3)
+    BLOCK_K, BLOCK_R = block.columns, rank_block(R, block.rank)
+    if dtype != torch.float32 and cdiv(K, 128) * cdiv(R, BLOCK_R) >= target.sms:
+        BLOCK_K = max(BLOCK_K, 128)
     programs = cdiv(K, BLOCK_K) * cdiv(R, BLOCK_R)
-    splits = max(1, min(2 * target.sms // programs, M // 256, 256 // R))
-    return Config(BLOCK_K, BLOCK_R, BLOCK_M, splits, num_warps=8 if BLOCK_R == 128 else 4, num_stages=3)
+    splits = max(1, min(chosen.A_grad_programs * target.sms // programs, M // 256, 256 // R))
+    return Config(BLOCK_K, BLOCK_R, block.rows, splits, block.num_warps, block.num_stages)
 
 
 def lora_A_grad(

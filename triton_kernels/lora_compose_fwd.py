@@ -7,15 +7,16 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, next_power_of_2, rank_block
 
 
 @triton.jit
@@ -66,7 +67,7 @@ class Config:
     num_stages: int
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, vectors: bool, target: Target) -> Config:
     """Bound by base in and out, 4 bytes an element in bfloat16 (predicted), while h and lora_B from L2 stay below it.
 
@@ -84,7 +85,9 @@ def lora_compose_fwd_config(M: int, N: int, R: int, bytes_each: int, vectors: bo
         return Config(16, 64, BLOCK_R, 4, 2)
     if not vectors:
         return Config(64, 64, min(BLOCK_R, 32), 8, 2)
-    return Config(64, 128, BLOCK_R, 8, 2) if R <= 64 else Config(128, 128, BLOCK_R, 8, 2)
+    chosen = constants.of(target)
+    block = chosen.compose_low if R <= 64 else chosen.compose_high
+    return Config(block.rows, block.columns, rank_block(R, block.rank), block.num_warps, block.num_stages)
 
 
 def lora_compose_fwd(

@@ -13,7 +13,6 @@ registers, and adds its part of dh, which sums over columns, to a float32 slab [
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, rank_block
 
 
 @triton.jit
@@ -123,7 +124,7 @@ class Config:
         return max(1, cdiv(cdiv(M, self.BLOCK_M), self.row_chunks)) * self.BLOCK_M
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bool, target: Target) -> Config:
     """R is 0 where neither dh nor dlora_B is asked for; ``vectors``: see :func:`has_vectors`.
 
@@ -136,26 +137,28 @@ def lora_gain_bwd_config(M: int, N: int, R: int, dtype: torch.dtype, vectors: bo
     if target.backend == "interpreter":
         # a GPU's blocks: numpy adds the elements of one after another
         return Config(64, 64, rank_block(R, 1024) if R > 0 else 0, cdiv(N, 64), 1, 4, 1)
-    if 0 < R <= FUSED_RANK and vectors and dtype != torch.float32:
-        split = _fused_split(M, N, R, dtype.itemsize, target)
+    chosen = constants.of(target)
+    fused, plain = chosen.gain_bwd_fused, chosen.gain_bwd
+    # above the fused block's rank the sums and the tiles of h and lora_B pass a program's registers and shared memory
+    if 0 < R <= min(chosen.gain_bwd_fused_rank, fused.rank) and vectors and dtype != torch.float32:
+        split = _fused_split(M, N, R, dtype.itemsize, chosen, target)
         if split is not None:
             # shared memory takes the third stage on an A100 too, its registers do not
-            num_stages = 2 if target.operands_in_registers else 3
-            return Config(FUSED_M, FUSED_N, rank_block(R, FUSED_RANK), *split, num_warps=8, num_stages=num_stages)
-    BLOCK_M, BLOCK_N = 32, 128 if vectors else 64
-    chunks = max(1, min(4 * target.sms // cdiv(N, BLOCK_N), M // (2 * BLOCK_M)))
-    return Config(BLOCK_M, BLOCK_N, 0, 1, chunks, num_warps=4, num_stages=2)
+            num_stages = 2 if target.operands_in_registers else fused.num_stages
+            BLOCK_R = rank_block(R, fused.rank)
+            return Config(fused.rows, fused.columns, BLOCK_R, *split, fused.num_warps, num_stages)
+    BLOCK_M, BLOCK_N = plain.rows, plain.columns if vectors else 64
+    chunks = max(1, min(chosen.gain_bwd_programs * target.sms // cdiv(N, BLOCK_N), M // (2 * BLOCK_M)))
+    return Config(BLOCK_M, BLOCK_N, 0, 1, chunks, plain.num_warps, plain.num_stages)
 
 
-FUSED_M, FUSED_N = 64, 128
-FUSED_RANK = 32  # above, the sums and the tiles of h and lora_B pass a program's registers and shared memory
-
-
-def _fused_split(M: int, N: int, R: int, itemsize: int, target: Target) -> tuple[int, int] | None:
-    """(column_blocks, row_chunks) with the most programs, up to two a multiprocessor, whose partials stay under 1/8 of
-    grad_y's bytes; None where that leaves half of the multiprocessors idle."""
-    limit = M * N * itemsize // 8
-    rows, blocks = cdiv(M, FUSED_M), cdiv(N, FUSED_N)
+def _fused_split(
+    M: int, N: int, R: int, itemsize: int, chosen: constants.Constants, target: Target
+) -> tuple[int, int] | None:
+    """(column_blocks, row_chunks) with the most programs, up to two a multiprocessor, whose partials stay under a share
+    of grad_y's bytes, 1/8 and no more; None where that leaves half of the multiprocessors idle."""
+    limit = M * N * itemsize // chosen.gain_bwd_partials
+    rows, blocks = cdiv(M, chosen.gain_bwd_fused.rows), cdiv(N, chosen.gain_bwd_fused.columns)
     best, split = (target.sms + 1) // 2 - 1, None
     column_blocks = 1
     while column_blocks < 2 * blocks:

@@ -10,7 +10,6 @@ dropout takes no second accumulator. Σ_t is made in two stages, from one float3
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -113,7 +113,7 @@ class Config:
     num_stages: int
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_input_grad_config(
     M: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], has_gain: bool, target: Target
 ) -> Config:

@@ -9,7 +9,6 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
@@ -17,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
 @triton.jit
@@ -145,16 +146,16 @@ class Config:
     BLOCK_R: int
     num_warps: int
     num_stages: int
-    GROUP_M: int = 8
+    GROUP_M: int = 8  # rows of tiles that go together
 
 
 # (BLOCK_M, BLOCK_N, num_warps); pointers need registers for addresses and masks, most where elements come one by one
-_DESCRIPTOR_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
+_SMALLER_DESCRIPTOR_TILES = ((128, 128, 8), (64, 128, 4), (64, 64, 4))
 _POINTER_TILES = ((128, 128, 8), (64, 64, 8))
 _UNALIGNED_TILES = ((64, 64, 8),)
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_linear_fwd_config(
     M: int, N: int, K: int, R: int, x_bytes: int, W_bytes: int, aligned: bool, target: Target
 ) -> Config:
@@ -170,7 +171,10 @@ def lora_linear_fwd_config(
     descriptors = aligned and target.backend == "cuda" and not target.operands_in_registers
     if x_bytes == 4:  # no tensor cores: 4x4 sums a thread
         return Config(False, 64, 64, 32, min(BLOCK_R, 32), 8, 3)
-    tiles = _DESCRIPTOR_TILES if descriptors else _POINTER_TILES if aligned else _UNALIGNED_TILES
+    chosen = constants.of(target)
+    largest = (chosen.described.rows, chosen.described.columns, chosen.described.num_warps)
+    described = (largest, *_SMALLER_DESCRIPTOR_TILES)
+    tiles = described if descriptors else _POINTER_TILES if aligned else _UNALIGNED_TILES
 
     def time(tile: tuple[int, int, int]) -> float:
         BLOCK_M, BLOCK_N, _ = tile
@@ -178,12 +182,12 @@ def lora_linear_fwd_config(
         return turns * BLOCK_M * BLOCK_N * (1 + 64 / BLOCK_M + 64 / BLOCK_N)
 
     BLOCK_M, BLOCK_N, num_warps = min(tiles, key=time)
-    BLOCK_K = 64 if descriptors else 32
+    BLOCK_K, most_stages = (chosen.described.rank, chosen.described.num_stages) if descriptors else (32, 4)
     BLOCK_R = BLOCK_R if aligned else min(BLOCK_R, 32)
     stage = BLOCK_K * (BLOCK_M * x_bytes + BLOCK_N * W_bytes)
     converted = BLOCK_K * BLOCK_N * x_bytes if W_bytes != x_bytes else 0
-    num_stages = min(4, (target.shared_memory - converted - 1024) // stage)
-    return Config(descriptors, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages)
+    num_stages = min(most_stages, (target.shared_memory - converted - 1024) // stage)
+    return Config(descriptors, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages, chosen.described_group)
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -209,10 +213,14 @@ def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target)
 
 
 def keeps_up(x: Tensor, weight: Tensor, lora_B: Tensor) -> bool:
-    """Whether the product takes this kernel no longer than cuBLAS: through descriptors on compute capability 9.0, where
-    it was measured. W of another dtype, as under autocast, is converted tile by tile, which was not."""
+    """Whether the product takes this kernel no longer than cuBLAS and a pass: through descriptors, up to so many
+    columns as were measured. W of another dtype, as under autocast, is converted tile by tile, which was not."""
     target = current(x.device)
-    return target.arch == 90 and weight.dtype == x.dtype and takes_descriptors(x, weight, lora_B, target)
+    return (
+        x.shape[1] <= constants.of(target).described_contraction
+        and weight.dtype == x.dtype
+        and takes_descriptors(x, weight, lora_B, target)
+    )
 
 
 def lora_linear_fwd(

@@ -9,7 +9,6 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels import lora_project
+from lora_fast.triton_kernels import constants, lora_project
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 TOKENS = 16  # the rows of the smallest tile that tensor cores take
 
@@ -93,33 +93,28 @@ class Config:
     num_stages: int
 
 
-# of parts of h that every program of the second launch reads from L2, an eighth of its rows of W at 4096²; and holds
-# in registers at a time, so that their latencies are one
-PARTS_BYTES = 32 * 1024
-STAGES_BYTES = 96 * 1024  # of W on the way in one SM; 132 of them times 96 KiB are 2.6 times latency x bandwidth
-
-
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_bytes: int, target: Target) -> Config:
     """Bound by the bytes of W (predicted): 2M FLOPs an element.
 
     A program takes whole rows of W: 32 where that gives work to most SMs, as at N = 4096 on 132 of them, else 16. h is
-    summed in parts over at least 128 columns, as many as PARTS_BYTES allow: at rank 16 and 16 tokens 32 parts, at rank
-    384 one.
+    summed in parts over at least 128 columns, as many as the bytes for them allow: at rank 16 and 16 tokens 32 parts,
+    at rank 384 one.
     """
+    few = constants.of(target).few_tokens
     interpreting = target.backend == "interpreter"
     if interpreting:
         BLOCK_N, BLOCK_K = max(16, min(next_power_of_2(N), 128)), max(16, min(next_power_of_2(K), 64))
         num_stages = 1
     else:
-        BLOCK_N = 32 if cdiv(N, 32) * 8 >= target.sms * 7 else 16
-        BLOCK_K = 512 // W_bytes if x_bytes == 2 else 64
-        stages = min(STAGES_BYTES, target.shared_memory * 3 // 4)
+        BLOCK_N = few.rows if cdiv(N, few.rows) * 8 >= target.sms * 7 else 16
+        BLOCK_K = few.line_bytes // W_bytes if x_bytes == 2 else 64
+        stages = min(few.flight_bytes, target.shared_memory * 3 // 4)
         num_stages = max(2, min(8, stages // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
     part_k = min(BLOCK_K, 128)
     BLOCK_R = rank_block(R, 64 if x_bytes == 2 else 32)
-    SPLITS = PARTS_BYTES // (TOKENS * BLOCK_R * 4)
-    parts = min(cdiv(K, 128), PARTS_BYTES // (M * R * 4), SPLITS)
+    SPLITS = few.parts_bytes // (TOKENS * BLOCK_R * 4)
+    parts = min(cdiv(K, 128), few.parts_bytes // (M * R * 4), SPLITS)
     split_k = part_k * max(1, cdiv(K, part_k * max(1, parts)))
     return Config(
         project=lora_project.Config(TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
@@ -129,7 +124,7 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
         BLOCK_K=BLOCK_K,
         BLOCK_R=BLOCK_R,
         SPLITS=SPLITS,
-        num_warps=4,
+        num_warps=few.num_warps,
         num_stages=num_stages,
     )
 

@@ -8,17 +8,18 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA with one norm per column for gain_in
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, has_vectors, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, next_power_of_2, rank_block
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -79,7 +80,7 @@ class Config:
         return max(1, cdiv(K, self.split_k))  # one of no columns writes the zeros of K = 0
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vectors: bool, target: Target) -> Config:
     """Bound by the bytes of x (predicted): 2 R FLOPs an element of x, against 400 a byte pair that an H200 can do.
 
@@ -98,15 +99,20 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
             4,
             1,
         )
+    num_warps, most_stages = 4, 4
     if x_bytes == 4:  # no tensor cores: 2x4 sums a thread
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 32), 32 if vectors else 16, 16
     elif not vectors:
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 32, min(rank, 64), 32, 16
     elif target.operands_in_registers:  # the sums in registers, beside the operands
         BLOCK_M, BLOCK_R, BLOCK_K, smallest = 64, min(rank, 64), 64, min(max(rank // 2, 16), 64)
+    elif rank <= 16:
+        low = constants.of(target).project_low
+        BLOCK_M, BLOCK_R, BLOCK_K, smallest = low.rows, rank, low.columns, 16
+        num_warps, most_stages = low.num_warps, low.num_stages
     else:
         BLOCK_M, BLOCK_R = 64 if rank <= 64 else 128, min(rank, 128)
-        BLOCK_K, smallest = 128 if rank <= 16 else 128 // A_bytes, min(max(rank // 2, 16), 64)
+        BLOCK_K, smallest = 128 // A_bytes, min(max(rank // 2, 16), 64)
     while smallest < BLOCK_M and 4 * cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R) < 3 * target.sms:
         BLOCK_M //= 2
     tiles = cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R)
@@ -118,8 +124,8 @@ def lora_project_config(M: int, K: int, R: int, x_bytes: int, A_bytes: int, vect
         BLOCK_R=BLOCK_R,
         BLOCK_K=BLOCK_K,
         split_k=BLOCK_K * max(1, cdiv(K, BLOCK_K * splits)),
-        num_warps=8 if BLOCK_M * BLOCK_R >= 128 * 128 else 4,
-        num_stages=min(4, (target.shared_memory - converted) // stage),
+        num_warps=8 if BLOCK_M * BLOCK_R >= 128 * 128 else num_warps,
+        num_stages=min(most_stages, (target.shared_memory - converted) // stage),
     )
 
 

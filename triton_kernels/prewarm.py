@@ -23,8 +23,8 @@ from triton.runtime import build
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from .aot import _Driver, modules
-from .target import Target
+from .aot import _Driver
+from .target import Target, pretended
 
 # what Triton's key of a compiled module says of the platform: where there is no command `file`, the last word is empty
 PLATFORMS = ("x86_64,Linux,64bit,ELF", "x86_64,Linux,64bit,")
@@ -49,8 +49,7 @@ def warmed(target: Target) -> Iterator[set[str]]:
         done.add(kernel.hash)
 
     with ExitStack() as stack:
-        for holder in filter(lambda module: hasattr(module, "current"), modules()):
-            stack.enter_context(mock.patch.object(holder, "current", return_value=target))
+        stack.enter_context(pretended(target))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
         if has_launchers:

@@ -5,7 +5,6 @@ partials [S, ...] contiguous, float32 (or already of the result's dtype for S = 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.triton_kernels.target import CONFIGS, Target, cdiv, current, next_power_of_2
+from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2
 
 
 @triton.jit
@@ -40,7 +40,7 @@ class Config:
     num_warps: int
 
 
-@functools.lru_cache(CONFIGS)
+@remembered
 def sum_partials_config(S: int, width: int, target: Target) -> Config:
     """A kilobyte of each partial row, eight rows at once: what is summed was just written and sits in the cache."""
     if target.backend == "interpreter":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -65,9 +67,6 @@ def has_vectors(*matrices: Tensor) -> bool:
     )
 
 
-CONFIGS = 1024  # launch configurations that a launcher remembers: of sizes, tokens among them
-
-
 # Read once, as Triton does when it decorates a kernel; each reading is a look into the environment.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
 
@@ -77,8 +76,24 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+_pretended: Target | None = None
+
+
+@contextmanager
+def pretended(target: Target) -> Iterator[None]:
+    """Within the block every device, the CPU too, is ``target``: for kernels that are compiled and not run."""
+    global _pretended
+    before, _pretended = _pretended, target
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def current(device: torch.device) -> Target:
     """The target of ``device``; RuntimeError for a device that Triton does not run on."""
+    if _pretended is not None:
+        return _pretended
     if interpreting():
         return INTERPRETER
     if device.type != "cuda":

@@ -22,7 +22,6 @@ Where W's bytes do not decide, the factored form saves a sixth at rank 384 and n
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.adapted_weight import (
     Tile,
     adapted_tile,
@@ -41,6 +41,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     interpreted_tile,
     oriented,
 )
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.content_key import (
     KEY_LENGTH,
     content_hashes,
@@ -161,7 +162,7 @@ def weight_norm_tile(
     """
     if target.backend == "interpreter":
         return interpreted_tile(N, K, R)
-    low = 16 if R <= 16 else 32
+    chosen, low = constants.of(target), 16 if R <= 16 else 32
     if not exact_products(*dtypes[1:]):
         if target.operands_in_registers or access == "elements":  # the thirds of both factors lie in registers
             return Tile(64, 32, 16, num_warps=4, num_stages=2, PRECISION=float32_precision(target))
@@ -172,14 +173,19 @@ def weight_norm_tile(
         return Tile(64, 64, low, num_warps=8, num_stages=2)
     if not target.operands_in_registers and access == "descriptors" and R > 32:
         if R <= 64 or dtypes[0].itemsize == 4 or N * K < 1 << 22:
-            return Tile(64, 128, 64, num_warps=4, num_stages=2, DESCRIPTORS=True)
+            return _tile(chosen.norm_middle, chosen.norm_middle.rank, descriptors=True)
         if target.arch != 90:
             return Tile(128, 128, 64, num_warps=8, num_stages=3, DESCRIPTORS=True)
-        return Tile(128, 256, 64, num_warps=8, num_stages=4, DESCRIPTORS=True)
+        return _tile(chosen.norm_high, chosen.norm_high.rank, descriptors=True)
     if R <= 32 or not target.operands_in_registers:
-        heavy = target.operands_in_registers and dtypes[0].itemsize == 4  # W's tile in too many of a thread's registers
-        return Tile(64, 128, low, num_warps=8 if heavy else 4, num_stages=2)
+        if target.operands_in_registers and dtypes[0].itemsize == 4:  # W's tile in too many of a thread's registers
+            return Tile(64, 128, low, num_warps=8, num_stages=2)
+        return _tile(chosen.norm_low, min(low, chosen.norm_low.rank))
     return Tile(64 if dtypes[0].itemsize == 4 else 128, 128, 32, num_warps=8, num_stages=3)
+
+
+def _tile(block: constants.Block, BLOCK_R: int, descriptors: bool = False) -> Tile:
+    return Tile(block.rows, block.columns, BLOCK_R, block.num_warps, block.num_stages, DESCRIPTORS=descriptors)
 
 
 def finish_tile(tile: Tile, target: Target) -> Tile:
@@ -206,7 +212,7 @@ def column_splits(N: int, K: int, tile: Tile, target: Target) -> int:
     )
 
 
-@functools.cache
+@remembered
 def weight_norm_config(
     N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], access: str, target: Target
 ) -> Config:

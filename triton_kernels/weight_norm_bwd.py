@@ -10,7 +10,6 @@ fixed order; they stay under an eighth of N·K elements. dV is rounded to the fa
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     interpreted_tile,
     oriented,
 )
+from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, cdiv, current, rank_block
 
@@ -101,7 +101,7 @@ def weight_norm_bwd_tile(N: int, K: int, R: int, a_dtype: torch.dtype, b_dtype: 
     return Tile(64, 32, 16, num_warps=8, num_stages=2, PRECISION=float32_precision(target))
 
 
-@functools.cache
+@remembered
 def weight_norm_bwd_config(
     N: int, K: int, R: int, a_dtype: torch.dtype, b_dtype: torch.dtype, target: Target
 ) -> Config:

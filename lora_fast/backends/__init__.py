@@ -18,6 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lora_fast.triton_kernels.constants import MEASURED
+
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
 
@@ -66,6 +68,13 @@ TABLE = (
         reason="update, gain and bias in one C++ pass after the product; on AMX, for whole tiles, in the product",
     ),
     Row(
+        backend=MEASURED.norm_backend,
+        devices=("cuda",),
+        ops=("weight_norm",),
+        dtypes=_UP_TO_FLOAT32,
+        reason="one read of W, s BA made in tiles of it; dense B@A moves W's bytes seven times",
+    ),
+    Row(
         backend="triton",
         devices=("cuda",),
         ops=("weight_norm", "merge_weight"),
@@ -73,11 +82,11 @@ TABLE = (
         reason="one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
     ),
     Row(
-        backend="cuda",
+        backend=MEASURED.few_tokens_backend,
         devices=("cuda",),
         ops=(FEW,),
         dtypes=_UP_TO_FLOAT32,
-        reason="W is read once by either; predicted to take less of the host's time: one C++ call makes the launches",
+        reason="W is read once, in at most two launches",
     ),
     Row(
         backend="triton",

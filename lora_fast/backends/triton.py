@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast.triton_kernels import (
+    constants,
     dropout as drop,
     lora_A_grad,
     lora_compose_fwd as compose,
@@ -27,9 +28,9 @@ from lora_fast.triton_kernels import (
     weight_norm,
     weight_norm_bwd as norm_bwd,
 )
+from lora_fast.triton_kernels.target import Target, current
 
 FUSED_CONTRACTION = 1024
-GEMM_RANK = 128
 
 
 def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool, described: bool = False) -> tuple[str, str]:
@@ -42,14 +43,16 @@ def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool, descri
     return _product_path(K, dtype, described)
 
 
-def input_grad_path(N: int, dtype: torch.dtype, dropout_p: float) -> tuple[str, str]:
+def input_grad_path(N: int, dtype: torch.dtype, dropout_p: float, target: Target) -> tuple[str, str]:
     """("products" | "fused", why) for dx = dv W + drop(dh lora_A)."""
     if dropout_p > 0.0:
         return "fused", "dropout in the epilogue; apart it takes six passes over [T, K]"
-    return _product_path(N, dtype)
+    return _product_path(N, dtype, limit=constants.of(target).input_grad_contraction)
 
 
-def _product_path(contraction: int, dtype: torch.dtype, described: bool = False) -> tuple[str, str]:
+def _product_path(
+    contraction: int, dtype: torch.dtype, described: bool = False, limit: int = FUSED_CONTRACTION
+) -> tuple[str, str]:
     """Whether a kernel of ours takes the product, or cuBLAS and a pass over the output after it.
 
     Where tensor descriptors bring the operands, ours: DoRA's forward on an H200 takes 408 µs with it and 420 with
@@ -62,19 +65,19 @@ def _product_path(contraction: int, dtype: torch.dtype, described: bool = False)
         return "products", "float32 products follow PyTorch's TF32 setting, in cuBLAS"
     if described:
         return "fused", "operands through tensor descriptors: as fast as cuBLAS, and the pass over the output is saved"
-    if contraction <= FUSED_CONTRACTION:
-        return "fused", f"up to {FUSED_CONTRACTION} columns the pass that is saved outweighs cuBLAS's lead (predicted)"
-    return "products", f"above {FUSED_CONTRACTION} columns cuBLAS's lead outweighs one pass over the output (predicted)"
+    if contraction <= limit:
+        return "fused", f"up to {limit} columns the pass that is saved outweighs cuBLAS's lead"
+    return "products", f"above {limit} columns cuBLAS's lead outweighs one pass over the output"
 
 
-def _takes_gemm(R: int) -> bool:
+def _takes_gemm(R: int, device: torch.device) -> bool:
     """Whether products along the rank that nothing is fused with (h, d lora_A, an update without a gain) are cuBLAS's.
 
     They are 2 R FLOPs an element of what they read, 2 or 4 bytes: above rank 200 the tensor cores decide, which cuBLAS
     keeps 70% busy, plain Triton kernels 55%, and less at 8192 × 4096, rank 384: 192 tiles of 128 × 128 are 1.5 turns
     of 132 multiprocessors. Three such products of a step at that size: 45 µs each against 65 to 85 (predicted).
     """
-    return R >= GEMM_RANK
+    return constants.of(current(device)).gemm_rank <= R
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -168,7 +171,7 @@ def lora_linear_fwd(
 
 def _project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     """h = drop(x ⊙ gain_in) lora_Aᵀ"""
-    if gain_in is None and dropout_p == 0.0 and _takes_gemm(lora_A.shape[0]):
+    if gain_in is None and dropout_p == 0.0 and _takes_gemm(lora_A.shape[0], x.device):
         return F.linear(x, lora_A.to(x.dtype))
     return lora_project.lora_project(x, lora_A, gain_in, dropout_p, seed)
 
@@ -177,14 +180,14 @@ def _A_grad(
     grad_h: Tensor, x: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """dhᵀ drop(x ⊙ gain_in), rounded once to ``dtype``"""
-    if gain_in is None and dropout_p == 0.0 and dtype == x.dtype and _takes_gemm(grad_h.shape[1]):
+    if gain_in is None and dropout_p == 0.0 and dtype == x.dtype and _takes_gemm(grad_h.shape[1], x.device):
         return grad_h.T @ x
     return lora_A_grad.lora_A_grad(grad_h, x, gain_in, dropout_p, seed, dtype)
 
 
 def _add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> None:
     """base += s h lora_Bᵀ, in place"""
-    if _takes_gemm(lora_B.shape[1]):
+    if _takes_gemm(lora_B.shape[1], base.device):
         base.addmm_(h, lora_B.T.to(base.dtype), alpha=scaling)
     else:
         compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
@@ -256,12 +259,29 @@ def lora_linear_bwd(
             assert x2 is not None
             grad_A = _A_grad(grad_h, x2, gain_in, dropout_p, seed, lora_A.dtype)
         if need_input:
-            path, _ = input_grad_path(weight.shape[0], grad_y.dtype, dropout_p)
-            backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
-            grad_x, grad_gain_in = backward(grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in)
+            grad_x, grad_gain_in = _input_grad(
+                grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in
+            )
             grad_gain = grad_gain_in if need_gain_in else grad_gain
             grad_x = _leading(grad_x, grad_y) if need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
+
+
+def _input_grad(
+    grad_v: Tensor,
+    weight: Tensor,
+    grad_h: Tensor,
+    lora_A: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    gain_in: Tensor | None,
+    x: Tensor | None,
+    need_gain_in: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, d gain_in)"""
+    path, _ = input_grad_path(weight.shape[0], grad_v.dtype, dropout_p, current(grad_v.device))
+    backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
+    return backward(grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x, need_gain_in)
 
 
 def _products_input_grad(

@@ -1,0 +1,317 @@
+"""What :mod:`~lora_fast.benchmarks.gpu_tune` tries: values of each constant, and the calls that it is for.
+
+The sizes are those of the GPU benchmark's bars, bfloat16. A constant comes after those that it is chosen among.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import backends, functional
+from lora_fast.backends import triton as backend
+from lora_fast.triton_kernels import (
+    constants,
+    lora_A_grad,
+    lora_compose_fwd,
+    lora_gain_bwd,
+    lora_linear_fwd,
+    lora_linear_small,
+    lora_project,
+    weight_norm,
+)
+from lora_fast.triton_kernels.constants import ANY, Block, FewTokens
+from lora_fast.triton_kernels.target import current
+
+Call = Callable[[], Any]
+SHARED_MEMORY = 200_000  # bytes that the tiles of a candidate may take; the launch tells whether it fits
+bf16 = torch.bfloat16
+S = 0.5
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``values`` of a constant over ``calls`` by size; ``others`` do the same by other means, by size and name.
+
+    ``wall``: the time of calls one behind the other counts, host included, and not the device's.
+    """
+
+    constant: str
+    values: list[Any]
+    calls: dict[str, Call]
+    others: dict[str, dict[str, Call]] = field(default_factory=dict)
+    wall: bool = False
+
+
+def sweeps() -> list[Callable[[], Sweep]]:
+    """Each makes its operands on the default device."""
+    return [
+        gain_bwd, gain_bwd_programs, gain_bwd_fused, gain_bwd_partials, gain_bwd_fused_rank,
+        compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
+        norm_low, norm_middle, norm_high, described, described_group, described_contraction, input_grad_contraction,
+        gemm_rank, few_tokens, few_tokens_backend, norm_backend,
+    ]  # fmt: skip
+
+
+def _normal(*shape: int) -> Tensor:
+    """Random, where something computes with it: kernels that are only compiled take what is there."""
+    empty = torch.empty(shape, dtype=bf16)
+    return empty.normal_() if empty.is_cuda else empty
+
+
+def _gain(size: int) -> Tensor:
+    return torch.ones(size) + 0.1 * torch.randn(size)
+
+
+def _blocks(
+    tiles: tuple[tuple[int, int], ...], ranks: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...]
+) -> Iterator[Block]:
+    for (rows, columns), rank, num_warps, num_stages in product(tiles, ranks, warps, stages):
+        yield Block(rows, columns, rank, num_warps, num_stages)
+
+
+def _gain_bwd(T: int, N: int, R: int, lora: bool = False) -> Call:
+    grad_y, kept, h, B, gain = _normal(T, N), _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
+    if lora:
+        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, False, False, False, True, True)
+    return partial(lora_gain_bwd.lora_gain_bwd, grad_y, kept, gain, h, B, S, True, True, False, True, True)
+
+
+def _plain_gain_calls() -> dict[str, Call]:
+    return {f"{T}×4096, rank 384": _gain_bwd(T, 4096, 384) for T in (8192, 2048)}
+
+
+def gain_bwd() -> Sweep:
+    tiles = ((32, 128), (64, 128), (16, 256), (32, 256))
+    return Sweep("gain_bwd", list(_blocks(tiles, (0,), (4, 8), (2, 3))), _plain_gain_calls())
+
+
+def gain_bwd_programs() -> Sweep:
+    return Sweep("gain_bwd_programs", [2, 3, 4, 6, 8], _plain_gain_calls())
+
+
+def _fused_gain_calls() -> dict[str, Call]:
+    sizes = ((8192, 4096, 16), (4096, 8192, 16), (8192, 14336, 32))
+    calls = {f"{T}×{N}, rank {R}": _gain_bwd(T, N, R) for T, N, R in sizes}
+    return calls | {"8192×4096, rank 16, no gain": _gain_bwd(8192, 4096, 16, lora=True)}
+
+
+def gain_bwd_fused() -> Sweep:
+    tiles = ((32, 128), (64, 128), (128, 128), (64, 64), (128, 64))
+    return Sweep("gain_bwd_fused", list(_blocks(tiles, (32,), (4, 8), (1, 2, 3))), _fused_gain_calls())
+
+
+def gain_bwd_partials() -> Sweep:
+    return Sweep("gain_bwd_partials", [6, 8, 12, 16], _fused_gain_calls())
+
+
+def gain_bwd_fused_rank() -> Sweep:
+    return Sweep("gain_bwd_fused_rank", [0, 16, 32], _fused_gain_calls())
+
+
+def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> Tensor:
+    lora_compose_fwd.lora_compose_fwd(base, h, B, S, gain, None, out, None)
+    return out
+
+
+def _compose_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for T, N, R in sizes:
+        base, h, B, gain = _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
+        out, size = torch.empty_like(base), f"{T}×{N}, rank {R}"
+        calls[size] = partial(_compose, base, h, B, gain, out)
+        others[size] = {"copy": partial(out.copy_, base)}
+    return Sweep(constant, values, calls, others)
+
+
+def compose_low() -> Sweep:
+    tiles = ((64, 128), (128, 128), (64, 256), (32, 256), (32, 128), (16, 256), (128, 64))
+    values = list(_blocks(tiles, (64,), (4, 8), (2,)))
+    return _compose_sweep("compose_low", values, (8192, 4096, 16), (8192, 4096, 64), (8192, 8192, 16))
+
+
+def compose_high() -> Sweep:
+    tiles = ((64, 128), (128, 128), (32, 256), (128, 64))
+    values = [
+        block
+        for block in _blocks(tiles, (32, 64), (4, 8), (2, 3, 4))
+        if (block.rows + block.columns) * block.rank * 2 * block.num_stages <= SHARED_MEMORY
+    ]
+    return _compose_sweep("compose_high", values, (8192, 4096, 384), (8192, 8192, 384))
+
+
+def project_low() -> Sweep:
+    x, A = _normal(8192, 4096), _normal(16, 4096)
+    tiles = tuple(product((32, 64, 128), (64, 128, 256)))
+    values = [
+        block
+        for block in _blocks(tiles, (16,), (4,), (2, 3, 4, 6))
+        if (block.rows + 16) * block.columns * 2 * block.num_stages <= SHARED_MEMORY
+    ]
+    size = "8192×4096, rank 16"
+    calls: dict[str, Call] = {size: partial(lora_project.lora_project, x, A, None, 0.0, None)}
+    return Sweep("project_low", values, calls, {size: {"cuBLAS": partial(F.linear, x, A)}})
+
+
+def _A_grad_calls() -> tuple[dict[str, Call], dict[str, dict[str, Call]]]:
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for R in (16, 64):
+        grad_h, x, size = _normal(8192, R), _normal(8192, 4096), f"8192×4096, rank {R}"
+        calls[size] = partial(lora_A_grad.lora_A_grad, grad_h, x, None, 0.0, None, bf16)
+        others[size] = {"cuBLAS": partial(torch.matmul, grad_h.T, x)}
+    return calls, others
+
+
+def A_grad_low() -> Sweep:
+    values = [
+        block
+        for block in _blocks(tuple(product((32, 64, 128), (64, 128, 256))), (64,), (4, 8), (2, 3, 4))
+        if (block.columns + 64) * block.rows * 2 * block.num_stages <= SHARED_MEMORY
+    ]
+    return Sweep("A_grad_low", values, *_A_grad_calls())
+
+
+def A_grad_programs() -> Sweep:
+    return Sweep("A_grad_programs", [1, 2, 3, 4], *_A_grad_calls())
+
+
+def _norm_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for N, K, R in sizes:
+        W, A, B, size = _normal(N, K), _normal(R, K), _normal(N, R), f"{N}×{K}, rank {R}"
+        calls[size] = partial(weight_norm.weight_norm_fwd, W, A, B, S, "output")
+        others[size] = {"read": W.sum}
+    return Sweep(constant, values, calls, others)
+
+
+_NORM_TILES = ((64, 128), (32, 128), (64, 64), (32, 256), (64, 256), (128, 128))
+
+
+def norm_low() -> Sweep:
+    values = list(_blocks(_NORM_TILES, (32,), (4, 8), (2, 3)))
+    return _norm_sweep("norm_low", values, (4096, 4096, 16), (8192, 8192, 16), (4096, 4096, 32))
+
+
+def norm_middle() -> Sweep:
+    return _norm_sweep("norm_middle", list(_blocks(_NORM_TILES, (64,), (4, 8), (2, 3, 4))), (4096, 4096, 64))
+
+
+def norm_high() -> Sweep:
+    tiles = ((128, 256), (128, 128), (64, 256), (256, 128))
+    return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), (8192, 8192, 384), (8192, 28672, 384))
+
+
+def _forward_sweep(constant: str, values: list[Any]) -> Sweep:
+    """x Wᵀ with all in its epilogue, its product kept."""
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for T, N, K, R in ((8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 8192, 8192, 384)):
+        x, W, h, B, gain = _normal(T, K), _normal(N, K), _normal(T, R), _normal(N, R), _gain(N)
+        size = f"{T}×{N}×{K}, rank {R}"
+        calls[size] = partial(lora_linear_fwd.lora_linear_fwd, x, W, None, h, B, S, gain, None, True)
+        others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
+    return Sweep(constant, values, calls, others)
+
+
+def described() -> Sweep:
+    tiles = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8))
+    values = [Block(M, N, K, warps, stages) for (M, N, warps), K, stages in product(tiles, (64,), (3, 4))]
+    return _forward_sweep("described", values)
+
+
+def described_group() -> Sweep:
+    return _forward_sweep("described_group", [4, 8, 16])
+
+
+def described_contraction() -> Sweep:
+    """The forward of the backend, by the kernel of ours or by cuBLAS and a pass."""
+    calls: dict[str, Call] = {}
+    sizes = [(T, 4096, K, 16) for K in (512, 1024, 2048, 4096) for T in (512, 2048, 8192)]
+    for T, N, K, R in [*sizes, (8192, 8192, 8192, 384)]:
+        x, W, A, B, gain = _normal(T, K), _normal(N, K), _normal(R, K), _normal(N, R), _gain(N)
+        call = partial(backend.lora_linear_fwd, x, W, None, A, B, S, gain, "output", 0.0, None, True)
+        calls[f"{T}×{N}×{K}, rank {R}"] = call
+    return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
+
+
+def input_grad_contraction() -> Sweep:
+    """dv W and the update by the kernel of ours or by cuBLAS and a pass; and by the forward's kernel, W transposed."""
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for T, N in product((512, 2048, 8192), (512, 1024, 2048, 4096)):
+        K, R = 4096, 16
+        grad_v, W, grad_h, A = _normal(T, N), _normal(N, K), _normal(T, R), _normal(R, K)
+        size, transposed = f"{T}×{N}×{K}, rank {R}", (grad_v, W.T, None, grad_h, A.T)
+        calls[size] = partial(backend._input_grad, grad_v, W, grad_h, A, 0.0, None, None, None, False)
+        by_forward = partial(lora_linear_fwd.lora_linear_fwd, *transposed, 1.0, None, None, False)
+        others[size] = {"the forward's kernel": by_forward}
+    return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls, others)
+
+
+def _along_the_rank(x: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """h, d lora_A, and an update without a gain, over and over on the same output."""
+    h = backend._project(x, A, None, 0.0, None)
+    backend._add_update(out, h, B, S)
+    return h, backend._A_grad(grad_h, x, None, 0.0, None, bf16)
+
+
+def gemm_rank() -> Sweep:
+    calls: dict[str, Call] = {}
+    for R in (16, 32, 64, 128, 384):
+        x, A, B, grad_h = _normal(8192, 4096), _normal(R, 4096), _normal(4096, R), _normal(8192, R)
+        calls[f"8192×4096, rank {R}"] = partial(_along_the_rank, x, A, B, grad_h, torch.zeros(8192, 4096, dtype=bf16))
+    return Sweep("gemm_rank", [16, 32, 64, 128, 256, ANY], calls)
+
+
+def _few_operands(T: int) -> tuple[Tensor, ...]:
+    return _normal(T, 4096), _normal(4096, 4096), _normal(16, 4096), _normal(4096, 16), _gain(4096)
+
+
+def few_tokens() -> Sweep:
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for T in (1, 4, 8, 16):
+        x, W, A, B, gain = _few_operands(T)
+        size, operands = f"{T} tokens, 4096×4096, rank 16", (x, W, None, A, B, S, gain)
+        calls[size] = partial(lora_linear_small.lora_linear_small_fwd, *operands, None, 0.0, None, False)
+        others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
+        if backends.is_present("cuda"):
+            others[size]["cuda"] = partial(functional.lora_linear, *operands, backend="cuda")
+    values = [
+        FewTokens(rows, line, warps, flight * 1024, parts * 1024)
+        for rows, line, warps, flight, parts in product((16, 32), (256, 512, 1024), (4, 8), (48, 96, 160), (8, 32))
+    ]
+    return Sweep("few_tokens", values, calls, others)
+
+
+def _few_tokens(x: Tensor, *operands: Any) -> Tensor:
+    return functional.lora_linear(x, *operands, backend=constants.of(current(x.device)).few_tokens_backend)
+
+
+def few_tokens_backend() -> Sweep:
+    calls: dict[str, Call] = {}
+    for T in (1, 4, 8, 16):
+        x, W, A, B, gain = _few_operands(T)
+        calls[f"{T} tokens, 4096×4096, rank 16"] = partial(_few_tokens, x, W, None, A, B, S, gain)
+    return Sweep("few_tokens_backend", ["cuda", "triton"], calls, wall=True)
+
+
+def _norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return functional.weight_norm(W, A, B, S, backend=constants.of(current(W.device)).norm_backend)
+
+
+def norm_backend() -> Sweep:
+    sizes = (2048, 4096, 8192)
+    operands = {f"{K}×{K}, rank 16": (_normal(K, K), _normal(16, K), _normal(K, 16)) for K in sizes}
+    calls: dict[str, Call] = {size: partial(_norm, *tensors) for size, tensors in operands.items()}
+    return Sweep("norm_backend", ["triton", "cuda"], calls, wall=True)
