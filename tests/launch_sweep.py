@@ -87,19 +87,29 @@ def _weight(call: Call) -> Tensor:
 
 def make(call: Call) -> None:
     """Every op of the backend, with and without a gain, with all gradients and some."""
-    weight, bias = _weight(call), torch.empty(call.N, dtype=call.x)
-    lora_A, lora_B = torch.empty(call.R, call.K, dtype=call.adapter), torch.empty(call.N, call.R, dtype=call.adapter)
-    factors = (weight, lora_A, lora_B, S, call.axis)
+    weight, lora_A, lora_B = _layer(call)
+    norm = make_norm(call)
+    for gain in (None, norm):
+        backend.merge_weight(weight, lora_A, lora_B, S, gain, call.axis)
+        _linear(call, weight, torch.empty(call.N, dtype=call.x), lora_A, lora_B, gain)
+    if call.axis == "output":
+        make_compose(call)
+    if call.dropout_p > 0.0:
+        backend.dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p)
+
+
+def _layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """weight, lora_A, lora_B"""
+    adapter = {"dtype": call.adapter}
+    return _weight(call), torch.empty(call.R, call.K, **adapter), torch.empty(call.N, call.R, **adapter)
+
+
+def make_norm(call: Call) -> Tensor:
+    factors = (*_layer(call), S, call.axis)
     norm = backend.weight_norm_fwd(*factors)
     backend.weight_norm_kept(*factors, torch.empty_like(norm), torch.zeros(3, dtype=torch.int64))
     backend.weight_norm_bwd(torch.empty_like(norm), norm, *factors, True, True)
-    for gain in (None, norm):
-        backend.merge_weight(weight, lora_A, lora_B, S, gain, call.axis)
-        _linear(call, weight, bias, lora_A, lora_B, gain)
-        if call.axis == "output":
-            _compose(call, bias, lora_B, gain)
-    if call.dropout_p > 0.0:
-        backend.dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p)
+    return norm
 
 
 def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:
@@ -116,12 +126,14 @@ def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Te
         backend.lora_linear_bwd(grad_y, x, weight, *common, product, h, call.dropout_p, seed, needs)
 
 
-def _compose(call: Call, bias: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:
+def make_compose(call: Call) -> None:
+    lora_B, bias = torch.empty(call.N, call.R, dtype=call.adapter), torch.empty(call.N, dtype=call.x)
     base, h = torch.empty(call.T, call.N, dtype=call.x), torch.empty(call.T, call.R, dtype=call.adapter)
-    backend.lora_compose_fwd(base, h, lora_B, S, gain, bias, gain is not None)
-    product = None if gain is None else torch.empty_like(base)
-    needs = [True, True, True, gain is not None, True]
-    backend.lora_compose_bwd(torch.empty_like(base), h, lora_B, S, gain, product, needs)
+    for gain in (None, torch.empty(call.N)):
+        backend.lora_compose_fwd(base, h, lora_B, S, gain, bias, gain is not None)
+        product = None if gain is None else torch.empty_like(base)
+        needs = [True, True, True, gain is not None, True]
+        backend.lora_compose_bwd(torch.empty_like(base), h, lora_B, S, gain, product, needs)
 
 
 @cache

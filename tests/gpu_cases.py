@@ -1,0 +1,83 @@
+"""Sizes at which tests/test_gpu.py runs every function: each configuration that the choices by size can take at the
+sizes of the GPU benchmark is among theirs (tests/test_gpu_cases.py), on smaller sizes where those choose the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from launch_sweep import Call, make, make_compose, make_norm, skipped_products
+
+from lora_fast.benchmarks import gpu, peft_model
+from lora_fast.testing import Case
+from lora_fast.triton_kernels import aot
+from lora_fast.triton_kernels.target import Target
+
+bf16, f32 = torch.bfloat16, torch.float32
+
+SLABS = (  # where the gain's pass makes dh and d lora_B, in slabs
+    Case((8192,), 4096, 4096, 16, bf16),
+    Case((4096,), 8192, 1024, 16, bf16),
+    Case((8192,), 14336, 1024, 32, bf16),
+)
+CONFIGURED = (
+    *SLABS,
+    Case((2048,), 4096, 4096, 384, bf16),
+    Case((2048,), 8192, 1024, 384, bf16),
+    Case((2048,), 4096, 4096, 64, bf16),
+    Case((512,), 4096, 4096, 16, bf16),
+    Case((16,), 4096, 4096, 16, bf16),
+    Case((1,), 4096, 4096, 16, bf16),
+    # PEFT's adapters are float32
+    Case((8192,), 4096, 4096, 16, bf16, f32),
+    *(Case((T,), N, K, 16, bf16, f32) for T in (256, 16) for N, K in ((2048, 2048), (5632, 2048), (2048, 5632))),
+)
+
+
+def of_case(case: Case) -> Iterator[Callable[[], None]]:
+    """What the tests at ``case`` call: both axes, with and without dropout."""
+    (T,) = case.leading
+    dtypes = (case.dtype, case.dtype, case.adapter_dtype or case.dtype)
+    for axis, dropout_p in product(("output", "input"), (0.0, 0.3)):
+        yield partial(make, Call(T, case.N, case.K, case.R, *dtypes, axis, dropout_p))
+
+
+def of_benchmark() -> Iterator[Callable[[], None]]:
+    """What the rows of :mod:`lora_fast.benchmarks.gpu` call."""
+    for row in gpu.rows(0.0):
+        name, arguments = row.func.__name__, row.args
+        if name == "norm_row":
+            yield partial(make_norm, Call(1, *arguments[:3]))
+        elif name == "compose_row":
+            _, T, N, R, _ = arguments
+            yield partial(make_compose, Call(T, N, 1, R))
+        else:
+            yield from (partial(make, call) for call in _layers(name, arguments))
+
+
+def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:
+    if name == "layer_row":
+        case = arguments[0]
+        yield Call(case.tokens, case.out_features, case.in_features, case.rank)
+    elif name == "eager_inference_row":
+        yield Call(arguments[0], 4096, 4096, 16)
+    elif name == "path_row":
+        size = arguments[0]
+        yield Call(size.T, size.N, size.K, size.R)
+    elif name == "peft_row":
+        width, wide = peft_model.WIDTH, peft_model.FEED_FORWARD
+        for N, K in ((width, width), (wide, width), (width, wide)):
+            yield Call(arguments[0].tokens, N, K, peft_model.RANK, adapter=f32)
+    else:
+        raise NotImplementedError(f"{name}: what it launches is not written here")
+
+
+def configurations(calls: Iterator[Callable[[], None]], target: Target) -> set[str]:
+    """Each kernel with its tile and its operands' types, as ``target`` is asked to run it."""
+    with aot.recorded(target) as made, skipped_products():
+        for call in calls:
+            call()
+    return {f"{launch.name} {launch.tile} {launch.operands}" for launch in made}

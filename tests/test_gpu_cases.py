@@ -1,0 +1,47 @@
+"""That tests/test_gpu.py meets every configuration that the choices by size take at the sizes of the GPU benchmark."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+import gpu_cases
+from launch_sweep import Call, make
+
+from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd_config
+from lora_fast.triton_kernels.target import SM80, SM89, SM90, SM100, Target
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels decorated for the interpreter have no specialisation to record", allow_module_level=True)
+
+
+@pytest.mark.parametrize("target", [SM80, SM89, SM90, SM100], ids=lambda target: f"sm_{target.arch}")
+def test_every_configuration_of_the_benchmark_is_tested(target: Target) -> None:
+    tested = {
+        name for case in gpu_cases.CONFIGURED for name in gpu_cases.configurations(gpu_cases.of_case(case), target)
+    }
+    measured = gpu_cases.configurations(gpu_cases.of_benchmark(), target)
+    assert len(measured) > 50
+    assert measured - tested == set()
+
+
+def test_a_configuration_that_no_test_has_is_found() -> None:
+    tested = gpu_cases.configurations(gpu_cases.of_case(gpu_cases.CONFIGURED[0]), SM90)
+    other = gpu_cases.configurations(iter([lambda: make(Call(16, 4096, 4096, 16))]), SM90)
+    assert any("lora_linear_small_fwd_kernel" in name for name in other - tested)
+
+
+@pytest.mark.parametrize("target", [SM80, SM90], ids=lambda target: f"sm_{target.arch}")
+@pytest.mark.parametrize("case", gpu_cases.SLABS, ids=str)
+def test_the_slabs_are_among_them(case: gpu_cases.Case, target: Target) -> None:
+    (T,) = case.leading
+    config = lora_gain_bwd_config(T, case.N, case.R, case.dtype, True, target)
+    assert config.BLOCK_R > 0
+    assert config.column_blocks > 1 or config.row_chunks > 1
+
+
+def test_the_largest_descriptor_tile_is_among_them() -> None:
+    tested = gpu_cases.configurations(gpu_cases.of_case(gpu_cases.SLABS[0]), SM90)
+    assert any("lora_linear_fwd_tma_kernel" in name and "'BLOCK_M': 128, 'BLOCK_N': 256" in name for name in tested)
