@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import contenders as c, cost, layer
-from .gate import Gate, Results
+from .gate import WRONG, Gate, Results
 from .ops import NOT_COMPILED
 from .registry import (
     ACCUMULATED,
@@ -63,7 +63,7 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
             if name not in layers:
                 continue
             if workload.mode in EVALUATION and (fault := gate.inference_fault(contender, layers[name])):
-                left_out[name] = f"wrong result: {fault}"
+                left_out[name] = f"{WRONG}: {fault}"
                 continue
             steps[name] = _step(layers[name], inputs, workload.mode)
         except Exception as error:  # another's code, on this machine: told, and no reason to lose the other rows
