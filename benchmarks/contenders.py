@@ -23,7 +23,7 @@ from lora_fast import functional, reference
 from lora_fast.testing import dropout_mask
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why a contender cannot take part, where that is no fault of ours."""
 
 
@@ -130,8 +130,8 @@ class Layer:
 class Contender:
     """`formula` names what the layer computes: "frozen", "lora", or "dora" with `axis` and `detach_norm`.
 
-    `drops_base`: in training with dropout x̃ = drop(x) takes x's place in all of DoRA's sum, y = (x - x̃) Wᵀ + dora(x̃),
-    as in PEFT; ours drops the adapter's input alone. `ours` is held to the project's error budget by the correctness gate, the others to the same function.
+    `drops_base`: under dropout DoRA is PEFT's, y = (x - x̃) Wᵀ + dora(x̃) with x̃ = drop(x); without, only the adapter
+    sees x̃. `ours` is held to the project's error budget by the correctness gate, the others to the same function.
     `inference_only`: differs from another contender in evaluation alone.
     """
 
@@ -152,24 +152,31 @@ class Contender:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Raises Unavailable where the package that the contender is of is missing or fails; errors of ours stay."""
+        """UnavailableError where the package that the contender is of is missing or fails; errors of ours stay."""
         if missing := self.missing():
-            raise Unavailable(f"{missing} is not installed")
-        try:
+            raise UnavailableError(f"{missing} is not installed")
+        if self.ours or self.requires is None:
             yield
-        except Exception as error:
-            if self.ours or self.requires is None or isinstance(error, Unavailable):
-                raise
-            raise Unavailable(failure(self.requires, error)) from error
+            return
+        with calls_of(self.requires):
+            yield
 
 
-def failure(package: str, error: Exception) -> str:
-    """The package, its version and its error, in a line."""
+@contextmanager
+def calls_of(package: str) -> Iterator[None]:
+    """What is raised inside is the package's fault: UnavailableError, with its version and its error in a line."""
     try:
-        version = importlib.metadata.version(package)
+        yield
+    except Exception as error:
+        line = f"{package} {_version(package)} fails: {type(error).__name__}: {error}".splitlines()[0]
+        raise UnavailableError(line[:300]) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        version = "of no known version"
-    return f"{package} {version} fails: {type(error).__name__}: {error}".splitlines()[0][:300]
+        return "without metadata"
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
@@ -350,10 +357,8 @@ def _peft_cached(inputs: LayerInputs) -> Layer:
 
 def _accelerated(dora: bool) -> Callable[[LayerInputs], Layer]:
     def build(inputs: LayerInputs) -> Layer:
-        try:
+        with calls_of("peft"):
             built = _peft(dora, True)(inputs)
-        except Exception as error:
-            raise Unavailable(failure("peft", error)) from error
         accelerate(nn.Sequential(built.module))
         return Layer(built.module, built.trained, partial(_our_mask, inputs))
 
@@ -361,10 +366,10 @@ def _accelerated(dora: bool) -> Callable[[LayerInputs], Layer]:
 
 
 def accelerate(model: nn.Module) -> None:
-    """Every layer, or an error: Unavailable for a PEFT that lora_fast does not know, RuntimeError for one that it does."""
+    """All layers; UnavailableError for a PEFT that lora_fast does not know, RuntimeError for a layer left alone."""
     report = lora_fast.accelerate(model)
     if report.note is not None:
-        raise Unavailable(report.note)
+        raise UnavailableError(report.note)
     if report.left_alone:
         raise RuntimeError(f"not accelerated: {report}")
 

@@ -12,7 +12,7 @@ rounding of a mask widens the yardstick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,8 @@ class Gate:
                 raise ValueError(f"contender: {contender.name} has no dropout, expected one that drops its input")
             torch.manual_seed(MASK_SEED)
             dropped = Dropped(layer.keeps(), self.inputs.dropout, contender.drops_base)
-            eagers = [self._computed(*key, None, dropped, **options) for options in EAGER]
-            return self._computed(*key, torch.float64, dropped), eagers
+            eagers = [self._computed(*key, None, options, dropped) for options in EAGER]
+            return self._computed(*key, torch.float64, dropped=dropped), eagers
         if key not in self._expected:
             self._expected[key] = (self._reference(*key, torch.float64), self._eager(*key))
         return self._expected[key]
@@ -94,8 +94,8 @@ class Gate:
         return {name: value for name, value in results.items() if value is not None}
 
     def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
-        formulas = ({},) if formula == "frozen" else EAGER
-        return [self._computed(formula, axis, detach_norm, None, **options) for options in formulas]
+        formulas: Sequence[Mapping[str, bool]] = ({},) if formula == "frozen" else EAGER
+        return [self._computed(formula, axis, detach_norm, None, options) for options in formulas]
 
     def _reference(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None) -> Results:
         return self._computed(formula, axis, detach_norm, dtype)
@@ -106,8 +106,8 @@ class Gate:
         axis: str,
         detach_norm: bool,
         dtype: torch.dtype | None,
+        more: Mapping[str, bool] | None = None,
         dropped: Dropped | None = None,
-        **more: bool,
     ) -> Results:
         """The reference on the input as it is, computing in y's dtype, or (`dtype`) all of it converted first."""
         inputs = self.inputs
@@ -121,8 +121,9 @@ class Gate:
         weight = inputs.weight.to(dtype or inputs.weight.dtype)
         compute_dtype = dtype or inputs.compute_dtype
         operands = leaves | {"x": leaves["x"].to(compute_dtype), "weight": weight}
-        options: dict[str, Any] = {"scaling": inputs.scaling, "bias": None, "compute_dtype": compute_dtype, **more}
-        function = {"dora": reference.dora_linear, "lora": reference.lora_linear, "frozen": _frozen_linear}[formula]
+        options: dict[str, Any] = {"scaling": inputs.scaling, "bias": None, "compute_dtype": compute_dtype}
+        options |= more or {}
+        function = FUNCTIONS[formula]
         if formula == "dora":
             options |= {"axis": axis, "detach_norm": detach_norm}
         y = function(**operands, **options) if dropped is None else dropped.call(function, operands, options)
@@ -162,6 +163,13 @@ class Dropped:
 
 def _frozen_linear(x: Tensor, weight: Tensor, *, compute_dtype: torch.dtype, **unused: Any) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(compute_dtype))
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "frozen": _frozen_linear,
+    "lora": reference.lora_linear,
+    "dora": reference.dora_linear,
+}
 
 
 def error_fault(

@@ -94,7 +94,7 @@ def build(
             with contender.in_use():
                 layer = contender.build(inputs)
                 fault = gate.fault(contender, layer)
-        except c.Unavailable as reason:
+        except c.UnavailableError as reason:
             left_out[contender.name] = str(reason)
             continue
         if fault:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_fast import functional, reference, testing
 
 from . import contenders as c, cost
-from .gate import error_fault, relative_error
+from .gate import WRONG, error_fault, relative_error
 from .registry import FORWARD, GRADIENTS, Prepared, Workload
 from .runner import Step
 
@@ -76,7 +76,7 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
             for key, value in actual.items()
         ]
         if any(faults):
-            left_out[contender] = "wrong result: " + "; ".join(fault for fault in faults if fault)
+            left_out[contender] = f"{WRONG}: " + "; ".join(fault for fault in faults if fault)
             continue
         errors[contender] = relative_error(actual["y"], truth["y"])
         steps[contender] = lambda function=function: run(function, inputs)  # type: ignore[misc]

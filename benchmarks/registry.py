@@ -57,8 +57,12 @@ class Case:
         return f"{title}, {self.setting}" if self.setting else title
 
     @property
+    def dtype_name(self) -> str:
+        return _name(self.dtype)
+
+    @property
     def size(self) -> str:
-        return f"{self.out_features}×{self.in_features} {_name(self.dtype)}"
+        return f"{self.out_features}×{self.in_features} {self.dtype_name}"
 
     @property
     def weight_bytes(self) -> int:
