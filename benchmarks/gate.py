@@ -39,10 +39,11 @@ class Gate:
         self._expected: dict[tuple[str, str, bool], tuple[Results, list[Results]]] = {}
 
     def fault(self, contender: Contender, layer: Layer) -> str | None:
-        """What is wrong with the layer's output or gradients; None if nothing is."""
+        """What is wrong with the layer's output or gradients, or None. UnavailableError as :meth:`Contender.in_use`."""
         layer.module.train()
         truth, eagers = self._expect(contender, layer)
-        actual = self._run(layer)
+        with contender.in_use():
+            actual = self._run(layer)
         if actual.keys() != truth.keys():
             return f"gradients of {sorted(actual)}, expected {sorted(truth)}"
         for name, value in actual.items():

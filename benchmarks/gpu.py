@@ -99,23 +99,27 @@ def main() -> int:
 def run_rows(
     makers: list[partial[dict[str, Any]]], results: list[dict[str, Any]], write: Callable[[], None]
 ) -> list[str]:
-    """Runs each row into ``results``, shows it and writes; what is wrong, see :func:`faults`.
+    """Runs each row into ``results``, which is empty, shows it and writes; what is wrong, see :func:`faults`.
 
     An interrupt, which is how a time limit comes, ends it: the rows that are not made then stand as cut off.
     """
-    for index, make in enumerate(makers):
-        try:
-            results.append(make())
-        except KeyboardInterrupt:
-            results += [_without_records(CUT_OFF, left, "the run was interrupted") for left in makers[index:]]
+    try:
+        for make in makers:
+            results.append(_made(make))
+            show(results[-1])
+            torch.cuda.empty_cache()
             write()
-            break
-        except Exception:  # one row that fails must not lose the others; it is told, and fails the run
-            results.append(_without_records(FAILED, make, traceback.format_exc()))
-        show(results[-1])
-        torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        results += [_without_records(CUT_OFF, make, "the run was interrupted") for make in makers[len(results) :]]
         write()
     return faults(results)
+
+
+def _made(make: partial[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return make()
+    except Exception:  # one row that fails must not lose the others; it is told, and fails the run
+        return _without_records(FAILED, make, traceback.format_exc())
 
 
 def _without_records(what: str, make: partial[dict[str, Any]], why: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 import lora_fast
 from lora_fast import backends, functional, reference
 
-from . import contenders as c, cost, layer, peft_model, report
+from . import contenders as c, cost, layer, norms, peft_model, report
 from .gate import WRONG, error_fault
 from .gpu_timing import captured, measure, wall_ms
 from .registry import INFERENCE, STEP, Bar, Case
@@ -61,9 +61,9 @@ def norm_row(N: int, K: int, R: int, bar_ms: float, budget_s: float) -> dict[str
         torch.linalg.vector_norm(W.double() + inputs.scaling * B.double() @ inputs.lora_A.double(), dim=1)
         for W, B in zip(inputs.weight.split(1024), inputs.lora_B.split(1024), strict=True)
     ])  # fmt: skip
-    functions = {"weight_norm": c.our_norm(), "dense B@A": c.dense_norm}
-    functions |= {f"weight_norm, {name}": c.our_norm(name) for name in fast_backends()}
-    eager, steps, left_out = c.dense_norm(*arguments), {}, {}
+    functions = {"weight_norm": norms.our_norm(), "dense B@A": norms.dense_norm}
+    functions |= {f"weight_norm, {name}": norms.our_norm(name) for name in fast_backends()}
+    eager, steps, left_out = norms.dense_norm(*arguments), {}, {}
     for name, function in functions.items():
         if fault := error_fault("norm", function(*arguments), eager, truth, ours=name.startswith("weight_norm")):
             left_out[name] = f"{WRONG}: {fault}"
@@ -232,11 +232,11 @@ def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
 def settings() -> list[Case]:
     """The step as users of PEFT train it, beside the bars and without any: each differs from their step in one thing.
 
-    PEFT's adapters are float32 unless asked otherwise. Autocast is met in two ways, which differ in what they cost: a
-    model loaded in bfloat16, as large ones are and as loaders do by default now, where only the adapters are cast; and
-    one in float32, as PyTorch's own recipe has it, where x and the frozen W are cast in each call, the frozen linear's
-    too. The adapters are float32 in both. With dropout our modules have bfloat16 adapters as in the bars' step, and
-    accelerated layers compute PEFT's function, whose DoRA drops the base product's input too.
+    PEFT's adapters are float32 unless asked otherwise. Autocast has two rows, because users meet it in two ways that
+    differ in cost: on a model loaded in bfloat16, as large ones are, only the adapters are cast; on one in float32, for
+    which PyTorch made autocast, x and the frozen W are in each call, the frozen linear's too. The adapters are float32
+    in both. With dropout our modules have bfloat16 adapters as in the bars' step, and accelerated layers compute PEFT's
+    function, whose DoRA drops W's input in part of its sum too.
     """
     bf16, float32 = torch.bfloat16, torch.float32
     accelerated = (c.ACCELERATED, c.ACCELERATED_LORA)

@@ -12,7 +12,7 @@ import torch
 
 from lora_fast import backends, reference
 
-from . import contenders as c
+from . import contenders as c, norms
 from .gate import WRONG, Gate, error_fault
 from .registry import FROZEN, INFERENCE, NORM, STEP, Case, Row
 from .runner import Step, measure
@@ -93,7 +93,7 @@ def build(
         try:
             with contender.in_use():
                 layer = contender.build(inputs)
-                fault = gate.fault(contender, layer)
+            fault = gate.fault(contender, layer)
         except c.UnavailableError as reason:
             left_out[contender.name] = str(reason)
             continue
@@ -142,9 +142,9 @@ def inference(layer: c.Layer, inputs: c.LayerInputs) -> Step:
 def norm_steps(inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
     weight, lora_A, lora_B, scaling = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
     frozen, x = c.frozen_linear(weight), inputs.x.detach()
-    functions = {NORM: c.our_norm()}
-    functions |= {f"{NORM}, {name}": c.our_norm(name) for name in installed_backends()}
-    functions["dense B@A"] = c.dense_norm
+    functions = {NORM: norms.our_norm()}
+    functions |= {f"{NORM}, {name}": norms.our_norm(name) for name in installed_backends()}
+    functions["dense B@A"] = norms.dense_norm
     truth = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), scaling)
     eager = reference.weight_norm(weight, lora_A, lora_B, scaling, compute_dtype=weight.dtype).float()
     steps: dict[str, Step] = {FROZEN: lambda: frozen(x)}

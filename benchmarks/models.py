@@ -8,6 +8,7 @@ gradient, so that backward goes through every layer in every contender, the froz
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -218,11 +219,10 @@ class ModelGate(Gate):
         super().__init__(inputs)
         self.model, self.adapters = model, adapters
 
-    def fault(self, contender: c.Contender, layer: c.Layer) -> str | None:
-        return super().fault(replace(contender, ours=False), layer)
-
-    def inference_fault(self, contender: c.Contender, layer: c.Layer) -> str | None:
-        return super().inference_fault(replace(contender, ours=False), layer)
+    def _error_fault(
+        self, name: str, actual: Tensor, eagers: Sequence[Tensor], truth: Tensor, contender: c.Contender
+    ) -> str | None:
+        return super()._error_fault(name, actual, eagers, truth, replace(contender, ours=False))
 
     def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
         return [self._reference(formula, axis, detach_norm, None)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_fast import functional, reference, testing
 
-from . import contenders as c, cost
+from . import contenders as c, cost, norms
 from .gate import WRONG, error_fault, relative_error
 from .registry import FORWARD, GRADIENTS, Prepared, Workload
 from .runner import Step
@@ -162,12 +162,12 @@ def _linear_reference(
     return reference.lora_linear(x, weight, None, lora_A, lora_B, SCALING, gain, compute_dtype=dtype, dense=dense)
 
 
-def _norm_function(function: c.NormFunction) -> Function:
+def _norm_function(function: norms.NormFunction) -> Function:
     return lambda weight, lora_A, lora_B: function(weight, lora_A, lora_B, SCALING)
 
 
 def _our_norm(backend: str) -> Function:
-    return _norm_function(c.our_norm(backend))
+    return _norm_function(norms.our_norm(backend))
 
 
 def _our_compose(backend: str) -> Function:
@@ -197,11 +197,11 @@ OPS = {
         _norm_inputs,
         (),
         _norm_reference,
-        _norm_function(c.dense_norm),
+        _norm_function(norms.dense_norm),
         {
-            "dense B@A": _norm_function(c.dense_norm),
-            "factored norm, float32": _norm_function(c.factored_norm),
-            "PEFT's formula": _norm_function(c.peft_norm),
+            "dense B@A": _norm_function(norms.dense_norm),
+            "factored norm, float32": _norm_function(norms.factored_norm),
+            "PEFT's formula": _norm_function(norms.peft_norm),
         },
         _our_norm,
         ("norm of W alone", _norm_floor),
