@@ -42,7 +42,7 @@ aot: setup
 
 # On a machine with a GPU: builds beside the torch, triton and pytest of $(PYTHON), downloads nothing, tests, measures.
 gpu: $(GPU)/.installed
-	.ci/gpu $(GPU)/bin/python $(OUT)
+	.ci/gpu $(GPU)/bin/python "$(OUT)"
 
 # The first minutes on a GPU, one command: is everything right, where the time goes, which bars hold.
 gpu-first:

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import report, roofline, suite
+from . import gpu_timing, report, roofline, suite
+from .gate import WRONG
 from .memory import available_bytes, resident_growth
 from .records import Change, ResultFile, changes, load_other, write_csv
 from .registry import Prepared, Workload
@@ -116,9 +117,7 @@ def run_row(
         return _row(workload, Prepared({}, {"all": reason}, {}, "", suite.least(workload)), {}, 0.0)
     prepared = suite.prepare(workload, compiled=compiled)
     if torch.get_default_device().type == "cuda":
-        from . import gpu
-
-        records: dict[str, dict[str, Any]] = gpu.measure(prepared.steps, budget_s)
+        records: dict[str, dict[str, Any]] = gpu_timing.measure(prepared.steps, budget_s)
     else:
         timed = measure(prepared.steps, budget_s=budget_s, on_progress=on_progress)
         records = {name: dict(record.as_dict()) for name, record in timed.items()}
@@ -162,7 +161,7 @@ def needed_bytes(workload: Workload) -> int:
 
 
 def is_wrong_of_ours(row: dict[str, Any]) -> bool:
-    return any(name.startswith("lora_fast") and "wrong result" in why for name, why in row["left_out"].items())
+    return any(name.startswith("lora_fast") and why.startswith(WRONG) for name, why in row["left_out"].items())
 
 
 def row_table(row: dict[str, Any]) -> Table:

@@ -36,9 +36,10 @@ def threads() -> Iterator[None]:
 def rows(threads: None, pytestconfig: pytest.Config) -> Iterator[list[Row]]:
     """Collects the rows; at the end prints the table and writes the file."""
     measured: list[Row] = []
+    provenance = report.provenance()
     yield measured
     path = RESULTS / report.device_slug() / "layer.json"
-    report.write_json(path, report.provenance() | {"rows": [report.row_as_dict(row) for row in measured]})
+    report.write_json(path, provenance | {"rows": [report.row_as_dict(row) for row in measured]})
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         console = Console(width=140)

@@ -22,9 +22,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def test_peft_model(pytestconfig: pytest.Config) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
+    provenance = report.provenance()
     rows: list[dict[str, Any]] = list(peft_model.run())
     path = RESULTS / report.device_slug() / "peft.json"
-    report.write_json(path, report.provenance() | {"rows": rows})
+    report.write_json(path, provenance | {"rows": rows})
     torch.set_num_threads(before)
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():

@@ -6,9 +6,12 @@ module to call, and its trained tensors under their canonical names and layouts.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +20,21 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import functional, reference
+from lora_fast.testing import dropout_mask
+
+from .norms import dense_norm, factored_norm
+
+
+class UnavailableError(Exception):
+    """Why a contender cannot take part, where that is no fault of ours."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What every contender gets. x [T, K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  grad_y [T, N]."""
+    """What every contender gets. x [T, K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  grad_y [T, N].
+
+    `dropout`: the probability of the adapters' dropout in training. `autocast`: the dtype that forward runs in.
+    """
 
     x: Tensor
     weight: Tensor
@@ -29,7 +42,21 @@ class LayerInputs:
     lora_B: Tensor
     scaling: float
     grad_y: Tensor
+    dropout: float = 0.0
+    autocast: torch.dtype | None = None
     _magnitudes: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products and of y."""
+        return self.autocast or self.x.dtype
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """As users call it: forward alone runs under autocast."""
+        if self.autocast is None:
+            return module(x)
+        with torch.autocast(x.device.type, self.autocast):
+            return module(x)
 
     def magnitude(self, axis: str) -> Tensor:
         """A magnitude near the norm, as training finds it: n · (1 ± 5%), float32."""
@@ -46,27 +73,42 @@ class LayerInputs:
 
 
 def layer_inputs(
-    out_features: int, in_features: int, rank: int, tokens: int, dtype: torch.dtype, seed: int = 0
+    out_features: int,
+    in_features: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+    autocast: torch.dtype | None = None,
 ) -> LayerInputs:
-    """On the default device."""
+    """On the default device. lora_A and lora_B are in `adapter_dtype`, x's if unset."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
-    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(rows, columns, generator=generator)).to(dtype)
+    def normal(rows: int, columns: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (scale * torch.randn(rows, columns, generator=generator)).to(to)
 
     weight = normal(out_features, in_features, in_features**-0.5)
-    lora_A = normal(rank, in_features, in_features**-0.5)
-    lora_B = normal(out_features, rank, 0.1)
+    lora_A = normal(rank, in_features, in_features**-0.5, adapter_dtype or dtype)
+    lora_B = normal(out_features, rank, 0.1, adapter_dtype or dtype)
     x = normal(tokens, in_features).requires_grad_()
-    return LayerInputs(x, weight, lora_A, lora_B, 2.0, normal(tokens, out_features))
+    grad_y = normal(tokens, out_features, to=autocast or dtype)
+    return LayerInputs(x, weight, lora_A, lora_B, 2.0, grad_y, dropout, autocast)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A built contender. `trained` maps the canonical name to the parameter, and to whether it is stored transposed."""
+    """A built contender. `trained` maps the canonical name to the parameter, and to whether it is stored transposed.
+
+    `keeps` draws, from the state of the device's generator as forward would, which elements of x [T, K] the adapter's
+    dropout keeps: bool. None for a layer without dropout.
+    """
 
     module: nn.Module
     trained: dict[str, tuple[nn.Parameter, bool]] = field(default_factory=dict)
+    keeps: Callable[[], Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter, _ in self.trained.values()]
@@ -90,7 +132,8 @@ class Layer:
 class Contender:
     """`formula` names what the layer computes: "frozen", "lora", or "dora" with `axis` and `detach_norm`.
 
-    `ours` is held to the project's error budget by the correctness gate, the others to the same function.
+    `drops_base`: under dropout DoRA is PEFT's, y = (x - x̃) Wᵀ + dora(x̃) with x̃ = drop(x); without, only the adapter
+    sees x̃. `ours` is held to the project's error budget by the correctness gate, the others to the same function.
     `inference_only`: differs from another contender in evaluation alone.
     """
 
@@ -103,10 +146,39 @@ class Contender:
     requires: str | None = None
     inference_only: bool = False
     compiles: bool = False
+    drops_base: bool = False
 
     def missing(self) -> str | None:
         """Name of the package that this contender needs and that is not installed."""
         return self.requires if self.requires and importlib.util.find_spec(self.requires) is None else None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """UnavailableError where the package that the contender is of is missing or fails; errors of ours stay."""
+        if missing := self.missing():
+            raise UnavailableError(f"{missing} is not installed")
+        if self.ours or self.requires is None:
+            yield
+            return
+        with calls_of(self.requires):
+            yield
+
+
+@contextmanager
+def calls_of(package: str) -> Iterator[None]:
+    """What is raised inside is the package's fault: UnavailableError, with its version and its error in a line."""
+    try:
+        yield
+    except Exception as error:
+        line = f"{package} {_version(package)} fails: {type(error).__name__}: {error}".splitlines()[0]
+        raise UnavailableError(line[:300]) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "without metadata"
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
@@ -234,7 +306,7 @@ def _peft(dora: bool, float32_adapters: bool) -> Callable[[LayerInputs], Layer]:
         config = LoraConfig(
             r=rank,
             lora_alpha=inputs.scaling * rank,  # type: ignore[arg-type]  # PEFT divides whatever number it gets by r
-            lora_dropout=0.0,
+            lora_dropout=inputs.dropout,
             target_modules=["0"],
             use_dora=dora,
         )
@@ -250,8 +322,14 @@ def _peft(dora: bool, float32_adapters: bool) -> Callable[[LayerInputs], Layer]:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(start[name])
+        drop = layer.lora_dropout["default"]
+
+        def keeps() -> Tensor:
+            """nn.Dropout's draw depends on the shape and dtype of what it gets: x in the adapter's dtype."""
+            return drop(torch.ones_like(inputs.x, dtype=trained["lora_A"].dtype, requires_grad=False)) != 0
+
         # the layer itself: PEFT's model around it would add its hooks and its keyword handling to every call
-        return Layer(layer, {name: (parameter, False) for name, parameter in trained.items()})
+        return Layer(layer, {name: (parameter, False) for name, parameter in trained.items()}, keeps)
 
     return build
 
@@ -279,10 +357,27 @@ def _peft_cached(inputs: LayerInputs) -> Layer:
     return Layer(_Cached(built.module), built.trained)
 
 
-def _accelerated(inputs: LayerInputs) -> Layer:
-    built = _peft(True, True)(inputs)
-    lora_fast.accelerate(nn.Sequential(built.module))
-    return built
+def _accelerated(dora: bool) -> Callable[[LayerInputs], Layer]:
+    def build(inputs: LayerInputs) -> Layer:
+        with calls_of("peft"):
+            built = _peft(dora, True)(inputs)
+        accelerate(nn.Sequential(built.module))
+        return Layer(built.module, built.trained, partial(_our_mask, inputs))
+
+    return build
+
+
+def accelerate(model: nn.Module) -> None:
+    """All layers; UnavailableError for a PEFT that lora_fast does not know, RuntimeError for a layer left alone."""
+    report = lora_fast.accelerate(model)
+    if report.note is not None:
+        raise UnavailableError(report.note)
+    if report.left_alone:
+        raise RuntimeError(f"not accelerated: {report}")
+
+
+def _our_mask(inputs: LayerInputs) -> Tensor:
+    return dropout_mask(functional.draw_seed(inputs.x.device), tuple(inputs.x.shape), inputs.dropout)
 
 
 def _frozen_norms(inputs: LayerInputs) -> Layer:
@@ -314,17 +409,21 @@ def _ours(dora: bool, backend: str) -> Callable[[LayerInputs], Layer]:
     def build(inputs: LayerInputs) -> Layer:
         rank = inputs.lora_A.shape[0]
         linear = frozen_linear(inputs.weight)
-        module: nn.Module
-        if dora:
-            module = lora_fast.LinearWithDoRA(linear, rank, inputs.scaling, backend=backend)
-        else:
-            module = lora_fast.LinearWithLoRA(linear, rank, inputs.scaling, backend=backend)
+        kind = lora_fast.LinearWithDoRA if dora else lora_fast.LinearWithLoRA
+        module = kind(
+            linear,
+            rank,
+            inputs.scaling,
+            dropout=inputs.dropout,
+            adapter_dtype=inputs.lora_A.dtype,
+            backend=backend,
+        )
         names = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
         with torch.no_grad():
             for name in names:
                 start = inputs.magnitude("output") if name == "magnitude" else getattr(inputs, name)
                 getattr(module, name).copy_(start)
-        return Layer(module, {name: (getattr(module, name), False) for name in names})
+        return Layer(module, {name: (getattr(module, name), False) for name in names}, partial(_our_mask, inputs))
 
     return build
 
@@ -343,10 +442,13 @@ DENSE = Contender("dense B@A", _dense, "dora")
 COMPILED = Contender("dense B@A, torch.compile", _compiled_dense, "dora", compiles=True)
 PEFT_LORA = Contender("PEFT LoRA", _peft(False, False), "lora", requires="peft")
 PEFT_LORA_FP32 = Contender("PEFT LoRA, fp32 adapters", _peft(False, True), "lora", requires="peft")
-PEFT_DORA = Contender("PEFT DoRA", _peft(True, False), "dora", requires="peft")
-PEFT_DORA_FP32 = Contender("PEFT DoRA, fp32 adapters", _peft(True, True), "dora", requires="peft")
+PEFT_DORA = Contender("PEFT DoRA", _peft(True, False), "dora", requires="peft", drops_base=True)
+PEFT_DORA_FP32 = Contender("PEFT DoRA, fp32 adapters", _peft(True, True), "dora", requires="peft", drops_base=True)
 PEFT_DORA_CACHED = Contender("PEFT DoRA, DoraCaching", _peft_cached, "dora", requires="peft", inference_only=True)
-ACCELERATED = Contender("lora_fast accelerate(PEFT DoRA)", _accelerated, "dora", ours=True, requires="peft")
+ACCELERATED_LORA = Contender("lora_fast accelerate(PEFT LoRA)", _accelerated(False), "lora", ours=True, requires="peft")
+ACCELERATED = Contender(
+    "lora_fast accelerate(PEFT DoRA)", _accelerated(True), "dora", ours=True, requires="peft", drops_base=True
+)
 FROZEN_NORMS = Contender("lora_fast DoRA, freeze_norms", _frozen_norms, "dora", ours=True, inference_only=True)
 
 
@@ -360,40 +462,3 @@ def dora(backend: str = "auto") -> Contender:
 
 def _our_name(kind: str, backend: str) -> str:
     return f"lora_fast {kind}" if backend == "auto" else f"lora_fast {kind}, {backend}"
-
-
-FACTORED_BLOCK = 1 << 22  # elements of W in float32 at a time: 16 MiB
-
-# Functions of (weight, lora_A, lora_B, scaling) that give the norm [N].
-NormFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def dense_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1, dtype=torch.float32)
-
-
-def factored_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """n² = ‖W‖² + 2s·rowsum(lora_B ⊙ (W lora_Aᵀ)) + s²·rowsum((lora_B lora_A lora_Aᵀ) ⊙ lora_B), all in float32.
-
-    As in arXiv 2603.22276, ‖W‖² included at every call; W is converted in blocks of rows.
-    """
-    A, B = lora_A.float(), lora_B.float()
-    squares = scaling**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
-    rows = max(1, FACTORED_BLOCK // weight.shape[1])
-    for block, B_block, square in zip(weight.split(rows), B.split(rows), squares.split(rows), strict=True):
-        W = block.float()
-        square += W.square().sum(dim=1) + 2 * scaling * (B_block * (W @ A.T)).sum(dim=1)
-    return squares.clamp_(min=0).sqrt_()
-
-
-def peft_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """What PEFT computes at every forward: the update as both factors' image of the identity, the sum, its norm."""
-    update = F.linear(F.linear(torch.eye(lora_A.shape[1], dtype=lora_A.dtype), lora_A), lora_B).T
-    return torch.linalg.norm(weight.to(update.dtype) + scaling * update, dim=1).to(update.dtype)
-
-
-def our_norm(backend: str = "auto") -> NormFunction:
-    def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-        return functional.weight_norm(weight, lora_A, lora_B, scaling, backend=backend)
-
-    return norm

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 import lora_fast
 from lora_fast import check
 
-from . import contenders as c, gpu, layer, report
+from . import contenders as c, gpu, gpu_rows, layer, report
+from .gpu_timing import FLUSH_BYTES, measure, wall_ms
 from .registry import INFERENCE, STEP, Case
 from .runner import Step
 
@@ -44,7 +45,7 @@ def ceilings() -> dict[str, float]:
         flops |= {f"x Wᵀ {T}×{N}×{K}": 2 * T * N * K, f"g W {T}×{N}×{K}": 2 * T * N * K}
         steps[f"x Wᵀ {T}×{N}×{K}"] = lambda x=x, W=W: F.linear(x, W)  # type: ignore[misc]
         steps[f"g W {T}×{N}×{K}"] = lambda g=g, W=W: g @ W  # type: ignore[misc]
-    records = gpu.measure(steps, 1.0)
+    records = measure(steps, 1.0)
     found = {name: flops[name] / records[name]["median_ms"] / 1e9 for name in flops}
     return {"copy": 2 * source.nbytes / records["copy"]["median_ms"] / 1e9} | found
 
@@ -63,7 +64,7 @@ def checked(results: list[dict[str, Any]], write: Callable[[], None]) -> Iterato
 def profiles() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The kernels of each step and inference of one layer, in microseconds a call, as the profiler sees them."""
     bf16 = torch.bfloat16
-    few = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora())
+    few = (c.FROZEN, *(c.dora(name) for name in gpu_rows.fast_backends()), c.lora())
     cases = [
         Case(STEP, 4096, 4096, 8192, bf16, (c.FROZEN, c.dora(), c.lora(), c.PEFT_LORA)),
         Case(STEP, 4096, 4096, 8192, bf16, (c.dora(),), rank=384),
@@ -75,9 +76,8 @@ def profiles() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for case in cases:
         inputs = layer.inputs_of(case)
         for contender in case.contenders:
-            if contender.missing():
+            if (built := present(contender, inputs)) is None:
                 continue
-            built = contender.build(inputs)
             title = f"{contender.name}, {case.title}, rank {case.rank}"
             if case.mode == STEP:
                 yield title, kernels(layer.training_step(built, inputs))
@@ -86,6 +86,18 @@ def profiles() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             if contender.formula == "dora":
                 lora_fast.freeze_norms(built.module.eval())
                 yield f"{title}, frozen norm", kernels(layer.inference(built, inputs))
+
+
+def present(contender: c.Contender, inputs: c.LayerInputs) -> c.Layer | None:
+    """The layer; None, and told, where the package that the contender is of is missing or fails."""
+    try:
+        with contender.in_use():
+            built = contender.build(inputs)
+            inputs.forward(built.module, inputs.x)
+            return built
+    except c.UnavailableError as reason:
+        print(f"{contender.name} left out: {reason}", flush=True)
+        return None
 
 
 def profiled(results: dict[str, Any], write: Callable[[], None]) -> None:
@@ -101,7 +113,7 @@ def profiled(results: dict[str, Any], write: Callable[[], None]) -> None:
 
 
 def kernels(step: Step) -> list[dict[str, Any]]:
-    flush = torch.zeros(gpu.FLUSH_BYTES // 4)
+    flush = torch.zeros(FLUSH_BYTES // 4)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -120,20 +132,19 @@ def kernels(step: Step) -> list[dict[str, Any]]:
 def host_times() -> dict[str, dict[str, float]]:
     """Microseconds of a call, one behind the other, of which the host's functions take most, by their own time."""
     bf16, found = torch.bfloat16, {}
-    inference = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora(), c.PEFT_LORA)
-    step = (c.FROZEN, c.dora("triton"), c.dora("cuda"), c.lora(), c.PEFT_LORA, c.PEFT_DORA)
+    inference = (c.FROZEN, *(c.dora(name) for name in gpu_rows.fast_backends()), c.lora(), c.PEFT_LORA)
+    step = (*inference, c.PEFT_DORA)
     for case in (Case(INFERENCE, 1024, 1024, 16, bf16, inference), Case(STEP, 1024, 1024, 64, bf16, step)):
         inputs = layer.inputs_of(case)
         for contender in case.contenders:
-            if contender.missing():
+            if (built := present(contender, inputs)) is None:
                 continue
-            built = contender.build(inputs)
             if case.mode == INFERENCE and contender.formula == "dora":
                 lora_fast.freeze_norms(built.module.eval())
             call = (layer.training_step if case.mode == STEP else layer.inference)(built, inputs)
             for _ in range(10):
                 call()
-            wall = 1e3 * min(gpu.wall_ms(call, 50) for _ in range(4))
+            wall = 1e3 * min(wall_ms(call, 50) for _ in range(4))
             profile = cProfile.Profile()
             profile.runcall(_repeated, call)
             stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
@@ -185,7 +196,7 @@ def main() -> int:
             print(f"{name}: {found['wall']:.0f} µs a call", flush=True)
         write()
     if "rows" in arguments.parts:
-        wrong += gpu.run_rows(gpu.rows(arguments.budget, compiled=False), state["rows"], write)
+        wrong += gpu.run_rows(gpu_rows.rows(arguments.budget, compiled=False), state["rows"], write)
     missed = [
         f"{row['title']}: {bar['measured']:.3f} {bar['what']}"
         for row in state["rows"]

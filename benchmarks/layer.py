@@ -12,8 +12,8 @@ import torch
 
 from lora_fast import backends, reference
 
-from . import contenders as c
-from .gate import Gate, error_fault
+from . import contenders as c, norms
+from .gate import WRONG, Gate, error_fault
 from .registry import FROZEN, INFERENCE, NORM, STEP, Case, Row
 from .runner import Step, measure
 
@@ -64,7 +64,16 @@ def run(case: Case, *, budget_s: float = 4.0, on_progress: Callable[[float], Non
 
 
 def inputs_of(case: Case) -> c.LayerInputs:
-    return c.layer_inputs(case.out_features, case.in_features, case.rank, case.tokens, case.dtype)
+    return c.layer_inputs(
+        case.out_features,
+        case.in_features,
+        case.rank,
+        case.tokens,
+        case.dtype,
+        adapter_dtype=case.adapter_dtype,
+        dropout=case.dropout,
+        autocast=case.autocast,
+    )
 
 
 def layer_steps(case: Case, inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
@@ -76,17 +85,20 @@ def layer_steps(case: Case, inputs: c.LayerInputs) -> tuple[dict[str, Step], dic
 def build(
     contenders: Iterable[c.Contender], inputs: c.LayerInputs, gate: Gate | None = None
 ) -> tuple[dict[str, c.Layer], dict[str, str]]:
-    """The layers that compute what they should, and why the others are left out."""
+    """The layers that compute what they should, and why the others are left out; errors of ours are raised."""
     gate = gate or Gate(inputs)
     layers: dict[str, c.Layer] = {}
     left_out: dict[str, str] = {}
     for contender in contenders:
-        if missing := contender.missing():
-            left_out[contender.name] = f"{missing} is not installed"
+        try:
+            with contender.in_use():
+                layer = contender.build(inputs)
+            fault = gate.fault(contender, layer)
+        except c.UnavailableError as reason:
+            left_out[contender.name] = str(reason)
             continue
-        layer = contender.build(inputs)
-        if fault := gate.fault(contender, layer):
-            left_out[contender.name] = f"wrong result: {fault}"
+        if fault:
+            left_out[contender.name] = f"{WRONG}: {fault}"
         else:
             layers[contender.name] = layer
     return layers, left_out
@@ -103,7 +115,7 @@ def training_step(layer: c.Layer, inputs: c.LayerInputs, micro_batches: int = 1)
 
     def step() -> None:
         for _ in range(micro_batches):
-            module(x).backward(grad_y)
+            inputs.forward(module, x).backward(grad_y)
             x.grad = None
         if optimizer is not None:
             optimizer.step()
@@ -122,7 +134,7 @@ def inference(layer: c.Layer, inputs: c.LayerInputs) -> Step:
 
     def step() -> None:
         with torch.inference_mode():
-            module(x)
+            inputs.forward(module, x)
 
     return step
 
@@ -130,9 +142,9 @@ def inference(layer: c.Layer, inputs: c.LayerInputs) -> Step:
 def norm_steps(inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
     weight, lora_A, lora_B, scaling = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
     frozen, x = c.frozen_linear(weight), inputs.x.detach()
-    functions = {NORM: c.our_norm()}
-    functions |= {f"{NORM}, {name}": c.our_norm(name) for name in installed_backends()}
-    functions["dense B@A"] = c.dense_norm
+    functions = {NORM: norms.our_norm()}
+    functions |= {f"{NORM}, {name}": norms.our_norm(name) for name in installed_backends()}
+    functions["dense B@A"] = norms.dense_norm
     truth = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), scaling)
     eager = reference.weight_norm(weight, lora_A, lora_B, scaling, compute_dtype=weight.dtype).float()
     steps: dict[str, Step] = {FROZEN: lambda: frozen(x)}
@@ -140,7 +152,7 @@ def norm_steps(inputs: c.LayerInputs) -> tuple[dict[str, Step], dict[str, str]]:
     for name, function in functions.items():
         norm, ours = function(weight, lora_A, lora_B, scaling), name.startswith(NORM)
         if fault := error_fault("norm", norm, eager, truth, ours=ours):
-            left_out[name] = f"wrong result: {fault}"
+            left_out[name] = f"{WRONG}: {fault}"
         else:
             steps[name] = lambda function=function: function(weight, lora_A, lora_B, scaling)  # type: ignore[misc]
     return steps, left_out

@@ -8,6 +8,7 @@ gradient, so that backward goes through every layer in every contender, the froz
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import contenders as c, cost, layer
-from .gate import Gate, Results
+from .gate import WRONG, Gate, Results
 from .ops import NOT_COMPILED
 from .registry import (
     ACCUMULATED,
@@ -63,7 +64,7 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
             if name not in layers:
                 continue
             if workload.mode in EVALUATION and (fault := gate.inference_fault(contender, layers[name])):
-                left_out[name] = f"wrong result: {fault}"
+                left_out[name] = f"{WRONG}: {fault}"
                 continue
             steps[name] = _step(layers[name], inputs, workload.mode)
         except Exception as error:  # another's code, on this machine: told, and no reason to lose the other rows
@@ -218,11 +219,10 @@ class ModelGate(Gate):
         super().__init__(inputs)
         self.model, self.adapters = model, adapters
 
-    def fault(self, contender: c.Contender, layer: c.Layer) -> str | None:
-        return super().fault(replace(contender, ours=False), layer)
-
-    def inference_fault(self, contender: c.Contender, layer: c.Layer) -> str | None:
-        return super().inference_fault(replace(contender, ours=False), layer)
+    def _error_fault(
+        self, name: str, actual: Tensor, eagers: Sequence[Tensor], truth: Tensor, contender: c.Contender
+    ) -> str | None:
+        return super()._error_fault(name, actual, eagers, truth, replace(contender, ours=False))
 
     def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
         return [self._reference(formula, axis, detach_norm, None)]

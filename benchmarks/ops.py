@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_fast import functional, reference, testing
 
-from . import contenders as c, cost
-from .gate import error_fault, relative_error
+from . import contenders as c, cost, norms
+from .gate import WRONG, error_fault, relative_error
 from .registry import FORWARD, GRADIENTS, Prepared, Workload
 from .runner import Step
 
@@ -76,7 +76,7 @@ def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared
             for key, value in actual.items()
         ]
         if any(faults):
-            left_out[contender] = "wrong result: " + "; ".join(fault for fault in faults if fault)
+            left_out[contender] = f"{WRONG}: " + "; ".join(fault for fault in faults if fault)
             continue
         errors[contender] = relative_error(actual["y"], truth["y"])
         steps[contender] = lambda function=function: run(function, inputs)  # type: ignore[misc]
@@ -162,12 +162,12 @@ def _linear_reference(
     return reference.lora_linear(x, weight, None, lora_A, lora_B, SCALING, gain, compute_dtype=dtype, dense=dense)
 
 
-def _norm_function(function: c.NormFunction) -> Function:
+def _norm_function(function: norms.NormFunction) -> Function:
     return lambda weight, lora_A, lora_B: function(weight, lora_A, lora_B, SCALING)
 
 
 def _our_norm(backend: str) -> Function:
-    return _norm_function(c.our_norm(backend))
+    return _norm_function(norms.our_norm(backend))
 
 
 def _our_compose(backend: str) -> Function:
@@ -197,11 +197,11 @@ OPS = {
         _norm_inputs,
         (),
         _norm_reference,
-        _norm_function(c.dense_norm),
+        _norm_function(norms.dense_norm),
         {
-            "dense B@A": _norm_function(c.dense_norm),
-            "factored norm, float32": _norm_function(c.factored_norm),
-            "PEFT's formula": _norm_function(c.peft_norm),
+            "dense B@A": _norm_function(norms.dense_norm),
+            "factored norm, float32": _norm_function(norms.factored_norm),
+            "PEFT's formula": _norm_function(norms.peft_norm),
         },
         _our_norm,
         ("norm of W alone", _norm_floor),

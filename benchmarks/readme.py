@@ -172,7 +172,34 @@ def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
 def gpu() -> str:
     """One layer on a GPU: each contender in units of the frozen linear."""
     results = _gpu_results()
-    rows = [row for row in results["rows"] if row["title"].startswith(("training step", "inference"))]
+    rows = [row for row in _layer_rows(results) if not row.get("setting")]
+    return f"{_gpu_origin(results)}\n{_frozen_units(rows, _size_column)}"
+
+
+def gpu_settings() -> str:
+    """The step as users train it, beside the bars' step, in the same units."""
+    results = _gpu_results()
+    rows = [row for row in _layer_rows(results) if row.get("setting")]
+    if not rows:
+        return "The committed results are from before these rows.\n"
+    return f"{_from_docs(_gpu_origin(results))}\n{_frozen_units(rows, _setting_column)}"
+
+
+def _layer_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results["rows"] if row["title"].startswith(("training step", "inference"))]
+
+
+def _size_column(row: dict[str, Any]) -> str:
+    return row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²")
+
+
+def _setting_column(row: dict[str, Any]) -> str:
+    """W's dtype, and what sets the row apart."""
+    return f"{row['dtype']} W, {row['setting']}"
+
+
+def _frozen_units(rows: list[dict[str, Any]], column: Callable[[dict[str, Any]], str]) -> str:
+    """A line for each contender, a column for each row: times the frozen linear, whose own time is given."""
     names = dict.fromkeys(
         name for row in rows for name in row["records"] if not re.search(", (torch|cuda|triton)$", name)
     )
@@ -186,12 +213,7 @@ def gpu() -> str:
         text = f"{record['median_ms'] / frozen['median_ms']:.2f}"
         return f"**{text}**" if OURS.match(name) else text
 
-    columns = [
-        row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²") for row in rows
-    ]
-    return f"{_gpu_origin(results)}\n" + table(
-        ["", *columns], ([name, *(cell(name, row) for row in rows)] for name in names)
-    )
+    return table(["", *map(column, rows)], ([name, *(cell(name, row) for row in rows)] for name in names))
 
 
 def gpu_bars() -> str:
@@ -242,6 +264,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "losses": losses,
     "gpu": gpu,
     "gpu-bars": gpu_bars,
+    "gpu-settings": gpu_settings,
     "gpu-kernels": gpu_kernels,
 }
 

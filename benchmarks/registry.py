@@ -37,16 +37,32 @@ class Case:
     aim: float | None = None  # wished for, not required
     faster: dict[str, float] = field(default_factory=dict)  # contender: at least so many times faster than it
     memory_fraction: float | None = None  # peak at most this fraction of the weight's bytes
+    adapter_dtype: torch.dtype | None = None  # of lora_A and lora_B; `dtype` if unset
+    dropout: float = 0.0  # of the adapters, in training
+    autocast: torch.dtype | None = None  # that forward runs under
+
+    @property
+    def setting(self) -> str:
+        """How users run the layer, in words, where it is not plainly in one dtype."""
+        parts = [f"{_name(self.adapter_dtype)} adapters"] if self.adapter_dtype else []
+        parts += [f"autocast to {_name(self.autocast)}"] if self.autocast else []
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        return ", ".join(parts)
 
     @property
     def title(self) -> str:
         if self.mode == NORM:
             return f"{NORM}, rank {self.rank}, {self.size}, beside the frozen forward of {self.tokens} tokens"
-        return f"{self.mode}, {self.tokens} token{'s'[: self.tokens > 1]}, {self.size}"
+        title = f"{self.mode}, {self.tokens} token{'s'[: self.tokens > 1]}, {self.size}"
+        return f"{title}, {self.setting}" if self.setting else title
+
+    @property
+    def dtype_name(self) -> str:
+        return _name(self.dtype)
 
     @property
     def size(self) -> str:
-        return f"{self.out_features}×{self.in_features} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.out_features}×{self.in_features} {self.dtype_name}"
 
     @property
     def weight_bytes(self) -> int:
@@ -56,6 +72,10 @@ class Case:
     def frozen_flops(self) -> int:
         """Multiply-adds of the frozen layer's products, counted as two each: one product forward, one for dx."""
         return 2 * self.tokens * self.out_features * self.in_features * (2 if self.mode == STEP else 1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ class Workload:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return _name(self.dtype)
 
     @property
     def size(self) -> str:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 
 from lora_fast import backends
 
+from .commit import commit_of
 from .registry import FROZEN, NORM, Bar, Row
 from .runner import Record
 
@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(Path(__file__).resolve().parents[1]),
+        "commit": commit_of(),
         "extension": {"loaded": loaded, "reason": reason, "build": build},
     }
 
@@ -150,23 +150,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of the source tree at ``root``, with "+" where it has changes; None for an installed wheel.
-
-    Results are none of these: each run writes its own.
-    """
-    if not (root / ".git").exists():
-        return None
-    sources = [".", ":(exclude)benchmarks/results"]
-    try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *sources)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+" if changed else commit
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import gpu_timing
 from .runner import Step, measure
 
 COPY_BYTES = 128 << 20  # more than a core's caches
@@ -36,9 +37,7 @@ def _on_gpu() -> bool:
 def _gpu_records(steps: dict[str, Step], budget_s: float) -> Any:
     from types import SimpleNamespace
 
-    from . import gpu
-
-    return {name: SimpleNamespace(**record) for name, record in gpu.measure(steps, budget_s).items()}
+    return {name: SimpleNamespace(**record) for name, record in gpu_timing.measure(steps, budget_s).items()}
 
 
 def bound_ms(least_bytes: float, least_flops: float, dtype: str, rates: dict[str, Any]) -> float | None:

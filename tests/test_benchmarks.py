@@ -18,7 +18,7 @@ from torch import nn
 pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras demo and test")
 pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
 
-from lora_fast.benchmarks import contenders as c, layer, report
+from lora_fast.benchmarks import commit, contenders as c, layer, report
 from lora_fast.benchmarks.gate import Gate, error_fault
 from lora_fast.benchmarks.registry import FROZEN, INFERENCE, NORM, STEP, Bar, Case, Row
 from lora_fast.benchmarks.runner import Record, alternate, measure
@@ -140,6 +140,28 @@ def test_every_contender_passes_the_gate(contender: c.Contender, dtype: torch.dt
     assert Gate(inputs).fault(contender, contender.build(inputs)) is None
 
 
+@pytest.mark.parametrize("contender", [c.dora("torch"), c.lora("torch"), c.ACCELERATED, c.PEFT_LORA, c.PEFT_DORA_FP32],
+                         ids=lambda contender: contender.name)  # fmt: skip
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_the_gate_knows_dropout(contender: c.Contender, autocast: torch.dtype | None) -> None:
+    """The contender's own mask passes; no mask, another mask, and the other form of DoRA don't."""
+    if missing := contender.missing():
+        pytest.skip(f"{missing}, which {contender.name} needs, is not installed")
+    inputs = c.layer_inputs(N, K, R, 8, torch.float32, dropout=0.05, autocast=autocast)
+    gate, built = Gate(inputs), contender.build(inputs)
+    assert built.keeps is not None
+    assert gate.fault(contender, built) is None
+    without = contender.build(dataclasses.replace(inputs, dropout=0.0))
+    another = dataclasses.replace(built, keeps=lambda: built.keeps().roll(1, 0))
+    for wrong in (dataclasses.replace(without, keeps=built.keeps), another):
+        assert "has an RMS error" in str(gate.fault(contender, wrong)) or "largest" in str(gate.fault(contender, wrong))
+    if contender.formula == "dora":
+        other_form = dataclasses.replace(contender, drops_base=not contender.drops_base)
+        assert gate.fault(other_form, built) is not None
+    with pytest.raises(ValueError, match="contender: dense B@A has no dropout"):
+        gate.fault(c.DENSE, c.DENSE.build(inputs))
+
+
 @pytest.mark.parametrize("wrong", ["scaling", "axis", "detach_norm", "magnitude"])
 def test_the_gate_catches_another_function(wrong: str) -> None:
     inputs = c.layer_inputs(N, K, R, 8, torch.float32)
@@ -243,12 +265,15 @@ def test_contenders_share_the_frozen_weight() -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_commit_tells_changes_to_the_sources_and_not_to_results(tmp_path: Path) -> None:
+def test_the_commit_tells_changes_to_the_sources_and_not_to_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def git(*arguments: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    assert report._commit(tmp_path) is None
+    monkeypatch.delenv(commit.VARIABLE, raising=False)
+    assert commit.commit_of(tmp_path) is None
     source, result = tmp_path / "kernel.py", tmp_path / "benchmarks" / "results" / "cpu" / "layer.json"
     result.parent.mkdir(parents=True)
     for path in (source, result):
@@ -256,10 +281,25 @@ def test_the_commit_tells_changes_to_the_sources_and_not_to_results(tmp_path: Pa
     git("init")
     git("add", ".")
     git("commit", "-m", "Begin")
-    commit = report._commit(tmp_path)
-    assert commit is not None
-    assert re.fullmatch("[0-9a-f]{12}", commit)
+    head = commit.commit_of(tmp_path)
+    assert head is not None
+    assert re.fullmatch("[0-9a-f]{12}", head)
     result.write_text("2")
-    assert report._commit(tmp_path) == commit
+    assert commit.commit_of(tmp_path) == head
     source.write_text("2")
-    assert report._commit(tmp_path) == f"{commit}+"
+    assert commit.commit_of(tmp_path) == f"{head}+"
+    monkeypatch.setenv(commit.VARIABLE, head[:7])
+    assert commit.commit_of(tmp_path) == f"{head}+"
+    monkeypatch.setenv(commit.VARIABLE, "0123456789+")
+    with pytest.raises(ValueError, match=rf"^LORA_FAST_COMMIT: got '0123456789\+', expected '{head}\+', the commit of"):
+        commit.commit_of(tmp_path)
+
+
+def test_without_git_the_variable_tells_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("6fb3823", "6fb3823+", 40 * "a"):
+        monkeypatch.setenv(commit.VARIABLE, given)
+        assert commit.commit_of(tmp_path) == given
+    for wrong in ("", "main", "6fb382", 41 * "a", "6fb3823++", "6FB3823"):
+        monkeypatch.setenv(commit.VARIABLE, wrong)
+        with pytest.raises(ValueError, match=f"^LORA_FAST_COMMIT: got {re.escape(repr(wrong))}, expected a commit"):
+            commit.commit_of(tmp_path)

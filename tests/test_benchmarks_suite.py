@@ -15,7 +15,7 @@ pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras de
 pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
 
 from lora_fast import cli
-from lora_fast.benchmarks import bench, contenders as c, records, roofline, suite
+from lora_fast.benchmarks import bench, contenders as c, norms, records, roofline, suite
 from lora_fast.benchmarks.memory import resident_growth
 from lora_fast.benchmarks.registry import (
     ACCUMULATED,
@@ -76,7 +76,7 @@ def test_every_contender_of_a_model_is_measured(workload: Workload) -> None:
 
 def test_the_factored_norm_is_the_norm() -> None:
     W, A, B = torch.randn(40, 30), torch.randn(4, 30), torch.randn(40, 4)
-    torch.testing.assert_close(c.factored_norm(W, A, B, 0.7), (W + 0.7 * B @ A).norm(dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norms.factored_norm(W, A, B, 0.7), (W + 0.7 * B @ A).norm(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_suite_has_what_the_issue_asks_for() -> None:

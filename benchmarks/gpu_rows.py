@@ -1,0 +1,290 @@
+"""The rows of :mod:`lora_fast.benchmarks.gpu`: what each measures, through the gate, and its bars."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+import lora_fast
+from lora_fast import backends, functional, reference
+
+from . import contenders as c, cost, layer, norms, peft_model, report
+from .gate import WRONG, error_fault
+from .gpu_timing import captured, measure, wall_ms
+from .registry import INFERENCE, STEP, Bar, Case
+from .runner import Step
+
+FORWARD = ("lora_linear forward",)
+# Of a layer's records: the median in units of the first of these contenders that the row has.
+RATIOS = {"frozen_ratio": (c.FROZEN.name,), "peft_lora_ratio": (c.PEFT_LORA.name, c.PEFT_LORA_FP32.name)}
+DROPOUT = 0.05
+
+
+def row(
+    title: str, size: cost.Size, ops: tuple[str, ...], records: dict, bars: list[Bar], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """``ops`` are those of cost.py that the row's subject does."""
+    least = sum((cost.least(op, size) for op in ops), cost.Cost(0))
+    return {
+        "title": title,
+        "ops": " + ".join(ops),
+        "tokens": size.T, "out_features": size.N, "in_features": size.K, "rank": size.R,
+        "least_bytes": least.bytes,
+        "least_flops": least.flops,
+        "records": records,
+        "left_out": left_out,
+        "bars": [report.bar_as_dict(bar) for bar in bars],
+    }  # fmt: skip
+
+
+def names_of_ours() -> list[str]:
+    """The backends to set beside "auto"; the first is what it takes."""
+    return [name for name in ("triton", "cuda", "torch") if backends.is_present(name)]
+
+
+def fast_backends() -> list[str]:
+    """Those that are timed at large sizes: "torch" takes 30 times as long as "triton" on a GPU."""
+    return [name for name in names_of_ours() if name != "torch"]
+
+
+def norm_row(N: int, K: int, R: int, bar_ms: float, budget_s: float) -> dict[str, Any]:
+    inputs = c.layer_inputs(N, K, R, 1, torch.bfloat16)
+    arguments = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling
+    truth = torch.cat([
+        torch.linalg.vector_norm(W.double() + inputs.scaling * B.double() @ inputs.lora_A.double(), dim=1)
+        for W, B in zip(inputs.weight.split(1024), inputs.lora_B.split(1024), strict=True)
+    ])  # fmt: skip
+    functions = {"weight_norm": norms.our_norm(), "dense B@A": norms.dense_norm}
+    functions |= {f"weight_norm, {name}": norms.our_norm(name) for name in fast_backends()}
+    eager, steps, left_out = norms.dense_norm(*arguments), {}, {}
+    for name, function in functions.items():
+        if fault := error_fault("norm", function(*arguments), eager, truth, ours=name.startswith("weight_norm")):
+            left_out[name] = f"{WRONG}: {fault}"
+        else:
+            steps[name] = lambda function=function: function(*arguments)
+    records = measure(steps, budget_s)
+    bars = []
+    if ours := records.get("weight_norm"):
+        megabytes = ours["peak_bytes"] / 1e6
+        bars = [Bar("ms", ours["median_ms"], bar_ms, True), Bar("MB of extra memory", megabytes, 1.0, True)]
+    return row(f"norm, {N}×{K}, rank {R}", cost.Size(1, N, K, R), ("weight_norm",), records, bars, left_out)
+
+
+def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict[str, Any]:
+    """With a gain: forward in inference; backward to base, h, lora_B and gain."""
+    size = cost.Size(T, N, 1, R)
+    base, other = torch.randn(T, N, dtype=torch.bfloat16), torch.empty(T, N, dtype=torch.bfloat16)
+    h, lora_B = torch.randn(T, R, dtype=torch.bfloat16), torch.randn(N, R, dtype=torch.bfloat16)
+    gain = 1 + 0.1 * torch.randn(N)
+    ops = torch.ops.lora_fast
+    needs = [True, True, True, True, False]
+
+    def composed(name: str) -> Step:
+        if direction == "forward":
+            return lambda: ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, None, False, name)
+        return lambda: ops.lora_compose_bwd(base, h, lora_B, 0.5, gain, other, needs, name)
+
+    left_out = composition_faults(base, h, lora_B, gain)
+    steps: dict[str, Step] = {"copy": lambda: other.copy_(base)}
+    steps |= {name: composed(name) for name in names_of_ours() if name not in left_out}
+    other.copy_(base)
+    records = measure(steps, budget_s)
+    op = f"lora_compose {direction}"
+    bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
+    bars = []
+    if R == 16 and (chosen := records.get(names_of_ours()[0])):
+        reached = cost.least(op, size).bytes / chosen["median_ms"] / bandwidth
+        bars = [Bar("× copy bandwidth", reached, 0.75, False)]
+    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, left_out)
+
+
+def composition_faults(base: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, gain: torch.Tensor) -> dict[str, str]:
+    """Why the output or a gradient of one of our backends is wrong, by backend."""
+
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in (base, h, lora_B, gain)]
+        y = function(*leaves[:3], 0.5, leaves[3])
+        return [y.detach(), *torch.autograd.grad(y, leaves, base.to(y.dtype))]
+
+    truth = run(reference.lora_compose, torch.float64)
+    eager = run(partial(reference.lora_compose, compute_dtype=base.dtype), None)
+    faults: dict[str, str] = {}
+    for backend in names_of_ours():
+        actual = run(partial(functional.lora_compose, backend=backend), None)
+        for name, *results in zip(("y", "base", "h", "lora_B", "gain"), actual, eager, truth, strict=True):
+            if fault := error_fault(name, *results, ours=True):
+                faults.setdefault(backend, f"{WRONG}: {fault}")
+    return faults
+
+
+def layer_row(case: Case, budget_s: float, *, graph: bool = False) -> dict[str, Any]:
+    inputs = layer.inputs_of(case)
+    layers, left_out = layer.build(case.contenders, inputs)
+    steps: dict[str, Step] = {}
+    for name, built in layers.items():
+        if case.mode == STEP:
+            steps[name] = layer.training_step(built, inputs)
+            continue
+        if name.startswith("lora_fast DoRA"):
+            lora_fast.freeze_norms(built.module.eval())
+        steps[name] = layer.inference(built, inputs)
+    if graph:
+        steps = {name: captured(step) for name, step in steps.items()}
+    records = measure(steps, budget_s)
+    if not graph:  # as users meet it: the slower of host and device counts
+        for name, step in steps.items():
+            records[name]["wall_ms"] = statistics.median(wall_ms(step, 10) for _ in range(5))
+    add_ratios(records)
+    bars, frozen = [], records[c.FROZEN.name]["median_ms"]
+    if subject := records.get(case.subject):
+        if case.at_most is not None:
+            bars.append(Bar("× frozen linear", subject["median_ms"] / frozen, case.at_most, True, case.aim))
+        for other, factor in case.faster.items():
+            if other in records:
+                ratio = records[other]["median_ms"] / subject["median_ms"]
+                bars.append(Bar(f"× faster than {other}", ratio, factor, False))
+    size = cost.Size(case.tokens, case.out_features, case.in_features, case.rank)
+    title = f"{case.title}, rank {case.rank}{', CUDA graph' if graph else ''}"
+    ops = ("weight_norm", "lora_linear forward", "lora_linear backward") if case.mode == STEP else FORWARD
+    return row(title, size, ops, records, bars, left_out) | {"dtype": case.dtype_name, "setting": case.setting}
+
+
+def add_ratios(records: dict[str, dict[str, float]]) -> None:
+    for key, baselines in RATIOS.items():
+        if baseline := next((records[name] for name in baselines if name in records), None):
+            for record in records.values():
+                record[key] = record["median_ms"] / baseline["median_ms"]
+
+
+def eager_inference_row(tokens: int, budget_s: float, features: int = 4096) -> dict[str, Any]:
+    """Calls one behind the other without a graph: the slower of host and device counts."""
+    peft = c.PEFT_LORA
+    ours = (c.dora(), *(c.dora(name) for name in names_of_ours()), c.lora())
+    case = Case(INFERENCE, features, features, tokens, torch.bfloat16, (c.FROZEN, *ours, peft), c.dora().name)
+    inputs = layer.inputs_of(case)
+    layers, left_out = layer.build(case.contenders, inputs)
+    for name, built in layers.items():
+        if name.startswith("lora_fast DoRA"):
+            lora_fast.freeze_norms(built.module.eval())
+    steps = {name: layer.inference(built, inputs) for name, built in layers.items()}
+    records = measure(steps, budget_s)
+    for name, step in steps.items():
+        records[name]["wall_ms"] = statistics.median(wall_ms(step) for _ in range(5))
+    bars = []
+    if peft.name in records:
+        ratio = records[peft.name]["wall_ms"] / records[case.subject]["wall_ms"]
+        bars = [Bar(f"× faster than {peft.name}, wall time", ratio, 1.0, False)]
+    size = cost.Size(tokens, features, features, case.rank)
+    return row(f"{case.title}, no graph", size, FORWARD, records, bars, left_out)
+
+
+def peft_row(
+    case: peft_model.Case, models: Callable[[], tuple[dict[str, torch.nn.Module], dict[str, str]]], budget_s: float
+) -> dict[str, Any]:
+    """A PEFT model before and after acceleration; its packages are not needed to measure the rest."""
+    title = f"PEFT model, {case.title}"
+    if missing := [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]:
+        why = f"not installed: {', '.join(missing)}"
+        return {"title": title, "records": {}, "bars": [], "left_out": dict.fromkeys(peft_model.CONTENDERS, why)}
+    built, left_out = models()
+    result = peft_model.row(case, built, budget_s)
+    size = {"in_features": peft_model.WIDTH, "out_features": peft_model.WIDTH}
+    return result | size | {"title": title, "ops": "model", "left_out": left_out}
+
+
+def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
+    """Forward of a trained DoRA layer by each path of backends/triton.py: what its table of choice is to be held to."""
+    triton = backends.module("triton")
+    N = size.N
+    inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
+    gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
+
+    def forward(path: str) -> torch.Tensor:
+        with mock.patch.object(triton, "_product_path", return_value=(path, "measured")):
+            return functional.lora_linear(
+                x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_(), backend="triton"
+            )
+
+    def specified(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.Tensor:
+        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.lora_A, inputs.lora_B))
+        return reference.lora_linear(x.to(dtype), weight, None, A, B, 2.0, gain, compute_dtype=compute_dtype)
+
+    with torch.no_grad():
+        truth, eager = specified(torch.float64, torch.float64), specified(x.dtype, x.dtype)
+    frozen, left_out = c.frozen_linear(inputs.weight), {}
+    steps: dict[str, Step] = {c.FROZEN.name: lambda: frozen(x)}
+    for path in ("fused", "products"):
+        if fault := error_fault("y", forward(path).detach(), eager, truth, ours=True):
+            left_out[path] = f"{WRONG}: {fault}"
+        else:
+            steps[path] = partial(forward, path)
+    records = measure(steps, budget_s)
+    return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], left_out)
+
+
+def settings() -> list[Case]:
+    """The step as users of PEFT train it, beside the bars and without any: each differs from their step in one thing.
+
+    PEFT's adapters are float32 unless asked otherwise. Autocast has two rows, because users meet it in two ways that
+    differ in cost: on a model loaded in bfloat16, as large ones are, only the adapters are cast; on one in float32, for
+    which PyTorch made autocast, x and the frozen W are in each call, the frozen linear's too. The adapters are float32
+    in both. With dropout our modules have bfloat16 adapters as in the bars' step, and accelerated layers compute PEFT's
+    function, whose DoRA drops W's input in part of its sum too.
+    """
+    bf16, float32 = torch.bfloat16, torch.float32
+    accelerated = (c.ACCELERATED, c.ACCELERATED_LORA)
+    wide = (c.FROZEN, c.dora(), c.lora(), *accelerated, c.PEFT_LORA_FP32, c.PEFT_DORA_FP32)
+    step = Case(STEP, 4096, 4096, 8192, bf16, wide, c.dora().name)
+    return [
+        replace(step, adapter_dtype=float32),
+        replace(step, adapter_dtype=float32, autocast=bf16),
+        replace(step, dtype=float32, adapter_dtype=float32, autocast=bf16),
+        replace(step, dropout=DROPOUT, contenders=(*wide, c.PEFT_LORA, c.PEFT_DORA)),
+    ]
+
+
+def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
+    """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
+
+    Counted, not measured: 35 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
+    (half a one by each of its 4 contenders), one by each of the other 15. At 0.8 s that is 28 s. What else there is for
+    an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
+    50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
+    and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
+    second at half of the data sheet's rate. Together about 105 s.
+    """
+    models = cache(peft_model.models)
+    bf16, dora, peft_dora = torch.bfloat16, c.dora().name, c.PEFT_DORA_FP32.name
+    doras = (c.dora(), *(c.dora(name) for name in fast_backends()))
+    loras = (c.lora(), c.PEFT_LORA)
+    others = (c.DENSE, c.ARTICLE, c.PEFT_DORA, c.PEFT_DORA_FP32)
+    step = Case(STEP, 4096, 4096, 8192, bf16, (c.FROZEN, *doras, *loras, *others), dora, faster={peft_dora: 2.5})
+    infer = Case(INFERENCE, 4096, 4096, 16, bf16, (c.FROZEN, *doras, c.lora()), dora)
+    steps = (
+        replace(step, at_most=1.30, aim=1.20, contenders=(*step.contenders, *([c.COMPILED] if compiled else []))),
+        replace(step, rank=384, at_most=1.60, faster={}),
+        replace(step, rank=384, out_features=8192, in_features=8192, at_most=1.35, faster={}),
+    )
+    sizes = ((8192, 4096, 4096, 16), (8192, 4096, 1024, 16), (512, 4096, 4096, 16), (8192, 8192, 8192, 384))
+    graphs = (replace(infer, at_most=1.25), replace(infer, tokens=1, at_most=1.4, aim=1.15))
+    # 2.5 for the step as for one layer's; the CPU's bars are far above
+    peft_cases = [replace(case, faster=2.5 if case.mode == STEP else 1.0) for case in peft_model.CASES]
+    return [
+        partial(norm_row, 4096, 4096, 64, 0.03, budget_s),
+        partial(norm_row, 8192, 8192, 384, 0.12, budget_s),
+        partial(norm_row, 8192, 28672, 384, 0.40, budget_s),
+        *(partial(compose_row, d, 8192, 8192, R, budget_s) for d in ("forward", "backward") for R in (16, 384)),
+        *(partial(layer_row, case, 2 * budget_s) for case in steps),
+        *(partial(layer_row, case, 2 * budget_s) for case in settings()),
+        *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
+        *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
+        *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
+        *(partial(path_row, cost.Size(*size), budget_s) for size in sizes),
+    ]
