@@ -26,7 +26,6 @@ from lora_fast import backends
 from . import peft_model, report
 from .gate import WRONG
 from .gpu_rows import RATIOS, rows
-from .gpu_timing import FLUSH_BYTES as FLUSH_BYTES
 from .registry import Case
 
 FAILED, CUT_OFF = "failed", "cut off"

@@ -27,6 +27,7 @@ from lora_fast.triton_kernels.target import current
 from . import gpu, report
 from .gpu_constants import best, is_right, plain, ratio, winner
 from .gpu_sweeps import Call, Sweep, sweeps
+from .gpu_timing import FLUSH_BYTES, wall_ms
 
 ROUNDS, LAST_ROUNDS, FINALISTS = 5, 15, 3
 WALL_CALLS = 50
@@ -48,7 +49,7 @@ def device_us(call: Call, flush: Tensor, rounds: int) -> list[float]:
 
 
 def wall_us(call: Call, rounds: int) -> list[float]:
-    return [1e3 * gpu.wall_ms(call, WALL_CALLS) for _ in range(rounds)]
+    return [1e3 * wall_ms(call, WALL_CALLS) for _ in range(rounds)]
 
 
 def times(sweep: Sweep, call: Call, flush: Tensor, rounds: int) -> list[float]:
@@ -149,8 +150,9 @@ def main() -> int:
         return 1
     torch.set_default_device("cuda")
     begin, target = time.perf_counter(), current(torch.device("cuda"))
-    start, flush = constants.of(target), torch.zeros(gpu.FLUSH_BYTES // 4)
+    start, flush = constants.of(target), torch.zeros(FLUSH_BYTES // 4)
     results: list[dict[str, Any]] = []
+    state = gpu.provenance() | {"compute_capability": target.arch, "constants": {}, "sweeps": results}
     for make in sweeps():
         if arguments.only and make.__name__ not in arguments.only:
             continue
@@ -158,8 +160,8 @@ def main() -> int:
         results.append(measured(sweep, start, flush))
         start = replace(start, **{sweep.constant: constants.value(sweep.constant, results[-1]["winner"])})
         show(results[-1])
-        state = {"compute_capability": target.arch, "constants": {one["constant"]: one["winner"] for one in results}}
-        report.write_json(arguments.out / "tune.json", gpu.provenance() | state | {"sweeps": results})
+        state["constants"][sweep.constant] = results[-1]["winner"]
+        report.write_json(arguments.out / "tune.json", state)
         print(f"[{time.perf_counter() - begin:5.1f} s]", flush=True)
         del sweep
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from launch_sweep import Call, make, make_compose, make_norm, skipped_products
 
-from lora_fast.benchmarks import gpu, peft_model
+from lora_fast.benchmarks import gpu_rows, peft_model
 from lora_fast.testing import Case
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.target import Target
@@ -31,10 +31,20 @@ CONFIGURED = (
     Case((512,), 4096, 4096, 16, bf16),
     Case((16,), 4096, 4096, 16, bf16),
     Case((1,), 4096, 4096, 16, bf16),
+    Case((256,), 2048, 2048, 16, f32),
     # PEFT's adapters are float32
     Case((8192,), 4096, 4096, 16, bf16, f32),
     *(Case((T,), N, K, 16, bf16, f32) for T in (256, 16) for N, K in ((2048, 2048), (5632, 2048), (2048, 5632))),
 )
+
+
+AUTOCAST = (Case((512,), 4096, 4096, 16, f32), Case((16,), 4096, 4096, 16, f32))  # to bfloat16
+
+
+def of_autocast(case: Case) -> Iterator[Callable[[], None]]:
+    (T,) = case.leading
+    for axis in ("output", "input"):
+        yield partial(make, Call(T, case.N, case.K, case.R, bf16, f32, f32, axis))
 
 
 def of_case(case: Case) -> Iterator[Callable[[], None]]:
@@ -47,7 +57,7 @@ def of_case(case: Case) -> Iterator[Callable[[], None]]:
 
 def of_benchmark() -> Iterator[Callable[[], None]]:
     """What the rows of :mod:`lora_fast.benchmarks.gpu` call."""
-    for row in gpu.rows(0.0):
+    for row in gpu_rows.rows(0.0):
         name, arguments = row.func.__name__, row.args
         if name == "norm_row":
             yield partial(make_norm, Call(1, *arguments[:3]))
@@ -61,7 +71,9 @@ def of_benchmark() -> Iterator[Callable[[], None]]:
 def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:
     if name == "layer_row":
         case = arguments[0]
-        yield Call(case.tokens, case.out_features, case.in_features, case.rank)
+        dtypes = (case.autocast or case.dtype, case.dtype, case.adapter_dtype or case.dtype)
+        sizes = (case.tokens, case.out_features, case.in_features, case.rank)
+        yield Call(*sizes, *dtypes, dropout_p=case.dropout)
     elif name == "eager_inference_row":
         yield Call(arguments[0], 4096, 4096, 16)
     elif name == "path_row":

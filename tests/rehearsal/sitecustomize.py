@@ -14,7 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-STARTS = ("torch", "lora_fast", "lora-fast", "pytest", "exec(eval(")  # the last is pytest's workers; not pip, not builds
+STARTS = (
+    "torch",
+    "lora_fast",
+    "lora-fast",
+    "pytest",
+    "exec(eval(",
+)  # the last is pytest's workers; not pip, not builds
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
 )
