@@ -3,7 +3,7 @@ sizes of the GPU benchmark is among theirs (tests/test_gpu_cases.py), on smaller
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -87,7 +87,7 @@ def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:
         raise NotImplementedError(f"{name}: what it launches is not written here")
 
 
-def configurations(calls: Iterator[Callable[[], None]], target: Target) -> set[str]:
+def configurations(calls: Iterable[Callable[[], None]], target: Target) -> set[str]:
     """Each kernel with its tile and its operands' types, as ``target`` is asked to run it."""
     with aot.recorded(target) as made, skipped_products():
         for call in calls:

@@ -19,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.mark.parametrize("target", [SM80, SM89, SM90, SM100], ids=lambda target: f"sm_{target.arch}")
 def test_every_configuration_of_the_benchmark_is_tested(target: Target) -> None:
-    tested = {
-        name for case in gpu_cases.CONFIGURED for name in gpu_cases.configurations(gpu_cases.of_case(case), target)
-    }
+    calls = [call for case in gpu_cases.CONFIGURED for call in gpu_cases.of_case(case)]
+    calls += [call for case in gpu_cases.AUTOCAST for call in gpu_cases.of_autocast(case)]
+    tested = gpu_cases.configurations(calls, target)
     measured = gpu_cases.configurations(gpu_cases.of_benchmark(), target)
     assert len(measured) > 50
     assert measured - tested == set()
@@ -29,7 +29,7 @@ def test_every_configuration_of_the_benchmark_is_tested(target: Target) -> None:
 
 def test_a_configuration_that_no_test_has_is_found() -> None:
     tested = gpu_cases.configurations(gpu_cases.of_case(gpu_cases.CONFIGURED[0]), SM90)
-    other = gpu_cases.configurations(iter([lambda: make(Call(16, 4096, 4096, 16))]), SM90)
+    other = gpu_cases.configurations([lambda: make(Call(16, 4096, 4096, 16))], SM90)
     assert any("lora_linear_small_fwd_kernel" in name for name in other - tested)
 
 
