@@ -14,13 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-STARTS = (
-    "torch",
-    "lora_fast",
-    "lora-fast",
-    "pytest",
-    "exec(eval(",
-)  # the last is pytest's workers; not pip, not builds
+# what the processes are started with that see a GPU, pytest's workers last; not pip and the build
+STARTS = ("torch", "lora_fast", "lora-fast", "pytest", "exec(eval(")
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
 )
