@@ -1,4 +1,4 @@
-"""What `lora-fast check` does: :mod:`lora_fast.check`, the headline timings, the verdict: what a bug report needs."""
+"""What `lora-fast check` does: :mod:`lora_fast.check`, the headline timings and the verdict, for a bug report."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _provenance(device: str) -> dict[str, Any]:
 
 def _introduction(conditions: dict[str, Any], heading: str) -> str:
     provenance = conditions["provenance"]
-    load = " ".join(f"{value:.1f}" for value in provenance["load_average"])
+    load = " ".join(f"{value:.1f}" for value in provenance["load_average"]) or "unknown"
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     lines = [heading, ""]
     lines.append(

@@ -51,17 +51,19 @@ def timings(device: str) -> Iterator[Timing]:
 
 def _timing(case: Case, budget_s: float) -> Timing:
     timing = Timing(f"{case.title}, rank {case.rank}")
-    inputs, steps = layer.inputs_of(case), {}
-    gate = Gate(inputs)
+    inputs = layer.inputs_of(case)
+    gate, steps = Gate(inputs), dict[str, Step]()
     for contender in case.contenders:
         try:
-            steps[contender.name] = _step(case, contender, inputs, gate)
-        except _LeftOutError as reason:
-            timing.left_out[contender.name] = str(reason)
+            made = _made(case, contender, inputs, gate)
         except Exception as error:  # a peer's too: of another version of its package, say
-            timing.left_out[contender.name] = f"raised {error!r}"
-        if contender.ours and contender.name not in steps:
-            timing.faults[contender.name] = timing.left_out[contender.name]
+            made = f"raised {error!r}"
+        if not isinstance(made, str):
+            steps[contender.name] = made
+            continue
+        timing.left_out[contender.name] = made
+        if contender.ours:
+            timing.faults[contender.name] = made
     try:
         timing.records = _measured(steps, budget_s)
     except RuntimeError as error:  # no memory left, say
@@ -69,19 +71,16 @@ def _timing(case: Case, budget_s: float) -> Timing:
     return timing
 
 
-class _LeftOutError(Exception):
-    """Its text says why a contender isn't measured."""
-
-
-def _step(case: Case, contender: c.Contender, inputs: c.LayerInputs, gate: Gate) -> Step:
+def _made(case: Case, contender: c.Contender, inputs: c.LayerInputs, gate: Gate) -> Step | str:
+    """What to time, or why the contender is left out."""
     layers, left_out = layer.build([contender], inputs, gate)
     if left_out:
-        raise _LeftOutError(left_out[contender.name])
+        return left_out[contender.name]
     built = layers[contender.name]
     if case.mode == STEP:
         return layer.training_step(built, inputs)
     if fault := gate.inference_fault(contender, built):
-        raise _LeftOutError(f"wrong result: {fault}")
+        return f"wrong result: {fault}"
     return layer.inference(built, inputs)
 
 
@@ -104,12 +103,13 @@ def as_dict(timing: Timing) -> dict[str, Any]:
 
 
 def table(timing: Timing) -> str:
-    """A line a contender: milliseconds, and in units of the frozen linear."""
+    """A line a contender: milliseconds, their spread, and the median in units of the frozen linear's."""
     width = max(len(contender.name) for contender in CONTENDERS)
-    lines = [f"{timing.title}:", f"  {'':{width}}  {'ms':>8}  {'× frozen':>8}"]
+    lines = [f"{timing.title}:", f"  {'':{width}}  {'ms':>8}  {'p20 to p80':>18}  {'× frozen':>8}"]
     for name, record in as_dict(timing)["records"].items():
+        spread = f"{record['p20_ms']:.3f} to {record['p80_ms']:.3f}"
         ratio = digits(record["times_frozen"]) if record["times_frozen"] else ""
         host = f"  the host {record['host_ms']:.3f} ms" if "host_ms" in record else ""
-        lines.append(f"  {name:{width}}  {record['median_ms']:8.3f}  {ratio:>8}{host}")
+        lines.append(f"  {name:{width}}  {record['median_ms']:8.3f}  {spread:>18}  {ratio:>8}{host}")
     lines.extend(f"  {name:{width}}  left out: {reason}" for name, reason in timing.left_out.items())
     return "\n".join(lines)
