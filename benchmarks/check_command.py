@@ -79,13 +79,17 @@ def _provenance(device: str) -> dict[str, Any]:
 
 def _introduction(conditions: dict[str, Any], heading: str) -> str:
     provenance = conditions["provenance"]
-    load = " ".join(f"{value:.1f}" for value in provenance["load_average"]) or "unknown"
+    load, cores = provenance["load_average"], provenance["cores"]
+    loads = " ".join(f"{value:.1f}" for value in load) or "unknown"
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
-    lines = [heading, ""]
-    lines.append(
-        f"checking {conditions['device']}: {provenance['device']}, {provenance['cores']} cores, load average {load}"
-    )
+    lines = [
+        heading,
+        "",
+        f"checking {conditions['device']}: {provenance['device']}, {cores} cores, load average {loads}",
+    ]
     lines.append(f"with {versions}, commit {provenance['commit'] or 'unknown'}")
+    if load and cores and load[0] > cores / 2:
+        lines.append("other processes have their share of the cores: times and their ratios say little")
     lines.extend(f"{name:7} not checked: {reason}" for name, reason in conditions["absent"].items())
     return "\n".join(lines)
 

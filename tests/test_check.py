@@ -239,6 +239,24 @@ class TestFound:
         assert "relative error" in faults()["weight_norm, axis input"]
 
 
+@pytest.mark.amx
+def test_a_stale_norm_is_found_where_the_product_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fast.backends import cpu
+
+    monkeypatch.setitem(check.BACKENDS, "cpu", ("cpu",))
+    monkeypatch.setitem(check.DTYPES, "cpu", (torch.bfloat16,))
+    original, first = cpu.dora_linear_fwd, dict[int, Tensor]()
+
+    def dora_linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+        y, *others = original(*arguments)
+        if arguments[7] is not None:  # the kept norm
+            y = first.setdefault(arguments[7].data_ptr(), y).clone()
+        return y, *others
+
+    monkeypatch.setattr(cpu, "dora_linear_fwd", dora_linear_fwd)
+    assert faults().keys() == {"dora_linear, kept norm"}
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, only_float32: None) -> None:
     """The command with a few items and tiny layers."""
