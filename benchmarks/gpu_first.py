@@ -56,7 +56,7 @@ def checked(results: list[dict[str, Any]], write: Callable[[], None]) -> Iterato
         results.append(asdict(result))
         write()
         for fault in result.faults:
-            line = f"{result.name}, {result.backend}, {result.dtype}, {result.size}: {fault}"
+            line = f"{result.title}: {fault}"
             print(f"WRONG: {line}", flush=True)
             yield line
 

@@ -33,7 +33,8 @@ def provenance() -> dict[str, Any]:
         "device": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),  # far above the threads used here, others had their share of the cores
+        # far above the threads used here, others had their share of the cores; Windows tells none
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else (),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

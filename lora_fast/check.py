@@ -3,6 +3,9 @@
 Each function on each backend and dtype that is present is held to the error budget (:mod:`lora_fast.testing`) against
 the reference in float64, at a small and at a real size, and is run twice for equal bits. Besides: kept norms, dropout's
 mask, few tokens again and again, merging, and CUDA graphs where there is a GPU. Inputs are drawn anew for each item.
+
+On a CPU the C++ kernels run a real size in all threads that the process has. The small size and everything that is
+PyTorch's run in one: threads that share their cores with other processes wait milliseconds for each other.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import copy
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,43 +26,32 @@ from torch import Tensor
 from lora_fast import backends, functional, reference
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
-from lora_fast.testing import EAGER, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask
+from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask
 
 FORMS = ("lora", "output", "output-full", "input")  # dora_linear by its axis; "-full": the gradient through the norm
-SCALING = 0.7
+BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """x [T, K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]"""
-
-    T: int
-    N: int
-    K: int
-    R: int
-
-    def __str__(self) -> str:
-        return f"{self.T} tokens, {self.N}×{self.K}, rank {self.R}"
-
-
-SMALL = Size(13, 48, 56, 5)
+# No whole tiles. A vector of N or K has numbers enough for the budget in four draws.
+SMALL = Case((13,), 264, 280, 5)
 # On a GPU one size for each path that the kernels have: fused and cuBLAS's products, ranks below and above the limits.
 REAL = {
-    "cpu": (Size(64, 768, 768, 16),),
+    "cpu": (Case((64,), 1024, 512, 16),),
     "cuda": (
-        Size(8192, 4096, 4096, 16),
-        Size(8192, 1024, 1024, 16),
-        Size(2048, 4096, 4096, 64),
-        Size(4096, 4096, 4096, 384),
+        Case((8192,), 4096, 4096, 16),
+        Case((8192,), 1024, 1024, 16),
+        Case((2048,), 4096, 4096, 64),
+        Case((4096,), 4096, 4096, 384),
     ),
 }
-FEW = {"cpu": (768, 768, 16), "cuda": (4096, 4096, 16)}  # N, K, R for 1, 3 and 16 tokens
+FEW = {"cpu": Case((16,), 1024, 512, 16), "cuda": Case((16,), 4096, 4096, 16)}
+FEW_TOKENS, GRAPH_TOKENS = (1, 3, 16), (1, 16, 64)
 REPEATS = {"cpu": 10, "cuda": 200}
-MOST_DRAWS = 32  # until a small size has given numbers enough for the budget
+MOST_DRAWS = 32  # until a result has given numbers enough for the budget
+# dropout_mask of this seed for [8, 8] and p = 0.3, True as 1: the mask is the same on every machine
+MASK_SEED, MASK_BITS = 12345678901234, 0x7DDBBA7BD76B6D73
 
 
 @dataclass
@@ -75,41 +68,66 @@ class Result:
 
     def __post_init__(self) -> None:
         self.budget = ErrorBudget(torch.float32)  # of the item's dtype while it runs
+        self.threads = 1  # for what is checked
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.backend}, {self.dtype}, {self.size}"
+
+
+Item = Callable[[str, str, Case, Result], None]  # device, backend, case, where the errors and faults go
 
 
 def run(device: str, *, real: bool = True) -> Iterator[Result]:
-    """Every item that ``device`` ("cpu" or "cuda") has, each as it is done; what raises is a fault of its item."""
+    """Every item that ``device`` ("cpu" or "cuda") has, each as it is done; what raises is a fault of its item.
+
+    By backend, and by dtype within it. ``real``: also at real sizes.
+    """
     for backend in present(device):
         for dtype in DTYPES[device]:
             if backends._unfit(backend, device, dtype):
                 continue
-            for size in (SMALL, *(REAL[device] if real else ())):
-                for name, function in _items(device, backend, dtype, size).items():
-                    yield _result(name, backend, dtype, size, function)
+            for name, case, item in _items(device, real):
+                yield result_of(name, device, backend, replace(case, dtype=dtype), item)
 
 
 def present(device: str) -> list[str]:
     """The backends that are there and take tensors on ``device``."""
-    names = ("cpu", "torch") if device == "cpu" else ("triton", "cuda", "torch")
-    return [name for name in names if backends.is_present(name)]
+    return [name for name in BACKENDS[device] if backends.is_present(name)]
 
 
-def _items(device: str, backend: str, dtype: torch.dtype, size: Size) -> dict[str, Callable[[Result], None]]:
-    common = (device, backend, dtype, size)
-    items: dict[str, Callable[[Result], None]] = {
-        f"weight_norm, axis {axis}": partial(_norm, *common, axis) for axis in ("output", "input")
+def absent(device: str) -> dict[str, str]:
+    """The other backends for ``device``, and why they are not there."""
+    return {name: reason for name in BACKENDS[device] if (reason := backends._missing(name))}
+
+
+def items() -> dict[str, Item]:
+    """What is checked at every size, by name."""
+    found: dict[str, Item] = {f"weight_norm, axis {axis}": partial(_norm, axis=axis) for axis in ("output", "input")}
+    found["weight_norm, kept"] = _kept_norm
+    found |= {_title(form): partial(_linear, form=form) for form in FORMS}
+    for form in ("lora", "output", "input"):
+        found[f"{_title(form)}, dropout"] = partial(_linear, form=form, dropout_p=0.3)
+    return found | {
+        "dora_linear, kept norm": _kept_linear,
+        "dropout": _mask,
+        "lora_compose": _compose,
+        "merge_weight": _merge,
     }
-    items["weight_norm, kept"] = partial(_kept_norm, *common)
-    items |= {f"{_title(form)}": partial(_linear, *common, form, 0.0) for form in FORMS}
-    items |= {f"{_title(form)}, dropout": partial(_linear, *common, form, 0.3) for form in ("lora", "output", "input")}
-    items["lora_compose"] = partial(_compose, *common)
-    items["merge_weight"] = partial(_merge, *common)
-    if size is SMALL:
-        few = Size(0, *FEW[device])
-        items |= {f"few tokens: {T}": partial(_few_tokens, device, backend, dtype, few, T) for T in (1, 3, 16)}
-        if device == "cuda":
-            items |= {f"CUDA graph, {T} tokens": partial(_graph, backend, dtype, T) for T in (1, 16, 64)}
-    return items
+
+
+def _items(device: str, real: bool) -> Iterator[tuple[str, Case, Item]]:
+    for case in (SMALL, *(REAL[device] if real else ())):
+        for name, item in items().items():
+            yield name, case, item
+    few = FEW[device]
+    for T in FEW_TOKENS:
+        yield "few tokens", replace(few, leading=(T,)), _few_tokens
+    yield "dora_linear, axis output", few, partial(_linear, form="output")
+    yield "dora_linear, kept norm", few, _kept_linear
+    if device == "cuda":
+        for T in GRAPH_TOKENS:
+            yield "CUDA graph", replace(few, leading=(T,)), _graph
 
 
 def _title(form: str) -> str:
@@ -119,14 +137,19 @@ def _title(form: str) -> str:
     return f"dora_linear, axis {axis}{', full gradient' if full else ''}"
 
 
-def _result(name: str, backend: str, dtype: torch.dtype, size: Size, function: Callable[[Result], None]) -> Result:
-    result = Result(name, backend, str(dtype).removeprefix("torch."), str(size))
-    start, result.budget = time.perf_counter(), ErrorBudget(dtype)
+def result_of(name: str, device: str, backend: str, case: Case, item: Item) -> Result:
+    (T,) = case.leading
+    size = f"{T} token{'s'[: T > 1]}, {case.N}×{case.K}, rank {case.R}"
+    result = Result(name, backend, str(case.dtype).removeprefix("torch."), size)
+    start, result.budget = time.perf_counter(), ErrorBudget(case.dtype)
+    if backend != "torch" and case.N * case.K > SMALL.N * SMALL.K:
+        result.threads = torch.get_num_threads()
     try:
-        for _ in range(MOST_DRAWS):
-            function(result)
-            if dtype == torch.float64 or result.budget.is_full() or result.faults or not result.errors:
-                break
+        with _threads(1):
+            for _ in range(MOST_DRAWS):
+                item(device, backend, case, result)
+                if case.dtype == torch.float64 or result.budget.is_full() or result.faults or not result.errors:
+                    break
         if fault := result.budget.fault():
             result.faults.append(fault)
     except Exception:
@@ -135,20 +158,37 @@ def _result(name: str, backend: str, dtype: torch.dtype, size: Size, function: C
     return result
 
 
-def draw(device: str, dtype: torch.dtype, size: Size) -> dict[str, Tensor]:
-    """A trained layer's scales: x ~ N(0, 1), W and lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    T, N, K, R = size.T, size.N, size.K, size.R
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def normal(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+
+@contextmanager
+def _checked(result: Result) -> Iterator[None]:
+    """What is checked runs in here; an element that nobody wrote is NaN."""
+    with _threads(result.threads), poisoned_memory():
+        yield
+
+
+def draw(device: str, case: Case) -> dict[str, Tensor]:
+    """A trained layer's scales: x ~ N(0, 1), W and lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R)."""
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    (T,), N, K, R = case.leading, case.N, case.K, case.R
+
+    def normal(*shape: int, scale: float = 1.0, to: torch.dtype = case.dtype) -> Tensor:
         return (torch.randn(shape, device=device, dtype=wide) * scale).to(to)
 
     return {
         "x": normal(T, K),
         "weight": normal(N, K, scale=K**-0.5),
         "bias": normal(N),
-        "lora_A": normal(R, K, scale=K**-0.5),
-        "lora_B": normal(N, R, scale=R**-0.5),
+        "lora_A": normal(R, K, scale=K**-0.5, to=case.adapter_dtype or case.dtype),
+        "lora_B": normal(N, R, scale=R**-0.5, to=case.adapter_dtype or case.dtype),
         "grad_y": normal(T, N),
         "base": normal(T, N),
         "h": normal(T, R),
@@ -177,10 +217,10 @@ def _same(result: Result, name: str, once: Tensor, again: Tensor) -> None:
         result.faults.append(f"{name} differs between two runs, by up to {float((once - again).abs().max()):.3g}")
 
 
-def _norm(device: str, backend: str, dtype: torch.dtype, size: Size, axis: str, result: Result) -> None:
-    t = draw(device, dtype, size)
-    factors = (t["weight"], t["lora_A"], t["lora_B"], SCALING)
-    with poisoned_memory():
+def _norm(device: str, backend: str, case: Case, result: Result, axis: str) -> None:
+    t = draw(device, case)
+    factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
+    with _checked(result):
         once, again = (functional.weight_norm(*factors, axis=axis, backend=backend) for _ in range(2))
     truth, eager = _norms(*factors, axis)
     _hold(result, "norm", once, [eager], truth)
@@ -193,28 +233,45 @@ def _norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, axis: str) -> tuple[
     return truth, reference.weight_norm(W, A, B, scaling, axis=axis, compute_dtype=W.dtype)
 
 
-def _kept_norm(device: str, backend: str, dtype: torch.dtype, size: Size, result: Result) -> None:
+def _changes(t: Mapping[str, Tensor]) -> Iterator[str]:
     """A miss, a hit, and a miss for each operand that changed behind autograd's back."""
-    t, kept = draw(device, dtype, size), NormCache()
-    W, A, B = t["weight"], t["lora_A"], t["lora_B"]
-    changes: dict[str, Callable[[], object]] = {
-        "miss": lambda: None,
-        "hit": lambda: None,
-        "lora_A changed": lambda: A.data[0].mul_(2),
-        "lora_B changed": lambda: B.data[-1].add_(1),
-        "weight changed": lambda: W.mul_(0.5),
-    }
-    for name, change in changes.items():
-        change()
-        norm = functional.weight_norm(W, A, B, SCALING, kept=kept, backend=backend)
-        truth, eager = _norms(W, A, B, SCALING, "output")
+    yield "miss"
+    yield "hit"
+    t["lora_A"].data[0].mul_(2)
+    yield "lora_A changed"
+    t["lora_B"].data[-1].add_(1)
+    yield "lora_B changed"
+    t["weight"].mul_(0.5)
+    yield "weight changed"
+
+
+def _kept_norm(device: str, backend: str, case: Case, result: Result) -> None:
+    t, kept = draw(device, case), NormCache()
+    factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
+    for name in _changes(t):
+        with _checked(result):
+            norm = functional.weight_norm(*factors, kept=kept, backend=backend)
+        truth, eager = _norms(*factors, "output")
         _hold(result, name, norm, [eager], truth)
 
 
-def _linear(
-    device: str, backend: str, dtype: torch.dtype, size: Size, form: str, dropout_p: float, result: Result
-) -> None:
-    t = draw(device, dtype, size)
+@torch.no_grad()
+def _kept_linear(device: str, backend: str, case: Case, result: Result) -> None:
+    """In evaluation, where the norm is kept."""
+    t, kept = draw(device, case), NormCache()
+    tensors = [t[name] for name in ("x", "weight", "bias", "lora_A", "lora_B", "output")]
+    inputs: tuple[Any, ...] = (*tensors, case.scaling)
+    eager = partial(reference.dora_linear, compute_dtype=case.dtype)
+    for name in _changes(t):
+        with _checked(result):
+            y = functional.dora_linear(*inputs, kept=kept, backend=backend)
+        wide: tuple[Any, ...] = (*(tensor.double() for tensor in tensors), case.scaling)
+        eagers = [eager(*inputs, dense=formula["dense"]) for formula in EAGER]
+        _hold(result, f"y, {name}", y, eagers, reference.dora_linear(*wide))
+
+
+def _linear(device: str, backend: str, case: Case, result: Result, form: str, dropout_p: float = 0.0) -> None:
+    t = draw(device, case)
     axis, *full = form.split("-")
     names = ["x", "bias", "lora_A", "lora_B"] + (["magnitude"] if form != "lora" else [])
     leaves = {name: t[axis if name == "magnitude" else name] for name in names}
@@ -227,93 +284,115 @@ def _linear(
         weight = t["weight"].to(tensors["x"].dtype)
         factors = (tensors["x"], weight, tensors["bias"], tensors["lora_A"], tensors["lora_B"])
         magnitude = (tensors["magnitude"],) if form != "lora" else ()
-        return getattr(module, function)(*factors, *magnitude, SCALING, **options, **more)
+        return getattr(module, function)(*factors, *magnitude, case.scaling, **options, **more)
 
     def results(module: Any, wide: bool, **more: Any) -> dict[str, Tensor]:
-        tensors = {
-            name: tensor.detach().to(torch.float64 if wide else tensor.dtype, copy=True).requires_grad_()
-            for name, tensor in leaves.items()
-        }
-        y = called(module, tensors, **more)
-        gradients = torch.autograd.grad(y, list(tensors.values()), t["grad_y"].to(y.dtype))
-        return {"y": y.detach()} | dict(zip(tensors, gradients, strict=True))
+        return _with_gradients(lambda tensors: called(module, tensors, **more), leaves, t["grad_y"], wide)
 
-    if seed is not None:
-        with torch.no_grad():
-            kept = functional.dropout(torch.ones_like(t["x"]), dropout_p, seed, backend=backend) != 0
-        if not torch.equal(kept, dropout_mask(seed, tuple(t["x"].shape), dropout_p)):
-            result.faults.append("dropout draws another mask than lora_fast.testing.dropout_mask")
-    fast = partial(results, functional, False, dropout_p=dropout_p, seed=seed, backend=backend)
-    with poisoned_memory():
-        once, again = fast(), fast()
+    with _checked(result):
+        once, again = (results(functional, False, dropout_p=dropout_p, seed=seed, backend=backend) for _ in range(2))
     truth = results(reference, True, dropout_mask=mask)
-    narrow = {"dropout_mask": None if mask is None else mask.to(dtype), "compute_dtype": dtype}
+    narrow = {"dropout_mask": None if mask is None else mask.to(case.dtype), "compute_dtype": case.dtype}
     eagers = [results(reference, False, **narrow, **formula) for formula in EAGER]
+    _hold_all(result, once, again, eagers, truth)
+
+
+def _with_gradients(
+    function: Callable[[dict[str, Tensor]], Tensor], leaves: Mapping[str, Tensor], grad_y: Tensor, wide: bool
+) -> dict[str, Tensor]:
+    """{"y": what ``function`` of copies of ``leaves`` gives, name: the gradient of each}; ``wide``: in float64."""
+    tensors = {
+        name: tensor.detach().to(torch.float64 if wide else tensor.dtype, copy=True).requires_grad_()
+        for name, tensor in leaves.items()
+    }
+    y = function(tensors)
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad_y.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(tensors, gradients, strict=True))
+
+
+def _hold_all(
+    result: Result,
+    once: Mapping[str, Tensor],
+    again: Mapping[str, Tensor],
+    eagers: Sequence[Mapping[str, Tensor]],
+    truth: Mapping[str, Tensor],
+) -> None:
     for name, value in once.items():
         _hold(result, name, value, [eager[name] for eager in eagers], truth[name])
         _same(result, name, value, again[name])
 
 
-def _compose(device: str, backend: str, dtype: torch.dtype, size: Size, result: Result) -> None:
-    t = draw(device, dtype, size)
+def _mask(device: str, backend: str, case: Case, result: Result) -> None:
+    """A drawn seed's mask is that of every backend, a known seed's that of every machine."""
+
+    def kept(seed: Tensor, *shape: int) -> Tensor:
+        with _checked(result):
+            return (
+                functional.dropout(torch.ones(shape, device=device, dtype=case.dtype), 0.3, seed, backend=backend) != 0
+            )
+
+    seed, shape = functional.draw_seed(device), (*case.leading, case.K)
+    if not torch.equal(kept(seed, *shape), dropout_mask(seed, shape, 0.3)):
+        result.faults.append("the mask is another than that of lora_fast.testing.dropout_mask")
+    bits = kept(torch.tensor(MASK_SEED, device=device), 8, 8)
+    if bits.flatten().tolist() != [bool(MASK_BITS >> place & 1) for place in reversed(range(64))]:
+        result.faults.append(f"the mask of seed {MASK_SEED} is another than on other machines")
+
+
+def _compose(device: str, backend: str, case: Case, result: Result) -> None:
+    t = draw(device, case)
     leaves = {name: t[name] for name in ("base", "h", "lora_B", "output", "bias")}
 
     def results(function: Callable[..., Tensor], wide: bool) -> dict[str, Tensor]:
-        tensors = {
-            name: tensor.detach().to(torch.float64 if wide else tensor.dtype, copy=True).requires_grad_()
-            for name, tensor in leaves.items()
-        }
-        base, h, lora_B, gain, bias = tensors.values()
-        y = function(base, h, lora_B, SCALING, gain, bias)
-        gradients = torch.autograd.grad(y, list(tensors.values()), t["grad_y"].to(y.dtype))
-        return {"y": y.detach()} | dict(zip(tensors, gradients, strict=True))
+        def called(tensors: dict[str, Tensor]) -> Tensor:
+            base, h, lora_B, gain, bias = tensors.values()
+            return function(base, h, lora_B, case.scaling, gain, bias)
 
-    fast = partial(results, partial(functional.lora_compose, backend=backend), False)
-    with poisoned_memory():
-        once, again = fast(), fast()
+        return _with_gradients(called, leaves, t["grad_y"], wide)
+
+    with _checked(result):
+        once, again = (results(partial(functional.lora_compose, backend=backend), False) for _ in range(2))
     truth = results(reference.lora_compose, True)
-    eager = results(partial(reference.lora_compose, compute_dtype=dtype), False)
-    for name, value in once.items():
-        _hold(result, name, value, [eager[name]], truth[name])
-        _same(result, name, value, again[name])
+    eager = results(partial(reference.lora_compose, compute_dtype=case.dtype), False)
+    _hold_all(result, once, again, [eager], truth)
 
 
-def _merge(device: str, backend: str, dtype: torch.dtype, size: Size, result: Result) -> None:
-    t = draw(device, dtype, size)
+def _merge(device: str, backend: str, case: Case, result: Result) -> None:
+    t = draw(device, case)
     W, A, B = t["weight"], t["lora_A"], t["lora_B"]
     for axis in ("output", "input"):
-        merged = W.clone()
-        functional.merge_weight(merged, A, B, SCALING, t[axis], axis=axis, backend=backend)
-        truth = reference.merge_weight(W.double(), A.double(), B.double(), SCALING, t[axis].double(), axis=axis)
-        eager = reference.merge_weight(W, A, B, SCALING, t[axis], axis=axis, compute_dtype=dtype)
-        _hold(result, f"merged, axis {axis}", merged, [eager], truth)
+        once, again = W.clone(), W.clone()
+        with _checked(result):
+            for merged in (once, again):
+                functional.merge_weight(merged, A, B, case.scaling, t[axis], axis=axis, backend=backend)
+        truth = reference.merge_weight(W.double(), A.double(), B.double(), case.scaling, t[axis].double(), axis=axis)
+        eager = reference.merge_weight(W, A, B, case.scaling, t[axis], axis=axis, compute_dtype=case.dtype)
+        _hold(result, f"merged, axis {axis}", once, [eager], truth)
+        _same(result, f"merged, axis {axis}", once, again)
 
 
-def _few_tokens(device: str, backend: str, dtype: torch.dtype, size: Size, T: int, result: Result) -> None:
+@torch.no_grad()
+def _few_tokens(device: str, backend: str, case: Case, result: Result) -> None:
     """Again and again with another x, and no wait between: a kernel that starts before its operand is there shows."""
-    t = draw(device, dtype, size)
-    W, A, B, gain = t["weight"], t["lora_A"], t["lora_B"], t["output"]
-    dense = gain.double()[:, None] * reference.adapted_weight(W.double(), A.double(), B.double(), SCALING)
-    many = torch.randn(REPEATS[device], T, size.K, device=device).to(dtype)
-    with torch.no_grad():
-        results = [functional.lora_linear(x, W, t["bias"], A, B, SCALING, gain, backend=backend) for x in many]
-        errors = [
-            (y.double() - (x.double() @ dense.T + t["bias"].double())).square().sum()
-            for x, y in zip(many, results, strict=True)
-        ]
-        worst = int(torch.stack(errors).nan_to_num(nan=torch.inf).argmax())
-        x, y = many[worst], results[worst]
-        inputs: tuple[Any, ...] = (x, W, t["bias"], A, B, SCALING, gain)
-        eagers = [reference.lora_linear(*inputs, compute_dtype=dtype, dense=formula["dense"]) for formula in EAGER]
-        _hold(result, f"the worst y of {REPEATS[device]}", y, eagers, x.double() @ dense.T + t["bias"].double())
+    t, repeats = draw(device, case), REPEATS[device]
+    W, A, B, bias, gain = (t[name] for name in ("weight", "lora_A", "lora_B", "bias", "output"))
+    many = torch.randn(repeats, *case.leading, case.K, device=device).to(case.dtype)
+    with _threads(result.threads):
+        results = [functional.lora_linear(x, W, bias, A, B, case.scaling, gain, backend=backend) for x in many]
+    dense = gain.double()[:, None] * reference.adapted_weight(W.double(), A.double(), B.double(), case.scaling)
+    truths = many.double() @ dense.T + bias.double()
+    errors = (torch.stack(results).double() - truths).square().sum(dim=(1, 2))
+    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
+    inputs: tuple[Any, ...] = (many[worst], W, bias, A, B, case.scaling, gain)
+    eagers = [reference.lora_linear(*inputs, compute_dtype=case.dtype, dense=formula["dense"]) for formula in EAGER]
+    _hold(result, f"the worst y of {repeats}", results[worst], eagers, truths[worst])
 
 
-def _graph(backend: str, dtype: torch.dtype, T: int, result: Result) -> None:
+def _graph(device: str, backend: str, case: Case, result: Result) -> None:
     """A captured layer sees new content in each replay: of x, of lora_B and so of the norm."""
-    N, K, R = FEW["cuda"]
-    linear = torch.nn.Linear(K, N, device="cuda", dtype=dtype)
-    layer = LinearWithDoRA(linear, R, 2.0, backend=backend).eval()
-    x = torch.randn(T, K, device="cuda", dtype=dtype)
+    linear = torch.nn.Linear(case.K, case.N, device=device, dtype=case.dtype)
+    layer = LinearWithDoRA(linear, case.R, 2.0, backend=backend).eval()
+    x = torch.randn(*case.leading, case.K, device=device, dtype=case.dtype)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():

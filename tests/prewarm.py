@@ -31,11 +31,11 @@ def calls() -> Iterator[Call]:
         for N, K in ((2048, 2048), (5632, 2048), (2048, 5632)):
             yield Call(T, N, K, 16, adapter=check.torch.float32)
     for dtype in check.DTYPES["cuda"]:
-        few = [check.Size(T, *check.FEW["cuda"]) for T in (1, 3, 16, 64)]
-        for size in (check.SMALL, *check.REAL["cuda"], *few):
+        few = [replace(check.FEW["cuda"], leading=(T,)) for T in (1, 3, 16, 64)]
+        for case in (check.SMALL, *check.REAL["cuda"], *few):
             for dropout_p in (0.0, 0.3):
                 for axis in ("output", "input"):
-                    yield Call(size.T, size.N, size.K, size.R, dtype, dtype, dtype, axis, dropout_p)
+                    yield Call(*case.leading, case.N, case.K, case.R, dtype, dtype, dtype, axis, dropout_p)
     for T in (1, 4, 16, 20, 60, 64, 1000):
         for dtype in check.DTYPES["cuda"][:2]:
             for axis in ("output", "input"):
