@@ -4,13 +4,14 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 JOBS   ?= 2
 GPU    ?= .venv-gpu
+PYTHON312 ?= python3.12
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test portable builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-sanitize bench bench-results \
+.PHONY: setup demo test portable builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
 	peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
@@ -55,6 +56,10 @@ gpu-tune: $(GPU)/.installed
 # Without a GPU: the extension and Triton's cache for one, into .gpu.
 gpu-prewarm:
 	.ci/gpu-prewarm $(PYTHON)
+
+# Without a GPU: the commands above up to the first launch; says what PYTHON312 lacks for that.
+gpu-rehearse:
+	.ci/gpu-rehearse $(PYTHON312)
 
 gpu-sanitize: $(GPU)/.installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \

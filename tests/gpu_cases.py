@@ -41,13 +41,13 @@ CONFIGURED = (
 AUTOCAST = (Case((512,), 4096, 4096, 16, f32), Case((16,), 4096, 4096, 16, f32))  # to bfloat16
 
 
-def of_autocast(case: Case) -> Iterator[Callable[[], None]]:
+def of_autocast(case: Case) -> Iterator[partial[Any]]:
     (T,) = case.leading
     for axis in ("output", "input"):
         yield partial(make, Call(T, case.N, case.K, case.R, bf16, f32, f32, axis))
 
 
-def of_case(case: Case) -> Iterator[Callable[[], None]]:
+def of_case(case: Case) -> Iterator[partial[Any]]:
     """What the tests at ``case`` call: both axes, with and without dropout."""
     (T,) = case.leading
     dtypes = (case.dtype, case.dtype, case.adapter_dtype or case.dtype)
@@ -55,7 +55,7 @@ def of_case(case: Case) -> Iterator[Callable[[], None]]:
         yield partial(make, Call(T, case.N, case.K, case.R, *dtypes, axis, dropout_p))
 
 
-def of_benchmark() -> Iterator[Callable[[], None]]:
+def of_benchmark() -> Iterator[partial[Any]]:
     """What the rows of :mod:`lora_fast.benchmarks.gpu` call."""
     for row in gpu_rows.rows(0.0):
         name, arguments = row.func.__name__, row.args
@@ -87,7 +87,7 @@ def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:
         raise NotImplementedError(f"{name}: what it launches is not written here")
 
 
-def configurations(calls: Iterable[Callable[[], None]], target: Target) -> set[str]:
+def configurations(calls: Iterable[Callable[[], Any]], target: Target) -> set[str]:
     """Each kernel with its tile and its operands' types, as ``target`` is asked to run it."""
     with aot.recorded(target) as made, skipped_products():
         for call in calls:

@@ -7,56 +7,56 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
 
+import gpu_cases
+import torch
 from launch_sweep import Call, make, skipped_products
 
 from lora_fast import check
 from lora_fast.benchmarks import gpu_sweeps
+from lora_fast.testing import Case
 from lora_fast.triton_kernels import constants, prewarm
 from lora_fast.triton_kernels.target import SM90
 
 
-def calls() -> Iterator[Call]:
-    """The sizes of :mod:`lora_fast.benchmarks.gpu`, of ``lora-fast check`` and of tests/test_gpu.py."""
-    for T, N, K, R in (
-        (8192, 4096, 4096, 16), (8192, 4096, 4096, 384), (8192, 8192, 8192, 384), (16, 4096, 4096, 16),
-        (1, 4096, 4096, 16), (8192, 4096, 1024, 16), (512, 4096, 4096, 16), (8192, 8192, 8192, 16),
-        (16, 8192, 28672, 384), (16, 4096, 4096, 64), (8192, 14336, 4096, 32),
-    ):  # fmt: skip
-        yield Call(T, N, K, R)
-        yield Call(T, N, K, R, adapter=check.torch.float32)
-    for T in (256, 16):  # a PEFT model: float32 adapters
-        for N, K in ((2048, 2048), (5632, 2048), (2048, 5632)):
-            yield Call(T, N, K, 16, adapter=check.torch.float32)
-    for dtype in check.DTYPES["cuda"]:
-        few = [replace(check.FEW["cuda"], leading=(T,)) for T in (1, 3, 16, 64)]
-        for case in (check.SMALL, *check.REAL["cuda"], *few):
-            for dropout_p in (0.0, 0.3):
-                for axis in ("output", "input"):
-                    yield Call(*case.leading, case.N, case.K, case.R, dtype, dtype, dtype, axis, dropout_p)
-    for T in (1, 4, 16, 20, 60, 64, 1000):
-        for dtype in check.DTYPES["cuda"][:2]:
-            for axis in ("output", "input"):
-                for dropout_p in (0.0, 0.5):
-                    yield Call(T, 256, 192, 16, dtype, dtype, dtype, axis, dropout_p)
-    for T in (16, 2048):
-        for R in (16, 384):
-            for axis in ("output", "input"):
-                yield Call(T, 4096, 4096, R, axis=axis)
+def cases() -> Iterator[Case]:
+    """The sizes of ``lora-fast check`` and of tests/test_gpu.py."""
+    yield from gpu_cases.CONFIGURED
+    few = [replace(check.FEW["cuda"], leading=(T,)) for T in (1, 3, 16, 64)]
+    for dtype, case in product(check.DTYPES["cuda"], (check.SMALL, *check.REAL["cuda"], *few)):
+        yield replace(case, dtype=dtype)
+    for dtype, T in product(check.DTYPES["cuda"][:2], (1, 4, 16, 20, 60, 64, 1000)):
+        yield Case((T,), 256, 192, 16, dtype)
+    for T in (1, 16):
+        yield Case((T,), 1024, 1024, 16, torch.bfloat16)
+
+
+def calls() -> list[Callable[[], Any]]:
+    """What they and :mod:`lora_fast.benchmarks.gpu` call, each once."""
+    found = [call for case in cases() for call in gpu_cases.of_case(case)]
+    found += [call for case in gpu_cases.AUTOCAST for call in gpu_cases.of_autocast(case)]
+    found += [
+        partial(make, Call(64, 256, 192, 16, dtype, torch.float32, torch.float32)) for dtype in check.DTYPES["cuda"]
+    ]
+    found += gpu_cases.of_benchmark()
+    return list({(call.func, call.args): call for call in found}.values())
 
 
 def main() -> None:
     share, of = (int(text) for text in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
-    start, mine = time.perf_counter(), list(dict.fromkeys(calls()))[share::of]
+    start, mine = time.perf_counter(), calls()[share::of]
     with prewarm.warmed(SM90) as done, skipped_products():
 
         def told(what: str) -> None:
             print(f"{what}, {len(done)} kernels, {time.perf_counter() - start:.0f} s", flush=True)
 
         for index, call in enumerate(mine, 1):
-            make(call)
+            call()
             told(f"{index}/{len(mine)} calls")
         for make_sweep in gpu_sweeps.sweeps()[share::of]:
             sweep = make_sweep()
