@@ -63,6 +63,14 @@ def answer() -> None:
         setattr(cuda, name, Answer)
     torch.profiler.profile = Answer
     torch.set_default_device = lambda _: None
+    gpu = torch.device("cuda")
+    torch.get_default_device = lambda: gpu
+
+    class Generator(torch.Generator):
+        def __new__(cls, *_: Any) -> Generator:
+            return super().__new__(cls)
+
+    torch.Generator = Generator  # type: ignore[misc]
     torch.version.cuda = torch.version.cuda or "none: a rehearsal"
 
 
