@@ -8,6 +8,7 @@ kept in ``lora_fast/_build.py``, so that the installed package can tell it.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -230,6 +231,13 @@ def extension(kind: str) -> Extension:
     )
 
 
+def measured_shape() -> list[str]:
+    """The definition of what the kernel for few tokens is made for, where it was measured; else its header's stands."""
+    constants = json.loads((ROOT / "triton_kernels" / "constants.json").read_text(encoding="utf-8"))["constants"]
+    shape = constants.get("few_tokens_cuda")
+    return [f"-DLORA_FAST_SMALL_SHAPE={shape['rows']},{shape['depth']},{shape['blocks']}"] if shape else []
+
+
 def compile_cuda(folder: Path) -> list[str]:
     """The objects of csrc/cuda/*.cu, compiled into ``folder`` by nvcc itself: torch's way needs a torch with CUDA."""
     from torch.utils.cpp_extension import include_paths
@@ -242,6 +250,7 @@ def compile_cuda(folder: Path) -> list[str]:
         *(f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-I{ROOT / 'csrc' / 'include'}"),
         *(f"-isystem={path}" for path in include_paths()),
         *gencodes(cuda_archs(home)),
+        *measured_shape(),
     ]
     folder.mkdir(parents=True, exist_ok=True)
 

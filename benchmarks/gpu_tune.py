@@ -11,7 +11,9 @@ Writes tune.json after each constant: every time, and the winners, from which
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +31,7 @@ from .gpu_constants import best, is_right, plain, ratio, winner
 from .gpu_sweeps import Call, Sweep, sweeps
 from .gpu_timing import FLUSH_BYTES, wall_ms
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, LAST_ROUNDS, FINALISTS = 5, 15, 3
 WALL_CALLS = 50
 
@@ -112,6 +115,31 @@ def _in_turns(
     return medians[0], records
 
 
+def few_tokens_cuda(start: constants.Constants, folder: Path) -> dict[str, Any]:
+    """The record of the CUDA kernel's shapes, which are compiled in: by the program few_tokens.cu, which has them all.
+
+    It is taken from .gpu, where .ci/gpu-prewarm leaves it, or compiled into ``folder``. OSError or
+    subprocess.CalledProcessError where that fails.
+    """
+    program = ROOT / ".gpu" / "few_tokens"
+    if not program.exists():
+        program = folder / "few_tokens"
+        source, include = ROOT / "benchmarks" / "few_tokens.cu", f"-I{ROOT / 'csrc' / 'include'}"
+        subprocess.run(["nvcc", "-std=c++20", "-O3", "-arch=native", include, source, "-o", program], check=True)
+    tried = json.loads(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+    built = plain(start.few_tokens_cuda)
+    (today,) = (record["us"] for record in tried if record["value"] == built)
+    last = best(tried, today, FINALISTS)
+    return {
+        "constant": "few_tokens_cuda",
+        "today": {"value": built, "us": today},
+        "winner": winner(tried, today, built),
+        "last": last,
+        "others": {},
+        "tried": tried,
+    }
+
+
 def _tensors(result: Any) -> list[Tensor]:
     return [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.numel()]
 
@@ -153,18 +181,25 @@ def main() -> int:
     start, flush = constants.of(target), torch.zeros(FLUSH_BYTES // 4)
     results: list[dict[str, Any]] = []
     state = gpu.provenance() | {"compute_capability": target.arch, "constants": {}, "sweeps": results}
+
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
+        show(result)
+        state["constants"][result["constant"]] = result["winner"]
+        report.write_json(arguments.out / "tune.json", state)
+        print(f"[{time.perf_counter() - begin:5.1f} s]", flush=True)
+
     for make in sweeps():
         if arguments.only and make.__name__ not in arguments.only:
             continue
-        sweep = make()
-        results.append(measured(sweep, start, flush))
-        start = replace(start, **{sweep.constant: constants.value(sweep.constant, results[-1]["winner"])})
-        show(results[-1])
-        state["constants"][sweep.constant] = results[-1]["winner"]
-        report.write_json(arguments.out / "tune.json", state)
-        print(f"[{time.perf_counter() - begin:5.1f} s]", flush=True)
-        del sweep
+        keep(measured(make(), start, flush))
+        start = replace(start, **{make.__name__: constants.value(make.__name__, results[-1]["winner"])})
         torch.cuda.empty_cache()
+    if not arguments.only or "few_tokens_cuda" in arguments.only:
+        try:
+            keep(few_tokens_cuda(start, arguments.out))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"few_tokens_cuda was not measured: {error}", flush=True)
     return 0
 
 

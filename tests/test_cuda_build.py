@@ -107,6 +107,17 @@ def test_kernels_use_no_local_memory_and_few_registers(built: tuple[Path, str]) 
         assert {kernel["arch"] for kernel in kernels if known in kernel["name"]} == set(ARCHS), known
 
 
+def test_the_program_of_gpu_tune_compiles_without_spills(tmp_path: Path) -> None:
+    """Every shape of the kernel for few tokens that it has, and so could be built in."""
+    source, include = ROOT / "benchmarks" / "few_tokens.cu", f"-I{ROOT / 'csrc' / 'include'}"
+    code = "-gencode=arch=compute_90a,code=sm_90a"
+    said = run("nvcc", "-std=c++20", "-O3", code, "-Xptxas=-v", include, source, "-o", "few_tokens", cwd=tmp_path)
+    kernels = [match.groupdict() for match in COMPILED.finditer(said) if "lora_linear_small" in match["name"]]
+    # six shapes, one token tile and two; with 32 rows at most, 16 too
+    assert len(kernels) == 18
+    assert {(kernel["stack"], kernel["stores"], kernel["loads"]) for kernel in kernels} == {("0", "0", "0")}
+
+
 def test_the_architectures_of_torch_are_respected() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     code = (

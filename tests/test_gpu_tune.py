@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ SWEEPS = {make.__name__: make for make in gpu_sweeps.sweeps()}
 
 
 def test_every_constant_is_swept() -> None:
-    assert set(SWEEPS) == {field.name for field in fields(constants.Constants)}
+    compiled_in = {"few_tokens_cuda"}  # by a program of its own
+    assert set(SWEEPS) | compiled_in == {field.name for field in fields(constants.Constants)}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -161,6 +163,44 @@ def test_a_sweep_finds_the_winner_and_says_what_failed(monkeypatch: pytest.Monke
     said = capsys.readouterr().out
     assert "2 of 4 failed or differ" in said
     assert "winner: 16" in said
+
+
+SHAPES = [
+    {"value": {"rows": 32, "depth": 64, "blocks": 2}, "us": {"1 tokens": 20.0, "16 tokens": 24.0}, "difference": 0.0},
+    {"value": {"rows": 16, "depth": 128, "blocks": 1}, "us": {"1 tokens": 15.0, "16 tokens": 20.0}, "difference": 0.0},
+    {"value": {"rows": 16, "depth": 64, "blocks": 1}, "us": {"1 tokens": 5.0, "16 tokens": 5.0}, "difference": 1e9},
+]
+
+
+def test_the_shapes_that_are_compiled_in_come_from_their_program(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    program = tmp_path / ".gpu" / "few_tokens"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat << 'END'\n{json.dumps(SHAPES)}\nEND\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_tune, "ROOT", tmp_path)
+    result = gpu_tune.few_tokens_cuda(constants.PREDICTED, tmp_path)
+    assert result["winner"] == SHAPES[1]["value"]
+    assert constants.value("few_tokens_cuda", result["winner"]) == constants.FewTokensCuda(16, 128, 1)
+    gpu_tune.show(result)
+
+
+def test_the_program_has_the_shape_that_is_built_by_default() -> None:
+    source = (Path(gpu_tune.__file__).parent / "few_tokens.cu").read_text(encoding="utf-8")
+    header = (gpu_tune.ROOT / "csrc/include/lora_fast/lora_linear_small_fwd.cuh").read_text(encoding="utf-8")
+    built = constants.PREDICTED.few_tokens_cuda
+    assert f"entrant<{built.rows}, {built.depth}, {built.blocks}>()" in source
+    assert f"#define LORA_FAST_SMALL_SHAPE {built.rows}, {built.depth}, {built.blocks}" in header
+
+
+def test_a_measured_shape_is_built_in(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml"):
+        (tmp_path / name).write_text((gpu_tune.ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    file = tmp_path / "triton_kernels" / "constants.json"
+    file.parent.mkdir()
+    for shape, expected in ((None, []), (SHAPES[1]["value"], ["-DLORA_FAST_SMALL_SHAPE=16,128,1"])):
+        file.write_text(json.dumps({"constants": {"few_tokens_cuda": shape} if shape else {}}), encoding="utf-8")
+        with mock.patch.dict("os.environ", LORA_FAST_BUILD="none"):
+            assert runpy.run_path(str(tmp_path / "setup.py"), run_name="setup")["measured_shape"]() == expected
 
 
 def tune_file(path: Path, **changes: Any) -> Path:

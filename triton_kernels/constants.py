@@ -46,6 +46,15 @@ class FewTokens:
 
 
 @dataclass(frozen=True)
+class FewTokensCuda:
+    """Of the CUDA kernel for the same, csrc/include/lora_fast/lora_linear_small_fwd.cuh: built in, by setup.py."""
+
+    rows: int  # of W in a block at most
+    depth: int  # columns of W in a warp's step
+    blocks: int  # on a multiprocessor at once
+
+
+@dataclass(frozen=True)
 class Constants:
     """For 16-bit operands in 16-byte lines; the functions that read them give the reasons.
 
@@ -58,6 +67,7 @@ class Constants:
     few_tokens_backend: str = "cuda"  # or "triton", where both are there
     norm_backend: str = "triton"
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
+    few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)
     described: Block = Block(128, 256, 64, 8, 4)  # the largest tile of x Wᵀ; its rank: columns of x at a time
     described_group: int = 8  # rows of tiles that go together
     compose_low: Block = Block(64, 128, 64, 8, 2)

@@ -16,7 +16,19 @@ namespace lora_fast::cuda {
 
 constexpr int kSmallThreads = 256, kSmallWarps = kSmallThreads / 32;
 constexpr int kSmallTokens = 16;
-constexpr int kSmallDepth = 64;  // k of one step of a warp: a line of 128 bytes of each row
+constexpr int kProjectDepth = 64;  // k of one step of a warp: a line of 128 bytes of each row
+
+// What lora_linear_small is made for: rows of W in a block at most, 16 or 32; k of one step of a warp; blocks
+// that share a multiprocessor. setup.py takes them from triton_kernels/constants.json, where they were
+// measured.
+#ifndef LORA_FAST_SMALL_SHAPE
+#define LORA_FAST_SMALL_SHAPE 32, 64, 2
+#endif
+template <int kMostRows, int kDepth, int kBlocks>
+struct SmallShape {
+  static constexpr int most_rows = kMostRows, depth = kDepth, blocks = kBlocks;
+};
+using BuiltSmallShape = SmallShape<LORA_FAST_SMALL_SHAPE>;
 
 template <class T>
 struct SmallProject {
@@ -143,13 +155,13 @@ template <class T, class F, int kTokenTiles>
 LORA_FAST_KERNEL(kSmallThreads, 2)
 lora_project_small(SmallProject<T> op) {
   let_next_kernel_start();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * 16, steps = divide_up(op.K, kSmallDepth);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 16, steps = divide_up(op.K, kProjectDepth);
   const int64_t per_split = divide_up(steps, gridDim.y), begin = blockIdx.y * per_split + threadIdx.x / 32;
   const int64_t end = (blockIdx.y + 1) * per_split < steps ? (blockIdx.y + 1) * per_split : steps;
   float sums[1][kTokenTiles][4] = {};
-  small_product<T, F, 1, kTokenTiles, kSmallDepth>(sums, static_cast<const F*>(op.lora_A) + row * op.K, op.K,
-                                                   op.R - row, op.x, op.K, op.tokens, op.K, begin, end,
-                                                   kSmallWarps, true);
+  small_product<T, F, 1, kTokenTiles, kProjectDepth>(sums, static_cast<const F*>(op.lora_A) + row * op.K,
+                                                     op.K, op.R - row, op.x, op.K, op.tokens, op.K, begin,
+                                                     end, kSmallWarps, true);
   float* partial = op.partial + blockIdx.y * op.tokens * op.R;
   sum_warps<1, kTokenTiles>(sums, reinterpret_cast<float*>(shared_memory()),
                             [&](int i, int token, float sum) {
@@ -163,16 +175,16 @@ __host__ __device__ inline int64_t stride_h(int64_t R) {
   return divide_up(R, 32) * 32 + 8;
 }
 
-template <class T, class F, int kRowTiles, int kTokenTiles>
-LORA_FAST_KERNEL(kSmallThreads, 2)
+template <class T, class F, int kRowTiles, int kTokenTiles, class Shape>
+LORA_FAST_KERNEL(kSmallThreads, Shape::blocks)
 lora_linear_small(SmallLinear<T> op) {
   constexpr int kRows = 16 * kRowTiles;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows, left = op.N - row;
   const int warp = threadIdx.x / 32;
   float sums[kRowTiles][kTokenTiles][4] = {};
-  small_product<T, T, kRowTiles, kTokenTiles, kSmallDepth>(
+  small_product<T, T, kRowTiles, kTokenTiles, Shape::depth>(
       sums, op.weight + row * op.stride_weight_n, op.stride_weight_n, left, op.x, op.K, op.tokens, op.K, warp,
-      divide_up(op.K, kSmallDepth), kSmallWarps, true);
+      divide_up(op.K, Shape::depth), kSmallWarps, true);
 
   wait_for_former_kernel();
   T* h = reinterpret_cast<T*>(shared_memory() + kSumMemory<kRowTiles, kTokenTiles>);
@@ -209,11 +221,11 @@ lora_linear_small(SmallLinear<T> op) {
 
 // Splits of lora_project_small: enough blocks to share the reading, few partial sums to add up.
 inline int64_t small_splits(int64_t K, int64_t R) {
-  const int64_t steps = divide_up(K, kSmallDepth * kSmallWarps), wanted = divide_up(8, divide_up(R, 16));
+  const int64_t steps = divide_up(K, kProjectDepth * kSmallWarps), wanted = divide_up(8, divide_up(R, 16));
   return steps < wanted ? steps : wanted;
 }
 
-template <class T, class F, int kTokenTiles>
+template <class T, class F, int kTokenTiles, class Shape>
 cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& linear, cudaStream_t stream) {
   int multiprocessors = 0;
   if (const cudaError_t error = current_device(cudaDevAttrMultiProcessorCount, &multiprocessors))
@@ -223,9 +235,10 @@ cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& l
              kSmallThreads, kSumMemory<1, kTokenTiles>, false, stream, project);
   if (error != cudaSuccess) return error;
   // 32 rows a block read x half as often as 16, where they still give every multiprocessor a block
-  const bool wide = divide_up(linear.N, 32) * 10 >= 9 * multiprocessors;
-  const auto kernel =
-      wide ? lora_linear_small<T, F, 2, kTokenTiles> : lora_linear_small<T, F, 1, kTokenTiles>;
+  const bool wide = Shape::most_rows == 32 && divide_up(linear.N, 32) * 10 >= 9 * multiprocessors;
+  constexpr int kMostRowTiles = Shape::most_rows / 16;
+  const auto kernel = wide ? lora_linear_small<T, F, kMostRowTiles, kTokenTiles, Shape>
+                           : lora_linear_small<T, F, 1, kTokenTiles, Shape>;
   const size_t shared = (wide ? kSumMemory<2, kTokenTiles> : kSumMemory<1, kTokenTiles>)+linear.tokens *
                         stride_h(linear.R) * sizeof(T);
   const int64_t blocks = linear.N > 0 ? divide_up(linear.N, wide ? 32 : 16) : 1;  // the first one writes h
@@ -233,11 +246,11 @@ cudaError_t launch_small(const SmallProject<T>& project, const SmallLinear<T>& l
 }
 
 // F: T or float, lora_A's and lora_B's type.
-template <class T, class F>
+template <class T, class F, class Shape = BuiltSmallShape>
 cudaError_t lora_linear_small_fwd(const SmallProject<T>& project, const SmallLinear<T>& linear,
                                   cudaStream_t stream) {
-  return linear.tokens <= 8 ? launch_small<T, F, 1>(project, linear, stream)
-                            : launch_small<T, F, 2>(project, linear, stream);
+  return linear.tokens <= 8 ? launch_small<T, F, 1, Shape>(project, linear, stream)
+                            : launch_small<T, F, 2, Shape>(project, linear, stream);
 }
 
 }  // namespace lora_fast::cuda
