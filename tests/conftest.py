@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import torch
 from lora_fast import backends
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
-PREWARMING = "--prewarm" in sys.argv  # see pytest_addoption
+# What the tests of Triton's kernels launch is compiled into Triton's cache for an H100, and not launched: outputs stay as
+# they were, so that most of these tests fail (.ci/gpu-prewarm). A variable, since workers do not get the command line.
+PREWARMING = os.environ.get("PREWARM") == "1"
 FAILURES: Path | None = None
 if INTERPRETING:
     from interpreter import patch_bfloat16
@@ -117,12 +118,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-amx", action="store_true", help="run the kernels of a processor without AMX")
     parser.addoption(
         "--built-for", metavar="ISA", help="demand the extension from a folder of this name (.ci/portable)"
-    )
-    parser.addoption(
-        "--prewarm",
-        action="store_true",
-        help="compile what the tests of Triton's kernels launch into Triton's cache for an H100, instead of launching "
-        "it: outputs stay as they were, so that most of these tests fail (.ci/gpu-prewarm)",
     )
     parser.addoption("--failures", metavar="FILE", help="append each failure to FILE as it happens")
 
