@@ -11,8 +11,8 @@ import torch
 from lora_fast import backends
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
-# What the tests of Triton's kernels launch is compiled into Triton's cache for an H100, and not launched: outputs stay as
-# they were, so that most of these tests fail (.ci/gpu-prewarm). A variable, since workers do not get the command line.
+# What the tests of Triton's kernels launch is compiled into Triton's cache for an H100, and not launched: outputs stay
+# as they were, so that most of these tests fail (.ci/gpu-prewarm). A variable: workers do not get the command line.
 PREWARMING = os.environ.get("PREWARM") == "1"
 FAILURES: Path | None = None
 if INTERPRETING:
