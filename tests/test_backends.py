@@ -86,6 +86,16 @@ def test_gpu_backends_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) 
         norm(backend="cuda")
 
 
+def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of ours has run there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(backends, "triton_status", lambda: (True, "installed"))
+    monkeypatch.setattr(backends, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="nobody has run 'triton' on ROCm, where it has to be named"):
+        assert {backends.choose(op, "cuda", torch.bfloat16).backend for op in backends.OPS} == {"torch"}
+    assert backends.resolve("lora_linear", "triton", "cuda", torch.bfloat16) == "triton"
+
+
 @pytest.mark.parametrize(
     ("triton", "cuda", "dtype", "chosen", "few"),
     [

@@ -168,9 +168,7 @@ def test_inductor_keeps_the_kernels_forward_and_backward(kind: str, gpu_backend:
         compiled = torch.compile(layer, fullgraph=True)
         compiled_results = step(compiled, x)
         assert called == ["lora_linear_fwd", "lora_linear_bwd"]
-    # Inductor divides by multiplying: a gain an ulp away turns bits of bfloat16
-    for actual, eager in zip(compiled_results, step(layer, x), strict=True):
-        assert (actual.float() - eager.float()).norm() <= 0.01 * eager.float().norm()
+    hold(layer, kind, x, compiled_results)  # Inductor divides by multiplying, which is an ulp of the gain
 
 
 @pytest.mark.parametrize("case", [Case((TOKENS,), N, K, R), *AUTOCAST], ids=str)

@@ -182,6 +182,13 @@ def _missing(backend: str) -> str | None:
     return None if present else reason
 
 
+def _untried(backend: str) -> str | None:
+    """Why ``auto`` does not take a backend that is there; None if it does."""
+    if backend in ("triton", "cuda") and torch.version.hip is not None:
+        return f"nobody has run {backend!r} on ROCm, where it has to be named"
+    return None
+
+
 def is_present(backend: str) -> bool:
     """Whether a named backend could be used, given tensors that it takes."""
     return _missing(backend) is None
@@ -233,7 +240,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Row:
     passed_over = None
     for row in TABLE:
         if row.matches(op, device_type, dtype):
-            missing = _missing(row.backend)
+            missing = _missing(row.backend) or _untried(row.backend)
             if missing is None:
                 if row.backend == "torch" and passed_over is not None:
                     _warn_once_missing(passed_over)
