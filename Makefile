@@ -49,9 +49,9 @@ gpu: $(GPU)/.installed
 gpu-first:
 	.ci/gpu-first $(PYTHON) $(or $(OUT),.gpu/first)
 
-# Launch configurations against each other.
+# The constants of the choices by size, each value against the others.
 gpu-tune: $(GPU)/.installed
-	$(GPU)/bin/python -m lora_fast.benchmarks.gpu_tune --out $(or $(OUT),.gpu/tune)
+	.ci/gpu-tune $(GPU)/bin/python $(or $(OUT),.gpu/tune)
 
 # Without a GPU: the extension and Triton's cache for one, into .gpu.
 gpu-prewarm:

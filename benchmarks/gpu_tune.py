@@ -34,6 +34,8 @@ from .gpu_timing import FLUSH_BYTES, wall_ms
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, LAST_ROUNDS, FINALISTS = 5, 15, 3
 WALL_CALLS = 50
+COMPILED_IN = "few_tokens_cuda"
+NAMES = [*(make.__name__ for make in sweeps()), COMPILED_IN]
 
 
 def device_us(call: Call, flush: Tensor, rounds: int) -> list[float]:
@@ -131,7 +133,7 @@ def few_tokens_cuda(start: constants.Constants, folder: Path) -> dict[str, Any]:
     (today,) = (record["us"] for record in tried if record["value"] == built)
     last = best(tried, today, FINALISTS)
     return {
-        "constant": "few_tokens_cuda",
+        "constant": COMPILED_IN,
         "today": {"value": built, "us": today},
         "winner": winner(tried, today, built),
         "last": last,
@@ -171,7 +173,7 @@ def _listed(us: Mapping[str, float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_fast.benchmarks.gpu_tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="constants; default: all")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was measured")
@@ -189,18 +191,22 @@ def main() -> int:
         report.write_json(arguments.out / "tune.json", state)
         print(f"[{time.perf_counter() - begin:5.1f} s]", flush=True)
 
-    for make in sweeps():
-        if arguments.only and make.__name__ not in arguments.only:
-            continue
-        keep(measured(make(), start, flush))
-        start = replace(start, **{make.__name__: constants.value(make.__name__, results[-1]["winner"])})
-        torch.cuda.empty_cache()
-    if not arguments.only or "few_tokens_cuda" in arguments.only:
-        try:
+    wanted = set(arguments.only or NAMES)
+    try:
+        for make in sweeps():
+            if make.__name__ in wanted:
+                keep(measured(make(), start, flush))
+                start = replace(start, **{make.__name__: constants.value(make.__name__, results[-1]["winner"])})
+                torch.cuda.empty_cache()
+        if COMPILED_IN in wanted:
             keep(few_tokens_cuda(start, arguments.out))
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"few_tokens_cuda was not measured: {error}", flush=True)
-    return 0
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{COMPILED_IN} failed: {error}", flush=True)
+    except KeyboardInterrupt:  # a limit of time comes so
+        print("cut off", flush=True)
+    missing = sorted(wanted - state["constants"].keys())
+    print(f"not measured: {', '.join(missing)}" if missing else "all of them measured")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
