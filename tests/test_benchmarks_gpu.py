@@ -252,10 +252,11 @@ def test_results_go_where_they_are_asked_for(given: tuple[str, ...], tmp_path: P
     python.chmod(0o755)
     subprocess.run([tmp_path / ".ci" / "gpu", python, *given], check=True)
     tests, out = (given[0], f" --out {given[0]}") if any(given) else (".gpu", "")
-    check, pytest_call, benchmark = calls.read_text().splitlines()
+    check, pytest_call, benchmark, *verdict = calls.read_text().splitlines()
     assert check == "benchmarks/commit.py"
     assert f"--failures {tests}/failures.txt" in pytest_call
     assert benchmark == f"-m lora_fast.benchmarks.gpu{out}"
+    assert verdict == ([f"-m lora_fast.benchmarks.gpu_verdict {tests}"] if out else [])
     assert (tmp_path / tests / "tests.log").exists()
 
 

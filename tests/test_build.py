@@ -162,7 +162,15 @@ def test_what_does_not_compile_leaves_the_best_that_does(
 ) -> None:
     """In a tree with one source of each sort; those in ``broken`` do not compile."""
     tree = tmp_path / "tree"
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lora_fast/__init__.py"):
+    names = (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "lora_fast/__init__.py",
+        "triton_kernels/constants.json",
+    )
+    for name in names:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     for folder in ("cpu", "cuda"):
