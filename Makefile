@@ -6,7 +6,7 @@ JOBS   ?= 2
 GPU    ?= .venv-gpu
 PYTHON312 ?= python3.12
 BIN    := $(VENV)/bin
-NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csrc -type f 2>/dev/null)
 
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu

@@ -232,10 +232,10 @@ def extension(kind: str) -> Extension:
 
 
 def measured_shape() -> list[str]:
-    """The definition of what the kernel for few tokens is made for, where it was measured; else its header's stands."""
+    """The definitions of what the kernel for few tokens is made for, where it was measured; else its header's stand."""
     constants = json.loads((ROOT / "triton_kernels" / "constants.json").read_text(encoding="utf-8"))["constants"]
-    shape = constants.get("few_tokens_cuda")
-    return [f"-DLORA_FAST_SMALL_SHAPE={shape['rows']},{shape['depth']},{shape['blocks']}"] if shape else []
+    shape = constants["few_tokens_cuda"]["value"] if "few_tokens_cuda" in constants else {}
+    return [f"-DLORA_FAST_SMALL_{name.upper()}={value}" for name, value in shape.items()]
 
 
 def compile_cuda(folder: Path) -> list[str]:

@@ -52,16 +52,14 @@ def winner(records: list[dict[str, Any]], today: Mapping[str, float], value: Any
 
 def document(tune: Mapping[str, Any], source: str, before: Mapping[str, Any]) -> dict[str, Any]:
     """The content of constants.json; ValueError where ``tune`` names what there is not."""
-    capability, measured = tune["compute_capability"], tune["constants"]
-    for name, value in measured.items():
+    capability, origin = tune["compute_capability"], f"{source}, commit {tune.get('commit')}"
+    for name, value in tune["constants"].items():
         constants.value(name, value)
     kept = before["constants"] if before["compute_capability"] == capability else {}
-    return {
-        "device": tune["device"],
-        "compute_capability": capability,
-        "source": f"{source}, commit {tune.get('commit')}",
-        "constants": kept | measured,
+    measured = {
+        name: {"value": value, "device": tune["device"], "source": origin} for name, value in tune["constants"].items()
     }
+    return {"compute_capability": capability, "constants": kept | measured}
 
 
 def main() -> int:
@@ -75,10 +73,11 @@ def main() -> int:
         after = document(tune, arguments.tune.name, before)
     except (OSError, KeyError, ValueError) as error:
         parser.error(f"{arguments.tune}: got {error!r}, expected what gpu_tune writes")
-    print(f"{after['device']}, from {after['source']}")
-    for name, value in after["constants"].items():
-        old = before["constants"].get(name, plain(getattr(constants.PREDICTED, name)))
-        print(f"  {name}: {value}" if value == old else f"  {name}: {old} -> {value}")
+    for name, found in after["constants"].items():
+        predicted = {"value": plain(getattr(constants.PREDICTED, name))}
+        old, value = before["constants"].get(name, predicted)["value"], found["value"]
+        change = f"{value}" if value == old else f"{old} -> {value}"
+        print(f"{name}: {change} ({found['device']}, {found['source']})")
     report.write_json(arguments.file, after)
     return 0
 

@@ -142,10 +142,10 @@ def layer_row(case: Case, budget_s: float, *, graph: bool = False) -> dict[str, 
         for name, step in steps.items():
             records[name]["wall_ms"] = statistics.median(wall_ms(step, 10) for _ in range(5))
     add_ratios(records)
-    bars, frozen = [], records[c.FROZEN.name]["median_ms"]
+    bars = []
     if subject := records.get(case.subject):
-        if case.at_most is not None:
-            bars.append(Bar("× frozen linear", subject["median_ms"] / frozen, case.at_most, True, case.aim))
+        if case.at_most is not None and "frozen_ratio" in subject:
+            bars.append(Bar("× frozen linear", subject["frozen_ratio"], case.at_most, True, case.aim))
         for other, factor in case.faster.items():
             if other in records:
                 ratio = records[other]["median_ms"] / subject["median_ms"]
@@ -178,7 +178,7 @@ def eager_inference_row(tokens: int, budget_s: float, features: int = 4096) -> d
     for name, step in steps.items():
         records[name]["wall_ms"] = statistics.median(wall_ms(step) for _ in range(5))
     bars = []
-    if peft.name in records:
+    if peft.name in records and case.subject in records:
         ratio = records[peft.name]["wall_ms"] / records[case.subject]["wall_ms"]
         bars = [Bar(f"× faster than {peft.name}, wall time", ratio, 1.0, False)]
     size = cost.Size(tokens, features, features, case.rank)

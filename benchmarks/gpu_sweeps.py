@@ -6,7 +6,7 @@ The sizes are those of the GPU benchmark's bars, bfloat16. A constant comes afte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -28,7 +28,7 @@ from lora_fast.triton_kernels import (
     weight_norm,
 )
 from lora_fast.triton_kernels.constants import ANY, Block, FewTokens
-from lora_fast.triton_kernels.target import current
+from lora_fast.triton_kernels.target import SM90, current
 
 Call = Callable[[], Any]
 SHARED_MEMORY = 200_000  # bytes that the tiles of a candidate may take; the launch tells whether it fits
@@ -40,13 +40,15 @@ S = 0.5
 class Sweep:
     """``values`` of a constant over ``calls`` by size; ``others`` do the same by other means, by size and name.
 
-    ``wall``: the time of calls one behind the other counts, host included, and not the device's.
+    ``before``, by size, empties what a call writes into and keeps, ahead of the call that is compared. ``wall``: the
+    time of calls one behind the other counts, host included, and not the device's.
     """
 
     constant: str
     values: list[Any]
     calls: dict[str, Call]
     others: dict[str, dict[str, Call]] = field(default_factory=dict)
+    before: dict[str, Call] = field(default_factory=dict)
     wall: bool = False
 
 
@@ -109,7 +111,7 @@ def gain_bwd_fused() -> Sweep:
 
 
 def gain_bwd_partials() -> Sweep:
-    return Sweep("gain_bwd_partials", [6, 8, 12, 16], _fused_gain_calls())
+    return Sweep("gain_bwd_partials", [6, 8, 16], _fused_gain_calls())
 
 
 def gain_bwd_fused_rank() -> Sweep:
@@ -124,12 +126,14 @@ def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> T
 def _compose_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
+    before: dict[str, Call] = {}
     for T, N, R in sizes:
         base, h, B, gain = _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
         out, size = torch.empty_like(base), f"{T}×{N}, rank {R}"
         calls[size] = partial(_compose, base, h, B, gain, out)
         others[size] = {"copy": partial(out.copy_, base)}
-    return Sweep(constant, values, calls, others)
+        before[size] = partial(out.fill_, torch.nan)
+    return Sweep(constant, values, calls, others, before)
 
 
 def compose_low() -> Sweep:
@@ -150,7 +154,7 @@ def compose_high() -> Sweep:
 
 def project_low() -> Sweep:
     x, A = _normal(8192, 4096), _normal(16, 4096)
-    tiles = tuple(product((32, 64, 128), (64, 128, 256)))
+    tiles = tuple(product((32, 64), (64, 128, 256)))  # 128 rows would leave multiprocessors idle, and are halved
     values = [
         block
         for block in _blocks(tiles, (16,), (4,), (2, 3, 4, 6))
@@ -258,19 +262,21 @@ def input_grad_contraction() -> Sweep:
     return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls, others)
 
 
-def _along_the_rank(x: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _along_the_rank(x: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h, d lora_A, and an update without a gain, over and over on the same output."""
     h = backend._project(x, A, None, 0.0, None)
     backend._add_update(out, h, B, S)
-    return h, backend._A_grad(grad_h, x, None, 0.0, None, bf16)
+    return h, backend._A_grad(grad_h, x, None, 0.0, None, bf16), out
 
 
 def gemm_rank() -> Sweep:
     calls: dict[str, Call] = {}
+    before: dict[str, Call] = {}
     for R in (16, 32, 64, 128, 384):
         x, A, B, grad_h = _normal(8192, 4096), _normal(R, 4096), _normal(4096, R), _normal(8192, R)
-        calls[f"8192×4096, rank {R}"] = partial(_along_the_rank, x, A, B, grad_h, torch.zeros(8192, 4096, dtype=bf16))
-    return Sweep("gemm_rank", [16, 32, 64, 128, 256, ANY], calls)
+        size, out = f"8192×4096, rank {R}", torch.zeros(8192, 4096, dtype=bf16)
+        calls[size], before[size] = partial(_along_the_rank, x, A, B, grad_h, out), out.zero_
+    return Sweep("gemm_rank", [16, 32, 64, 128, 256, ANY], calls, before=before)
 
 
 def _few_operands(T: int) -> tuple[Tensor, ...]:
@@ -287,11 +293,18 @@ def few_tokens() -> Sweep:
         others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
         if backends.is_present("cuda"):
             others[size]["cuda"] = partial(functional.lora_linear, *operands, backend="cuda")
+    ranges = ((16, 32), (256, 512, 1024), (4, 8), (48, 96, 160), (8, 32))
     values = [
-        FewTokens(rows, line, warps, flight * 1024, parts * 1024)
-        for rows, line, warps, flight, parts in product((16, 32), (256, 512, 1024), (4, 8), (48, 96, 160), (8, 32))
+        FewTokens(rows, line, warps, flight << 10, parts << 10) for rows, line, warps, flight, parts in product(*ranges)
     ]
-    return Sweep("few_tokens", values, calls, others)
+    # what differs in the bytes on their way may still come to as many stages
+    distinct = {repr(_few_tokens_config(value)): value for value in values}
+    return Sweep("few_tokens", list(distinct.values()), calls, others)
+
+
+def _few_tokens_config(value: FewTokens) -> lora_linear_small.Config:
+    with constants.instead(replace(constants.PREDICTED, few_tokens=value)):
+        return lora_linear_small.lora_linear_small_config(16, 4096, 4096, 16, 2, 2, SM90)
 
 
 def _few_tokens(x: Tensor, *operands: Any) -> Tensor:

@@ -24,6 +24,8 @@ FLUSH_BYTES = 256 << 20  # more than any L2
 
 def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, float]]:
     """Median, p20 and p80 of the device's milliseconds, the host's, and the peak of memory, of each step."""
+    if not steps:
+        return {}
     flush = torch.zeros(FLUSH_BYTES // 4)
     host: dict[str, list[float]] = {name: [] for name in steps}
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fast.testing import poisoned_memory
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.target import current
 
@@ -64,15 +65,14 @@ def times(sweep: Sweep, call: Call, flush: Tensor, rounds: int) -> list[float]:
 def measured(sweep: Sweep, start: constants.Constants, flush: Tensor) -> dict[str, Any]:
     """The record of a sweep; ``start``: the constants today, with the winners so far."""
     with constants.instead(start):
-        expected = {size: [tensor.clone() for tensor in _tensors(call())] for size, call in sweep.calls.items()}
+        expected = {size: [tensor.clone() for tensor in _results(sweep, size)] for size in sweep.calls}
         today = {size: statistics.median(times(sweep, call, flush, ROUNDS)) for size, call in sweep.calls.items()}
     records = [_tried(sweep, start, value, expected, flush) for value in sweep.values]
     finalists = [record["value"] for record in best(records, today, FINALISTS)]
     last_today, last = _in_turns(sweep, start, finalists, flush)
     chosen = winner(last, last_today, plain(getattr(start, sweep.constant)))
     others = {
-        size: {name: statistics.median(device_us(call, flush, ROUNDS)) for name, call in calls.items()}
-        for size, calls in sweep.others.items()
+        size: {name: _beside(call, flush) for name, call in calls.items()} for size, calls in sweep.others.items()
     }
     return {
         "constant": sweep.constant,
@@ -91,7 +91,7 @@ def _tried(
     try:
         with constants.instead(replace(start, **{sweep.constant: value})):
             for size, call in sweep.calls.items():
-                found = _tensors(call())
+                found = _results(sweep, size)
                 difference = max(_difference(*pair) for pair in zip(found, expected[size], strict=True))
                 record["difference"] = max(record["difference"], difference)
                 record["us"][size] = statistics.median(times(sweep, call, flush, ROUNDS))
@@ -142,8 +142,23 @@ def few_tokens_cuda(start: constants.Constants, folder: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def _results(sweep: Sweep, size: str) -> list[Tensor]:
+    """Of one call, where an element that nobody writes is NaN."""
+    if size in sweep.before:
+        sweep.before[size]()
+    with poisoned_memory():
+        result = sweep.calls[size]()
     return [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor.numel()]
+
+
+def _beside(call: Call, flush: Tensor) -> float | None:
+    """Microseconds of another way; None where it fails, which is no loss for the constant."""
+    try:
+        call()
+        return statistics.median(device_us(call, flush, ROUNDS))
+    except Exception as error:
+        print(f"left out: {error!r}", flush=True)
+        return None
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
@@ -166,8 +181,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"  winner: {kept}", flush=True)
 
 
-def _listed(us: Mapping[str, float]) -> str:
-    return ", ".join(f"{size} {time:.1f} µs" for size, time in us.items())
+def _listed(us: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{size} {'failed' if time is None else f'{time:.1f} µs'}" for size, time in us.items())
 
 
 def main() -> int:

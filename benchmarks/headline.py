@@ -51,8 +51,12 @@ def timings(device: str) -> Iterator[Timing]:
 
 def _timing(case: Case, budget_s: float) -> Timing:
     timing = Timing(f"{case.title}, rank {case.rank}")
-    inputs = layer.inputs_of(case)
-    gate, steps = Gate(inputs), dict[str, Step]()
+    try:
+        inputs = layer.inputs_of(case)
+        gate, steps = Gate(inputs), dict[str, Step]()
+    except RuntimeError as error:  # no memory left, say
+        timing.left_out = {contender.name: f"raised {error!r}" for contender in case.contenders}
+        return timing
     for contender in case.contenders:
         try:
             made = _made(case, contender, inputs, gate)
@@ -66,7 +70,7 @@ def _timing(case: Case, budget_s: float) -> Timing:
             timing.faults[contender.name] = made
     try:
         timing.records = _measured(steps, budget_s)
-    except RuntimeError as error:  # no memory left, say
+    except RuntimeError as error:
         timing.left_out |= dict.fromkeys(steps, f"raised {error!r}")
     return timing
 

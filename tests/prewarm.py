@@ -17,7 +17,7 @@ import gpu_cases
 import torch
 from launch_sweep import Call, make, skipped_products
 
-from lora_fast import check
+from lora_fast import backends, check
 from lora_fast.benchmarks import gpu_sweeps
 from lora_fast.testing import Case
 from lora_fast.triton_kernels import constants, prewarm
@@ -50,6 +50,7 @@ def calls() -> list[Callable[[], Any]]:
 def main() -> None:
     share, of = (int(text) for text in sys.argv[1:3]) if len(sys.argv) > 2 else (0, 1)
     start, mine = time.perf_counter(), calls()[share::of]
+    backends._interpreting = lambda: True  # the named backend takes CPU tensors
     with prewarm.warmed(SM90) as done, skipped_products():
 
         def told(what: str) -> None:
@@ -60,9 +61,10 @@ def main() -> None:
             told(f"{index}/{len(mine)} calls")
         for make_sweep in gpu_sweeps.sweeps()[share::of]:
             sweep = make_sweep()
-            for value in () if sweep.wall else sweep.values:
+            calls_of_it = [*sweep.calls.values(), *(call for some in sweep.others.values() for call in some.values())]
+            for value in ["triton"] if sweep.wall else sweep.values:  # the other backend has nothing to compile
                 with constants.instead(replace(constants.of(SM90), **{sweep.constant: value})):
-                    for call in sweep.calls.values():
+                    for call in calls_of_it:
                         call()
             told(sweep.constant)
 

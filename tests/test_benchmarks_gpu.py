@@ -256,7 +256,7 @@ def test_results_go_where_they_are_asked_for(given: tuple[str, ...], tmp_path: P
     assert check == "benchmarks/commit.py"
     assert f"--failures {tests}/failures.txt" in pytest_call
     assert benchmark == f"-m lora_fast.benchmarks.gpu{out}"
-    assert verdict == ([f"-m lora_fast.benchmarks.gpu_verdict {tests}"] if out else [])
+    assert verdict == ([f"-m lora_fast.benchmarks.gpu_verdict --whole {tests}"] if out else [])
     assert (tmp_path / tests / "tests.log").exists()
 
 

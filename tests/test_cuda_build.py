@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -116,6 +117,22 @@ def test_the_program_of_gpu_tune_compiles_without_spills(tmp_path: Path) -> None
     # six shapes, one token tile and two; with 32 rows at most, 16 too
     assert len(kernels) == 18
     assert {(kernel["stack"], kernel["stores"], kernel["loads"]) for kernel in kernels} == {("0", "0", "0")}
+
+
+def test_a_measured_shape_reaches_the_kernel_for_few_tokens(tmp_path: Path) -> None:
+    shutil.copy2(ROOT / "setup.py", tmp_path)
+    (tmp_path / "triton_kernels").mkdir()
+    value = {"rows": 16, "depth": 128, "blocks": 1}
+    constants = {"constants": {"few_tokens_cuda": {"value": value}}}
+    (tmp_path / "triton_kernels" / "constants.json").write_text(json.dumps(constants), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_FAST_BUILD", "none")
+        options = runpy.run_path(str(tmp_path / "setup.py"), run_name="setup")["measured_shape"]()
+    source = tmp_path / "few.cu"
+    text = "static_assert({}::most_rows == 16 && {}::depth == 128 && {}::blocks == 1);"
+    shape = "lora_fast::cuda::BuiltSmallShape"
+    source.write_text(f"#include <lora_fast/lora_linear_small_fwd.cuh>\n{text.format(shape, shape, shape)}\n")
+    run("nvcc", "-std=c++20", *options, f"-I{ROOT / 'csrc' / 'include'}", "-c", source, "-o", "few.o", cwd=tmp_path)
 
 
 def test_the_architectures_of_torch_are_respected() -> None:

@@ -308,12 +308,15 @@ def test_two_streams(kind: str, gpu_backend: str) -> None:
     inputs = [torch.randn(TOKENS, K).bfloat16() for _ in range(2)]
     expected = [step(layer, x) for layer, x in zip(layers, inputs, strict=True)]
     streams = [torch.cuda.Stream() for _ in range(2)]
+    contents = [x.clone() for x in inputs]
+    for x in inputs:
+        x.zero_()
     torch.cuda.synchronize()
     results: list[list[Tensor]] = []
-    for layer, x, stream in zip(layers, inputs, streams, strict=True):
+    for layer, x, content, stream in zip(layers, inputs, contents, streams, strict=True):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(10_000_000)
-            x.mul_(1.0)  # behind the sleep: a kernel on another stream would not wait for it
+            x.copy_(content)  # behind the sleep: a kernel on another stream would not wait for it
             results.append(step(layer, x))
     torch.cuda.synchronize()
     for one, other in zip(results, expected, strict=True):
@@ -402,8 +405,8 @@ def test_auto_takes_a_gpu_backend(tokens: int) -> None:
 
 def test_more_than_2_31_elements(gpu_backend: str) -> None:
     """Offsets are 64-bit: the last rows of an activation of 2^31 elements come out right."""
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB")
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB")
     features, tokens = 1 << 14, (1 << 17) + 8
     base, h = torch.zeros(tokens, features, dtype=torch.bfloat16), torch.ones(tokens, 1, dtype=torch.bfloat16)
     y = functional.lora_compose(base, h, torch.ones(features, 1).bfloat16(), 2.0, backend=gpu_backend)

@@ -81,7 +81,10 @@ def test_the_last_lines_are_a_table_and_the_verdict(tmp_path: Path) -> None:
         ({"rows": [ROW, {"title": "failed: norm_row(1)", "records": {}, "left_out": {}, "bars": []}]}, "norm_row(1)"),
         ({"log": "== 1 failed, 2 passed in 3s =="}, "WRONG: tests: 1 failed"),
         ({"log": "== 2 passed, 3 errors in 3s =="}, "WRONG: tests: 3 errors"),
-        ({"log": "Traceback"}, "WRONG: tests: no summary"),
+        ({"log": "Traceback"}, "WRONG: tests: none passed"),
+        ({"log": "== 900 skipped in 3s =="}, "WRONG: tests: none passed"),
+        ({"log": "[gw1] [ 2%] FAILED tests/a.py::b \n[gw0] [ 3%] PASSED tests/a.py::c "}, "WRONG: tests: 1 failed"),
+        ({"log": "tests/a.py::b[x y] PASSED [1%]\ntests/a.py::c FAILED [2%]\ncut off after 1 s"}, "tests: 1 failed"),
     ],
 )
 def test_what_is_wrong_is_told_and_fails(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -96,6 +99,9 @@ def test_tests_that_were_cut_off_are_told(tmp_path: Path) -> None:
     text, right = gpu_verdict.verdict(folder(tmp_path, log=log))
     assert right
     assert "tests: 7 passed in 9s, cut off after 9 s: 7 of 12 tests ran" in text
+    text, right = gpu_verdict.verdict(tmp_path, whole=True)
+    assert not right
+    assert "WRONG: tests: cut off after 9 s: 7 of 12 tests ran" in text
 
 
 def test_nothing_written_is_a_failure(tmp_path: Path) -> None:

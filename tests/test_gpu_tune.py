@@ -41,7 +41,7 @@ def test_the_values_are_read_by_the_choices(name: str) -> None:
     assert len(sweep.values) > 1
     seen = {repr(value): launched(sweep, replace(constants.of(SM90), **{name: value})) for value in sweep.values}
     assert any(seen.values())
-    assert len(set(map(repr, seen.values()))) > 1
+    assert len(set(map(repr, seen.values()))) == len(sweep.values)
 
 
 def launched(sweep: gpu_sweeps.Sweep, chosen: constants.Constants) -> list[tuple[str, Any]]:
@@ -59,20 +59,34 @@ def launched(sweep: gpu_sweeps.Sweep, chosen: constants.Constants) -> list[tuple
 
 
 @pytest.mark.parametrize(("constant", "op"), [("few_tokens_backend", "FEW"), ("norm_backend", "weight_norm")])
-def test_the_backends_are_read_by_the_table(constant: str, op: str) -> None:
+def test_the_backends_are_read_by_the_table(constant: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_fast import backends
 
-    rows = [row for row in backends.TABLE if row.matches(getattr(backends, op, op), "cuda", torch.bfloat16)]
-    assert rows[0].backend == getattr(constants.MEASURED, constant)
-    assert {row.backend for row in rows} >= {"triton", "cuda"}
+    monkeypatch.setattr(backends, "_missing", lambda name: None)
+    for backend in ("triton", "cuda"):
+        chosen = replace(constants.PREDICTED, **{constant: backend})
+        monkeypatch.setattr(backends, "_constants", lambda index, chosen=chosen: chosen)
+        assert backends.choose(getattr(backends, op, op), "cuda", torch.bfloat16).backend == backend
+        assert backends.choose("lora_compose", "cuda", torch.bfloat16).backend == "triton"
+        assert backends.choose("weight_norm", "cpu", torch.bfloat16).backend == "cpu"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_the_table_asks_the_constants_of_the_gpu_at_hand(capability: tuple[int, int], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from lora_fast import backends
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    found = backends._constants.__wrapped__(0)
+    assert found == (constants.MEASURED if capability == (9, 0) else constants.PREDICTED)
 
 
 def test_what_was_measured_holds_for_its_compute_capability() -> None:
     document = json.loads(constants.FILE.read_text(encoding="utf-8"))
-    assert document["device"] == "NVIDIA H200"
     assert constants.of(SM90) == constants.MEASURED
     assert constants.of(SM80) == constants.of(SM100) == constants.PREDICTED
-    for name, plain in document["constants"].items():
+    for name, found in document["constants"].items():
+        plain = found["value"]
+        assert {"device", "source"} < found.keys()
         assert gpu_constants.plain(getattr(constants.MEASURED, name)) == plain
         assert constants.value(name, plain) == getattr(constants.MEASURED, name)
 
@@ -99,6 +113,8 @@ def test_constants_in_the_place_of_others_end_with_the_block() -> None:
         ("gemm_rank", None),
         ("gemm_rank", True),
         ("norm_backend", 1),
+        ("few_tokens_backend", "cpu"),
+        ("compose_low", {"rows": "64", "columns": 2, "rank": 3, "num_warps": 4, "num_stages": 5}),
         ("compose_low", {"rows": 64}),
         ("compose_low", 64),
         ("few_tokens", {"rows": 1, "columns": 2, "rank": 3, "num_warps": 4, "num_stages": 5}),
@@ -135,6 +151,25 @@ def test_noise_and_nothing_right_leave_todays_value() -> None:
 def test_all_sizes_count_alike() -> None:
     faster_at_one = [{"value": 1, "us": {"a": 50.0, "b": 300.0}, "difference": 0.0}]
     assert gpu_constants.winner(faster_at_one, TODAY, 0) == 0
+
+
+def test_what_a_value_leaves_unwritten_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in memory that still holds today's result, and in an output that is kept."""
+    kept = torch.zeros(4)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        written = 4 if constants.of(SM90).gemm_rank == 128 else 3
+        fresh = torch.empty(4)
+        fresh[:written], kept[:written] = 1.0, 1.0
+        return fresh, kept
+
+    monkeypatch.setattr(gpu_tune, "times", lambda sweep, call, flush, rounds: [1.0] * rounds)
+    before = {"a size": lambda: kept.fill_(torch.nan)}
+    for without in ({}, before):
+        sweep = gpu_sweeps.Sweep("gemm_rank", [16], {"a size": call}, before=without)
+        result = gpu_tune.measured(sweep, constants.PREDICTED, torch.zeros(1))
+        assert not gpu_constants.is_right(result["tried"][0])
+        assert result["winner"] == 128
 
 
 def fake_sweep(outputs: Mapping[int, float]) -> gpu_sweeps.Sweep:
@@ -191,7 +226,8 @@ def test_the_program_has_the_shape_that_is_built_by_default() -> None:
     header = (gpu_tune.ROOT / "csrc/include/lora_fast/lora_linear_small_fwd.cuh").read_text(encoding="utf-8")
     built = constants.PREDICTED.few_tokens_cuda
     assert f"entrant<{built.rows}, {built.depth}, {built.blocks}>()" in source
-    assert f"#define LORA_FAST_SMALL_SHAPE {built.rows}, {built.depth}, {built.blocks}" in header
+    for name, value in (("ROWS", built.rows), ("DEPTH", built.depth), ("BLOCKS", built.blocks)):
+        assert f"#define LORA_FAST_SMALL_{name} {value}\n" in header
 
 
 def test_a_measured_shape_is_built_in(tmp_path: Path) -> None:
@@ -199,8 +235,9 @@ def test_a_measured_shape_is_built_in(tmp_path: Path) -> None:
         (tmp_path / name).write_text((gpu_tune.ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     file = tmp_path / "triton_kernels" / "constants.json"
     file.parent.mkdir()
-    for shape, expected in ((None, []), (SHAPES[1]["value"], ["-DLORA_FAST_SMALL_SHAPE=16,128,1"])):
-        file.write_text(json.dumps({"constants": {"few_tokens_cuda": shape} if shape else {}}), encoding="utf-8")
+    defined = [f"-DLORA_FAST_SMALL_{name}" for name in ("ROWS=16", "DEPTH=128", "BLOCKS=1")]
+    for measured, expected in (({}, []), ({"few_tokens_cuda": {"value": SHAPES[1]["value"]}}, defined)):
+        file.write_text(json.dumps({"constants": measured}), encoding="utf-8")
         with mock.patch.dict("os.environ", LORA_FAST_BUILD="none"):
             assert runpy.run_path(str(tmp_path / "setup.py"), run_name="setup")["measured_shape"]() == expected
 
@@ -223,17 +260,16 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
 def test_the_file_names_the_device_and_has_what_it_measured(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     document = written(tmp_path, monkeypatch)
     assert document == {
-        "device": "NVIDIA B200",
         "compute_capability": 100,
-        "source": "tune.json, commit abc",
-        "constants": {"gemm_rank": 64},
+        "constants": {"gemm_rank": {"value": 64, "device": "NVIDIA B200", "source": "tune.json, commit abc"}},
     }
     assert "gemm_rank: 128 -> 64" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_on_the_same_kind_of_gpu_stays(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     document = written(tmp_path, monkeypatch, compute_capability=90)
-    assert document["constants"] == {"described_contraction": constants.ANY, "gemm_rank": 64}
+    values = {name: (found["value"], found["device"]) for name, found in document["constants"].items()}
+    assert values == {"described_contraction": (constants.ANY, "NVIDIA H200"), "gemm_rank": (64, "NVIDIA B200")}
 
 
 @pytest.mark.parametrize("change", [{"constants": {"gemm_rank": "much"}}, {"constants": {"warp": 1}}])

@@ -1,8 +1,8 @@
 """The constants that launch configurations and choices by size read: predicted, and measured on one device.
 
-What was measured is in constants.json, with the device's name, and holds for GPUs of its compute capability; all others
-take the predicted constants, the defaults below. `python -m lora_fast.benchmarks.gpu_constants tune.json` writes that
-file from what `make gpu-tune` found. Needs neither torch nor triton.
+What was measured is in constants.json, each with the device's name, and holds for GPUs of its compute capability; all
+others take the predicted constants, the defaults below. `python -m lora_fast.benchmarks.gpu_constants tune.json` writes
+that file from what `make gpu-tune` found. Needs neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Constants:
 
 PREDICTED = Constants()
 ANY = 1 << 30  # of a limit: none
+GPU_BACKENDS = ("cuda", "triton")
 
 
 def value(name: str, plain: Any) -> Any:
@@ -95,23 +96,33 @@ def value(name: str, plain: Any) -> Any:
     if name not in found:
         raise ValueError(f"constants: got {name!r}, expected one of {', '.join(found)}")
     kind, parts = type(found[name]), getattr(found[name], "__dataclass_fields__", None)
+    if kind is str:
+        if plain in GPU_BACKENDS:
+            return plain
+        raise ValueError(f"{name}: got {plain!r}, expected one of {', '.join(map(repr, GPU_BACKENDS))}")
     if parts is None and type(plain) is kind:
         return plain
-    if parts is not None and isinstance(plain, Mapping) and plain.keys() == parts.keys():
+    is_whole = parts is not None and isinstance(plain, Mapping) and plain.keys() == parts.keys()
+    if is_whole and all(type(part) is int for part in plain.values()):
         return kind(**plain)
-    raise ValueError(f"{name}: got {plain!r}, expected {'of ' + ', '.join(parts) if parts else kind.__name__}")
+    raise ValueError(f"{name}: got {plain!r}, expected int{'s of ' + ', '.join(parts) if parts else ''}")
 
 
 _document = json.loads(FILE.read_text(encoding="utf-8"))
-MEASURED = replace(PREDICTED, **{name: value(name, plain) for name, plain in _document["constants"].items()})
+MEASURED = replace(PREDICTED, **{name: value(name, one["value"]) for name, one in _document["constants"].items()})
 _instead: Constants | None = None
 
 
 def of(target: Target) -> Constants:
     """The constants that ``target`` takes."""
+    return of_capability(target.arch if target.backend == "cuda" else None)
+
+
+def of_capability(capability: int | str | None) -> Constants:
+    """The constants of a GPU of NVIDIA's by ten times its compute capability, or of another device (None)."""
     if _instead is not None:
         return _instead
-    return MEASURED if target.backend == "cuda" and target.arch == _document["compute_capability"] else PREDICTED
+    return MEASURED if capability == _document["compute_capability"] else PREDICTED
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -212,15 +212,16 @@ def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target)
     )
 
 
-def keeps_up(x: Tensor, weight: Tensor, lora_B: Tensor) -> bool:
-    """Whether the product takes this kernel no longer than cuBLAS and a pass: through descriptors, up to so many
-    columns as were measured. W of another dtype, as under autocast, is converted tile by tile, which was not."""
+POINTER_CONTRACTION = 1024  # (predicted)
+
+
+def fused_contraction(x: Tensor, weight: Tensor, lora_B: Tensor, has_gain_in: bool) -> int:
+    """The most columns of x for which this kernel is predicted, or was measured, to take no longer than cuBLAS and a
+    pass. They are few without descriptors, and where it has more to do tile by tile, as to convert W under autocast."""
     target = current(x.device)
-    return (
-        x.shape[1] <= constants.of(target).described_contraction
-        and weight.dtype == x.dtype
-        and takes_descriptors(x, weight, lora_B, target)
-    )
+    if weight.dtype == x.dtype and not has_gain_in and takes_descriptors(x, weight, lora_B, target):
+        return constants.of(target).described_contraction
+    return POINTER_CONTRACTION
 
 
 def lora_linear_fwd(

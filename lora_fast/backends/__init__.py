@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_fast.triton_kernels.constants import MEASURED
+from lora_fast.triton_kernels import constants
 
 BACKENDS = ("cpu", "triton", "cuda", "torch")
 ENVIRONMENT_VARIABLE = "LORA_FAST_BACKEND"
@@ -68,13 +68,6 @@ TABLE = (
         reason="update, gain and bias in one C++ pass after the product; on AMX, for whole tiles, in the product",
     ),
     Row(
-        backend=MEASURED.norm_backend,
-        devices=("cuda",),
-        ops=("weight_norm",),
-        dtypes=_UP_TO_FLOAT32,
-        reason="one read of W, s BA made in tiles of it; dense B@A moves W's bytes seven times",
-    ),
-    Row(
         backend="triton",
         devices=("cuda",),
         ops=("weight_norm", "merge_weight"),
@@ -82,11 +75,11 @@ TABLE = (
         reason="one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times",
     ),
     Row(
-        backend=MEASURED.few_tokens_backend,
+        backend="cuda",
         devices=("cuda",),
         ops=(FEW,),
         dtypes=_UP_TO_FLOAT32,
-        reason="W is read once, in at most two launches",
+        reason="W is read once by either; predicted to take less of the host's time: one C++ call makes the launches",
     ),
     Row(
         backend="triton",
@@ -100,7 +93,7 @@ TABLE = (
         devices=("cuda",),
         ops=(),
         dtypes=_UP_TO_FLOAT32,
-        reason="native kernels where Triton is not installed",
+        reason="native kernels, where Triton is not installed or takes longer",
     ),
     Row(
         backend="torch",
@@ -110,6 +103,9 @@ TABLE = (
         reason="PyTorch calls only: any device and dtype",
     ),
 )
+
+# Ops for which a measurement on the GPU at hand may put either of its backends first, and the constant that says so.
+_MEASURED = {FEW: "few_tokens_backend", "weight_norm": "norm_backend"}
 
 _modules: dict[str, ModuleType] = {}
 _extension: tuple[bool, str, dict] | None = None
@@ -235,10 +231,32 @@ def linear_op(x: Tensor) -> str:
     return FEW if x.numel() <= FEW_TOKENS * x.shape[-1] else "lora_linear"
 
 
+def _preferred(op: str) -> str | None:
+    """The backend that was measured to be faster at an op on the current GPU, or is predicted to."""
+    if op not in _MEASURED:
+        return None
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return str(getattr(_constants(index), _MEASURED[op]))
+
+
+@functools.cache
+def _constants(index: int | None) -> constants.Constants:
+    if index is None or torch.version.hip is not None:
+        return constants.PREDICTED
+    major, minor = torch.cuda.get_device_capability(index)
+    return constants.of_capability(10 * major + minor)
+
+
+@functools.cache
+def _table(preferred: str | None) -> tuple[Row, ...]:
+    return tuple(sorted(TABLE, key=lambda row: row.backend != preferred))
+
+
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Row:
     """The row of the table that ``auto`` takes for this op, device type and dtype."""
     passed_over = None
-    for row in TABLE:
+    preferred = _preferred(op) if device_type == "cuda" else None
+    for row in _table(preferred):
         if row.matches(op, device_type, dtype):
             missing = _missing(row.backend) or _untried(row.backend)
             if missing is None:

@@ -30,29 +30,25 @@ from lora_fast.triton_kernels import (
 )
 from lora_fast.triton_kernels.target import Target, current
 
-FUSED_CONTRACTION = 1024
 
-
-def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool, described: bool = False) -> tuple[str, str]:
-    """("products" | "small" | "fused", why) for y = gain ⊙ (x Wᵀ + s h lora_Bᵀ) + bias; ``described``: see
-    :func:`~lora_fast.triton_kernels.lora_linear_fwd.keeps_up`."""
+def forward_path(tokens: int, K: int, dtype: torch.dtype, has_gain: bool, limit: int) -> tuple[str, str]:
+    """("products" | "small" | "fused", why) for y = gain ⊙ (x Wᵀ + s h lora_Bᵀ) + bias; ``limit``: the most columns of
+    x for which the kernel keeps up, see :func:`~lora_fast.triton_kernels.lora_linear_fwd.fused_contraction`."""
     if not has_gain:
         return "products", "without a gain the product is PyTorch's: lora_B = 0 gives nn.Linear's output to the bit"
     if tokens <= small.TOKENS:
         return "small", "W's bytes bound it, not FLOPs: W is read once, by at most two launches"
-    return _product_path(K, dtype, described)
+    return _product_path(K, dtype, limit)
 
 
 def input_grad_path(N: int, dtype: torch.dtype, dropout_p: float, target: Target) -> tuple[str, str]:
     """("products" | "fused", why) for dx = dv W + drop(dh lora_A)."""
     if dropout_p > 0.0:
         return "fused", "dropout in the epilogue; apart it takes six passes over [T, K]"
-    return _product_path(N, dtype, limit=constants.of(target).input_grad_contraction)
+    return _product_path(N, dtype, constants.of(target).input_grad_contraction)
 
 
-def _product_path(
-    contraction: int, dtype: torch.dtype, described: bool = False, limit: int = FUSED_CONTRACTION
-) -> tuple[str, str]:
+def _product_path(contraction: int, dtype: torch.dtype, limit: int) -> tuple[str, str]:
     """Whether a kernel of ours takes the product, or cuBLAS and a pass over the output after it.
 
     Where tensor descriptors bring the operands, ours: DoRA's forward on an H200 takes 408 µs with it and 420 with
@@ -63,11 +59,9 @@ def _product_path(
     """
     if dtype == torch.float32:
         return "products", "float32 products follow PyTorch's TF32 setting, in cuBLAS"
-    if described:
-        return "fused", "operands through tensor descriptors: as fast as cuBLAS, and the pass over the output is saved"
     if contraction <= limit:
-        return "fused", f"up to {limit} columns the pass that is saved outweighs cuBLAS's lead"
-    return "products", f"above {limit} columns cuBLAS's lead outweighs one pass over the output"
+        return "fused", "the pass over the output that is saved outweighs cuBLAS's lead in the product"
+    return "products", f"above {limit} columns cuBLAS's lead in the product outweighs one pass over the output"
 
 
 def _takes_gemm(R: int, device: torch.device) -> bool:
@@ -155,9 +149,10 @@ def lora_linear_fwd(
     x2 = _rows(x)
     gain_out, gain_in = (gain, None) if axis == "output" else (None, gain)
     with _on_device_of(x):
-        many = x2.shape[0] > small.TOKENS  # few tokens have a kernel of their own, and no host time to spare
-        described = many and gain_out is not None and linear.keeps_up(x2, weight, lora_B)
-        path, _ = forward_path(x2.shape[0], x2.shape[1], x.dtype, gain is not None, described)
+        limit = 0  # few tokens have a kernel of their own, and no host time to spare
+        if x2.shape[0] > small.TOKENS and gain is not None:
+            limit = linear.fused_contraction(x2, weight, lora_B, gain_in is not None)
+        path, _ = forward_path(x2.shape[0], x2.shape[1], x.dtype, gain is not None, limit)
         if path == "small":
             y, product, h = small.lora_linear_small_fwd(
                 x2, weight, bias, lora_A, lora_B, scaling, gain_out, gain_in, dropout_p, seed, keep_product

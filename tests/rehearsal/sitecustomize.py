@@ -53,7 +53,7 @@ def answer() -> None:
     values = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": PROPERTIES.name,
         "get_device_capability": (9, 0), "get_device_properties": PROPERTIES, "memory_allocated": 0,
-        "max_memory_allocated": 0, "mem_get_info": (79 << 30, 80 << 30),
+        "memory_reserved": 0, "max_memory_allocated": 0, "mem_get_info": (79 << 30, 80 << 30),
     }  # fmt: skip
     for name, value in values.items():
         setattr(cuda, name, lambda *_, value=value, **__: value)

@@ -21,14 +21,16 @@ constexpr int kProjectDepth = 64;  // k of one step of a warp: a line of 128 byt
 // What lora_linear_small is made for: rows of W in a block at most, 16 or 32; k of one step of a warp; blocks
 // that share a multiprocessor. setup.py takes them from triton_kernels/constants.json, where they were
 // measured.
-#ifndef LORA_FAST_SMALL_SHAPE
-#define LORA_FAST_SMALL_SHAPE 32, 64, 2
+#ifndef LORA_FAST_SMALL_ROWS
+#define LORA_FAST_SMALL_ROWS 32
+#define LORA_FAST_SMALL_DEPTH 64
+#define LORA_FAST_SMALL_BLOCKS 2
 #endif
 template <int kMostRows, int kDepth, int kBlocks>
 struct SmallShape {
   static constexpr int most_rows = kMostRows, depth = kDepth, blocks = kBlocks;
 };
-using BuiltSmallShape = SmallShape<LORA_FAST_SMALL_SHAPE>;
+using BuiltSmallShape = SmallShape<LORA_FAST_SMALL_ROWS, LORA_FAST_SMALL_DEPTH, LORA_FAST_SMALL_BLOCKS>;
 
 template <class T>
 struct SmallProject {
