@@ -43,8 +43,8 @@ def show(result: dict[str, Any]) -> None:
     for name, reason in result["left_out"].items():
         print(f"  {name:32} left out: {reason}")
     for bar in result["bars"]:
-        bound = f"≤ {bar['at_most']:g}" if "at_most" in bar else f"≥ {bar['at_least']:g}"
-        print(f"  {'met' if bar['met'] else 'MISSED'}: {bar['measured']:.3f} {bar['what']}, bar {bound}", flush=True)
+        met = "met" if bar["met"] else "MISSED"
+        print(f"  {met}: {bar['measured']:.3f} {bar['what']}, bar {report.bound(bar)}", flush=True)
 
 
 def _ratios(record: dict[str, float]) -> str:

@@ -248,6 +248,11 @@ def described_contraction() -> Sweep:
     return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
 
 
+def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor) -> Tensor:
+    path, _ = backend.input_grad_path(W.shape[0], grad_v.dtype, 0.0, current(grad_v.device))
+    return backend.INPUT_GRADS[path](grad_v, W, grad_h, A, 0.0, None, None, None, False)[0]
+
+
 def input_grad_contraction() -> Sweep:
     """dv W and the update by the kernel of ours or by cuBLAS and a pass; and by the forward's kernel, W transposed."""
     calls: dict[str, Call] = {}
@@ -256,7 +261,7 @@ def input_grad_contraction() -> Sweep:
         K, R = 4096, 16
         grad_v, W, grad_h, A = _normal(T, N), _normal(N, K), _normal(T, R), _normal(R, K)
         size, transposed = f"{T}×{N}×{K}, rank {R}", (grad_v, W.T, None, grad_h, A.T)
-        calls[size] = partial(backend._input_grad, grad_v, W, grad_h, A, 0.0, None, None, None, False)
+        calls[size] = partial(_input_grad, grad_v, W, grad_h, A)
         by_forward = partial(lora_linear_fwd.lora_linear_fwd, *transposed, 1.0, None, None, False)
         others[size] = {"the forward's kernel": by_forward}
     return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls, others)

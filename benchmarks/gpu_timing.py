@@ -43,14 +43,8 @@ def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, f
     while len(events[names[0]]) < 10 or (time.perf_counter() < deadline and len(events[names[0]]) < 200):
         order.shuffle(names)
         for name in names:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.sum()  # by reading: what is written would still be on its way to memory
-            torch.cuda._sleep(spin_cycles[name])
-            begin.record()
-            start = time.perf_counter()
-            steps[name]()
-            host[name].append(1e3 * (time.perf_counter() - start))
-            end.record()
+            begin, end, host_ms = launched(steps[name], flush, spin_cycles[name])
+            host[name].append(host_ms)
             events[name].append((begin, end))
         torch.cuda.synchronize()
     records = {}
@@ -65,6 +59,20 @@ def measure(steps: Mapping[str, Step], budget_s: float) -> dict[str, dict[str, f
             "rounds": float(len(times)),
         }
     return records
+
+
+def launched(step: Step, flush: torch.Tensor, spin_cycles: int) -> tuple[Any, Any, float]:
+    """The events before and after one call, with the L2 cache emptied by ``flush`` and behind a spin that lets the host
+    run ahead; and the host's milliseconds."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.sum()  # by reading: what is written would still be on its way to memory
+    torch.cuda._sleep(spin_cycles)
+    begin.record()
+    start = time.perf_counter()
+    step()
+    host_ms = 1e3 * (time.perf_counter() - start)
+    end.record()
+    return begin, end, host_ms
 
 
 def wall_ms(step: Step, calls: int = 100) -> float:

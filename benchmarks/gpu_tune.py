@@ -30,28 +30,21 @@ from lora_fast.triton_kernels.target import current
 from . import gpu, report
 from .gpu_constants import best, is_right, plain, ratio, winner
 from .gpu_sweeps import Call, Sweep, sweeps
-from .gpu_timing import FLUSH_BYTES, wall_ms
+from .gpu_timing import FLUSH_BYTES, launched, wall_ms
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, LAST_ROUNDS, FINALISTS = 5, 15, 3
 WALL_CALLS = 50
+SPIN_CYCLES = 400_000  # 0.2 ms, longer than the host takes for a call
 COMPILED_IN = "few_tokens_cuda"
 NAMES = [*(make.__name__ for make in sweeps()), COMPILED_IN]
 
 
 def device_us(call: Call, flush: Tensor, rounds: int) -> list[float]:
     """Of the device, the host running ahead behind a short spin."""
-    pairs = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.sum()
-        torch.cuda._sleep(400_000)
-        begin.record()
-        call()
-        end.record()
-        pairs.append((begin, end))
+    events = [launched(call, flush, SPIN_CYCLES) for _ in range(rounds)]
     torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
+    return [1e3 * begin.elapsed_time(end) for begin, end, _ in events]
 
 
 def wall_us(call: Call, rounds: int) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .gpu import faults
+from .report import bound
 
 COLUMNS = ("case", "measured as", "measured", "bar", "")
 
@@ -24,9 +25,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [COLUMNS]
     for row in rows:
         for bar in row["bars"]:
-            sign, bound = ("≤", bar["at_most"]) if "at_most" in bar else ("≥", bar["at_least"])
             met = "met" if bar["met"] else "MISSED"
-            cells.append((row["title"], bar["what"], f"{bar['measured']:.3f}", f"{sign} {bound:g}", met))
+            cells.append((row["title"], bar["what"], f"{bar['measured']:.3f}", bound(bar), met))
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 

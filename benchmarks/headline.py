@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import contenders as c, layer
-from .gate import Gate
+from .gate import WRONG, Gate
 from .registry import INFERENCE, STEP, Case
 from .report import digits
 from .runner import Step, measure
@@ -84,7 +84,7 @@ def _made(case: Case, contender: c.Contender, inputs: c.LayerInputs, gate: Gate)
     if case.mode == STEP:
         return layer.training_step(built, inputs)
     if fault := gate.inference_fault(contender, built):
-        return f"wrong result: {fault}"
+        return f"{WRONG}: {fault}"
     return layer.inference(built, inputs)
 
 

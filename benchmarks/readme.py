@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import digits
+from .report import bound, digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
@@ -111,8 +111,7 @@ def _from_docs(link: str) -> str:
 
 
 def _aim(bar: dict[str, Any]) -> str:
-    bound = f"≤ {bar['at_most']:g}" if "at_most" in bar else f"≥ {bar['at_least']:g}"
-    return bound if bar["met"] else f"{bound}, **missed**"
+    return bound(bar) if bar["met"] else f"{bound(bar)}, **missed**"
 
 
 def t0_3b() -> str:

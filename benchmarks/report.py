@@ -86,6 +86,11 @@ def bar_as_dict(bar: Bar) -> dict[str, Any]:
     }
 
 
+def bound(bar: dict[str, Any]) -> str:
+    """Of :func:`bar_as_dict`, as a table has it."""
+    return f"≤ {bar['at_most']:g}" if "at_most" in bar else f"≥ {bar['at_least']:g}"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import digits
+from .report import bound, digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,10 +79,8 @@ def bars_table(rows: Sequence[Row]) -> Table:
         table.add_column(heading, justify="right" if heading in ("measured", "bar") else "left")
     for row in rows:
         for number, bar in enumerate(row["bars"]):
-            at_most = "at_most" in bar
-            bound = f"≤ {bar['at_most']:g}" if at_most else f"≥ {bar['at_least']:g}"
             verdict = Text("met", style="green") if bar["met"] else Text("missed", style="bold red")
-            table.add_row("" if number else row["title"], bar["what"], f"{bar['measured']:.3f}", bound, verdict)
+            table.add_row("" if number else row["title"], bar["what"], f"{bar['measured']:.3f}", bound(bar), verdict)
         table.add_section()
     return table
 

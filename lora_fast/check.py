@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_fast import backends, functional, reference
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
-from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask
+from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count
 
 FORMS = ("lora", "output", "output-full", "input")  # dora_linear by its axis; "-full": the gradient through the norm
 BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
@@ -145,7 +145,7 @@ def result_of(name: str, device: str, backend: str, case: Case, item: Item) -> R
     if backend != "torch" and case.N * case.K > SMALL.N * SMALL.K:
         result.threads = torch.get_num_threads()
     try:
-        with _threads(1):
+        with thread_count(1):
             for _ in range(MOST_DRAWS):
                 item(device, backend, case, result)
                 if case.dtype == torch.float64 or result.budget.is_full() or result.faults or not result.errors:
@@ -159,19 +159,9 @@ def result_of(name: str, device: str, backend: str, case: Case, item: Item) -> R
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _checked(result: Result) -> Iterator[None]:
     """What is checked runs in here; an element that nobody wrote is NaN."""
-    with _threads(result.threads), poisoned_memory():
+    with thread_count(result.threads), poisoned_memory():
         yield
 
 
@@ -377,15 +367,31 @@ def _few_tokens(device: str, backend: str, case: Case, result: Result) -> None:
     t, repeats = draw(device, case), REPEATS[device]
     W, A, B, bias, gain = (t[name] for name in ("weight", "lora_A", "lora_B", "bias", "output"))
     many = torch.randn(repeats, *case.leading, case.K, device=device).to(case.dtype)
-    with _threads(result.threads):
+    with thread_count(result.threads):
         results = [functional.lora_linear(x, W, bias, A, B, case.scaling, gain, backend=backend) for x in many]
-    dense = gain.double()[:, None] * reference.adapted_weight(W.double(), A.double(), B.double(), case.scaling)
-    truths = many.double() @ dense.T + bias.double()
-    errors = (torch.stack(results).double() - truths).square().sum(dim=(1, 2))
-    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
-    inputs: tuple[Any, ...] = (many[worst], W, bias, A, B, case.scaling, gain)
-    eagers = [reference.lora_linear(*inputs, compute_dtype=case.dtype, dense=formula["dense"]) for formula in EAGER]
-    _hold(result, f"the worst y of {repeats}", results[worst], eagers, truths[worst])
+    index, eagers, truth = worst_of(results, many, W, bias, A, B, case.scaling, gain)
+    _hold(result, f"the worst y of {repeats}", results[index], eagers, truth)
+
+
+def worst_of(
+    results: Sequence[Tensor],
+    many: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor,
+) -> tuple[int, list[Tensor], Tensor]:
+    """Of calls of lora_linear with the x of ``many`` [calls, T, K], the index of the y [T, N] with the largest error,
+    its yardsticks, and its truth in float64."""
+    dense = reference.adapted_weight(weight.double(), lora_A.double(), lora_B.double(), scaling)
+    truths = many.double() @ (gain.double()[:, None] * dense).T + bias.double()
+    errors = (torch.stack(list(results)).double() - truths).square().sum(dim=(1, 2))
+    index = int(errors.nan_to_num(nan=torch.inf).argmax())
+    inputs: tuple[Any, ...] = (many[index], weight, bias, lora_A, lora_B, scaling, gain)
+    eager = partial(reference.lora_linear, *inputs, compute_dtype=many.dtype)
+    return index, [eager(dense=formula["dense"]) for formula in EAGER], truths[index]
 
 
 def _graph(device: str, backend: str, case: Case, result: Result) -> None:

@@ -279,6 +279,17 @@ def poisoned_memory() -> Iterator[None]:
         memory.fill_uninitialized_memory = fill
 
 
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """PyTorch has so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most bytes that one call of ``step`` holds at once on the default device, beyond what was allocated before it.
 
@@ -359,4 +370,5 @@ __all__ = [
     "recorded_scratch",
     "scaled_dropout_mask",
     "scratch_peak_bytes",
+    "thread_count",
 ]

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import AUTOCAST, CONFIGURED
-from support import call, hold_to_budget, named, run, tensors_of
+from support import call, hold_to_budget, run, tensors_of
 from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import backends, check, functional, reference
-from lora_fast.testing import EAGER, Case, ErrorBudget, Inputs, budget_fault, make_inputs, peak_bytes
+from lora_fast.testing import EAGER, Case, ErrorBudget, budget_fault, make_inputs, peak_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -63,14 +63,8 @@ def specified(layer: Any, kind: str, x: Tensor, wide: bool, **formula: Any) -> l
     leaves = {name: x if name == "x" else getattr(layer, name) for name in names}
     for name, leaf in leaves.items():
         leaves[name] = leaf.detach().to(torch.float64 if wide else leaf.dtype, copy=True).requires_grad_()
-    frozen = [tensor.detach().to(leaves["x"].dtype) for tensor in (layer.weight, layer.bias)]
     options = formula if wide else {"compute_dtype": x.dtype} | formula
-    common = (leaves["x"], *frozen, leaves["lora_A"], leaves["lora_B"])
-    if kind == "lora":
-        y = reference.lora_linear(*common, 1.5, **options)
-    else:
-        axis, *full = kind.split("-")
-        y = reference.dora_linear(*common, leaves["magnitude"], 1.5, axis=axis, detach_norm=not full, **options)
+    y = call(reference, layer, kind, **options)(bias=layer.bias, **leaves)
     loss = (y if wide else y.float()).square().sum()
     return [y.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
 
@@ -240,21 +234,8 @@ def test_few_tokens_again_and_again(tokens: int, beside: str, gpu_backend: str) 
             with torch.cuda.stream(streams[index % len(streams)]):
                 results.append(functional.lora_linear(x, *common, backend=gpu_backend))
     torch.cuda.synchronize()
-    hold_each(inputs, results)
-
-
-def hold_each(inputs: Inputs, results: list[Tensor]) -> None:
-    """The one with the largest error, to the error budget."""
-    weight, bias, A, B, gain = inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.gain["output"]
-    dense = gain.double()[:, None] * reference.adapted_weight(weight.double(), A.double(), B.double(), inputs.scaling)
-    truth = inputs.x.double() @ dense.T + bias.double()
-    errors = (torch.stack(results).double() - truth).square().sum(dim=(1, 2))
-    worst = int(errors.nan_to_num(nan=torch.inf).argmax())
-    common = (weight, bias, A, B, inputs.scaling, gain)
-    eagers = [
-        reference.lora_linear(inputs.x[worst], *common, compute_dtype=inputs.x.dtype, **formula) for formula in EAGER
-    ]
-    fault = budget_fault(f"y of call {worst}", results[worst], eagers, truth[worst])
+    index, eagers, truth = check.worst_of(results, inputs.x, *common)
+    fault = budget_fault(f"y of call {index}", results[index], eagers, truth)
     assert fault is None, fault
 
 
@@ -262,23 +243,21 @@ def hold_each(inputs: Inputs, results: list[Tensor]) -> None:
 def test_few_tokens_keep_their_own_h(tokens: int, gpu_backend: str) -> None:
     """In training, call after call: each gradient is made of the h and the product that its own forward kept."""
     inputs = make_inputs(Case((50, tokens), 1024, 1024, 16, torch.bfloat16))
-    leaves = [inputs.lora_A, inputs.lora_B, inputs.gain["output"]]
+    trained = {"lora_A", "lora_B", "gain"}
 
-    def gradients(x: Tensor, grad_y: Tensor, wide: bool = False, **options: Any) -> tuple[Tensor, ...]:
-        to = torch.float64 if wide else None
-        A, B, gain = (leaf.detach().to(to, copy=True).requires_grad_() for leaf in leaves)
-        frozen = [tensor.to(to) for tensor in (x, inputs.weight, inputs.bias)]
-        function = functional.lora_linear if "backend" in options else reference.lora_linear
-        y = function(*frozen, A, B, inputs.scaling, gain, **options)
-        return torch.autograd.grad(y, [A, B, gain], grad_y.to(y.dtype))
+    def gradients(x: Tensor, grad_y: Tensor, wide: bool = False, **options: Any) -> dict[str, Tensor]:
+        tensors = tensors_of(inputs, "gain") | {"x": x}
+        if wide:
+            tensors = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+        module = functional if "backend" in options else reference
+        return run(call(module, inputs, "gain", **options), tensors, grad_y, trained)
 
     pairs = list(zip(inputs.x, inputs.grad_y, strict=True))
     found = [gradients(*pair, backend=gpu_backend) for pair in pairs]
     budget = ErrorBudget(torch.bfloat16)
     for pair, actual in zip(pairs, found, strict=True):
-        truth = gradients(*pair, wide=True)
         eagers = [gradients(*pair, compute_dtype=torch.bfloat16, **formula) for formula in EAGER]
-        budget.add(*named(("lora_A", "lora_B", "gain"), actual, truth, *eagers))
+        budget.add(actual, eagers, gradients(*pair, wide=True))
     budget.check()
 
 

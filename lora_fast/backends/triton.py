@@ -254,29 +254,12 @@ def lora_linear_bwd(
             assert x2 is not None
             grad_A = _A_grad(grad_h, x2, gain_in, dropout_p, seed, lora_A.dtype)
         if need_input:
-            grad_x, grad_gain_in = _input_grad(
-                grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in
-            )
+            path, _ = input_grad_path(weight.shape[0], grad_y.dtype, dropout_p, current(grad_y.device))
+            backward = INPUT_GRADS[path]
+            grad_x, grad_gain_in = backward(grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x2, need_gain_in)
             grad_gain = grad_gain_in if need_gain_in else grad_gain
             grad_x = _leading(grad_x, grad_y) if need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
-
-
-def _input_grad(
-    grad_v: Tensor,
-    weight: Tensor,
-    grad_h: Tensor,
-    lora_A: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    gain_in: Tensor | None,
-    x: Tensor | None,
-    need_gain_in: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dx, d gain_in)"""
-    path, _ = input_grad_path(weight.shape[0], grad_v.dtype, dropout_p, current(grad_v.device))
-    backward = lora_input_grad.lora_input_grad if path == "fused" else _products_input_grad
-    return backward(grad_v, weight, grad_h, lora_A, dropout_p, seed, gain_in, x, need_gain_in)
 
 
 def _products_input_grad(
@@ -299,6 +282,9 @@ def _products_input_grad(
         grad_x, None if x is None else x.contiguous(), gain_in, None, None, 1.0, True, need_gain_in, False, False, False
     )
     return grad_x, grad_gain
+
+
+INPUT_GRADS = {"fused": lora_input_grad.lora_input_grad, "products": _products_input_grad}  # by input_grad_path
 
 
 def lora_compose_fwd(

@@ -48,13 +48,15 @@ def run_models(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) 
     _require(MODELS_REQUIRED)
     from rich.console import Console
 
-    from . import compare_models, digits, finetune, models, models_report
+    from lora_fast.testing import thread_count
+
+    from . import compare_models, digits, models, models_report
     from .progress import stages
 
     console = Console()
     rows = []
     with stages(console) as on_progress:
-        with finetune.thread_count(1):  # products of 64 rows: two threads only wait for each other
+        with thread_count(1):  # products of 64 rows: two threads only wait for each other
             scores = digits.compare(epochs=1 if quick else digits.EPOCHS, seed=seed, on_progress=on_progress)
         for done, case in enumerate(models.CASES):
             on_progress("models", done / len(models.CASES))

@@ -6,7 +6,6 @@ alone. They take turns step by step, so that their step times are compared side 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import logging
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import reference
-from lora_fast.testing import peak_bytes
+from lora_fast.testing import peak_bytes, thread_count
 
 from .docstrings import LABELS, Example
 
@@ -302,13 +301,3 @@ def predict(model: Classifier, tokenizer: Any, examples: Sequence[Example], batc
             answers += model(batch.tokens).argmax(1).tolist()
     model.train()
     return answers
-
-
-@contextlib.contextmanager
-def thread_count(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
