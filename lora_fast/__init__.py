@@ -9,9 +9,9 @@ Start with :func:`accelerate` for a PEFT model, :func:`apply` for another, :clas
 """
 
 from lora_fast import functional
+from lora_fast.adapters import load_adapter, save_adapter
 from lora_fast.backends import set_backend, use_backend
 from lora_fast.integrations import accelerate, restore
-from lora_fast.io import load_adapter, save_adapter
 from lora_fast.nn import (
     LinearWithDoRA,
     LinearWithLoRA,

@@ -71,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     merge.add_argument("base", type=Path, metavar="BASE", help="the checkpoint's folder")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder, in PEFT's format")
     merge.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    merge.add_argument(
+        "--fan-in-fan-out",
+        metavar="LAYERS",
+        help="of square layers of which nothing else tells it: which have their weight stored [in, out], as "
+        "transformers' Conv1D; all, none, or names or ends of names with commas between them",
+    )
     merge.set_defaults(run=_merge)
 
     benchmark_command.add_commands(commands)
@@ -128,11 +134,13 @@ def _demo(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from lora_fast.merge_checkpoint import merge_checkpoint
 
+    layers: str | None = args.fan_in_fan_out
+    word = {None: None, "all": True, "none": False}.get(layers, (layers or "").split(","))
     try:
         from lora_fast.demo.progress import on_console
 
         with on_console() as on_progress:
-            done = merge_checkpoint(args.base, args.adapter, args.out, on_progress)
+            done = merge_checkpoint(args.base, args.adapter, args.out, on_progress, fan_in_fan_out=word)
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "safetensors"):
             raise
@@ -143,10 +151,13 @@ def _merge(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"lora-fast: interrupted; {args.out} was not made", file=sys.stderr)
         return 130
-    whole = f", {done.replaced} tensors replaced" if done.replaced else ""
-    print(f"{args.out}: {done.merged} layers merged{whole}")
+    print(f"{args.out}: {done.merged} tensors merged, {done.replaced} replaced, {done.kept} kept as they were")
+    if done.untied:
+        print(f"untied, so that tie_word_embeddings is false in {args.out}: {', '.join(done.untied)}")
     if done.left_out:
-        print(f"not copied from {args.base}: {', '.join(done.left_out)}")
+        print(f"left out of {args.adapter}, a second time in it: {', '.join(done.left_out)}")
+    if done.not_copied:
+        print(f"not copied from {args.base}: {', '.join(done.not_copied)}")
     return 0
 
 

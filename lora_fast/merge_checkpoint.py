@@ -1,60 +1,40 @@
-"""``lora-fast merge``: an adapter folded into a checkpoint folder, shard by shard, without building the model.
+"""``lora-fast merge``: an adapter folded into a checkpoint folder, shard by shard, without the model's memory.
 
-    W ← W + s B A (LoRA)      W ← gain ⊙ (W + s B A), gain = m / ‖W + s B A‖ (DoRA)      rounded once to W's dtype
-
-Each shard is copied and the adapted tensors are rewritten in the copy, one in memory at a time and merged in tiles, so
-that everything else keeps its bytes. All is written to a folder of another name, which is renamed when it is whole.
+Each shard is written anew, one tensor in memory at a time; what is not changed keeps its bytes. All is written to a
+folder of another name, which is renamed when it is whole. What is done to which tensor is in
+:mod:`lora_fast.adapters.merging`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lora_fast import adapter_files, functional
-from lora_fast.adapter_files import Adapter, AdapterLayer
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Other copies of the weights, which would not be merged.
-OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
-COPY_BYTES = 2**24
-
-Progress = Callable[[str, float], None]  # called with the name of a shard and its finished fraction
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies in its file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    path: Path
-    entries: dict[str, Entry]
+from lora_fast.adapters import checkpoint as checkpoints, files, merging
+from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progress, Shard
+from lora_fast.adapters.merging import Plan
+from lora_fast.adapters.orientation import Word
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was done: merged tensors, replaced ones, and the files of BASE that were not copied."""
+    """What was done, in numbers of OUT's tensors, which add up to all of them, and in names.
+
+    ``merged`` got an update, ``replaced`` another content without one, ``kept`` are as they were. ``untied`` are those
+    among them that BASE has as one with another. ``left_out`` are the adapter's tensors that hold nothing of their own,
+    ``not_copied`` the files of BASE that OUT does not have.
+    """
 
     merged: int
     replaced: int
+    kept: int
+    untied: list[str]
     left_out: list[str]
+    not_copied: list[str]
 
 
 def merge_checkpoint(
@@ -62,29 +42,38 @@ def merge_checkpoint(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     on_progress: Progress = lambda shard, fraction: None,
+    *,
+    fan_in_fan_out: Word = None,
 ) -> Merged:
     """Write the checkpoint ``base`` with ``adapter`` in its weights to the new folder ``out``.
 
     Args:
         base: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Its other files
-            (configuration, tokenizer) are copied; other formats of the weights and subfolders are not.
+            (configuration, tokenizer) are copied; other formats of the weights and subfolders are not. config.json
+            changes in ``vocab_size`` where the adapter's vocabulary is another, and in ``tie_word_embeddings`` where
+            the head and the embedding have to part.
         adapter: a folder in PEFT's format; LoRA or DoRA on linear layers, transformers' Conv1D, embeddings and
-            convolutions, with whole modules and biases that were saved with it.
+            convolutions, with whole modules, base weights and biases that were saved with it.
         out: must not exist, or be an empty folder. It appears when it is complete.
+        fan_in_fan_out: for square layers of which nothing else tells it: whether their weight is stored [in, out], as
+            transformers' Conv1D has it; True, False, or the names of those that are, or the ends of their names.
 
-    Holds the adapter, one tensor of a shard, and a tile in memory. Raises ValueError for a file that is damaged,
-    quantised, or does not fit the other, FileNotFoundError, FileExistsError, and ModuleNotFoundError without
-    safetensors.
+    Holds the adapter, one tensor of a shard, and a tile in memory. Where transformers is installed it is asked for the
+    names, ties and layers of its own models, when nothing else tells them; the model is not built in memory, and no
+    code of the checkpoint runs.
+
+    Raises ValueError for a file that is damaged, quantised, does not fit the other, or leaves open what the result has
+    to be, FileNotFoundError, FileExistsError, and ModuleNotFoundError without safetensors. Nothing is written then.
     """
     base, out = Path(base), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
-    update = adapter_files.read(adapter)
-    index, shards = _shards(base)
-    edits = _edits(base, update, shards)
-    names = {shard.path.name for shard in shards}
+    update = files.read(adapter)
+    source = checkpoints.read(base)
+    plan = merging.plan(source, update, fan_in_fan_out)
+    names = {shard.path.name for shard in source.shards}
     others = [path for path in sorted(base.iterdir()) if path.name not in names]
-    copied = [path for path in others if path == index or (path.is_file() and not _is_weights(path))]
+    copied = [path for path in others if path == source.index or (path.is_file() and not checkpoints.is_weights(path))]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -92,192 +81,49 @@ def merge_checkpoint(
     try:
         for path in copied:
             shutil.copyfile(path, unfinished / path.name)
-        for shard in shards:
-            _write_shard(shard, unfinished / shard.path.name, edits, on_progress)
+        if plan.config is not None:
+            _write_json(unfinished / CONFIG_NAME, plan.config)
+        outputs = {shard.path.name: _outputs(shard, plan) for shard in source.shards}
+        if source.index is not None:
+            _write_json(unfinished / source.index.name, _index(source, outputs))
+        for shard in source.shards:
+            checkpoints.write_shard(shard, unfinished / shard.path.name, outputs[shard.path.name], on_progress)
         unfinished.rename(out)
     except BaseException:  # an interrupt too
         shutil.rmtree(unfinished)
         raise
-    left_out = [path.name for path in others if path not in copied]
-    return Merged(len(update.layers), len(update.parameters), left_out)
+    written = [output for shard in outputs.values() for output in shard]
+    return Merged(
+        merged=len(plan.merged),
+        replaced=len(plan.edits.keys() - plan.merged),
+        kept=sum(output.edit is None for output in written),
+        untied=sorted(plan.added),
+        left_out=update.left_out,
+        not_copied=[path.name for path in others if path not in copied],
+    )
 
 
-def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
-    """The index, where there is one, and the weights' files, checked by safetensors."""
-    if not base.is_dir():
-        raise FileNotFoundError(f"{base}: is not a folder with a checkpoint")
-    indexes = sorted(base.glob("*.safetensors.index.json"))
-    single = base / "model.safetensors"
-    if single.is_file() or not indexes:
-        files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
-        if not files:
-            pickles = any(_is_weights(path) for path in base.iterdir())
-            why = "; other formats (pickles above all) are not read" if pickles else ""
-            raise FileNotFoundError(f"{base}: has no *.safetensors{why}")
-        if len(files) > 1:
-            raise ValueError(f"{base}: has {len(files)} *.safetensors and no *.safetensors.index.json")
-        return None, [_shard(files[0])]
-    if len(indexes) > 1:
-        raise ValueError(f"{base}: has {len(indexes)} *.safetensors.index.json, expected one")
-    weight_map = adapter_files.read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{indexes[0]}: its weight_map is not an object of file names")
-    for name in weight_map.values():
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{indexes[0]}: names the file {name!r}, expected a *.safetensors in the same folder")
-    shards = {name: _shard(base / name) for name in sorted(set(weight_map.values()))}
-    for key, name in weight_map.items():
-        if key not in shards[name].entries:
-            raise ValueError(f"{indexes[0]}: {key} is not in {name}")
-    return indexes[0], list(shards.values())
+def _outputs(shard: Shard, plan: Plan) -> list[Output]:
+    """The tensors of the shard to write: its own, and those that part from one of them."""
+    own = [Output(key, entry, plan.edits.get(key)) for key, entry in shard.entries.items()]
+    added = [
+        Output(key, shard.entries[origin], plan.edits[key])
+        for key, origin in plan.added.items()
+        if origin in shard.entries
+    ]
+    return own + added
 
 
-def _shard(path: Path) -> Shard:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    safetensors = adapter_files.import_safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt"):  # checks the header against the file
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    entries = {
-        key: Entry(entry["dtype"], tuple(entry["shape"]), *(8 + size + offset for offset in entry["data_offsets"]))
-        for key, entry in header.items()
-    }
-    return Shard(path, entries)
+def _index(source: Checkpoint, outputs: dict[str, list[Output]]) -> dict[str, Any]:
+    """The index of BASE with the tensors of OUT."""
+    assert source.index is not None
+    index = files.read_json(source.index)
+    index["weight_map"] = {output.key: name for name, shard in outputs.items() for output in shard}
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = sum(output.size for shard in outputs.values() for output in shard)
+    return index
 
 
-Edit = Callable[[Tensor], None]  # in place
-
-
-def _edits(base: Path, adapter: Adapter, shards: list[Shard]) -> dict[str, Edit]:
-    """What to do to which tensor, everything checked."""
-    config = adapter_files.read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    if config.get("quantization_config"):
-        raise ValueError(f"{base}: is quantised; expected float64, float32, bfloat16 or float16 weights")
-    entries = {key: entry for shard in shards for key, entry in shard.entries.items()}
-    wanted = {name: f"{name}.weight" for name in adapter.layers} | {name: name for name in adapter.parameters}
-    keys = _resolve(wanted, entries, base)
-    edits: dict[str, Edit] = {}
-    for name, layer in adapter.layers.items():
-        key, entry = keys[name], _float_entry(base, keys[name], entries)
-        _check_not_tied(base, config, layer, key, entries)
-        weight = _as_matrix(torch.empty(entry.shape, device="meta"), layer, adapter.fan_in_fan_out)
-        if list(weight.shape) != [layer.lora_B.shape[0], layer.lora_A[0].numel()]:
-            raise ValueError(
-                f"{adapter.weights_path}: {name} has lora_A {list(layer.lora_A.shape)} and lora_B "
-                f"{list(layer.lora_B.shape)}, but {key} in {base} has {list(entry.shape)}"
-            )
-        edits[key] = _merge(layer, adapter.fan_in_fan_out)
-    for name, value in adapter.parameters.items():
-        entry = entries[keys[name]]
-        if entry.shape != tuple(value.shape):
-            raise ValueError(
-                f"{adapter.weights_path}: {name} has shape {list(value.shape)}, but {keys[name]} in {base} has "
-                f"{list(entry.shape)}"
-            )
-        _float_entry(base, keys[name], entries)
-        edits[keys[name]] = _replace(value)
-    return edits
-
-
-def _resolve(wanted: dict[str, str], keys: Iterable[str], base: Path) -> dict[str, str]:
-    """Each name's key in the checkpoint, whose names may lack the model's first part ("transformer.") or have one."""
-    present = set(keys)
-    added = sorted({key.partition(".")[0] + "." for key in present})
-    candidates = [wanted, *({name: prefix + key for name, key in wanted.items()} for prefix in added)]
-    if len({key.partition(".")[0] for key in wanted.values()}) == 1:
-        candidates.append({name: key.partition(".")[2] for name, key in wanted.items()})
-    for candidate in candidates:
-        if present.issuperset(candidate.values()):
-            return candidate
-    missing = sorted(set(wanted.values()) - present)
-    raise ValueError(f"{base}: {len(missing)} of the adapter's tensors not in the checkpoint: {', '.join(missing[:8])}")
-
-
-def _float_entry(base: Path, key: str, entries: dict[str, Entry]) -> Entry:
-    if entries[key].dtype not in DTYPES:
-        raise ValueError(f"{base}: {key} has dtype {entries[key].dtype}, expected one of {', '.join(DTYPES)}")
-    return entries[key]
-
-
-def _check_not_tied(
-    base: Path, config: dict[str, Any], layer: AdapterLayer, key: str, entries: dict[str, Entry]
-) -> None:
-    """An embedding that is the output head as well cannot be merged: the adapter changes only one of the two."""
-    text_config = config.get("text_config")
-    text = text_config if isinstance(text_config, dict) else {}
-    tied, words = (config.get(name, text.get(name)) for name in ("tie_word_embeddings", "vocab_size"))
-    if words is not None and entries[key].shape[0] != words:
-        return
-    has_own_head = any(other != key and entry.shape == entries[key].shape for other, entry in entries.items())
-    if tied is True or (layer.is_embedding and tied is None and not has_own_head):
-        raise ValueError(
-            f"{base}: {key} is tied to the output head (tie_word_embeddings in config.json), so that merging would "
-            "change both; keep the adapter, or untie them first"
-        )
-
-
-def _as_matrix(weight: Tensor, layer: AdapterLayer, fan_in_fan_out: bool) -> Tensor:
-    """A view [N, K]: embeddings and transformers' Conv1D are stored [K, N], convolutions [N, in, *kernel]."""
-    if weight.dim() == 2 and (layer.is_embedding or fan_in_fan_out):
-        return weight.T
-    return weight.reshape(weight.shape[0], -1)
-
-
-def _merge(layer: AdapterLayer, fan_in_fan_out: bool) -> Edit:
-    def edit(tensor: Tensor) -> None:
-        weight = _as_matrix(tensor, layer, fan_in_fan_out)
-        lora_A, lora_B = layer.lora_A.reshape(layer.rank, -1), layer.lora_B.reshape(-1, layer.rank)
-        gain = None
-        if layer.magnitude is not None:
-            norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling)
-            gain = functional.dora_gain(layer.magnitude, norm)
-        functional.merge_weight(weight, lora_A, lora_B, layer.scaling, gain)
-
-    return edit
-
-
-def _replace(value: Tensor) -> Edit:
-    def edit(tensor: Tensor) -> None:
-        tensor.copy_(value)
-
-    return edit
-
-
-def _write_shard(shard: Shard, to: Path, edits: dict[str, Edit], on_progress: Progress) -> None:
-    mine = [key for key in shard.entries if key in edits]
-    total = shard.path.stat().st_size + sum(shard.entries[key].end - shard.entries[key].start for key in mine)
-    done = 0
-    on_progress(shard.path.name, 0.0)
-    with shard.path.open("rb") as source, to.open("w+b") as file:
-        while chunk := source.read(COPY_BYTES):
-            file.write(chunk)
-            done += len(chunk)
-            on_progress(shard.path.name, done / total)
-        for key in mine:
-            _rewrite(file, shard.entries[key], edits[key])
-            done += shard.entries[key].end - shard.entries[key].start
-            on_progress(shard.path.name, done / total)
-        file.flush()
-        os.fsync(file.fileno())
-    on_progress(shard.path.name, 1.0)
-
-
-def _rewrite(file: BinaryIO, entry: Entry, edit: Edit) -> None:
-    if math.prod(entry.shape) == 0:
-        return
-    file.seek(entry.start)
-    content = bytearray(file.read(entry.end - entry.start))
-    edit(torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape))
-    file.seek(entry.start)
-    file.write(content)
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in OTHER_WEIGHTS or path.name.endswith((".bin.index.json", ".safetensors.index.json"))
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,26 +19,27 @@ PACKAGES = {
     "triton_kernels": "lora_fast.triton_kernels",
 }
 
-# nn, integrations -> functional -> autograd -> ops -> backends -> _C | triton_kernels. A part may import itself, the
-# leaves and what is listed here, nothing else of lora_fast. "" is the package's own __init__; setup.py writes _build.
+# nn, integrations, adapters -> functional -> autograd -> ops -> backends -> _C | triton_kernels. A part may import
+# itself, the leaves and what is listed here, nothing else of lora_fast. "" is the package's own __init__; setup.py
+# writes _build.
 LEAVES = {"checks", "dtypes", "gain", "norm_cache"}
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
-    "": {"backends", "functional", "integrations", "io", "nn"},
+    "": {"adapters", "backends", "functional", "integrations", "nn"},
     "nn": {"backends", "functional"},
     "integrations": {"backends", "functional", "nn"},
-    "io": {"adapter_files", "functional", "nn"},
-    "merge_checkpoint": {"adapter_files", "functional"},
+    "adapters": {"functional", "nn"},
+    "merge_checkpoint": {"adapters"},
     "functional": {"autograd", "backends", "ops"},
     "autograd": {"backends", "ops"},
     "ops": {"backends"},
     "backends": {"_C", "_build", "triton_kernels"},
-    **{leaf: set() for leaf in (*LEAVES, "_build", "adapter_files", "triton_kernels", "reference")},
+    **{leaf: set() for leaf in (*LEAVES, "_build", "triton_kernels", "reference")},
     "testing": {"", *LIBRARY, "nn", "reference"},
     "check": {"", *LIBRARY, "nn", "reference", "testing"},
-    "benchmarks": {"", *LIBRARY, "check", "integrations", "io", "nn", "reference", "testing", "triton_kernels"},
-    "demo": {"", *LIBRARY, "benchmarks", "integrations", "io", "nn", "reference", "testing"},
-    "cli": {"", "backends", "benchmarks", "demo", "io", "merge_checkpoint"},
+    "benchmarks": {"", *LIBRARY, "check", "integrations", "nn", "reference", "testing", "triton_kernels"},
+    "demo": {"", *LIBRARY, "benchmarks", "integrations", "nn", "reference", "testing"},
+    "cli": {"", "backends", "benchmarks", "demo", "merge_checkpoint"},
     "__main__": {"cli"},
 }
 LEAFLESS = {"_build", "reference", "triton_kernels"}  # the specification and the kernels stand alone

@@ -93,7 +93,7 @@ def apply(
         for name, child in list(parent._modules.items()):
             if child in adapted:
                 setattr(parent, name, adapted[child])
-    _freeze_base(model)
+    freeze_base(model)
     return model
 
 
@@ -228,7 +228,7 @@ def _adapter_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
     return {parameter: None for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
-def _freeze_base(model: nn.Module) -> None:
+def freeze_base(model: nn.Module) -> None:
     adapters = _adapter_parameters(model)
     for parameter in model.parameters():
         if parameter not in adapters:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lora_fast.nn.names import Place, wrapped_attribute
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 
@@ -44,6 +46,12 @@ def check_linear(linear: Any, name: str = "linear") -> None:
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     if any(getattr(linear, registry) for registry in hooks):
         raise TypeError(f"{name}: it has hooks, which would no longer be called; remove them and register them anew")
+
+
+def check_replaceable(place: Place) -> None:
+    """Raise TypeError for a linear that torch.compile holds by itself: the compiled code would go on calling it."""
+    if place.holder is not None and wrapped_attribute(place.holder) == "_orig_mod":
+        raise TypeError(f"{place.name}: it is compiled by itself; call torch.compile after the layer was adapted")
 
 
 def check_rank(rank: Any) -> int:

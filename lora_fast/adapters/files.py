@@ -2,6 +2,11 @@
 
     base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R], .lora_magnitude_vector [N]; s = alpha / R
 
+Beside the updates a file can hold whole tensors, and PEFT reads them in two ways. One that belongs to a module of
+``modules_to_save`` becomes a copy of that module, its own even where the base model ties its weight to another. Every
+other (``<module>.base_layer.weight`` under an adapter, the embeddings of a resized vocabulary, biases) is written into
+the base model, and with it into whatever is tied to it; an update comes on top.
+
 Nothing in such a folder is executed or trusted: a pickle is never opened, shapes and numbers are checked, and what the
 file asks for beyond LoRA and DoRA is refused. Every error is a ValueError that names the file, what came and what was
 expected, or an OSError of the system's.
@@ -26,6 +31,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_JSON_BYTES = 2**24
+# Notes of save_adapter in the metadata of the weights' file: that it adapts torch.nn.Linear only, and which tensors
+# were trained though modules_to_save cannot name them. PEFT does not read them.
+WRITTEN_HERE = "lora_fast.adapts"
+TRAINED = "lora_fast.trained"
 
 # Other functions than LoRA and DoRA; what is not set is null, false, or empty.
 OTHER_METHODS = (
@@ -63,24 +72,35 @@ class AdapterLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole file: the updates by the name of their module, and whole parameters (``modules_to_save``, biases)."""
+    """A whole file, by the names that modules and tensors have in the base model.
+
+    ``layers`` are the updates by module. ``base`` are tensors that are written into the base model, ``copies`` those of
+    ``modules_to_save``. ``trained`` names the tensors of ``base`` that training changed. ``left_out`` are the file's
+    keys that hold nothing of their own: PEFT writes some modules of a resized vocabulary twice. ``only_linears`` is
+    True where the file says that it adapts nothing but torch.nn.Linear.
+    """
 
     folder: Path
     config: dict[str, Any]
     layers: dict[str, AdapterLayer]
-    parameters: dict[str, Tensor]
+    base: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    trained: frozenset[str]
+    left_out: list[str]
+    tensor_count: int
+    only_linears: bool
 
     @property
     def weights_path(self) -> Path:
         return self.folder / WEIGHTS_NAME
 
     @property
-    def use_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
+    def config_path(self) -> Path:
+        return self.folder / CONFIG_NAME
 
     @property
-    def fan_in_fan_out(self) -> bool:
-        return bool(self.config.get("fan_in_fan_out"))
+    def use_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
 
 
 def read(folder: str | os.PathLike[str]) -> Adapter:
@@ -91,28 +111,111 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
     where = folder / WEIGHTS_NAME
+    tensors, metadata = _read_tensors(where)
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
-    parameters: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         found = _KEY.fullmatch(name)
         if found is None:
             if any(part.startswith("lora_") for part in name.split(".")[-2:]):
                 raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
-            parameters[name.replace(".base_layer.", ".")] = tensor
+            whole[name] = tensor
             continue
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
-        parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = tensor
+        if _PARTS[found["part"]] in parts.setdefault(found["module"], {}):
+            raise ValueError(f"{where}: {found['module']} has two {_PARTS[found['part']]}")
+        parts[found["module"]][_PARTS[found["part"]]] = tensor
         if found["part"].startswith("lora_embedding"):
             embeddings.add(found["module"])
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
     layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
-    return Adapter(folder, config, layers, parameters)
+    base, copies, left_out = _whole_tensors(whole, layers, config, where)
+    return Adapter(
+        folder,
+        config,
+        layers,
+        base,
+        copies,
+        _trained(base, layers, config, metadata, where),
+        left_out,
+        len(tensors),
+        metadata.get(WRITTEN_HERE) == "linears",
+    )
+
+
+def _whole_tensors(
+    whole: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], where: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """(written into the base model, copies of modules_to_save, keys without content of their own)."""
+    base: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for key, tensor in whole.items():
+        module, _, name = key.rpartition(".")
+        owner, _, last = module.rpartition(".")
+        plain = f"{owner}.{name}"
+        if last == "base_layer":
+            if owner not in layers:
+                raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
+            base[plain] = tensor
+        elif last == "original_module" and plain in whole:  # under the copy of a module to save
+            base[plain] = tensor
+        elif last == "modules_to_save":
+            if plain in whole and not torch.equal(whole[plain], tensor):
+                raise ValueError(f"{where}: {plain} and {key} differ, though both are the copy of {owner}")
+            if plain in whole:
+                left_out.append(PREFIX + key)
+            else:
+                copies[plain] = tensor
+        elif module in layers:
+            if name != "bias" or config.get("bias") not in ("all", "lora_only"):
+                raise ValueError(
+                    f"{where}: {key} stands beside an adapter of {module}; expected {module}.base_layer.{name}, "
+                    "under which PEFT saves what lies below an adapter"
+                )
+            base[key] = tensor  # as PEFT before 0.6 saved biases
+        elif _is_to_save(module, config, where):
+            copies[key] = tensor
+        else:
+            base[key] = tensor
+    return base, copies, left_out
+
+
+def _is_to_save(module: str, config: Mapping[str, Any], where: Path) -> bool:
+    """Whether ``module`` lies in one of modules_to_save, each of which is the end of a name, as PEFT reads it."""
+    ends = config.get("modules_to_save") or []
+    if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
+        raise ValueError(f"{where.parent / CONFIG_NAME}: modules_to_save is {ends!r}, expected a list of names")
+    parts = module.split(".")
+    return any(".".join(parts[:length]).endswith(tuple(ends)) for length in range(1, len(parts) + 1)) if ends else False
+
+
+def _trained(
+    base: Mapping[str, Tensor],
+    layers: Mapping[str, AdapterLayer],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    where: Path,
+) -> frozenset[str]:
+    """What was trained of the base model: biases as the configuration says, and what save_adapter notes."""
+    bias = config.get("bias")
+    trained = {
+        name
+        for name in base
+        if name.endswith(".bias") and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in layers))
+    }
+    try:
+        noted = json.loads(metadata.get(TRAINED, "[]"))
+    except ValueError:
+        noted = None
+    if not isinstance(noted, list) or not all(name in base for name in noted):
+        raise ValueError(f"{where}: its note {TRAINED} is {metadata[TRAINED]!r:.80}, expected a list of its tensors")
+    return frozenset(trained.union(noted))
 
 
 def import_safetensors() -> Any:
@@ -200,7 +303,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and the file's metadata."""
     if not path.is_file():
         pickles = sorted(other.name for other in path.parent.glob("*.bin"))
         if pickles:
@@ -211,8 +315,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     safetensors = import_safetensors()
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-        return tensors
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
 
@@ -234,9 +338,12 @@ def _layer(
     if any(size != 1 for size in lora_B.shape[2:]) or lora_A.numel() == 0:
         raise ValueError(f"{where}: {name} has {shapes}, expected [R, K] and [N, R]")
     if magnitude is not None:
-        if magnitude.numel() != lora_B.shape[0]:
+        N = lora_B.shape[0]
+        of_its_kind = [N, 1] if lora_B.dim() == 2 else [1, N, *lora_B.shape[2:]]
+        if list(magnitude.shape) not in ([N], of_its_kind):
             raise ValueError(
-                f"{where}: {name} has a magnitude of shape {list(magnitude.shape)}, expected [N] = [{lora_B.shape[0]}]"
+                f"{where}: {name} has a magnitude of shape {list(magnitude.shape)}, expected [N] = [{N}] or "
+                f"{of_its_kind}"
             )
         magnitude = magnitude.reshape(-1)
     scaling = scaling_of(config, name, lora_A.shape[0], where.parent / CONFIG_NAME)

@@ -1,0 +1,223 @@
+"""A checkpoint folder of safetensors, read and written shard by shard, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lora_fast.adapters import files
+
+# safetensors' names
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Other copies of the weights, which would not be changed.
+OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
+CONFIG_NAME = "config.json"
+COPY_BYTES = 2**24
+
+Progress = Callable[[str, float], None]  # called with the name of a shard and its finished fraction
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's weights. Its configuration is {} where the folder has none."""
+
+    folder: Path
+    index: Path | None
+    shards: list[Shard]
+    config: dict[str, Any]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return {key: entry for shard in self.shards for key, entry in shard.entries.items()}
+
+    def is_same(self, key: str, other: str) -> bool:
+        """Whether two tensors of the folder have the same content."""
+        one, two = self.entries[key], self.entries[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        with self._path(key).open("rb") as file, self._path(other).open("rb") as other_file:
+            return all(a == b for a, b in zip(_bytes(file, one), _bytes(other_file, two), strict=True))
+
+    def _path(self, key: str) -> Path:
+        return next(shard.path for shard in self.shards if key in shard.entries)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of a tensor: ``new`` takes its content, which it may write into, and returns that of ``shape``."""
+
+    shape: tuple[int, ...]
+    new: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of a shard to write: a tensor of the old shard, edited or not."""
+
+    key: str
+    source: Entry
+    edit: Edit | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape if self.edit is None else self.edit.shape
+
+    @property
+    def size(self) -> int:
+        if self.edit is None:
+            return self.source.end - self.source.start
+        return math.prod(self.shape) * DTYPES[self.source.dtype].itemsize
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, every header checked by safetensors; no tensor is read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: is not a folder with a checkpoint")
+    index, shards = _shards(folder)
+    path = folder / CONFIG_NAME
+    return Checkpoint(folder, index, shards, files.read_json(path) if path.is_file() else {})
+
+
+def is_weights(path: Path) -> bool:
+    return path.suffix in OTHER_WEIGHTS or path.name.endswith((".bin.index.json", ".safetensors.index.json"))
+
+
+def write_shard(shard: Shard, to: Path, outputs: list[Output], on_progress: Progress) -> None:
+    """Write ``outputs``, all of which come from ``shard``, to the file ``to``."""
+    # as safetensors orders them, so that each starts at a multiple of its element's size
+    outputs = sorted(outputs, key=lambda output: (-_itemsize(output.source), output.source.start, output.key))
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    end = 0
+    for output in outputs:
+        start, end = end, end + output.size
+        header[output.key] = {"dtype": output.source.dtype, "shape": output.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    done = 0
+    on_progress(shard.path.name, 0.0)
+    with shard.path.open("rb") as source, to.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for output in outputs:
+            for content in _contents(source, output):
+                file.write(content)
+                done += len(content)
+                on_progress(shard.path.name, done / end)
+        file.flush()
+        os.fsync(file.fileno())
+    on_progress(shard.path.name, 1.0)
+
+
+def _contents(source: BinaryIO, output: Output) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor in pieces: those of the source, or what the edit makes of them."""
+    entry = output.source
+    if output.edit is None:
+        yield from _bytes(source, entry)
+        return
+    if output.size == 0:
+        return
+    source.seek(entry.start)
+    buffer = bytearray(source.read(entry.end - entry.start))
+    dtype = DTYPES[entry.dtype]
+    old = torch.frombuffer(buffer, dtype=dtype).view(entry.shape) if buffer else torch.empty(entry.shape, dtype=dtype)
+    new = output.edit.new(old).contiguous()
+    assert (new.dtype, tuple(new.shape)) == (dtype, output.shape), output.key
+    yield memoryview(new.view(-1).view(torch.uint8).numpy().data)
+
+
+def _bytes(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
+    source.seek(entry.start)
+    left = entry.end - entry.start
+    while left > 0:
+        content = source.read(min(left, COPY_BYTES))
+        if not content:
+            raise OSError(f"{source.name}: ended while it was read")
+        left -= len(content)
+        yield content
+
+
+def _itemsize(entry: Entry) -> int:
+    """Of one element, in bytes; of dtypes that are not known here too."""
+    count = math.prod(entry.shape)
+    return (entry.end - entry.start) // count if count else 0
+
+
+def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
+    """The index, where there is one, and the weights' files."""
+    indexes = sorted(base.glob("*.safetensors.index.json"))
+    single = base / "model.safetensors"
+    if single.is_file() or not indexes:
+        found = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
+        if not found:
+            pickles = any(is_weights(path) for path in base.iterdir())
+            why = "; other formats (pickles above all) are not read" if pickles else ""
+            raise FileNotFoundError(f"{base}: has no *.safetensors{why}")
+        if len(found) > 1:
+            raise ValueError(f"{base}: has {len(found)} *.safetensors and no *.safetensors.index.json")
+        return None, [_shard(found[0])]
+    if len(indexes) > 1:
+        raise ValueError(f"{base}: has {len(indexes)} *.safetensors.index.json, expected one")
+    weight_map = files.read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{indexes[0]}: its weight_map is not an object of file names")
+    for name in weight_map.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{indexes[0]}: names the file {name!r}, expected a *.safetensors in the same folder")
+    shards = {name: _shard(base / name) for name in sorted(set(weight_map.values()))}
+    for key, name in weight_map.items():
+        if key not in shards[name].entries:
+            raise ValueError(f"{indexes[0]}: {key} is not in {name}")
+    seen: dict[str, str] = {}
+    for name, shard in shards.items():
+        for key in shard.entries:
+            if seen.setdefault(key, name) != name:
+                raise ValueError(f"{base}: {key} is in {seen[key]} and in {name}")
+    return indexes[0], list(shards.values())
+
+
+def _shard(path: Path) -> Shard:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    safetensors = files.import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt"):  # checks the header against the file
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    entries = {
+        key: Entry(entry["dtype"], tuple(entry["shape"]), *(8 + size + offset for offset in entry["data_offsets"]))
+        for key, entry in header.items()
+    }
+    return Shard(path, entries, metadata)

@@ -1,0 +1,296 @@
+"""PEFT's files loaded into a model, with or without adapters in it, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.adapters import files, gathering
+from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, renaming
+from lora_fast.adapters.files import Adapter, AdapterLayer
+from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
+from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
+from lora_fast.nn.apply import freeze_base, read_without_call
+from lora_fast.nn.checks import check_linear, check_replaceable
+from lora_fast.nn.linear import AdaptedLinear
+from lora_fast.nn.names import Place, places, unwrapped
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load the adapter in ``directory``, saved by :func:`save_adapter` or by PEFT, into ``model``; returns ``model``.
+
+    A model from :func:`lora_fast.apply` gets the values: its adapted layers must be those of the file, with the same
+    ranks, scaling and kind (LoRA or DoRA). A model without adapted layers gets the layers too, in the places that the
+    file names, in its dtypes, with the rest frozen as ``apply`` leaves it. Values are copied bit for bit; a value that
+    the layer's dtype cannot hold is an error.
+
+    Names are the model's own, under whatever wraps it or its parts, and transformers' models follow the renamings of
+    their own releases. What the file has for the weight under an adapter (``base_layer``) is written into the frozen
+    weight. A module that was saved whole, and whose weight the model ties to another with another value, gets one of
+    its own; a transformers model's ``tie_word_embeddings`` becomes False then. Where FSDP2 has sharded the parameters
+    (DTensor), every process makes this call.
+
+    Raises, and leaves ``model`` as it was: FileNotFoundError; ValueError for a file that is damaged, is not LoRA or
+    DoRA, needs a pickle to be loaded, or does not fit the model, and for parameters that are not at hand (FSDP1,
+    DeepSpeed ZeRO-3, the meta device); TypeError for a layer that cannot be adapted (see ``apply``); RuntimeError for a
+    merged layer. Needs safetensors.
+    """
+    inner = unwrapped(model)
+    adapter = _renamed(files.read(directory), inner)
+    gathering.check_summoned(inner, "load_adapter")
+    has_layers = bool(adapted_layers(inner))
+    values = _layer_values(inner, adapter) + _whole_values(inner, adapter) if has_layers else _build(inner, adapter)
+    with torch.no_grad():
+        for value in values:
+            value.assign()
+    if any(value.is_apart for value in values):
+        _forget_ties(inner)
+    if not has_layers:
+        _release(values, adapter.trained.union(adapter.copies))
+    for module in inner.modules():
+        if isinstance(module, LinearWithDoRA):
+            module.invalidate_norm()
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What a parameter or buffer becomes: written into, or, where it is to part from what it is tied to, replaced."""
+
+    name: str
+    slot: Slot
+    value: Tensor  # in the dtype and on the device of the tensor that is there
+    is_apart: bool = False
+
+    def assign(self) -> None:
+        module, key = self.slot
+        old = gathering.own_tensor(module, key)
+        if self.is_apart:
+            setattr(module, key, nn.Parameter(self.value, requires_grad=old.requires_grad))
+        else:
+            old.copy_(self.value)
+
+
+def _release(values: list[Value], names: frozenset[str]) -> None:
+    """Let what training changed beside the adapters be trained again."""
+    for value in values:
+        tensor = gathering.own_tensor(*value.slot)
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and value.name in names:
+            tensor.requires_grad_(True)
+
+
+def _renamed(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter by the names of ``model``, where the file has those of another release of transformers."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return adapter
+    present = set(_slots(model))
+    rename = renaming(model, present)
+
+    def follow(names: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in names.items():
+            here = name if name + suffix in present else rename(name + suffix).removesuffix(suffix)
+            if here in found:
+                raise ValueError(f"{adapter.weights_path}: {name} and another name of the file are {here} in the model")
+            found[here] = value
+        return found
+
+    trained = frozenset(follow(dict.fromkeys(adapter.trained), ""))
+    return dataclasses.replace(
+        adapter,
+        layers=follow(adapter.layers, ".weight"),
+        base=follow(adapter.base, ""),
+        copies=follow(adapter.copies, ""),
+        trained=trained,
+    )
+
+
+def _slots(model: nn.Module) -> dict[str, Slot]:
+    """Every parameter and buffer of the model's state dict, under the name that it has without adapters."""
+    layers = adapted_layers(model)
+    slots: dict[str, Slot] = {}
+    for place in places(model):
+        owner = place.name.removesuffix(".linear")
+        name = owner if owner in layers and layers[owner].linear is place.module else place.name
+        for key in own_keys(place.module) if not isinstance(place.module, AdaptedLinear) else ():
+            slots[f"{name}.{key}" if name else key] = place.module, key
+    return slots
+
+
+def _layer_values(model: nn.Module, adapter: Adapter) -> list[Value]:
+    """lora_A, lora_B and magnitude of every layer in the file, checked against the adapted model."""
+    where = adapter.weights_path
+    modules = {place.name: place.module for place in places(model)}
+    values: dict[tuple[int, str], Value] = {}
+    for name, layer in adapter.layers.items():
+        module = _same_kind(name, layer, modules.get(name), where)
+        parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
+        for key, part in parts.items():
+            if part is None:
+                continue
+            value = _value(f"{name}.{key}", (module, key), part, where)
+            first = values.setdefault((id(module), key), value)
+            if not torch.equal(first.value, value.value):
+                raise ValueError(f"{where}: {first.name} and {value.name} differ, but are one layer in the model")
+    layers = adapted_layers(model)
+    found = {id(module) for module, _ in (value.slot for value in values.values())}
+    if missing := [name for name, module in layers.items() if id(module) not in found]:
+        raise ValueError(f"{where}: {', '.join(missing[:8])} of the model is not in the file")
+    for names in standing_in_several(model).values():
+        if missing := [name for name in names if name not in adapter.layers]:
+            raise ValueError(
+                f"{where}: {', '.join(names)} are one layer in the model, of which the file does not name "
+                f"{', '.join(missing)}; load into the model without adapters, which adapts the named places alone"
+            )
+    return list(values.values())
+
+
+def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: Path) -> AdaptedLinear:
+    """The model's layer, if it is of the file's kind."""
+    if not isinstance(module, AdaptedLinear):
+        kind = "is not in the model" if module is None else f"is a {type(module).__name__}, which is not adapted"
+        raise ValueError(f"{where}: {name} {kind}; the adapted layers of both must be the same")
+    if module.is_merged:
+        raise RuntimeError(f"load_adapter: {name} is merged: its weight holds the update; call unmerge_() first")
+    if isinstance(module, LinearWithDoRA) != (layer.magnitude is not None):
+        theirs = "LoRA" if layer.magnitude is None else "DoRA"
+        raise ValueError(f"{where}: {name} has {theirs}, the model's is a {type(module).__name__}")
+    if module.norm_axis != "output":
+        raise ValueError(f"{where}: {name} has one norm per output; the model's has norm_axis={module.norm_axis!r}")
+    if not math.isclose(layer.scaling, module.scaling, rel_tol=1e-9):
+        raise ValueError(
+            f"{where}: {name} has a scaling (alpha / r) of {layer.scaling:.9g}, the model's {module.scaling:.9g}"
+        )
+    return module
+
+
+def _whole_values(model: nn.Module, adapter: Adapter) -> list[Value]:
+    """The whole tensors of the file, first those of the base model, then the copies of modules_to_save."""
+    where = adapter.weights_path
+    slots = _slots(model)
+    for name in (*adapter.base, *adapter.copies):
+        if name not in slots:
+            raise ValueError(f"{where}: {name} is not in the model")
+    tied: dict[int, list[str]] = {}
+    for name, (module, key) in slots.items():
+        tied.setdefault(id(gathering.own_tensor(module, key)), []).append(name)
+
+    values = []
+    for name, tensor in adapter.base.items():
+        for other in tied[id(gathering.own_tensor(*slots[name]))]:
+            if other in adapter.base and not torch.equal(adapter.base[other], tensor):
+                raise ValueError(f"{where}: {name} and {other} differ, but are one tensor in the model")
+        values.append(_value(name, slots[name], tensor, where))
+    final = adapter.base | adapter.copies
+    for name, tensor in adapter.copies.items():
+        module, _ = slots[name]
+        others = [other for other in tied[id(gathering.own_tensor(*slots[name]))] if slots[other][0] is not module]
+        is_apart = any(other not in final or not torch.equal(final[other], tensor) for other in others)
+        values.append(dataclasses.replace(_value(name, slots[name], tensor, where), is_apart=is_apart))
+    return values
+
+
+def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
+    module, key = slot
+    gathering.check_whole(name, module, key, "load_adapter")
+    there = gathering.own_tensor(module, key)
+    if gathering.is_offloaded(module) and there.is_meta:
+        raise ValueError(f"model: {name} is offloaded by accelerate; load the adapter before that")
+    if there.shape != value.shape:
+        resize = ""
+        if there.dim() == value.dim() == 2 and there.shape[1] == value.shape[1]:
+            resize = f"; for another vocabulary, call model.resize_token_embeddings({value.shape[0]}) before loading"
+        raise ValueError(f"{where}: {name} has shape {list(value.shape)}, the model's {list(there.shape)}{resize}")
+    converted = value.to(there.dtype)
+    back = converted.to(value.dtype)
+    if not bool(((back == value) | (back.isnan() & value.isnan())).all()):
+        raise ValueError(
+            f"{where}: {name} has values in {value.dtype} that the model's {there.dtype} cannot hold; "
+            "adapters: apply(..., adapter_dtype=...), or load into a model without adapters; else: module.to(dtype)"
+        )
+    return Value(name, slot, gathering.spread(converted, there))
+
+
+def _build(model: nn.Module, adapter: Adapter) -> list[Value]:
+    """Put the file's layers into a model that has none; the model is as before if that fails."""
+    at = _linears(model, adapter)
+    dropout = adapter.config.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"{adapter.config_path}: lora_dropout is {dropout!r}, expected a number in [0, 1)")
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        layers: dict[int, AdaptedLinear] = {}
+        for name, place in at.items():
+            assert place.holder is not None
+            if id(place.module) not in layers:
+                layers[id(place.module)] = _adapted(place.module, adapter.layers[name], dropout)
+            setattr(place.holder, place.attribute, layers[id(place.module)])
+        values = _layer_values(model, adapter) + _whole_values(model, adapter)
+    except BaseException:
+        for place in at.values():
+            setattr(place.holder, place.attribute, place.module)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    freeze_base(model)
+    return values
+
+
+def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
+    """Where the linears stand that the file adapts, each checked."""
+    where = adapter.weights_path
+    by_name = {place.name: place for place in places(model)}
+    never_called = set(read_without_call(model))
+    found: dict[str, Place] = {}
+    for name, layer in adapter.layers.items():
+        place = by_name.get(name)
+        if place is None:
+            raise ValueError(f"{where}: {name} is not in the model")
+        module = place.module
+        if layer.is_embedding or not isinstance(module, nn.Linear) or place.holder is None:
+            raise ValueError(
+                f"{where}: {name} is a {type(module).__name__}; load_adapter takes torch.nn.Linear inside a model only"
+            )
+        check_linear(module, name)
+        check_replaceable(place)
+        if module in never_called:
+            raise ValueError(f"{where}: {name}'s owner reads its weight without calling it; see lora_fast.apply")
+        N, K = module.weight.shape
+        if layer.lora_A.shape != (layer.rank, K) or layer.lora_B.shape != (N, layer.rank):
+            raise ValueError(
+                f"{where}: {name} has lora_A {list(layer.lora_A.shape)} and lora_B {list(layer.lora_B.shape)}, "
+                f"the model's weight [N, K] = {[N, K]}"
+            )
+        found[name] = place
+    return found
+
+
+def _adapted(linear: nn.Module, layer: AdapterLayer, dropout: float) -> AdaptedLinear:
+    kind = LinearWithLoRA if layer.magnitude is None else LinearWithDoRA
+    dtype = torch.promote_types(layer.lora_A.dtype, layer.lora_B.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="rank .* is above min")  # whoever trained it chose it
+        return kind(cast(nn.Linear, linear), layer.rank, layer.scaling, dropout=dropout, adapter_dtype=dtype)
+
+
+def _forget_ties(model: nn.Module) -> None:
+    """Take from a transformers model's own record of tied weights those that are two by now."""
+    tied: dict[str, str] = vars(model).get("all_tied_weights_keys") or {}
+    parted = [(a, b) for a, b in tied.items() if attrgetter(a)(model) is not attrgetter(b)(model)]
+    for name, _ in parted:
+        del tied[name]
+    config = getattr(model, "config", None)
+    for part in (config, *(getattr(config, name, None) for name in TEXT_CONFIGS)):
+        if getattr(part, TIED, None) is True:
+            setattr(part, TIED, False)

@@ -1,0 +1,294 @@
+"""What merging an adapter does to each tensor of a checkpoint, decided and checked before anything is written.
+
+    W ← W + s B A (LoRA)      W ← gain ⊙ (W + s B A), gain = m / ‖W + s B A‖ (DoRA)      rounded once to W's dtype
+
+A tensor of the file can have several ends: an embedding that is the output head too. What the adapter writes into the
+base model changes all of them, an update and a copy of a module one alone. Where the ends differ afterwards, each gets
+a tensor of its own, and config.json says so (``tie_word_embeddings``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast import functional
+from lora_fast.adapters import architecture
+from lora_fast.adapters.architecture import Architecture
+from lora_fast.adapters.checkpoint import DTYPES, Checkpoint, Edit, Entry
+from lora_fast.adapters.files import DTYPES as FLOATS, Adapter, AdapterLayer
+from lora_fast.adapters.orientation import Word, transposed_layers
+from lora_fast.adapters.resolving import Resolver
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one end: content of its own or not, and an update on top of it or not."""
+
+    base: Tensor | None = None
+    layer: AdapterLayer | None = None
+    is_transposed: bool = False
+
+    def same_as(self, other: Change) -> bool:
+        return _equal(self.base, other.base) and _same_update(self, other)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor that is not copied as it is, by key, and of those that are new the key that they come from."""
+
+    edits: dict[str, Edit]
+    merged: set[str]
+    added: dict[str, str]
+    config: dict[str, Any] | None
+
+
+def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: Word) -> Plan:
+    """What to do. Raises ValueError, naming the tensor, for all that does not fit or cannot be known to be right."""
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights")
+    return _Planner(checkpoint, adapter, fan_in_fan_out).plan()
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: Word) -> None:
+        self.checkpoint, self.adapter = checkpoint, adapter
+        self.resolver = Resolver(checkpoint)
+        self.entries = checkpoint.entries
+        weights = [f"{name}.weight" for name in adapter.layers]
+        self.keys = self.resolver.resolve(dict.fromkeys([*weights, *adapter.base, *adapter.copies]))
+        layer_keys = {name: self.keys[f"{name}.weight"] for name in adapter.layers}
+        self.transposed = transposed_layers(adapter, layer_keys, self.resolver, fan_in_fan_out)
+
+    def plan(self) -> Plan:
+        changes = {key: self._changes(key) for key in sorted(set(self.keys.values()))}
+        edits: dict[str, Edit] = {}
+        merged: set[str] = set()
+        added: dict[str, str] = {}
+        for key, ends in changes.items():
+            own, *others = ends
+            parted = [end for end in others if not ends[end].same_as(ends[own])]
+            for end in (own, *(others if parted else ())):
+                target = key if end == own else end
+                if target in edits or (end != own and target in self.entries):
+                    raise ValueError(f"{self.checkpoint.folder}: two of the adapter's tensors are {target}")
+                edits[target] = self._edit(key, ends[end])
+                if end != own:
+                    added[target] = key
+                if ends[end].layer is not None:
+                    merged.add(target)
+        apart = [*added, *self._apart_twins(changes)]
+        return Plan(edits, merged, added, self._config(edits, apart))
+
+    def _changes(self, key: str) -> dict[str, Change]:
+        """What becomes of each end of ``key``, its own name first."""
+        ends = self.resolver.ends(key)
+        named = {wanted: self.resolver.end_of(wanted, key) for wanted, other in self.keys.items() if other == key}
+        for wanted, end in named.items():
+            if end not in ends:
+                raise ValueError(f"{self.checkpoint.folder}: {wanted} of the adapter is not the checkpoint's {key}")
+        base = self._base(named)
+        changes = {end: Change(base) for end in ends}
+        for wanted, end in named.items():
+            if (copy := self.adapter.copies.get(wanted)) is not None:
+                changes[end] = Change(copy)
+            name = wanted.removesuffix(".weight")
+            if wanted.endswith(".weight") and (layer := self.adapter.layers.get(name)) is not None:
+                if changes[end].layer is not None or wanted in self.adapter.copies:
+                    raise ValueError(f"{self.adapter.weights_path}: has two values for {key}: {name}")
+                changes[end] = Change(base, layer, self.transposed[name])
+        self._check_not_secretly_tied(key, changes)
+        for change in changes.values():
+            self._check_fits(key, change)
+        return changes
+
+    def _base(self, named: dict[str, str]) -> Tensor | None:
+        """What the adapter has for the base model's own tensor, whichever end it calls it by."""
+        found = {wanted: self.adapter.base[wanted] for wanted in named if wanted in self.adapter.base}
+        first = next(iter(found.values()), None)
+        if not all(_equal(first, other) for other in found.values()):
+            raise ValueError(
+                f"{self.adapter.weights_path}: {' and '.join(found)} differ, but are one tensor in the checkpoint"
+            )
+        return first
+
+    def _check_fits(self, key: str, change: Change) -> None:
+        entry, where = self.entries[key], self.adapter.weights_path
+        if change.layer is not None or (change.base is not None and change.base.is_floating_point()):
+            if DTYPES.get(entry.dtype) not in FLOATS:
+                expected = ", ".join(name for name, dtype in DTYPES.items() if dtype in FLOATS)
+                raise ValueError(f"{self.checkpoint.folder}: {key} has dtype {entry.dtype}, expected one of {expected}")
+        elif change.base is not None and DTYPES.get(entry.dtype) != change.base.dtype:
+            raise ValueError(f"{where}: has {change.base.dtype} for {key}, which is {entry.dtype} in the checkpoint")
+        shape = _shape(entry, change)
+        if len(shape) != len(entry.shape) or shape[1:] != entry.shape[1:]:
+            raise ValueError(
+                f"{where}: has shape {list(shape)} for {key}, which has {list(entry.shape)} in {self.checkpoint.folder}"
+            )
+        if change.layer is None:
+            return
+        lora_A, lora_B = change.layer.lora_A, change.layer.lora_B
+        weight = _as_matrix(torch.empty(shape, device="meta"), change)
+        if list(weight.shape) != [lora_B.shape[0], lora_A[0].numel()] or (
+            not change.layer.is_embedding and len(shape) != lora_A.dim()
+        ):
+            raise ValueError(
+                f"{where}: has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} for {key}, which has "
+                f"{list(shape)}"
+            )
+        if lora_A.dim() > 2 and lora_A.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"{where}: has lora_A {list(lora_A.shape)} for the convolution {key}, which has {list(shape)}"
+            )
+
+    def _check_not_secretly_tied(self, key: str, changes: dict[str, Change]) -> None:
+        """Refuse what is perhaps an embedding and the output head in one, while nothing tells the head's name."""
+        entry, config = self.entries[key], self.checkpoint.config
+        own = next(iter(changes))
+        if own in self.resolver.stored or not entry.shape:
+            return
+        is_embedding = any(change.layer is not None and change.layer.is_embedding for change in changes.values())
+        words = architecture.vocabulary(config)
+        if not (is_embedding or entry.shape[0] == words or (words is None and config.get(architecture.TIED) is True)):
+            return
+        if architecture.has_no_head(config):
+            return
+        twin = any(other != key and own.shape == entry.shape for other, own in self.entries.items())
+        said_apart = not architecture.is_maybe_tied(config) and not config.get("is_encoder_decoder")
+        if said_apart or (twin and not architecture.says_tied(config)):
+            return
+        raise ValueError(
+            f"{self.checkpoint.folder}: {key} may be tied to the output head (tie_word_embeddings in config.json), so "
+            f"that merging would change both, and the head's name is not known: {architecture.why_unknown(config)}; or "
+            "keep the adapter, or untie them first"
+        )
+
+    def _apart_twins(self, changes: dict[str, dict[str, Change]]) -> list[str]:
+        """The keys that are in the file beside the one that they are tied to, and differ from it afterwards."""
+        apart = []
+        for key, ends in changes.items():
+            own = next(iter(ends.values()))
+            for twin in self.resolver.twins(key):
+                there = changes.get(twin)
+                if there is None or not own.same_as(next(iter(there.values()))):
+                    apart.append(twin)
+        return apart
+
+    def _edit(self, key: str, change: Change) -> Edit:
+        entry = self.entries[key]
+        dtype = DTYPES[entry.dtype]
+
+        def new(old: Tensor) -> Tensor:
+            if change.base is not None:
+                wider = torch.promote_types(change.base.dtype, dtype)
+                old = change.base.to(wider, copy=True).contiguous()
+            if change.layer is not None:
+                _merge(old, change)
+            return old.to(dtype)
+
+        return Edit(_shape(entry, change), new)
+
+    def _config(self, edits: dict[str, Edit], apart: list[str]) -> dict[str, Any] | None:
+        """config.json as it must be: another number of words, the head untied; None if it stays."""
+        config = self.checkpoint.config
+        resized = {key: edit.shape[0] for key, edit in edits.items() if self._is_resized(key, edit)}
+        if resized:
+            config = architecture.with_vocabulary(config, self._words(resized, edits))
+        if apart:
+            config = architecture.untied(config)
+        if config is self.checkpoint.config:
+            return None
+        self._check_architecture(config, edits, apart)
+        return config
+
+    def _is_resized(self, key: str, edit: Edit) -> bool:
+        return key in self.entries and edit.shape != self.entries[key].shape
+
+    def _words(self, resized: dict[str, int], edits: dict[str, Edit]) -> int:
+        """The vocabulary's new size, which all of its tensors must have."""
+        folder, old = self.checkpoint.folder, architecture.vocabulary(self.checkpoint.config)
+        key, words = next(iter(resized.items()))
+        entry = self.entries[key]
+        if old is None or any(self.entries[other].shape[0] != old for other in resized):
+            raise ValueError(
+                f"{self.adapter.weights_path}: has shape {[words, *entry.shape[1:]]} for {key}, which has "
+                f"{list(entry.shape)} in {folder}; only a vocabulary, whose size config.json has, can become another"
+            )
+        of_words = {other for other, own in self.entries.items() if own.shape[:1] == (old,)}
+        if self.resolver.known is None and (left := sorted(of_words - set(resized))):
+            raise ValueError(
+                f"{self.adapter.weights_path}: has {words} words in {key}, but none of {', '.join(left)} of {folder}, "
+                f"which has {old}"
+            )
+        if len(set(resized.values())) > 1:
+            raise ValueError(f"{self.adapter.weights_path}: has several sizes of the vocabulary: {resized}")
+        return words
+
+    def _check_architecture(self, config: dict[str, Any], edits: dict[str, Edit], apart: list[str]) -> None:
+        """Whether transformers builds from the new config.json the model that is written."""
+        if self.resolver.known is None:
+            if apart:
+                raise ValueError(f"{self.checkpoint.folder}: {', '.join(apart)} cannot be untied")
+            return
+        after = Architecture.of(config)
+        if after is None:
+            raise ValueError(f"{self.checkpoint.folder}: transformers cannot build the model with {config}")
+        for name in apart:
+            own = self.resolver.end_at(name)
+            if any(own in group for group in after.ties()):
+                raise ValueError(
+                    f"{self.checkpoint.folder}: {own} is tied to another tensor whatever config.json says, and would "
+                    "have to differ from it; keep the adapter"
+                )
+            if after.rename(name) != own:
+                raise ValueError(f"{self.checkpoint.folder}: transformers would not find {name} in the checkpoint")
+        for end, key in self.resolver.stored.items():
+            shape = edits[key].shape if key in edits else self.entries[key].shape
+            before, expected = self.resolver.known.shape(end), after.shape(end)
+            if shape != expected and (before != expected or key in edits):
+                raise ValueError(
+                    f"{self.adapter.weights_path}: has another vocabulary than {self.checkpoint.folder}, but not for "
+                    f"{key}, which would have {list(shape)} where the model has {list(expected or ())}"
+                )
+
+
+def _shape(entry: Entry, change: Change) -> tuple[int, ...]:
+    return entry.shape if change.base is None else tuple(change.base.shape)
+
+
+def _as_matrix(weight: Tensor, change: Change) -> Tensor:
+    """A view [N, K]: embeddings and transformers' Conv1D are stored [K, N], convolutions [N, in, *kernel]."""
+    return weight.T if change.is_transposed else weight.reshape(weight.shape[0], -1)
+
+
+def _merge(tensor: Tensor, change: Change) -> None:
+    layer = change.layer
+    assert layer is not None
+    weight = _as_matrix(tensor, change)
+    lora_A, lora_B = layer.lora_A.reshape(layer.rank, -1), layer.lora_B.reshape(-1, layer.rank)
+    gain = None
+    if layer.magnitude is not None:
+        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling)
+        gain = functional.dora_gain(layer.magnitude, norm)
+    functional.merge_weight(weight, lora_A, lora_B, layer.scaling, gain)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _same_update(a: Change, b: Change) -> bool:
+    """Whether the same update comes on top, perhaps of a matrix seen from its two sides, as PEFT ties adapters."""
+    one, other = a.layer, b.layer
+    if one is None or other is None:
+        return one is other
+    if one.scaling != other.scaling or one.magnitude is not None or other.magnitude is not None:
+        return False
+    if a.is_transposed == b.is_transposed:
+        return _equal(one.lora_A, other.lora_A) and _equal(one.lora_B, other.lora_B)
+    return _equal(one.lora_A, other.lora_B.T) and _equal(one.lora_B, other.lora_A.T)

@@ -1,0 +1,241 @@
+"""A model's adapters written as PEFT's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fast.adapters import files, gathering
+from lora_fast.adapters.files import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
+from lora_fast.nn import LinearWithDoRA
+from lora_fast.nn.linear import AdaptedLinear
+from lora_fast.nn.names import named_modules, places, unwrapped
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapters of ``model`` to ``directory`` as PEFT does, for PEFT and for :func:`load_adapter`.
+
+    adapter_config.json, and adapter_model.safetensors with lora_A, lora_B and DoRA's magnitude in their own dtypes.
+    Everything else that requires grad goes with it: as PEFT's ``modules_to_save`` (whole modules, such as a new head),
+    as ``bias="lora_only"``, or, where PEFT would take further modules for one of these, as tensors of the base model.
+    ``lora_alpha`` is chosen so that PEFT's alpha / r is the layer's alpha to the bit; where no float64 does that, it is
+    the nearest. The directory is made; both files are written under another name first.
+
+    The names are the model's own, whatever wraps it or its parts (torch.compile, checkpoint_wrapper, DDP, FSDP,
+    AveragedModel). Parameters that FSDP2 has sharded (DTensor) are gathered, for which every process must make this
+    call; the first one writes. Weights that accelerate has offloaded are loaded one at a time.
+
+    Raises ValueError for a model without adapted layers, for parameters without their values (FSDP1, DeepSpeed ZeRO-3,
+    the meta device), and for what PEFT's files cannot say: ``norm_axis="input"``, LoRA and DoRA in one model. Needs
+    safetensors.
+    """
+    model = unwrapped(model)
+    gathering.check_summoned(model, "save_adapter")
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: it has no LinearWithLoRA or LinearWithDoRA; build it with lora_fast.apply")
+    besides = _trained_besides(model, layers)
+    train_biases = any(layer.bias is not None and layer.bias.requires_grad for layer in layers.values())
+    slots = _adapter_slots(layers, train_biases) | besides.slots
+    for name, (module, key) in slots.items():
+        gathering.check_whole(name, module, key, "save_adapter")
+    config = _config(model, layers)
+    config["modules_to_save"] = besides.modules or None
+    config["bias"] = "lora_only" if train_biases else "none"
+    metadata = {"format": "pt", WRITTEN_HERE: "linears"}
+    if besides.noted:
+        metadata[TRAINED] = json.dumps(besides.noted)
+    values = {PREFIX + name: gathering.value(module, key) for name, (module, key) in slots.items()}
+    if gathering.is_first_process([gathering.own_tensor(module, key) for module, key in slots.values()]):
+        _write(Path(directory), config, values, metadata)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """By each of their names: one that stands in several places has several."""
+    return {place.name: place.module for place in places(model) if isinstance(place.module, AdaptedLinear)}
+
+
+def _outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of the model before it was adapted, each by its first name."""
+    inside = tuple(f"{name}." for name in adapted_layers(model))
+    return [(name, module) for name, module in named_modules(model) if not name.startswith(inside)]
+
+
+def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any]:
+    for name, layer in layers.items():
+        if layer.norm_axis != "output":
+            raise ValueError(f"model: {name} has norm_axis={layer.norm_axis!r}, PEFT's files know only 'output'")
+    if len({isinstance(layer, LinearWithDoRA) for layer in layers.values()}) > 1:
+        raise ValueError("model: it has layers with LoRA and with DoRA, which one adapter of PEFT's cannot have")
+    dropouts = {layer.dropout for layer in layers.values()}
+    if len(dropouts) > 1:
+        warnings.warn(f"PEFT's files have one dropout: of {sorted(dropouts)} the largest is saved", stacklevel=3)
+    for name in standing_in_several(model):
+        warnings.warn(f"{name} stands in several places; PEFT adapts only one of them", stacklevel=3)
+
+    use_rslora, alphas = _alphas(layers)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    names = [name for name, _ in _outside_adapters(model)]
+    kind = _own_class(model)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": _name_or_path(model),
+        "inference_mode": True,
+        "r": rank,
+        "rank_pattern": {_exactly(name): own for name, own in ranks.items() if own != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {_exactly(name): own for name, own in alphas.items() if own != alpha},
+        "use_rslora": use_rslora,
+        "use_dora": any(isinstance(layer, LinearWithDoRA) for layer in layers.values()),
+        "lora_dropout": max(dropouts),
+        "target_modules": _targets([name for name in names if name in layers], names),
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def standing_in_several(model: nn.Module) -> dict[str, list[str]]:
+    """The adapted layers that several modules hold: all their names, by the first. PEFT replaces a module in one."""
+    standing: dict[int, dict[tuple[int, str], str]] = {}
+    for place in places(model):
+        if isinstance(place.module, AdaptedLinear):
+            standing.setdefault(id(place.module), {}).setdefault((id(place.holder), place.attribute), place.name)
+    return {next(iter(at.values())): list(at.values()) for at in standing.values() if len(at) > 1}
+
+
+def _own_class(model: nn.Module) -> type[nn.Module]:
+    """The class that the user's model had before FSDP2's fully_shard, which puts a subclass in its place."""
+    return next(kind for kind in type(model).__mro__ if "FSDPModule" not in (base.__name__ for base in kind.__mro__))
+
+
+def _name_or_path(model: nn.Module) -> str | None:
+    """Where transformers loaded the model from."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _alphas(layers: dict[str, AdaptedLinear]) -> tuple[bool, dict[str, float]]:
+    """Whether to call it rsLoRA, and each layer's lora_alpha: where possible the round number that the user chose."""
+    readings: list[tuple[int, bool, dict[str, float]]] = []
+    for use_rslora in (False, True):
+        alphas, penalty = {}, 0
+        for name, layer in layers.items():
+            divisor = math.sqrt(layer.rank) if use_rslora else float(layer.rank)
+            alphas[name] = alpha = _alpha(layer.scaling, divisor)
+            penalty += 0 if isinstance(alpha, int) else 1 if alpha / divisor == layer.scaling else len(layers)
+        readings.append((penalty, use_rslora, alphas))
+    _, use_rslora, alphas = min(readings, key=lambda reading: reading[:2])
+    return use_rslora, alphas
+
+
+def _alpha(scaling: float, divisor: float) -> float:
+    near = scaling * divisor
+    if not math.isfinite(near):
+        raise ValueError(f"model: a scaling of {scaling} is too large for PEFT's files")
+    for alpha in (float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
+        if alpha / divisor == scaling:
+            return int(alpha) if alpha.is_integer() and abs(alpha) < 2**53 else alpha
+    return near
+
+
+def _targets(targets: list[str], names: list[str]) -> list[str] | str:
+    """target_modules with which PEFT takes exactly ``targets`` of ``names``: ends of names, or a regular expression."""
+    ends = sorted({target.rpartition(".")[2] for target in targets})
+    if {name for name in names if name.rpartition(".")[2] in ends} == set(targets):
+        return ends
+    return "|".join(map(re.escape, targets))
+
+
+Slot = tuple[nn.Module, str]  # a parameter or buffer: its module, and its name there
+
+
+def _adapter_slots(layers: dict[str, AdaptedLinear], with_biases: bool) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for name, layer in layers.items():
+        slots[f"{name}.lora_A.weight"] = layer, "lora_A"
+        slots[f"{name}.lora_B.weight"] = layer, "lora_B"
+        if isinstance(layer, LinearWithDoRA):
+            slots[f"{name}.lora_magnitude_vector"] = layer, "magnitude"
+        if with_biases and layer.bias is not None:
+            slots[f"{name}.base_layer.bias"] = layer.linear, "bias"
+    return slots
+
+
+@dataclass(frozen=True)
+class Besides:
+    """What trains outside the adapted layers: PEFT's modules_to_save, and all tensors to save.
+
+    ``noted`` are those among them that modules_to_save cannot name. PEFT writes these into the base model.
+    """
+
+    modules: list[str]
+    slots: dict[str, Slot]
+    noted: list[str]
+
+
+def _trained_besides(model: nn.Module, layers: dict[str, AdaptedLinear]) -> Besides:
+    modules: list[str] = []
+    slots: dict[str, Slot] = {}
+    noted: list[str] = []
+    outside = dict(_outside_adapters(model))
+    for name, module in outside.items():
+        trained = [key for key, own in module._parameters.items() if own is not None and own.requires_grad]
+        if name in layers or not trained or name.startswith(tuple(f"{outer}." for outer in modules)):
+            continue
+        # PEFT takes every module whose name ends so, with everything in it
+        matched = [other for other in outside if name and other.endswith(name)]
+        if name and not any(layer == other or layer.startswith(f"{other}.") for layer in layers for other in matched):
+            modules.append(name)
+            for other in matched:
+                slots |= _all_slots(other, outside[other])
+        else:
+            own = {f"{name}.{key}" if name else key: (module, key) for key in own_keys(module)}
+            slots |= own
+            noted += own
+    return Besides(modules, slots, noted)
+
+
+def _all_slots(name: str, module: nn.Module) -> dict[str, Slot]:
+    return {
+        ".".join(filter(None, (name, place.name, key))): (place.module, key)
+        for place in places(module)
+        for key in own_keys(place.module)
+    }
+
+
+def own_keys(module: nn.Module) -> Iterator[str]:
+    """The parameters and buffers of ``module`` itself that its state dict has."""
+    yield from (key for key, parameter in module._parameters.items() if parameter is not None)
+    left_out = module._non_persistent_buffers_set
+    yield from (key for key, buffer in module._buffers.items() if buffer is not None and key not in left_out)
+
+
+def _write(directory: Path, config: dict[str, Any], values: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file = files.import_safetensors().torch.save_file
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = {name: directory / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    try:
+        save_file(values, unfinished[WEIGHTS_NAME], metadata=metadata)
+        unfinished[CONFIG_NAME].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, path in unfinished.items():
+            path.replace(directory / name)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
