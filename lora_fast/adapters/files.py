@@ -116,6 +116,7 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     whole: dict[str, Tensor] = {}
+    left_out: list[str] = []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         found = _KEY.fullmatch(name)
@@ -126,15 +127,18 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
             continue
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
-        if _PARTS[found["part"]] in parts.setdefault(found["module"], {}):
-            raise ValueError(f"{where}: {found['module']} has two {_PARTS[found['part']]}")
-        parts[found["module"]][_PARTS[found["part"]]] = tensor
+        part = _PARTS[found["part"]]
+        first = parts.setdefault(found["module"], {}).setdefault(part, tensor)
+        if first is not tensor:  # of resized embeddings PEFT writes the magnitude under both of its names
+            if first.shape != tensor.shape or not torch.equal(first, tensor):
+                raise ValueError(f"{where}: {found['module']} has two different {part}")
+            left_out.append(key)
         if found["part"].startswith("lora_embedding"):
             embeddings.add(found["module"])
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
     layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
-    base, copies, left_out = _whole_tensors(whole, layers, config, where)
+    base, copies, second = _whole_tensors(whole, layers, config, where)
     return Adapter(
         folder,
         config,
@@ -142,7 +146,7 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
         base,
         copies,
         _trained(base, layers, config, metadata, where),
-        left_out,
+        left_out + second,
         len(tensors),
         metadata.get(WRITTEN_HERE) == "linears",
     )

@@ -65,23 +65,23 @@ class _Planner:
 
     def plan(self) -> Plan:
         changes = {key: self._changes(key) for key in sorted(set(self.keys.values()))}
+        apart = [end for ends in changes.values() for end in self._parted(ends)] + self._parted_twins(changes)
+        config = architecture.untied(self.checkpoint.config) if apart else self.checkpoint.config
+        config = self._with_vocabulary(config, changes)
+        after = self._architecture(config, apart)
+
         edits: dict[str, Edit] = {}
         merged: set[str] = set()
-        added: dict[str, str] = {}
         for key, ends in changes.items():
-            own, *others = ends
-            parted = [end for end in others if not ends[end].same_as(ends[own])]
-            for end in (own, *(others if parted else ())):
-                target = key if end == own else end
-                if target in edits or (end != own and target in self.entries):
-                    raise ValueError(f"{self.checkpoint.folder}: two of the adapter's tensors are {target}")
-                edits[target] = self._edit(key, ends[end])
-                if end != own:
-                    added[target] = key
-                if ends[end].layer is not None:
-                    merged.add(target)
-        apart = [*added, *self._apart_twins(changes)]
-        return Plan(edits, merged, added, self._config(edits, apart))
+            edits[key] = self._edit(key, ends[self.resolver.end_at(key)])
+            merged |= {key} if ends[self.resolver.end_at(key)].layer is not None else set()
+        added = self._untied(after) if apart else {}
+        for end, key in added.items():
+            change = changes.get(key, {}).get(end, Change())
+            edits[end] = self._edit(key, change)
+            merged |= {end} if change.layer is not None else set()
+        self._check_shapes(after, edits)
+        return Plan(edits, merged, added, None if config == self.checkpoint.config else config)
 
     def _changes(self, key: str) -> dict[str, Change]:
         """What becomes of each end of ``key``, its own name first."""
@@ -166,16 +166,50 @@ class _Planner:
             "keep the adapter, or untie them first"
         )
 
-    def _apart_twins(self, changes: dict[str, dict[str, Change]]) -> list[str]:
-        """The keys that are in the file beside the one that they are tied to, and differ from it afterwards."""
-        apart = []
+    def _parted(self, ends: dict[str, Change]) -> list[str]:
+        """The ends that are no longer what the first of them is."""
+        own = next(iter(ends.values()))
+        return [end for end, change in ends.items() if not change.same_as(own)]
+
+    def _parted_twins(self, changes: dict[str, dict[str, Change]]) -> list[str]:
+        """The same of ends that the file has though they are tied."""
+        parted = []
         for key, ends in changes.items():
             own = next(iter(ends.values()))
             for twin in self.resolver.twins(key):
                 there = changes.get(twin)
                 if there is None or not own.same_as(next(iter(there.values()))):
-                    apart.append(twin)
-        return apart
+                    parted.append(self.resolver.end_at(twin))
+        return parted
+
+    def _architecture(self, config: dict[str, Any], apart: list[str]) -> Architecture | None:
+        """What transformers builds from the new config.json; ValueError if it ties what has to differ."""
+        if config == self.checkpoint.config or self.resolver.known is None:
+            return self.resolver.known
+        after = Architecture.of(config)
+        if after is None:
+            raise ValueError(f"{self.checkpoint.folder}: transformers cannot build the model from {config}")
+        for end in apart:
+            if any(end in group for group in after.ties()):
+                raise ValueError(
+                    f"{self.checkpoint.folder}: {end} is tied to another tensor whatever config.json says, and would "
+                    "have to differ from it; keep the adapter"
+                )
+        return after
+
+    def _untied(self, after: Architecture | None) -> dict[str, str]:
+        """The ends that the file lacks and the new config.json does not tie any more, and the key of their content."""
+        found: dict[str, str] = {}
+        still_tied = after.ties() if after else []
+        for key in self.entries:
+            own, *others = self.resolver.ends(key)
+            for end in others:
+                if any({own, end} <= group for group in still_tied):
+                    continue
+                if after is None or after.rename(end) != end or end in self.entries:
+                    raise ValueError(f"{self.checkpoint.folder}: has no place for {end}, which parts from {key}")
+                found[end] = key
+        return found
 
     def _edit(self, key: str, change: Change) -> Edit:
         entry = self.entries[key]
@@ -191,64 +225,35 @@ class _Planner:
 
         return Edit(_shape(entry, change), new)
 
-    def _config(self, edits: dict[str, Edit], apart: list[str]) -> dict[str, Any] | None:
-        """config.json as it must be: another number of words, the head untied; None if it stays."""
-        config = self.checkpoint.config
-        resized = {key: edit.shape[0] for key, edit in edits.items() if self._is_resized(key, edit)}
-        if resized:
-            config = architecture.with_vocabulary(config, self._words(resized, edits))
-        if apart:
-            config = architecture.untied(config)
-        if config is self.checkpoint.config:
-            return None
-        self._check_architecture(config, edits, apart)
-        return config
-
-    def _is_resized(self, key: str, edit: Edit) -> bool:
-        return key in self.entries and edit.shape != self.entries[key].shape
-
-    def _words(self, resized: dict[str, int], edits: dict[str, Edit]) -> int:
-        """The vocabulary's new size, which all of its tensors must have."""
-        folder, old = self.checkpoint.folder, architecture.vocabulary(self.checkpoint.config)
-        key, words = next(iter(resized.items()))
-        entry = self.entries[key]
-        if old is None or any(self.entries[other].shape[0] != old for other in resized):
-            raise ValueError(
-                f"{self.adapter.weights_path}: has shape {[words, *entry.shape[1:]]} for {key}, which has "
-                f"{list(entry.shape)} in {folder}; only a vocabulary, whose size config.json has, can become another"
-            )
-        of_words = {other for other, own in self.entries.items() if own.shape[:1] == (old,)}
-        if self.resolver.known is None and (left := sorted(of_words - set(resized))):
-            raise ValueError(
-                f"{self.adapter.weights_path}: has {words} words in {key}, but none of {', '.join(left)} of {folder}, "
-                f"which has {old}"
-            )
-        if len(set(resized.values())) > 1:
-            raise ValueError(f"{self.adapter.weights_path}: has several sizes of the vocabulary: {resized}")
-        return words
-
-    def _check_architecture(self, config: dict[str, Any], edits: dict[str, Edit], apart: list[str]) -> None:
-        """Whether transformers builds from the new config.json the model that is written."""
-        if self.resolver.known is None:
-            if apart:
-                raise ValueError(f"{self.checkpoint.folder}: {', '.join(apart)} cannot be untied")
-            return
-        after = Architecture.of(config)
-        if after is None:
-            raise ValueError(f"{self.checkpoint.folder}: transformers cannot build the model with {config}")
-        for name in apart:
-            own = self.resolver.end_at(name)
-            if any(own in group for group in after.ties()):
+    def _with_vocabulary(self, config: dict[str, Any], changes: dict[str, dict[str, Change]]) -> dict[str, Any]:
+        """``config`` with the number of words that the tensors have afterwards."""
+        where, folder = self.adapter.weights_path, self.checkpoint.folder
+        new = {key: _shape(self.entries[key], next(iter(ends.values()))) for key, ends in changes.items()}
+        resized = {key: shape for key, shape in new.items() if shape != self.entries[key].shape}
+        if not resized:
+            return config
+        words = architecture.vocabulary(config)
+        for key, shape in resized.items():
+            if words is None or self.entries[key].shape[0] != words:
                 raise ValueError(
-                    f"{self.checkpoint.folder}: {own} is tied to another tensor whatever config.json says, and would "
-                    "have to differ from it; keep the adapter"
+                    f"{where}: has shape {list(shape)} for {key}, which has {list(self.entries[key].shape)} in "
+                    f"{folder}; only a vocabulary, whose size config.json has, can become another"
                 )
-            if after.rename(name) != own:
-                raise ValueError(f"{self.checkpoint.folder}: transformers would not find {name} in the checkpoint")
+        if len({shape[0] for shape in resized.values()}) > 1:
+            raise ValueError(f"{where}: has several sizes of the vocabulary: {resized}")
+        of_words = {key for key, entry in self.entries.items() if entry.shape[:1] == (words,)}
+        if self.resolver.known is None and (left := sorted(of_words - resized.keys())):
+            raise ValueError(f"{where}: has another vocabulary than {folder}, but not for {', '.join(left)}")
+        return architecture.with_vocabulary(config, next(iter(resized.values()))[0])
+
+    def _check_shapes(self, after: Architecture | None, edits: dict[str, Edit]) -> None:
+        """Whether what is written has the shapes that transformers builds from the new config.json."""
+        if after is None or after is self.resolver.known:
+            return
         for end, key in self.resolver.stored.items():
             shape = edits[key].shape if key in edits else self.entries[key].shape
-            before, expected = self.resolver.known.shape(end), after.shape(end)
-            if shape != expected and (before != expected or key in edits):
+            expected = after.shape(end)
+            if shape != expected:
                 raise ValueError(
                     f"{self.adapter.weights_path}: has another vocabulary than {self.checkpoint.folder}, but not for "
                     f"{key}, which would have {list(shape)} where the model has {list(expected or ())}"
@@ -285,7 +290,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 def _same_update(a: Change, b: Change) -> bool:
     """Whether the same update comes on top, perhaps of a matrix seen from its two sides, as PEFT ties adapters."""
     one, other = a.layer, b.layer
-    if one is None or other is None:
+    if one is None or other is None or one is other:
         return one is other
     if one.scaling != other.scaling or one.magnitude is not None or other.magnitude is not None:
         return False

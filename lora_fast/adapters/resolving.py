@@ -63,7 +63,7 @@ class Resolver:
         group = self._tied.get(own, {own})
         # of several that are in the file, the first in the model stands for those that are not
         is_first = own == next((end for end in self.stored if end in group), own)
-        return [own, *sorted(end for end in group if is_first and end not in self.stored)]
+        return [own, *sorted(end for end in group - {own} if is_first and end not in self.stored)]
 
     def twins(self, key: str) -> list[str]:
         """The other keys of the file whose tensors are tied to ``key``."""
