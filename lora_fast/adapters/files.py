@@ -52,6 +52,8 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+# of resized embeddings, and with bias="all", PEFT writes both sides of its wrapper around a module to save
+_WRAPPED = re.compile(r"(?P<module>.+)\.(?P<copy>original_module|modules_to_save)\.(?P<name>.+)")
 _KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 
 
@@ -159,23 +161,22 @@ def _whole_tensors(
     base: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     left_out: list[str] = []
+    wrapped_keys = {key: found for key in whole if (found := _WRAPPED.fullmatch(key))}
+    plain_keys = {key: _plain(found, whole) for key, found in wrapped_keys.items()}
     for key, tensor in whole.items():
         module, _, name = key.rpartition(".")
         owner, _, last = module.rpartition(".")
-        plain = f"{owner}.{name}"
+        wrapped, plain = wrapped_keys.get(key), plain_keys.get(key)
         if last == "base_layer":
             if owner not in layers:
                 raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
+            base[f"{owner}.{name}"] = tensor
+        elif wrapped and plain is not None and wrapped["copy"] == "original_module":  # what the copy stands in for
             base[plain] = tensor
-        elif last == "original_module" and plain in whole:  # under the copy of a module to save
-            base[plain] = tensor
-        elif last == "modules_to_save":
-            if plain in whole and not torch.equal(whole[plain], tensor):
-                raise ValueError(f"{where}: {plain} and {key} differ, though both are the copy of {owner}")
-            if plain in whole:
-                left_out.append(PREFIX + key)
-            else:
-                copies[plain] = tensor
+        elif wrapped and plain is not None:
+            if not torch.equal(whole[plain], tensor):
+                raise ValueError(f"{where}: {plain} and {key} differ, though both are the copy of {wrapped['module']}")
+            left_out.append(PREFIX + key)
         elif module in layers:
             if name != "bias" or config.get("bias") not in ("all", "lora_only"):
                 raise ValueError(
@@ -183,11 +184,18 @@ def _whole_tensors(
                     "under which PEFT saves what lies below an adapter"
                 )
             base[key] = tensor  # as PEFT before 0.6 saved biases
-        elif _is_to_save(module, config, where):
+        elif key in plain_keys.values() or _is_to_save(module, config, where):
             copies[key] = tensor
         else:
             base[key] = tensor
     return base, copies, left_out
+
+
+def _plain(wrapped: re.Match[str], whole: Mapping[str, Tensor]) -> str | None:
+    """The key of the same tensor of the module to save, which the file has without PEFT's wrapper's parts."""
+    inside = wrapped["name"]
+    names = (inside, inside.partition(".")[2])  # the second, where the adapter's name comes first
+    return next((key for name in names if (key := f"{wrapped['module']}.{name}") in whole), None)
 
 
 def _is_to_save(module: str, config: Mapping[str, Any], where: Path) -> bool:

@@ -194,10 +194,14 @@ def _whole_values(model: nn.Module, adapter: Adapter) -> list[Value]:
         values.append(_value(name, slots[name], tensor, where))
     final = adapter.base | adapter.copies
     for name, tensor in adapter.copies.items():
-        module, _ = slots[name]
-        others = [other for other in tied[id(gathering.own_tensor(*slots[name]))] if slots[other][0] is not module]
-        is_apart = any(other not in final or not torch.equal(final[other], tensor) for other in others)
-        values.append(dataclasses.replace(_value(name, slots[name], tensor, where), is_apart=is_apart))
+        others = [other for other in tied[id(gathering.own_tensor(*slots[name]))] if other != name]
+        differing = [other for other in others if other not in final or not torch.equal(final[other], tensor)]
+        if shared := [other for other in differing if slots[other][0] is slots[name][0]]:
+            raise ValueError(
+                f"{where}: {name} and {', '.join(shared)} are one module in the model, but the file has a value for "
+                f"{name} alone; give each place a module of its own before loading"
+            )
+        values.append(dataclasses.replace(_value(name, slots[name], tensor, where), is_apart=bool(differing)))
     return values
 
 

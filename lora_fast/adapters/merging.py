@@ -9,6 +9,7 @@ a tensor of its own, and config.json says so (``tie_word_embeddings``).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class _Planner:
             change = changes.get(key, {}).get(end, Change())
             edits[end] = self._edit(key, change)
             merged |= {end} if change.layer is not None else set()
-        self._check_shapes(after, edits)
+        self._check_shapes(after, edits, added)
         return Plan(edits, merged, added, None if config == self.checkpoint.config else config)
 
     def _changes(self, key: str) -> dict[str, Change]:
@@ -228,8 +229,12 @@ class _Planner:
     def _with_vocabulary(self, config: dict[str, Any], changes: dict[str, dict[str, Change]]) -> dict[str, Any]:
         """``config`` with the number of words that the tensors have afterwards."""
         where, folder = self.adapter.weights_path, self.checkpoint.folder
-        new = {key: _shape(self.entries[key], next(iter(ends.values()))) for key, ends in changes.items()}
-        resized = {key: shape for key, shape in new.items() if shape != self.entries[key].shape}
+        resized = {
+            key: shape
+            for key, ends in changes.items()
+            for change in ends.values()
+            if (shape := _shape(self.entries[key], change)) != self.entries[key].shape
+        }
         if not resized:
             return config
         words = architecture.vocabulary(config)
@@ -246,11 +251,11 @@ class _Planner:
             raise ValueError(f"{where}: has another vocabulary than {folder}, but not for {', '.join(left)}")
         return architecture.with_vocabulary(config, next(iter(resized.values()))[0])
 
-    def _check_shapes(self, after: Architecture | None, edits: dict[str, Edit]) -> None:
+    def _check_shapes(self, after: Architecture | None, edits: dict[str, Edit], added: Iterable[str]) -> None:
         """Whether what is written has the shapes that transformers builds from the new config.json."""
         if after is None or after is self.resolver.known:
             return
-        for end, key in self.resolver.stored.items():
+        for end, key in [*self.resolver.stored.items(), *((end, end) for end in added)]:
             shape = edits[key].shape if key in edits else self.entries[key].shape
             expected = after.shape(end)
             if shape != expected:

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from lora_fast.adapters.files import Adapter
 from lora_fast.adapters.resolving import Resolver
 
-# transformers' models with Conv1D in them
-WITH_CONV1D = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 Word = bool | Iterable[str] | None  # the user's, for square layers: all or none is [in, out]; those whose names end so
 
 
@@ -28,7 +26,7 @@ def transposed_layers(adapter: Adapter, keys: dict[str, str], resolver: Resolver
     for name, told in by_shape.items():
         if told is None and word is not None:
             told = word if isinstance(word, bool) else name in word
-        found[name] = _square(name, adapter, keys[name], resolver, by_shape) if told is None else told
+        found[name] = _square(name, adapter, keys[name], resolver) if told is None else told
     return found
 
 
@@ -53,25 +51,18 @@ def _by_shape(adapter: Adapter, name: str, shape: tuple[int, ...]) -> bool | Non
     return len(shape) == 2 and shape == (K, N)
 
 
-def _square(name: str, adapter: Adapter, key: str, resolver: Resolver, by_shape: dict[str, bool | None]) -> bool:
+def _square(name: str, adapter: Adapter, key: str, resolver: Resolver) -> bool:
     if resolver.known is not None:
         module = resolver.end_of(f"{name}.weight", key).removesuffix(".weight")
         if (told := resolver.known.is_transposed(module)) is not None:
             return told
     noted = bool(adapter.config.get("fan_in_fan_out"))
-    others = [
-        by_shape[other]
-        for other, layer in adapter.layers.items()
-        if other != name and not layer.is_embedding and layer.lora_A.dim() == 2
-    ]
-    if not others:
+    if not any(
+        other != name and not layer.is_embedding and layer.lora_A.dim() == 2 for other, layer in adapter.layers.items()
+    ):
         return noted  # of the last such layer, which is this one
     if not noted and f"{key.removesuffix('.weight')}.bias" not in resolver.entries:
         return False  # a Conv1D has a bias
-    config = resolver.checkpoint.config
-    is_named = any(config.get(what) for what in ("model_type", "architectures", "architecture"))
-    if not noted and is_named and config.get("model_type") not in WITH_CONV1D and True not in others:
-        return False
     raise ValueError(
         f"{adapter.config_path}: {key} is square, and fan_in_fan_out={noted} is what PEFT noted of one layer of the "
         "file; say which such layers are stored [in, out], as transformers' Conv1D: merge_checkpoint(..., "
