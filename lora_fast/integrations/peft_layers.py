@@ -25,7 +25,7 @@ from lora_fast.integrations import peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from lora_fast.norm_cache import NormCache
 
-_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of x and W
 STATE = "_lora_fast"  # the attribute that marks an accelerated layer
 
 
@@ -205,7 +205,7 @@ class FastLinear(FastLayer, Linear):
         gain = self._gain(adapter)
         if gain is None:
             return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
-        if p == 0.0:
+        if not peft_names.renews_product(self, adapter):
             bias = self.base_layer.bias
             product = result if bias is None else result - bias.to(result.dtype)
             return functional.lora_compose(product, h, lora_B, scaling, gain, bias)
@@ -236,27 +236,27 @@ class FastConv(FastLayer):
     """The norm is ours, the convolutions PyTorch's: y = v + (g - 1) ⊙ (v - b) + g s conv_B(conv_A(x))."""
 
     def _takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
+        # PEFT's DoRA gives an x without a batch a dimension more, or takes the bias from the wrong one
+        weight = self.base_layer.weight
+        return isinstance(x, Tensor) and x.device == weight.device and x.dim() == weight.dim()
 
     def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         weight, lora_A, lora_B = super()._matrices(adapter)
         return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
 
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
-        base, project, dtype = self.base_layer, adapter.project, self._product_dtype(x, adapter)
-        convolve = _CONVOLVE[adapter.lora_A.dim()]
-        shape = (-1, *(1,) * (adapter.lora_A.dim() - 2))  # of a value per channel: [N, 1, …]
+        base, dtype = self.base_layer, self._product_dtype(x, adapter)
+        shape = (-1, *(1,) * (x.dim() - 2))  # of a value per channel: [N, 1, …]
         x = x.to(dtype)
         dropped = adapter.dropout(x) if peft_names.dropout_p(self, adapter) > 0.0 else x
-        h = convolve(dropped, adapter.lora_A.to(dtype), None, project.stride, project.padding)
-        bias = None if adapter.lora_bias is None else adapter.lora_bias.to(dtype)
-        update = convolve(h, adapter.lora_B.to(dtype), bias)
+        update = peft_names.convolve(adapter.expand, peft_names.convolve(adapter.project, dropped))
         gain = self._gain(adapter)
         if gain is None:
             return result + update * adapter.scaling
-        if dropped is not x:
-            weight = base.weight.to(dtype)
-            product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation)
+        if peft_names.renews_product(self, adapter):
+            # as PEFT does it: without the base layer's padding_mode
+            convolve, weight = _CONVOLVE[x.dim()], base.weight.to(dtype)
+            product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation, base.groups)
         else:
             product = result if base.bias is None else result - base.bias.to(result.dtype).view(shape)
         scaled = (gain * adapter.scaling).to(dtype).view(shape)

@@ -57,12 +57,13 @@ class Adapter(NamedTuple):
 
     name: str
     lora_A: Tensor  # [R, K]; of a convolution [R, C, *kernel]; of an embedding [R, V]
-    lora_B: Tensor  # [N, R]; of a convolution [N, R, 1…]; of an embedding [D, R]
+    lora_B: Tensor  # [N, R]; of a convolution [N, R, 1…] as PEFT makes it; of an embedding [D, R]
     scaling: float
     dropout: Any  # the module; None for an embedding, which has none in PEFT
     lora_bias: Tensor | None  # [N], multiplied by the scaling
     magnitude: Tensor | None  # [N], or None: LoRA
-    project: Any  # a convolution's lora_A, for its stride and padding; else None
+    project: Any  # the module lora_A of a convolution, which has a stride, padding and so on of its own; else None
+    expand: Any  # the module lora_B likewise
 
 
 def kind(layer: Any) -> Any:
@@ -104,10 +105,10 @@ def adapter(layer: Any, name: str) -> Adapter:
     scaling = float(layer.scaling[name])
     if kind(layer) is Embedding:
         A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        return Adapter(name, A, B, scaling, None, None, magnitude, None)
+        return Adapter(name, A, B, scaling, None, None, magnitude, None, None)
     lora_A, lora_B, dropout = (_member(layer, part, name) for part in ("lora_A", "lora_B", "lora_dropout"))
-    project = None if kind(layer) is Linear else lora_A
-    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project)
+    project, expand = (None, None) if kind(layer) is Linear else (lora_A, lora_B)
+    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project, expand)
 
 
 def dropout_p(layer: Any, adapter: Adapter) -> float:
@@ -116,6 +117,17 @@ def dropout_p(layer: Any, adapter: Adapter) -> float:
     if not isinstance(dropout, nn.Dropout) or not dropout.training:
         return 0.0
     return dropout.p if adapter.magnitude is None or layer.training else 0.0
+
+
+def renews_product(layer: Any, adapter: Adapter) -> bool:
+    """Whether PEFT's DoRA multiplies the dropped x by W, in place of taking the result so far; for a p of 0 too."""
+    return isinstance(adapter.dropout, nn.Dropout) and layer.training
+
+
+def convolve(module: Any, x: Tensor) -> Tensor:
+    """What the convolution ``module`` (lora_A or lora_B) makes of x, in x's dtype."""
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return module._conv_forward(x, module.weight.to(x.dtype), bias)
 
 
 def base_weight(layer: Any) -> Tensor:
@@ -212,9 +224,13 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         dropout = _member(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
-        modules.append(dropout)
-        if variant is not None and modules[1].bias is not None:
+        if layer_kind is Linear and modules[0].bias is not None:
+            return "its lora_A has a bias"
+        if layer_kind is Linear and variant is not None and modules[1].bias is not None:
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
+        if layer_kind in CONVOLUTIONS and variant is not None and not _fit(layer.base_layer.weight, lora_A, lora_B):
+            return "lora_B @ lora_A is not of the base weight's shape"
+        modules.append(dropout)
     if variant is not None:
         magnitude = _member(layer, "lora_magnitude_vector", name)
         if type(magnitude) is not dora_module:
@@ -230,3 +246,9 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         if tensor.device != device:
             return f"it is on {tensor.device}, the base layer on {device}"
     return None
+
+
+def _fit(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether lora_B @ lora_A, each a row per output channel, is a row per output channel of ``weight``."""
+    inner, outer = lora_A.shape[0], lora_A.shape[1:].numel()
+    return (lora_B.shape[0], outer, lora_B.shape[1:].numel()) == (weight.shape[0], weight.shape[1:].numel(), inner)
