@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_fast import functional
 from lora_fast.backends import ForwardDefault
 from lora_fast.dtypes import accumulate_dtype
-from lora_fast.integrations import peft_names
+from lora_fast.integrations import fsdp, peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from lora_fast.norm_cache import NormCache
 
@@ -52,7 +52,7 @@ class FastLayer(nn.Module, LoraLayer):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unknown = bool(args) or not peft_names.KNOWN_ARGUMENTS.issuperset(kwargs)
-        if unknown or peft_names.is_plain(self) or not self._takes(x):
+        if unknown or peft_names.is_plain(self):
             return super().forward(x, *args, **kwargs)
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
@@ -60,7 +60,8 @@ class FastLayer(nn.Module, LoraLayer):
             names = [name for name in dict.fromkeys(adapter_names) if name in present]
         else:
             names = peft_names.active(self)
-        if peft_names.obstacle(self, names) is not None:
+        # in this order: only a base layer without an obstacle is sure to have a weight that x can be held against
+        if peft_names.obstacle(self, names) is not None or not self._takes(x):
             return super().forward(x, *args, **kwargs)
         adapters = {name: peft_names.adapter(self, name) for name in names}
         if adapter_names is None:
@@ -284,6 +285,23 @@ class FastConv3d(FastConv, Conv3d):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     fast.peft_type: fast for fast in (FastLinear, FastEmbedding, FastConv1d, FastConv2d, FastConv3d)
 }
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {fast: original for original, fast in FAST.items()}
+
+
+def fast_class(kind: type) -> type | None:
+    """Our class for PEFT's ``kind``, also for the one that FSDP derived from it; None if there is none."""
+    return _counterpart(kind, FAST)
+
+
+def original_class(kind: type) -> type | None:
+    """The way back: PEFT's class for ours."""
+    return _counterpart(kind, ORIGINAL)
+
+
+def _counterpart(kind: type, classes: dict[type[nn.Module], type[nn.Module]]) -> type | None:
+    base = fsdp.base_class(kind)
+    found = classes.get(base)
+    return found if found is None or base is kind else fsdp.derive(kind, found)
 
 
 def _scaled(bias: Tensor | None, scaling: float) -> Tensor | None:
