@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,3 +162,123 @@ def test_convolution_with_groups_is_left_to_peft() -> None:
     fast = copy.deepcopy(peft)
     assert "groups" in lora_fast.accelerate(fast).layers[0].runs
     assert_same(fast, peft, tokens(2, 4, 5, 5))
+
+
+def own(layer: nn.Module, part: str, **arguments: Any) -> None:
+    """Give the adapter a convolution with arguments of its own in the place of lora_A or lora_B."""
+    old = getattr(layer, part)["default"]
+    torch.manual_seed(2)
+    arguments = {"kernel_size": old.kernel_size, "padding": old.padding, "bias": False, **arguments}
+    getattr(layer, part)["default"] = type(old)(old.in_channels, old.out_channels, dtype=torch.float64, **arguments)
+
+
+def reflect(layer: Any) -> None:
+    own(layer, "lora_A", padding_mode="reflect")
+
+
+def dilate(layer: Any) -> None:
+    own(layer, "lora_A", dilation=2, padding="same")
+
+
+def stride_in_lora_B(layer: Any) -> None:
+    layer.base_layer.stride = (2,) * (layer.base_layer.weight.dim() - 2)
+    own(layer, "lora_B", stride=2)
+
+
+def shift(layer: Any) -> None:
+    """Asymmetric: what lora_A leaves out before, lora_B gives back behind."""
+    dimensions = layer.base_layer.weight.dim() - 2
+    own(layer, "lora_A", padding=(0,) + (1,) * (dimensions - 1))
+    own(layer, "lora_B", padding=(1,) + (0,) * (dimensions - 1))
+
+
+def add_biases(layer: Any) -> None:
+    own(layer, "lora_A", bias=True)
+    own(layer, "lora_B", bias=True)
+
+
+def wrap_the_base_around(layer: Any) -> None:
+    base = layer.base_layer
+    base.padding_mode = "circular"
+    base._reversed_padding_repeated_twice = [1] * 2 * (base.weight.dim() - 2)
+
+
+def group(layer: Any) -> None:
+    """PEFT's DoRA reads the matrices of these two otherwise than their rows stand, and takes the norm of that."""
+    dimensions = layer.base_layer.weight.dim() - 2
+    own(layer, "lora_A", groups=3)
+    own(
+        layer,
+        "lora_B",
+        kernel_size=(3,) + (1,) * (dimensions - 1),
+        padding=(1,) + (0,) * (dimensions - 1),
+        padding_mode="circular",
+    )
+
+
+def group_lora_B(layer: Any) -> None:
+    own(layer, "lora_B", groups=3)
+
+
+CHANGES = [reflect, dilate, stride_in_lora_B, shift, add_biases, wrap_the_base_around, group]
+DIMENSIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def layer_of(model: Any) -> Any:
+    return model.base_model.model[0]
+
+
+def changed(dimensions: int, change: Callable[[Any], None], first: str, **config: Any) -> tuple[Any, Any, Tensor]:
+    """PEFT's model and the accelerated one, both changed, "before" or "after" the acceleration, and an input."""
+    base = nn.Sequential(DIMENSIONS[dimensions](3, 6, 3, padding=1))
+    peft = adapted(base, torch.float64, target_modules=["0"], r=3, **config)
+    if first == "change":
+        change(layer_of(peft))
+    fast = accelerated(peft)
+    if first == "accelerate":
+        change(layer_of(peft))
+        change(layer_of(fast))
+    return peft, fast, tokens(2, 3, *(6, 5, 4)[:dimensions])
+
+
+@FORMS
+@pytest.mark.parametrize("first", ["change", "accelerate"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dimensions", DIMENSIONS)
+def test_convolutions_with_arguments_of_their_own(
+    dora: bool, first: str, dropout: float, change: Callable[[Any], None], dimensions: int, same_masks: Any
+) -> None:
+    peft, fast, x = changed(dimensions, change, first, use_dora=dora, lora_dropout=dropout)
+    assert_same(fast.train(), peft.train(), x, around=same_masks)
+    assert_same(fast.eval(), peft.eval(), x)
+    ours = dora and change is not group
+    assert uses_lora_fast(fast, x) == ({"weight_norm_kept"} if ours else set())
+
+
+@FORMS
+def test_a_lora_B_in_groups(dora: bool) -> None:
+    """PEFT's DoRA cannot take it, and neither do we."""
+    peft, fast, x = changed(2, group_lora_B, "change", use_dora=dora)
+    if not dora:
+        assert_same(fast, peft, x)
+        return
+    for model in (peft, fast):
+        with pytest.raises(RuntimeError, match="shape"):
+            model(x)
+    assert "lora_B @ lora_A is not of the base weight's shape" in lora_fast.accelerate(fast).layers[0].runs
+
+
+@FORMS
+def test_a_convolution_without_a_batch(dora: bool) -> None:
+    peft, x = convolution("2d", use_dora=dora)
+    assert_same(accelerated(peft), peft, x[0])
+
+
+def test_a_dropout_that_alone_is_in_evaluation() -> None:
+    """Nothing is dropped, and PEFT's DoRA still convolves anew, without the base layer's padding_mode."""
+    peft, x = convolution("2d-circular", use_dora=True, lora_dropout=0.4)
+    fast = accelerated(peft.train())
+    for model in (peft, fast):
+        layer_of(model).lora_dropout["default"].eval()
+    assert_same(fast, peft, x)

@@ -95,6 +95,20 @@ def test_bias_of_lora_B(bias: bool) -> None:
 
 
 @FORMS
+@pytest.mark.parametrize("first", ["change", "accelerate"])
+def test_bias_of_lora_A_is_left_to_peft(dora: bool, first: str) -> None:
+    peft = perceptron(use_dora=dora)
+    fast = accelerated(peft)
+    for model in (peft, fast):
+        lora_A = model.base_model.model.up.lora_A["default"]
+        lora_A.bias = nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64))
+    if first == "change":
+        fast = accelerated(peft)
+    assert_same(fast, peft, tokens(5, 12))
+    assert "its lora_A has a bias" in lora_fast.accelerate(fast).layers[0].runs
+
+
+@FORMS
 def test_conv1d_of_transformers(dora: bool) -> None:
     peft = conv1ds(use_dora=dora)
     fast = accelerated(peft)
@@ -142,6 +156,19 @@ def test_several_active_adapters_nest(kinds: str, dropout: float, same_masks: An
     fast = accelerated(peft)
     assert_same(fast, peft, tokens(5, 12), around=same_masks)
     assert "lora_compose_fwd" in uses_lora_fast(fast, tokens(5, 12))
+
+
+@pytest.mark.parametrize("kinds", ["d", "dd", "ld"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_dropouts_that_alone_are_in_evaluation(kinds: str, hooked: bool) -> None:
+    """Nothing is dropped, and PEFT's DoRA still takes x Wᵀ and not the result so far."""
+    peft = several(kinds, lora_dropout=0.4).train()
+    for module in peft.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+        elif isinstance(module, nn.Linear) and module.in_features == 12 and module.out_features == 20 and hooked:
+            module.register_forward_hook(lambda _module, _args, y: y * 2)
+    assert_same(accelerated(peft), peft, tokens(5, 12))
 
 
 @pytest.mark.parametrize("kinds", ["ll", "dd", "ld"])

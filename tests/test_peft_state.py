@@ -267,6 +267,63 @@ def test_a_trained_base_weight() -> None:
     assert up(fast).base_layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_weight_that_is_trained_for_a_while(dora: bool) -> None:
+    """Before, after and between calls of accelerate, which need not know."""
+    model = perceptron(use_dora=dora)
+    fast = copy.deepcopy(model)
+    weights = [up(each).base_layer.weight for each in (model, fast)]
+    weights[1].requires_grad_()
+    report = lora_fast.accelerate(fast)
+    assert report.left_alone == ["base_model.model.up"]
+    assert "PEFT's own forward until this changes: the base weight is trained" in report.layers[0].runs
+    for trained in (True, False, True, False):
+        for weight in weights:
+            weight.requires_grad_(trained)
+        assert_same(fast, model, X)
+        assert (uses_lora_fast(up(fast), X) == set()) == trained
+        assert len(lora_fast.accelerate(fast).accelerated) == 2 - trained
+    lora_fast.restore(fast)
+    assert type(up(fast)) is peft.tuners.lora.Linear
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_are_loaded_later(dora: bool, assign: bool) -> None:
+    model = perceptron(use_dora=dora)
+    fast = copy.deepcopy(model).to("meta")
+    report = lora_fast.accelerate(fast)
+    assert report.accelerated == []
+    assert "PEFT's own forward until this changes: the base weight is on the meta device" in report.layers[0].runs
+    assert fast(X.to("meta")).is_meta
+    if not assign:
+        fast.to_empty(device="cpu")
+    fast.load_state_dict(model.state_dict(), assign=assign)
+    assert_same(fast, copy.deepcopy(model), X)
+    assert "lora_linear_fwd" in uses_lora_fast(fast, X)
+    assert ("weight_norm_kept" in uses_lora_fast(fast, X)) == dora
+    assert lora_fast.accelerate(fast).left_alone == []
+
+
+def test_a_quantised_weight_that_is_no_tensor() -> None:
+    """As torch's own quantised linears have it: a method in the place of the weight."""
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Parameter(torch.ones(9, 12), requires_grad=False)
+
+        def weight(self) -> torch.Tensor:
+            return self.values
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight())
+
+    model = adapted(nn.Sequential(nn.Linear(12, 9)), torch.float64, target_modules=["0"])
+    model.base_model.model[0].base_layer = Quantised().double()
+    left_alone(model, "no plain parameter but method")
+
+
 def test_a_computed_base_weight() -> None:
     model = perceptron(use_dora=True)
     for layer in (up(model), model.base_model.model.down):

@@ -67,7 +67,7 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
     Parameters, their names, ``state_dict`` and saved files stay as they are, and so does the function, but for the
     compute dtype, zero rows and the dropout's generator (docs/peft.md). A layer that lora_fast does not take runs
     PEFT's own code, and the report says why. May be called again, after adapters were added to further layers or with
-    other arguments.
+    other arguments; and before or after FSDP2's ``fully_shard``.
 
     Args:
         model: a PeftModel, or any module with PEFT's layers in it.
@@ -90,7 +90,7 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
         warnings.warn(fault, UserWarning, stacklevel=2)
         return Report((), version, compute_dtype, fault)
 
-    from lora_fast.integrations import peft_layers, peft_names
+    from lora_fast.integrations import fsdp, peft_layers, peft_names
 
     tuned: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, peft_names.BaseTunerLayer)
@@ -104,6 +104,7 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
         for inner in layer.modules()
         if inner is not layer
     }
+    within_fsdp = fsdp.modules_within(model)
     reports = []
     for name, layer in tuned:
         reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None
@@ -112,12 +113,14 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
             state = vars(layer).setdefault(peft_layers.STATE, peft_layers.State(compute_dtype, norm_reuse))
             state.compute_dtype, state.norm_reuse = compute_dtype, norm_reuse
             layer.prepare_norms()
-        reports.append(_describe(name, layer, reason))
+        reports.append(_describe(name, layer, reason, within_fsdp=id(layer) in within_fsdp))
     return Report(tuple(reports), version, compute_dtype)
 
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`: every layer is PEFT's again, exactly as it was. Does nothing to other layers.
+
+    A layer that ``fully_shard`` was applied to stays FSDP's, and is the layer that it would make of PEFT's.
 
     Raises RuntimeError, before anything is changed, when another library changed a layer's class since.
     """
@@ -127,16 +130,18 @@ def restore(model: nn.Module) -> None:
 
     from lora_fast.integrations import peft_layers
 
-    originals = {fast: original for original, fast in peft_layers.FAST.items()}
+    originals = []
     for name, layer in accelerated:
-        if type(layer) not in originals:
+        original = peft_layers.original_class(type(layer))
+        if original is None:
             raise RuntimeError(
                 f"restore: the class of {name!r} is {type(layer).__module__}.{type(layer).__qualname__}; another "
                 "library changed it after lora_fast.accelerate. Undo that first (for a parametrization: "
                 "torch.nn.utils.parametrize.remove_parametrizations)"
             )
-    for _, layer in accelerated:
-        _set_class(layer, originals[type(layer)])
+        originals.append(original)
+    for (_, layer), original in zip(accelerated, originals, strict=True):
+        _set_class(layer, original)
         delattr(layer, peft_layers.STATE)
 
 
@@ -166,15 +171,13 @@ def _untouchable(layer: Any) -> str | None:
     from lora_fast.integrations import peft_layers, peft_names
 
     kind = type(layer)
-    if kind not in peft_layers.FAST and kind not in peft_layers.FAST.values():
-        if not isinstance(layer, peft_names.LoraLayer):
-            return "it is no LoRA layer"
-        if peft_names.kind(layer) is None:
-            return "lora_fast has no such layer"
-        return f"its class {kind.__module__}.{kind.__qualname__} is a subclass"
-    if kind in peft_layers.FAST and (reason := peft_names.layer_obstacle(layer)):
-        return reason
-    return None
+    if peft_layers.fast_class(kind) or peft_layers.original_class(kind):
+        return None
+    if not isinstance(layer, peft_names.LoraLayer):
+        return "it is no LoRA layer"
+    if peft_names.kind(layer) is None:
+        return "lora_fast has no such layer"
+    return f"its class {kind.__module__}.{kind.__qualname__} is a subclass"
 
 
 def _take(layer: Any) -> str | None:
@@ -182,7 +185,7 @@ def _take(layer: Any) -> str | None:
     from lora_fast.integrations import peft_layers
 
     before = type(layer)
-    _set_class(layer, peft_layers.FAST.get(before, before))
+    _set_class(layer, peft_layers.fast_class(before) or before)
     stored = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")
     if stored is None or getattr(stored, "__func__", None) is type(layer).forward:
         return None
@@ -200,16 +203,21 @@ def _set_class(layer: Any, kind: type[nn.Module]) -> None:
             vars(layer)[name] = types.MethodType(kind.forward, layer)
 
 
-def _describe(name: str, layer: Any, reason: str | None) -> LayerReport:
-    from lora_fast.integrations import peft_layers, peft_names
+def _describe(name: str, layer: Any, reason: str | None, *, within_fsdp: bool) -> LayerReport:
+    from lora_fast.integrations import fsdp, peft_layers, peft_names
 
-    fast = {fast: original for original, fast in peft_layers.FAST.items()}
-    kind = fast.get(type(layer), type(layer)).__name__
-    if reason is None:
-        reason = peft_names.layer_obstacle(layer)
+    base = fsdp.base_class(type(layer))
+    kind = peft_layers.ORIGINAL.get(base, base).__name__
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward: {reason}")
-    obstacles = {adapter: peft_names.adapter_obstacle(layer, adapter) for adapter in peft_names.available(layer)}
+    # where fully_shard was applied to the base layer itself, that layer's own call alone has the weight gathered
+    gathers = within_fsdp and not fsdp.is_unit(layer.base_layer)
+    reason = peft_names.layer_obstacle(layer, gathers=gathers)
+    if reason is not None:
+        return LayerReport(name, kind, False, f"PEFT's own forward until this changes: {reason}")
+    obstacles = {
+        adapter: peft_names.adapter_obstacle(layer, adapter, gathers=gathers) for adapter in peft_names.available(layer)
+    }
     runs = "; ".join(_describe_adapters(layer, obstacles))
     return LayerReport(name, kind, None in obstacles.values(), runs or "no adapter")
 
@@ -228,4 +236,5 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator
             yield f"{adapter}: PEFT's own forward while it is active: {obstacle}"
             continue
         form = "DoRA, weight_norm" if peft_names.is_dora(layer, adapter) else "LoRA"
-        yield f"{adapter}: {form}, {how}"
+        when = ", once FSDP has gathered the weights" if peft_names.obstacle(layer, [adapter]) else ""
+        yield f"{adapter}: {form}, {how}{when}"

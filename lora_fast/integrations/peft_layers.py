@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lora_fast import functional
 from lora_fast.backends import ForwardDefault
 from lora_fast.dtypes import accumulate_dtype
-from lora_fast.integrations import peft_names
+from lora_fast.integrations import fsdp, peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from lora_fast.norm_cache import NormCache
 
-_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of x and W
 STATE = "_lora_fast"  # the attribute that marks an accelerated layer
 
 
@@ -52,7 +52,7 @@ class FastLayer(nn.Module, LoraLayer):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unknown = bool(args) or not peft_names.KNOWN_ARGUMENTS.issuperset(kwargs)
-        if unknown or peft_names.is_plain(self) or not self._takes(x):
+        if unknown or peft_names.is_plain(self):
             return super().forward(x, *args, **kwargs)
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
@@ -60,7 +60,8 @@ class FastLayer(nn.Module, LoraLayer):
             names = [name for name in dict.fromkeys(adapter_names) if name in present]
         else:
             names = peft_names.active(self)
-        if peft_names.obstacle(self, names) is not None:
+        # in this order: only a base layer without an obstacle is sure to have a weight that x can be held against
+        if peft_names.obstacle(self, names) is not None or not self._takes(x):
             return super().forward(x, *args, **kwargs)
         adapters = {name: peft_names.adapter(self, name) for name in names}
         if adapter_names is None:
@@ -205,7 +206,7 @@ class FastLinear(FastLayer, Linear):
         gain = self._gain(adapter)
         if gain is None:
             return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
-        if p == 0.0:
+        if not peft_names.renews_product(self, adapter):
             bias = self.base_layer.bias
             product = result if bias is None else result - bias.to(result.dtype)
             return functional.lora_compose(product, h, lora_B, scaling, gain, bias)
@@ -236,27 +237,27 @@ class FastConv(FastLayer):
     """The norm is ours, the convolutions PyTorch's: y = v + (g - 1) ⊙ (v - b) + g s conv_B(conv_A(x))."""
 
     def _takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
+        # PEFT's DoRA gives an x without a batch a dimension more, or takes the bias from the wrong one
+        weight = self.base_layer.weight
+        return isinstance(x, Tensor) and x.device == weight.device and x.dim() == weight.dim()
 
     def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         weight, lora_A, lora_B = super()._matrices(adapter)
         return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
 
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
-        base, project, dtype = self.base_layer, adapter.project, self._product_dtype(x, adapter)
-        convolve = _CONVOLVE[adapter.lora_A.dim()]
-        shape = (-1, *(1,) * (adapter.lora_A.dim() - 2))  # of a value per channel: [N, 1, …]
+        base, dtype = self.base_layer, self._product_dtype(x, adapter)
+        shape = (-1, *(1,) * (x.dim() - 2))  # of a value per channel: [N, 1, …]
         x = x.to(dtype)
         dropped = adapter.dropout(x) if peft_names.dropout_p(self, adapter) > 0.0 else x
-        h = convolve(dropped, adapter.lora_A.to(dtype), None, project.stride, project.padding)
-        bias = None if adapter.lora_bias is None else adapter.lora_bias.to(dtype)
-        update = convolve(h, adapter.lora_B.to(dtype), bias)
+        update = peft_names.convolve(adapter.expand, peft_names.convolve(adapter.project, dropped))
         gain = self._gain(adapter)
         if gain is None:
             return result + update * adapter.scaling
-        if dropped is not x:
-            weight = base.weight.to(dtype)
-            product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation)
+        if peft_names.renews_product(self, adapter):
+            # as PEFT does it: without the base layer's padding_mode
+            convolve, weight = _CONVOLVE[x.dim()], base.weight.to(dtype)
+            product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation, base.groups)
         else:
             product = result if base.bias is None else result - base.bias.to(result.dtype).view(shape)
         scaled = (gain * adapter.scaling).to(dtype).view(shape)
@@ -284,6 +285,23 @@ class FastConv3d(FastConv, Conv3d):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     fast.peft_type: fast for fast in (FastLinear, FastEmbedding, FastConv1d, FastConv2d, FastConv3d)
 }
+ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {fast: original for original, fast in FAST.items()}
+
+
+def fast_class(kind: type) -> type | None:
+    """Our class for PEFT's ``kind``, also for the one that FSDP derived from it; None if there is none."""
+    return _counterpart(kind, FAST)
+
+
+def original_class(kind: type) -> type | None:
+    """The way back: PEFT's class for ours."""
+    return _counterpart(kind, ORIGINAL)
+
+
+def _counterpart(kind: type, classes: dict[type[nn.Module], type[nn.Module]]) -> type | None:
+    base = fsdp.base_class(kind)
+    found = classes.get(base)
+    return found if found is None or base is kind else fsdp.derive(kind, found)
 
 
 def _scaled(bias: Tensor | None, scaling: float) -> Tensor | None:

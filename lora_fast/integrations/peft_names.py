@@ -33,6 +33,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fast.integrations import fsdp
+
 BASE_ONLY = "__base__"  # in adapter_names: a sample without an adapter
 # what PEFT may hand to a layer's forward beside x: names per sample, and what other variants take and ours do not
 KNOWN_ARGUMENTS = frozenset(("adapter_names", *VARIANT_KWARG_KEYS))
@@ -47,6 +49,7 @@ DORA = {
 # a base layer of exactly these types, with no hooks and no forward of its own, is its weight and bias
 READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
 CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
+PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention"]
@@ -57,12 +60,13 @@ class Adapter(NamedTuple):
 
     name: str
     lora_A: Tensor  # [R, K]; of a convolution [R, C, *kernel]; of an embedding [R, V]
-    lora_B: Tensor  # [N, R]; of a convolution [N, R, 1…]; of an embedding [D, R]
+    lora_B: Tensor  # [N, R]; of a convolution [N, R, 1…] as PEFT makes it; of an embedding [D, R]
     scaling: float
     dropout: Any  # the module; None for an embedding, which has none in PEFT
     lora_bias: Tensor | None  # [N], multiplied by the scaling
     magnitude: Tensor | None  # [N], or None: LoRA
-    project: Any  # a convolution's lora_A, for its stride and padding; else None
+    project: Any  # the module lora_A of a convolution, which has a stride, padding and so on of its own; else None
+    expand: Any  # the module lora_B likewise
 
 
 def kind(layer: Any) -> Any:
@@ -104,10 +108,10 @@ def adapter(layer: Any, name: str) -> Adapter:
     scaling = float(layer.scaling[name])
     if kind(layer) is Embedding:
         A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        return Adapter(name, A, B, scaling, None, None, magnitude, None)
+        return Adapter(name, A, B, scaling, None, None, magnitude, None, None)
     lora_A, lora_B, dropout = (_member(layer, part, name) for part in ("lora_A", "lora_B", "lora_dropout"))
-    project = None if kind(layer) is Linear else lora_A
-    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project)
+    project, expand = (None, None) if kind(layer) is Linear else (lora_A, lora_B)
+    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project, expand)
 
 
 def dropout_p(layer: Any, adapter: Adapter) -> float:
@@ -116,6 +120,17 @@ def dropout_p(layer: Any, adapter: Adapter) -> float:
     if not isinstance(dropout, nn.Dropout) or not dropout.training:
         return 0.0
     return dropout.p if adapter.magnitude is None or layer.training else 0.0
+
+
+def renews_product(layer: Any, adapter: Adapter) -> bool:
+    """Whether PEFT's DoRA multiplies the dropped x by W, in place of taking the result so far; for a p of 0 too."""
+    return isinstance(adapter.dropout, nn.Dropout) and layer.training
+
+
+def convolve(module: Any, x: Tensor) -> Tensor:
+    """What the convolution ``module`` (lora_A or lora_B) makes of x, in x's dtype."""
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return module._conv_forward(x, module.weight.to(x.dtype), bias)
 
 
 def base_weight(layer: Any) -> Tensor:
@@ -162,13 +177,16 @@ def obstacle(layer: Any, adapters: Iterable[str]) -> str | None:
     return reason
 
 
-def layer_obstacle(layer: Any) -> str | None:
-    """What of the layer, whatever the adapter, keeps us out; None if nothing."""
+def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
+    """What of the layer, whatever the adapter, keeps us out; None if nothing.
+
+    ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
+    """
     base = layer.base_layer
     if isinstance(base, BaseTunerLayer):
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
-    if type(weight) not in (nn.Parameter, Tensor):
+    if not _is_readable(weight, gathers):
         found = type(getattr(base, "weight", None)).__name__
         return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
     if weight.dtype not in DTYPES:
@@ -190,8 +208,8 @@ def layer_obstacle(layer: Any) -> str | None:
     return None
 
 
-def adapter_obstacle(layer: Any, name: str) -> str | None:
-    """What of one adapter keeps us out; None if nothing."""
+def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | None:
+    """What of one adapter keeps us out; None if nothing. ``gathers`` as in :func:`layer_obstacle`."""
     variant = layer.lora_variant.get(name)
     layer_kind = kind(layer)
     dora_variant, dora_module = DORA[layer_kind]
@@ -212,21 +230,38 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         dropout = _member(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
-        modules.append(dropout)
-        if variant is not None and modules[1].bias is not None:
+        if layer_kind is Linear and modules[0].bias is not None:
+            return "its lora_A has a bias"
+        if layer_kind is Linear and variant is not None and modules[1].bias is not None:
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
+        if layer_kind in CONVOLUTIONS and variant is not None and not _fit(layer.base_layer.weight, lora_A, lora_B):
+            return "lora_B @ lora_A is not of the base weight's shape"
+        modules.append(dropout)
+    tensors = [lora_A, lora_B]
     if variant is not None:
         magnitude = _member(layer, "lora_magnitude_vector", name)
         if type(magnitude) is not dora_module:
             return f"its magnitude is {type(magnitude).__name__}"
         modules.append(magnitude)
+        tensors.append(magnitude.weight)
     for module in modules:
         if has_hooks(module):
             return f"its {type(module).__name__} has hooks or a forward of its own"
     device = layer.base_layer.weight.device
-    for tensor in (lora_A, lora_B):
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in DTYPES:
+    for tensor in tensors:
+        if not _is_readable(tensor, gathers) or tensor.dtype not in DTYPES:
             return f"its tensors are {type(tensor).__name__} of {tensor.dtype}"
         if tensor.device != device:
             return f"it is on {tensor.device}, the base layer on {device}"
     return None
+
+
+def _is_readable(tensor: Any, gathers: bool) -> bool:
+    """Whether it is a plain tensor, or will be in forward."""
+    return type(tensor) in PLAIN or (gathers and fsdp.is_sharded(tensor))
+
+
+def _fit(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether lora_B @ lora_A, each a row per output channel, is a row per output channel of ``weight``."""
+    inner, outer = lora_A.shape[0], lora_A.shape[1:].numel()
+    return (lora_B.shape[0], outer, lora_B.shape[1:].numel()) == (weight.shape[0], weight.shape[1:].numel(), inner)
