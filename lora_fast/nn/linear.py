@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_fast import backends, functional
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
+from lora_fast.nn.tied import Sharer
 from lora_fast.norm_cache import NormCache
 
 
@@ -21,6 +22,8 @@ class AdaptedLinear(nn.Module):
 
     # the axis of the gain; LoRA has no gain
     norm_axis: str = "output"
+    # what apply found to have the weight too
+    sharers: tuple[Sharer, ...] = ()
 
     def __init__(
         self,
@@ -134,11 +137,16 @@ class AdaptedLinear(nn.Module):
 
         Until :meth:`unmerge_` forward is the plain linear's, a forward in training mode raises RuntimeError, and so do
         state_dict and load_state_dict. ``keep_base=True`` keeps a copy of W on the CPU, for :meth:`unmerge_` to restore
-        its bits. A weight that other modules share changes for them too. Raises RuntimeError when merged already.
+        its bits.
+
+        Raises RuntimeError when merged already, and for a weight that another module of the model has too (a tied
+        embedding), if :func:`lora_fast.apply` made the layer: for a layer made by hand, what else has the weight is
+        not known, and changes with it.
         """
         if self.is_merged:
             raise RuntimeError("merge_: the layer is merged already")
         hooks.check_weight(self, "merge_")
+        self._check_not_shared()
         with torch.no_grad():
             self._merged = merge(
                 self.weight,
@@ -169,6 +177,15 @@ class AdaptedLinear(nn.Module):
         with torch.no_grad():
             unmerge(self.weight, self._merged, self.backend)
         self._merged = None
+
+    def _check_not_shared(self) -> None:
+        for module, name, parameter in self.sharers:
+            if module._parameters.get(parameter) is self.weight:
+                raise RuntimeError(
+                    f"merge_: the weight is that of {name!r} too, which would change with it; use merged(), or give "
+                    "the layer a weight of its own first: "
+                    "layer.linear.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)"
+                )
 
     def _gain(self) -> Tensor | None:
         """The gain that merging puts into W, without gradient."""
