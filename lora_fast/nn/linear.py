@@ -249,7 +249,8 @@ class LinearWithLoRA(AdaptedLinear):
 
     Raises ValueError for an adapted ``linear`` or a number out of its range, TypeError for what is not a plain
     torch.nn.Linear (quantised, distributed, parametrized, hooked, with a forward of its own), and, in forward,
-    ValueError when the base weight requires grad.
+    ValueError when the base weight requires grad and RuntimeError when ``self.linear`` was parametrized, hooked or
+    given another forward meanwhile, other than by accelerate's offloading.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
