@@ -278,7 +278,7 @@ def _weight_norm(
     dtype = accumulate_dtype(weight, lora_A, lora_B)
     name = _resolve_for_weight("weight_norm", backend, weight, dtype)
     size = weight.shape[0] if axis == "output" else weight.shape[1]
-    kept_tensors = None if kept is None else kept.tensors(size, dtype, weight.device)
+    kept_tensors = None if kept is None else kept.of(weight).tensors(size, dtype, weight.device)
     with torch.no_grad():
         if kept_tensors is None:
             norm = _ops.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis, name)
@@ -344,7 +344,9 @@ def _dora_linear(
     _, bias = _gain_and_bias(None, bias, x.dtype)
     recorded = _recorded(x, lora_A, lora_B, magnitude, bias)
     linear = DoraLinearFunction.apply if recorded else _ops.dora_linear_fwd
-    kept_tensors = None if kept is None or recorded else kept.tensors(weight.shape[0], torch.float32, weight.device)
+    kept_tensors = None
+    if kept is not None and not recorded:
+        kept_tensors = kept.of(weight).tensors(weight.shape[0], torch.float32, weight.device)
     y, *_ = linear(
         x,
         weight,

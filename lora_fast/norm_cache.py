@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 KEY_LENGTH = 6
 _lock = threading.Lock()
@@ -25,6 +26,24 @@ class NormCache:
     def __init__(self) -> None:
         self.norm: Tensor | None = None
         self.key: Tensor | None = None
+        self._storage: StorageWeakRef | None = None
+
+    def of(self, weight: Tensor) -> NormCache:
+        """This cache, emptied if ``weight`` lies in another storage than in the last call.
+
+        An address tells nothing then: an offloaded weight, for one, comes back in new memory, often at the same place.
+        Traced code cannot ask this, nor can a function transform's wrapper, which has no storage.
+        """
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return self
+        storage = weight.untyped_storage()
+        if self._storage is not None and self._storage.cdata == storage._cdata:
+            return self
+        if self._storage is not None:
+            self.clear()
+        # it lets go of the memory but not of the storage's identity, which no other storage can take meanwhile
+        self._storage = StorageWeakRef(storage)
+        return self
 
     def clear(self) -> None:
         """Forget what is kept: the next call computes the norm."""

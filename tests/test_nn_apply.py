@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from nn_helpers import assert_unchanged, make_layer, snapshot
 from torch import Tensor, nn
 
@@ -143,6 +147,69 @@ def test_tied_weights_stay_tied() -> None:
     assert model.head.weight is model.embedding.weight
     assert not model.embedding.weight.requires_grad
     model(TOKENS).sum().backward()
+
+
+def test_linears_tied_to_each_other() -> None:
+    """Each has an adapter of its own; an update merged into the one would be in the other too."""
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    model[1].weight = model[0].weight
+    lora_fast.apply(model.eval(), 2, 1.0)
+    assert model[0].weight is model[1].weight
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 8)
+    before = model(x)
+    for layer, other in ((model[0], "1"), (model[1], "0")):
+        with pytest.raises(RuntimeError, match=rf"^merge_: the weight is that of '{other}' too"):
+            layer.merge_()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
+        with pytest.raises(RuntimeError, match="^merge_: the weight is that of '1' too"):
+            twin[0].merge_()
+    model[0] = model[0].merged()
+    model[1] = model[1].merged()
+    model[2].merge_()
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_weight_that_is_tied_no_longer_can_be_merged() -> None:
+    model = lora_fast.apply(Model().eval(), 2, 1.0, targets=["head"])
+    model.embedding.weight = nn.Parameter(model.embedding.weight.detach().clone())
+    before = model(TOKENS)
+    model.head.merge_()
+    torch.testing.assert_close(model(TOKENS), before)
+
+
+def test_data_parallel_comes_after(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.parallel.DistributedDataParallel(Block()))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="^model: it holds a DistributedDataParallel.*call apply first"):
+            lora_fast.apply(model, 2, 1.0)
+        assert_unchanged(model, before)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_compiled_model() -> None:
+    model = torch.compile(Block(), backend="aot_eager")
+    x = torch.randn(3, 8)
+    model(x)
+    lora_fast.apply(model, 2, 1.0)
+    for parameter in trainable_parameters(model):
+        nn.init.normal_(parameter)
+    torch.testing.assert_close(model(x), model._orig_mod(x))
+
+
+def test_pefts_layers_are_adapted_already() -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    model = peft.get_peft_model(Block(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="^targets: base_model.model.q_proj adapted already; exclude them"):
+        lora_fast.apply(model, 2, 1.0)
+    assert_unchanged(model, before)
+    lora_fast.apply(model, 2, 1.0, exclude=["q_proj"])
+    assert adapted(model) == [f"base_model.model.{name}" for name in ("v_proj", "mlp.0", "mlp.2")]
 
 
 def test_more_layers_can_be_adapted_later() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_fast import backends
-from lora_fast.nn import checks
+from lora_fast.nn import checks, tied
 from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
 
 ALL_LINEAR = "all-linear"
@@ -60,9 +60,12 @@ def apply(
     batch_first=True while its fast path is on. ``torch.backends.mha.set_fastpath_enabled(False)`` before apply, and for
     as long as the model is used, makes these two ordinary linears.
 
-    Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear and
-    layers that are adapted already; TypeError for a targeted linear that is quantised (bitsandbytes, torchao),
-    distributed (DTensor), parametrized, hooked, or has a forward of its own.
+    transformers' record of tied weights follows: a tied head that is adapted saves and ties as before.
+
+    Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear,
+    layers that are adapted already, by PEFT too, and a model in a DistributedDataParallel; TypeError for a targeted
+    linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized, hooked, or has a forward of
+    its own.
     """
     rank = checks.check_rank(rank)
     alpha = checks.check_alpha(alpha)
@@ -76,6 +79,8 @@ def apply(
     for linear, names in linears.items():
         checks.check_linear(linear, names[0])
     _warn_of_large_ranks(linears, rank)
+    records = tied.moved_records(model, linears)
+    sharers = tied.sharers(model, linears)
 
     effective_alpha = SCALINGS[scaling](alpha, rank)
     adapted: dict[nn.Module, AdaptedLinear] = {}
@@ -88,11 +93,14 @@ def apply(
                 )
             else:
                 adapted[linear] = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)
+            adapted[linear].sharers = tuple(sharers[linear])
 
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in adapted:
                 setattr(parent, name, adapted[child])
+    for module, attribute, record in records:
+        setattr(module, attribute, record)
     freeze_base(model)
     return model
 
@@ -126,6 +134,11 @@ def _targeted(
         raise ValueError(
             f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
         )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: it holds a DistributedDataParallel, which would not synchronise parameters that come after it; "
+            "call apply first, and wrap the model afterwards"
+        )
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     is_target = (lambda name: True) if all_linear else _name_filter(targets, "targets")
     is_excluded = _name_filter(exclude, "exclude")
@@ -133,7 +146,7 @@ def _targeted(
 
     names: dict[nn.Module, list[str]] = {}
     for name, module in _modules_outside_adapters(model):
-        if isinstance(module, (nn.Linear, AdaptedLinear)):
+        if isinstance(module, nn.Linear) or _is_adapter(module):
             names.setdefault(module, []).append(name)
 
     linears: dict[nn.Linear, list[str]] = {}
@@ -175,8 +188,13 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         if inside and name.startswith(inside):
             continue
         yield name, module
-        if isinstance(module, AdaptedLinear):
+        if _is_adapter(module):
             inside = (name + ".",)
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Ours, or one of PEFT's layers, whose own adapters are linears too."""
+    return isinstance(module, AdaptedLinear) or any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
 
 
 def _name_filter(names: str | Iterable[str], argument: str) -> Callable[[str], bool]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lora_fast.nn import hooks
 from lora_fast.nn.names import Place, wrapped_attribute
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ def check_linear(linear: Any, name: str = "linear") -> None:
         raise TypeError(f"{name}: got {kind}, expected torch.nn.Linear")
     if parametrize.is_parametrized(linear):
         raise TypeError(f"{name}: it is parametrized; remove the parametrization first")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if hooks.has_own_forward(linear):
         raise TypeError(f"{name}: {kind} has a forward of its own; only torch.nn.Linear's forward can be replaced")
     for parameter_name in ("weight", "bias"):
         parameter: Any = linear._parameters.get(parameter_name, ...)
@@ -43,8 +44,7 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             )
         if parameter.dtype not in DTYPES:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if any(getattr(linear, registry) for registry in hooks):
+    if hooks.has_hooks(linear):
         raise TypeError(f"{name}: it has hooks, which would no longer be called; remove them and register them anew")
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import backends, functional
-from lora_fast.nn import checks, compat
+from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
+from lora_fast.nn.tied import Sharer
 from lora_fast.norm_cache import NormCache
 
 
@@ -21,6 +22,8 @@ class AdaptedLinear(nn.Module):
 
     # the axis of the gain; LoRA has no gain
     norm_axis: str = "output"
+    # what apply found to have the weight too
+    sharers: tuple[Sharer, ...] = ()
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class AdaptedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), which is Kaiming uniform with a = √5 as in PEFT; lora_B = 0."""
+        hooks.check_weight(self, "reset_parameters")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -86,6 +90,11 @@ class AdaptedLinear(nn.Module):
         return self._merged is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        if hooks.is_plain(self.linear):
+            return self._forward(x)
+        return hooks.call_inside(self.linear, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.is_merged:
             return self._merged_forward(x)
         with self._forward_default.in_force():
@@ -109,6 +118,7 @@ class AdaptedLinear(nn.Module):
 
         Its parameters are frozen, as the base's are, and shared with nobody; this layer is not touched.
         """
+        hooks.check_weight(self, "merged")
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         with torch.no_grad():
             weight = self.weight.clone()
@@ -127,10 +137,16 @@ class AdaptedLinear(nn.Module):
 
         Until :meth:`unmerge_` forward is the plain linear's, a forward in training mode raises RuntimeError, and so do
         state_dict and load_state_dict. ``keep_base=True`` keeps a copy of W on the CPU, for :meth:`unmerge_` to restore
-        its bits. A weight that other modules share changes for them too. Raises RuntimeError when merged already.
+        its bits.
+
+        Raises RuntimeError when merged already, and for a weight that another module of the model has too (a tied
+        embedding), if :func:`lora_fast.apply` made the layer: for a layer made by hand, what else has the weight is
+        not known, and changes with it.
         """
         if self.is_merged:
             raise RuntimeError("merge_: the layer is merged already")
+        hooks.check_weight(self, "merge_")
+        self._check_not_shared()
         with torch.no_grad():
             self._merged = merge(
                 self.weight,
@@ -157,9 +173,19 @@ class AdaptedLinear(nn.Module):
         """
         if self._merged is None:
             raise RuntimeError("unmerge_: the layer is not merged")
+        hooks.check_weight(self, "unmerge_")
         with torch.no_grad():
             unmerge(self.weight, self._merged, self.backend)
         self._merged = None
+
+    def _check_not_shared(self) -> None:
+        for module, name, parameter in self.sharers:
+            if module._parameters.get(parameter) is self.weight:
+                raise RuntimeError(
+                    f"merge_: the weight is that of {name!r} too, which would change with it; use merged(), or give "
+                    "the layer a weight of its own first: "
+                    "layer.linear.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)"
+                )
 
     def _gain(self) -> Tensor | None:
         """The gain that merging puts into W, without gradient."""
@@ -223,7 +249,8 @@ class LinearWithLoRA(AdaptedLinear):
 
     Raises ValueError for an adapted ``linear`` or a number out of its range, TypeError for what is not a plain
     torch.nn.Linear (quantised, distributed, parametrized, hooked, with a forward of its own), and, in forward,
-    ValueError when the base weight requires grad.
+    ValueError when the base weight requires grad and RuntimeError when ``self.linear`` was parametrized, hooked or
+    given another forward meanwhile, other than by accelerate's offloading.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
@@ -341,7 +368,7 @@ class LinearWithDoRA(AdaptedLinear):
             self.alpha,
             axis=self.norm_axis,
             detach_norm=self.detach_norm,
-            kept=self._kept_norm if self.norm_reuse else None,
+            kept=self._kept(),
             dropout_p=dropout_p,
             seed=seed,
             backend=self.backend,
@@ -361,13 +388,18 @@ class LinearWithDoRA(AdaptedLinear):
 
     def freeze_norm(self) -> None:
         """Make the gain of now a constant; see :func:`lora_fast.freeze_norms`."""
-        if self.training:
-            raise RuntimeError("freeze_norm: the layer is in training mode; call eval() first")
-        if self.is_merged:
-            raise RuntimeError("freeze_norm: the layer is merged and computes no norm; call unmerge_() first")
+        self.check_freezable("freeze_norm")
         # an inference tensor could not be used under autograd later
         with torch.inference_mode(False), torch.no_grad():
             self._frozen_gain = self._gain()
+
+    def check_freezable(self, action: str) -> None:
+        """RuntimeError where the gain of now is not one to keep."""
+        if self.training:
+            raise RuntimeError(f"{action}: a layer is in training mode; call model.eval() first")
+        if self.is_merged:
+            raise RuntimeError(f"{action}: a layer is merged and computes no norm; call unmerge_() first")
+        hooks.check_weight(self, action)
 
     def unfreeze_norm(self) -> None:
         self._frozen_gain = None
@@ -384,12 +416,18 @@ class LinearWithDoRA(AdaptedLinear):
         if self.norm_reuse and not weight.is_meta:
             # now, because torch.compile cannot make the tensors that keep the norm
             dtype = checks.magnitude_dtype(weight, self.lora_A, self.lora_B)
-            self._kept_norm.prepare(self.magnitude.shape[0], dtype, weight.device)
+            self._kept_norm.of(weight).prepare(self.magnitude.shape[0], dtype, weight.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which carries no kept norm."""
         super().__setstate__(state)
         self._forget_norm()
+
+    def _kept(self) -> NormCache | None:
+        # a trace can't see that an offloaded weight lies in new memory
+        if not self.norm_reuse or (torch.compiler.is_compiling() and hooks.may_reload(self)):
+            return None
+        return self._kept_norm
 
     def _norm(self) -> Tensor:
         return functional.weight_norm(
@@ -407,6 +445,7 @@ class LinearWithDoRA(AdaptedLinear):
         return functional.dora_gain(self.magnitude.detach(), self._norm())
 
     def _frozen_forward(self, x: Tensor, gain: Tensor) -> Tensor:
+        gain = gain.to(x.device)  # which is no parameter, so accelerate's hooks leave it where it is
         if self.norm_axis == "input":
             x, gain_after = (x * gain).to(x.dtype), None
         else:

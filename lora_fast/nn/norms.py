@@ -30,14 +30,12 @@ def freeze_norms(model: nn.Module) -> None:
     gets no gradient (its ``.grad`` is left alone) and lora_A and lora_B get theirs through the product alone: this is
     not for training, and ``train()`` unfreezes, as :func:`unfreeze_norms` does.
 
-    Raises RuntimeError, before anything is frozen, when a layer is in training mode or merged.
+    Raises RuntimeError, before anything is frozen, when a layer is in training mode, merged, or offloaded by
+    accelerate's hooks.
     """
     layers = list(_dora_layers(model))
     for layer in layers:
-        if layer.training:
-            raise RuntimeError("freeze_norms: a layer is in training mode; call model.eval() first")
-        if layer.is_merged:
-            raise RuntimeError("freeze_norms: a layer is merged and computes no norm; call unmerge_() first")
+        layer.check_freezable("freeze_norms")
     for layer in layers:
         layer.freeze_norm()
 

@@ -1,0 +1,107 @@
+"""What others put on the linear inside an adapted layer after the layer was made.
+
+The layer reads the linear's parameters and never calls it, so a hook or a forward put there would be lost without a
+word. Two kinds are served: accelerate's hooks, which bring an offloaded weight for the time of a call, so the layer
+computes inside that call; and DeepSpeed's ZeRO-3, whose parameters gather themselves when they are read. The rest is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether nothing was put on ``linear``. Asked in every forward, so it takes lookups in dicts and no more."""
+    own = vars(linear)
+    return not (
+        "forward" in own
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_modules"]  # of a parametrization
+        or type(linear).forward is not nn.Linear.forward
+    )
+
+
+def has_hooks(linear: nn.Module) -> bool:
+    return any(getattr(linear, registry) for registry in REGISTRIES)
+
+
+def has_own_forward(linear: nn.Module) -> bool:
+    """Whether calling ``linear`` runs another forward than torch.nn.Linear's."""
+    # accelerate leaves the bound method of the class on the instance when it removes its hook
+    forward = vars(linear).get("forward")
+    replaced = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward
+    return replaced or type(linear).forward is not nn.Linear.forward
+
+
+def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``compute(x)`` while accelerate's hook, if ``linear`` has one, holds the weight where it computes.
+
+    The hook moves x too. As accelerate's hooks themselves, it is for one thread at a time in one layer.
+
+    Raises RuntimeError for what ``linear`` carries that would not be called.
+    """
+    if obstacle := _obstacle(linear):
+        raise RuntimeError(obstacle)
+    if not _has_accelerate_hook(linear):
+        return compute(x)
+    own = vars(linear)
+    original = own["_old_forward"]
+    own["_old_forward"] = compute
+    try:
+        return linear(x)
+    finally:
+        own["_old_forward"] = original
+
+
+def check_weight(layer: Any, action: str) -> None:
+    """RuntimeError where the weight that ``layer`` reads outside a forward is not the one that a forward uses."""
+    if obstacle := _obstacle(layer.linear):
+        raise RuntimeError(f"{action}: {obstacle}")
+    if may_reload(layer) and any(parameter.is_meta for parameter in layer.parameters()):
+        raise RuntimeError(
+            f"{action}: the layer is offloaded, and its weight is there in a forward only; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
+        )
+
+
+def may_reload(layer: Any) -> bool:
+    """Whether accelerate may bring the layer's weight anew at each call."""
+    return _has_accelerate_hook(layer) or _has_accelerate_hook(layer.linear)
+
+
+def _obstacle(linear: nn.Module) -> str | None:
+    """What ``linear`` carries that the layer would pass over."""
+    if "ds_id" in vars(linear):  # DeepSpeed's mark on the modules of ZeRO-3
+        return None
+    if "parametrizations" in linear._modules:
+        return (
+            "linear: it was parametrized after it was adapted; call "
+            "torch.nn.utils.parametrize.remove_parametrizations on it"
+        )
+    if has_hooks(linear):
+        found = "hooks"
+    elif has_own_forward(linear) and not _has_accelerate_hook(linear):
+        found = "a forward of its own"
+    else:
+        return None
+    return (
+        f"linear: it has {found}, put on after it was adapted, but the adapted layer reads its parameters without "
+        "calling it; take that off, and put it on the adapted layer instead"
+    )
+
+
+def _has_accelerate_hook(module: nn.Module) -> bool:
+    """Of accelerate's own hooks, which move weights and activations; another's may do anything."""
+    hook = vars(module).get("_hf_hook")
+    return hook is not None and all(
+        type(part).__module__ == "accelerate.hooks" for part in (hook, *getattr(hook, "hooks", ()))
+    )
