@@ -20,7 +20,7 @@ from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, renaming
 from lora_fast.adapters.files import Adapter, AdapterLayer
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
-from lora_fast.nn.apply import freeze_base, read_without_call
+from lora_fast.nn.apply import put_in_place, read_without_call
 from lora_fast.nn.checks import check_linear, check_replaceable
 from lora_fast.nn.linear import AdaptedLinear
 from lora_fast.nn.names import Place, places, unwrapped
@@ -48,15 +48,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     inner = unwrapped(model)
     adapter = _renamed(files.read(directory), inner)
     gathering.check_summoned(inner, "load_adapter")
-    has_layers = bool(adapted_layers(inner))
-    values = _layer_values(inner, adapter) + _whole_values(inner, adapter) if has_layers else _build(inner, adapter)
+    is_plain = not adapted_layers(inner)
+    whole = _whole_values(_slots(inner), adapter)
+    values = _build(inner, adapter) if is_plain else _values_of_all(inner, adapter)
     with torch.no_grad():
-        for value in values:
+        for value in values + whole:
             value.assign()
-    if any(value.is_apart for value in values):
+    if is_plain:
+        _release(whole, adapter.trained.union(adapter.copies))
+    if any(value.is_apart for value in whole):
         _forget_ties(inner)
-    if not has_layers:
-        _release(values, adapter.trained.union(adapter.copies))
     for module in inner.modules():
         if isinstance(module, LinearWithDoRA):
             module.invalidate_norm()
@@ -128,10 +129,9 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
     return slots
 
 
-def _layer_values(model: nn.Module, adapter: Adapter) -> list[Value]:
-    """lora_A, lora_B and magnitude of every layer in the file, checked against the adapted model."""
+def _layer_values(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Value]:
+    """lora_A, lora_B and magnitude of every layer in the file, checked against the adapted layers in ``modules``."""
     where = adapter.weights_path
-    modules = {place.name: place.module for place in places(model)}
     values: dict[tuple[int, str], Value] = {}
     for name, layer in adapter.layers.items():
         module = _same_kind(name, layer, modules.get(name), where)
@@ -143,17 +143,22 @@ def _layer_values(model: nn.Module, adapter: Adapter) -> list[Value]:
             first = values.setdefault((id(module), key), value)
             if not torch.equal(first.value, value.value):
                 raise ValueError(f"{where}: {first.name} and {value.name} differ, but are one layer in the model")
-    layers = adapted_layers(model)
-    found = {id(module) for module, _ in (value.slot for value in values.values())}
-    if missing := [name for name, module in layers.items() if id(module) not in found]:
-        raise ValueError(f"{where}: {', '.join(missing[:8])} of the model is not in the file")
+    return list(values.values())
+
+
+def _values_of_all(model: nn.Module, adapter: Adapter) -> list[Value]:
+    """The values of the layers in an adapted model, which must all be in the file, in every place."""
+    values = _layer_values({place.name: place.module for place in places(model)}, adapter)
+    found = {id(value.slot[0]) for value in values}
+    if missing := [name for name, module in adapted_layers(model).items() if id(module) not in found]:
+        raise ValueError(f"{adapter.weights_path}: {', '.join(missing[:8])} of the model is not in the file")
     for names in standing_in_several(model).values():
         if missing := [name for name in names if name not in adapter.layers]:
             raise ValueError(
-                f"{where}: {', '.join(names)} are one layer in the model, of which the file does not name "
-                f"{', '.join(missing)}; load into the model without adapters, which adapts the named places alone"
+                f"{adapter.weights_path}: {', '.join(names)} are one layer in the model, of which the file does not "
+                f"name {', '.join(missing)}; load into the model without adapters, where the named places alone get one"
             )
-    return list(values.values())
+    return values
 
 
 def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: Path) -> AdaptedLinear:
@@ -175,10 +180,9 @@ def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: 
     return module
 
 
-def _whole_values(model: nn.Module, adapter: Adapter) -> list[Value]:
+def _whole_values(slots: Mapping[str, Slot], adapter: Adapter) -> list[Value]:
     """The whole tensors of the file, first those of the base model, then the copies of modules_to_save."""
     where = adapter.weights_path
-    slots = _slots(model)
     for name in (*adapter.base, *adapter.copies):
         if name not in slots:
             raise ValueError(f"{where}: {name} is not in the model")
@@ -210,7 +214,10 @@ def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
     gathering.check_whole(name, module, key, "load_adapter")
     there = gathering.own_tensor(module, key)
     if gathering.is_offloaded(module) and there.is_meta:
-        raise ValueError(f"model: {name} is offloaded by accelerate; load the adapter before that")
+        raise ValueError(
+            f"model: {name} is offloaded by accelerate; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
+        )
     if there.shape != value.shape:
         resize = ""
         if there.dim() == value.dim() == 2 and there.shape[1] == value.shape[1]:
@@ -227,27 +234,24 @@ def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
 
 
 def _build(model: nn.Module, adapter: Adapter) -> list[Value]:
-    """Put the file's layers into a model that has none; the model is as before if that fails."""
-    at = _linears(model, adapter)
+    """Put the file's layers into a model that has none, in the places that it names; their values."""
+    standing = _linears(model, adapter)
     dropout = adapter.config.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{adapter.config_path}: lora_dropout is {dropout!r}, expected a number in [0, 1)")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    by_linear: dict[int, AdaptedLinear] = {}
     try:
-        layers: dict[int, AdaptedLinear] = {}
-        for name, place in at.items():
-            assert place.holder is not None
-            if id(place.module) not in layers:
-                layers[id(place.module)] = _adapted(place.module, adapter.layers[name], dropout)
-            setattr(place.holder, place.attribute, layers[id(place.module)])
-        values = _layer_values(model, adapter) + _whole_values(model, adapter)
+        for name, place in standing.items():
+            if id(place.module) not in by_linear:
+                by_linear[id(place.module)] = _adapted(place.module, adapter.layers[name], dropout)
+        layers = {name: by_linear[id(place.module)] for name, place in standing.items()}
+        values = _layer_values(layers, adapter)
     except BaseException:
-        for place in at.values():
-            setattr(place.holder, place.attribute, place.module)
-        for parameter, flag in flags:
+        for parameter, flag in flags:  # a layer freezes its linear
             parameter.requires_grad_(flag)
         raise
-    freeze_base(model)
+    put_in_place(model, [(place, layers[name]) for name, place in standing.items()])
     return values
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from lora_fast import backends
 from lora_fast.nn import checks, tied
 from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
+from lora_fast.nn.names import Place, places, unwrapped
 
 ALL_LINEAR = "all-linear"
 # where transformers' ...ForSequenceClassification models keep their head, as PEFT looks for it
@@ -48,7 +49,8 @@ def apply(
 
     Args:
         rank, alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend: as in :class:`LinearWithDoRA`.
-        targets: as in PEFT. "all-linear": every linear but the output head (transformers' ``get_output_embeddings()``,
+        targets: as in PEFT, by the names that the model has without wrappers (torch.compile, checkpoint_wrapper) in it
+            or around it. "all-linear": every linear but the output head (transformers' ``get_output_embeddings()``,
             and the ``score`` or ``classifier`` of its sequence classification models). Names: each the whole name of a
             module, or its end after a dot. Another str: a regular expression that matches the whole name.
         exclude: names or a regular expression, in the same form, to leave alone.
@@ -64,8 +66,8 @@ def apply(
 
     Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear,
     layers that are adapted already, by PEFT too, and a model in a DistributedDataParallel; TypeError for a targeted
-    linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized, hooked, or has a forward of
-    its own.
+    linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized, hooked, compiled by itself,
+    or has a forward of its own.
     """
     rank = checks.check_rank(rank)
     alpha = checks.check_alpha(alpha)
@@ -76,33 +78,45 @@ def apply(
     if scaling not in SCALINGS:
         raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(map(repr, SCALINGS))}")
     linears = _targeted(model, targets, exclude)
-    for linear, names in linears.items():
-        checks.check_linear(linear, names[0])
+    for linear, standing in linears.items():
+        checks.check_linear(linear, standing[0].name)
+        for place in standing:
+            checks.check_replaceable(place)
     _warn_of_large_ranks(linears, rank)
-    records = tied.moved_records(model, linears)
-    sharers = tied.sharers(model, linears)
 
     effective_alpha = SCALINGS[scaling](alpha, rank)
-    adapted: dict[nn.Module, AdaptedLinear] = {}
+    layers: list[tuple[Place, AdaptedLinear]] = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="rank .* is above min")  # said above, once for all layers
-        for linear in linears:
+        for linear, standing in linears.items():
+            layer: AdaptedLinear
             if dora:
-                adapted[linear] = LinearWithDoRA(
+                layer = LinearWithDoRA(
                     linear, rank, effective_alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend
                 )
             else:
-                adapted[linear] = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)
-            adapted[linear].sharers = tuple(sharers[linear])
+                layer = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)
+            layers += [(place, layer) for place in standing]
+    put_in_place(model, layers)
+    return model
 
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in adapted:
-                setattr(parent, name, adapted[child])
+
+def put_in_place(model: nn.Module, layers: list[tuple[Place, AdaptedLinear]]) -> None:
+    """Replace the linear at each place by the layer made of it, and freeze everything else in ``model``."""
+    linears = {layer.linear for _, layer in layers}
+    records = tied.moved_records(model, linears)
+    sharers = tied.sharers(model, linears)
+    for place, layer in layers:
+        setattr(place.holder, place.attribute, layer)
+        layer.sharers = tuple(sharers[layer.linear])
+    by_linear = {layer.linear: layer for _, layer in layers}
+    for place in places(model):  # a linear that stood in several places can be left in one
+        left = by_linear.get(place.module) if isinstance(place.module, nn.Linear) else None
+        if left is not None and place.holder is not left:
+            left.sharers += (tied.Sharer(place.module, place.name, "weight"),)
     for module, attribute, record in records:
         setattr(module, attribute, record)
-    freeze_base(model)
-    return model
+    _freeze_base(model)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -128,9 +142,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def _targeted(
     model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str]
-) -> dict[nn.Linear, list[str]]:
-    """The linears to replace, each with its names; ValueError when there is none or one is adapted already."""
-    if isinstance(model, (nn.Linear, AdaptedLinear)):
+) -> dict[nn.Linear, list[Place]]:
+    """The linears to replace, each with its places; ValueError when there is none or one is adapted already."""
+    if isinstance(unwrapped(model), (nn.Linear, AdaptedLinear)):
         raise ValueError(
             f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
         )
@@ -144,18 +158,19 @@ def _targeted(
     is_excluded = _name_filter(exclude, "exclude")
     heads = _output_heads(model) if all_linear else set()
 
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in _modules_outside_adapters(model):
-        if isinstance(module, nn.Linear) or _is_adapter(module):
-            names.setdefault(module, []).append(name)
+    standing: dict[nn.Module, list[Place]] = {}
+    for place in _places_outside_adapters(model):
+        if isinstance(place.module, nn.Linear) or _is_adapter(place.module):
+            standing.setdefault(place.module, []).append(place)
 
-    linears: dict[nn.Linear, list[str]] = {}
+    linears: dict[nn.Linear, list[Place]] = {}
     adapted: list[str] = []
-    for module, known_as in names.items():
+    for module, at in standing.items():
+        known_as = [place.name for place in at]
         if module in heads or any(map(is_excluded, known_as)) or not any(map(is_target, known_as)):
             continue
         if isinstance(module, nn.Linear):
-            linears[module] = known_as
+            linears[module] = at
         else:
             adapted += known_as
     if adapted:
@@ -163,9 +178,9 @@ def _targeted(
 
     never_called = set(read_without_call(model))
     left_out = [linear for linear in linears if linear in never_called]
-    names_left_out = [name for linear in left_out for name in linears.pop(linear)]
+    names_left_out = [place.name for linear in left_out for place in linears.pop(linear)]
     if not linears:
-        present = [known_as[0] for module, known_as in names.items() if isinstance(module, nn.Linear)]
+        present = [at[0].name for module, at in standing.items() if isinstance(module, nn.Linear)]
         raise ValueError(
             f"targets: {targets!r} with exclude={exclude!r} match no linear that can be adapted; "
             + (f"the model's linears are {_shortened(present)}" if present else "the model has no torch.nn.Linear")
@@ -181,15 +196,15 @@ def _targeted(
     return linears
 
 
-def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules with every name of a shared module, without what is inside an adapted layer."""
+def _places_outside_adapters(model: nn.Module) -> Iterator[Place]:
+    """The places of every module but of those inside an adapted layer."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
+    for place in places(model):
+        if inside and place.name.startswith(inside):
             continue
-        yield name, module
-        if _is_adapter(module):
-            inside = (name + ".",)
+        yield place
+        if _is_adapter(place.module):
+            inside = (place.name + ".",)
 
 
 def _is_adapter(module: nn.Module) -> bool:
@@ -235,8 +250,8 @@ def read_without_call(model: nn.Module) -> Iterator[nn.Module]:
             yield from (module.linear1, module.linear2)
 
 
-def _warn_of_large_ranks(linears: dict[nn.Linear, list[str]], rank: int) -> None:
-    small = [names[0] for linear, names in linears.items() if rank > min(linear.in_features, linear.out_features)]
+def _warn_of_large_ranks(linears: dict[nn.Linear, list[Place]], rank: int) -> None:
+    small = [at[0].name for linear, at in linears.items() if rank > min(linear.in_features, linear.out_features)]
     if small:
         warnings.warn(f"rank {rank} is above min(in_features, out_features) of {_shortened(small)}", stacklevel=3)
 
@@ -246,7 +261,7 @@ def _adapter_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
     return {parameter: None for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
-def freeze_base(model: nn.Module) -> None:
+def _freeze_base(model: nn.Module) -> None:
     adapters = _adapter_parameters(model)
     for parameter in model.parameters():
         if parameter not in adapters:
