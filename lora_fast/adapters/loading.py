@@ -45,9 +45,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     DeepSpeed ZeRO-3, the meta device); TypeError for a layer that cannot be adapted (see ``apply``); RuntimeError for a
     merged layer. Needs safetensors.
     """
+    gathering.check_summoned(model, "load_adapter")
     inner = unwrapped(model)
     adapter = _renamed(files.read(directory), inner)
-    gathering.check_summoned(inner, "load_adapter")
     is_plain = not adapted_layers(inner)
     whole = _whole_values(_slots(inner), adapter)
     values = _build(inner, adapter) if is_plain else _values_of_all(inner, adapter)

@@ -39,8 +39,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     the meta device), and for what PEFT's files cannot say: ``norm_axis="input"``, LoRA and DoRA in one model. Needs
     safetensors.
     """
-    model = unwrapped(model)
     gathering.check_summoned(model, "save_adapter")
+    model = unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no LinearWithLoRA or LinearWithDoRA; build it with lora_fast.apply")

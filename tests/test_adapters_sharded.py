@@ -1,0 +1,112 @@
+"""Two processes over gloo: adapters of models in FSDP2, FSDP1 and DDP are saved and loaded whole, or say how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lora_fast
+
+pytest.importorskip("safetensors", reason="the adapters extra is not installed")
+from safetensors.torch import load_file
+
+from lora_fast.adapters.files import WEIGHTS_NAME
+
+WORLD = 2
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2)), nn.Linear(4, 3)
+    )
+
+
+def trained() -> nn.Sequential:
+    """The same in every process: an odd rank and number of outputs, which two processes cannot share evenly."""
+    model = lora_fast.apply(plain(), 3, 6.0, targets=r"\d\.\d")
+    model[2].requires_grad_(True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def sharded(model: nn.Sequential) -> nn.Module:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def check_file(folder: Path, wanted: dict[str, Tensor]) -> None:
+    dist.barrier()  # the first process writes
+    saved = load_file(folder / WEIGHTS_NAME)
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+
+
+def check_fsdp2(tmp: Path, wanted: dict[str, Tensor]) -> None:
+    model = sharded(trained())
+    lora_fast.save_adapter(model, tmp / "fsdp2")
+    check_file(tmp / "fsdp2", wanted)
+    model(torch.ones(2, 4)).sum().backward()
+    lora_fast.save_adapter(model, tmp / "after a step")
+    check_file(tmp / "after a step", wanted)
+
+    other = lora_fast.apply(plain(), 3, 6.0, targets=r"\d\.\d")
+    other[2].requires_grad_(True)
+    lora_fast.load_adapter(sharded(other), tmp / "fsdp2")
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(other(x), trained()(x))
+
+
+def check_fsdp1(tmp: Path, wanted: dict[str, Tensor]) -> None:
+    model = FullyShardedDataParallel(trained(), use_orig_params=True, device_id=torch.device("cpu"))
+    for function in (lora_fast.save_adapter, lora_fast.load_adapter):
+        with pytest.raises(ValueError, match=r"inside `with FullyShardedDataParallel.summon_full_params\(model\):`"):
+            function(model, tmp / "fsdp2")
+    with FullyShardedDataParallel.summon_full_params(model):
+        if dist.get_rank() == 0:
+            lora_fast.save_adapter(model, tmp / "fsdp1")
+    check_file(tmp / "fsdp1", wanted)
+
+
+def check_ddp(tmp: Path, wanted: dict[str, Tensor]) -> None:
+    model = DistributedDataParallel(trained())
+    if dist.get_rank() == 0:
+        lora_fast.save_adapter(model, tmp / "ddp")
+    check_file(tmp / "ddp", wanted)
+    lora_fast.load_adapter(model, tmp / "ddp")
+
+
+def process(rank: int, tmp: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp / 'store'}", rank=rank, world_size=WORLD)
+    try:
+        if rank == 0:
+            lora_fast.save_adapter(trained(), tmp / "whole")
+        dist.barrier()
+        wanted = load_file(tmp / "whole" / WEIGHTS_NAME)
+        check_fsdp2(tmp, wanted)
+        check_fsdp1(tmp, wanted)
+        check_ddp(tmp, wanted)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    mp.spawn(process, args=(tmp_path,), nprocs=WORLD)
