@@ -141,6 +141,28 @@ def test_of_two_stored_ends_that_are_said_to_be_tied_the_other_is_kept(tmp_path:
     assert after["tie_word_embeddings"] is False
 
 
+def test_what_is_written_into_the_base_model_changes_both_stored_ends(tmp_path: Path) -> None:
+    base = llama(tie=False) | {HEAD: torch.zeros(9, 4)}
+    tensors, after = merge(tmp_path, lora(Q) | {EMBEDDING: torch.ones(9, 4)}, base, base_config=LLAMA)
+    assert torch.equal(tensors[HEAD], torch.ones(9, 4))
+    assert torch.equal(tensors[EMBEDDING], torch.ones(9, 4))
+    assert after == LLAMA
+
+
+def test_two_stored_ends_of_different_content_are_not_tied(tmp_path: Path) -> None:
+    """Whatever config.json says: transformers does not tie them either."""
+    base = llama(tie=False) | {HEAD: torch.full((9, 4), 3.0)}
+    tensors, after = merge(tmp_path, lora(Q) | {EMBEDDING: torch.ones(9, 4)}, base, base_config=LLAMA)
+    assert torch.equal(tensors[HEAD], torch.full((9, 4), 3.0))
+    assert after == LLAMA
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    adapter = lora("layers.0.self_attn.q_proj") | lora(Q)
+    with pytest.raises(ValueError, match=rf"are both the checkpoint's {Q}.weight"):
+        merge(tmp_path, adapter, llama(), base_config=LLAMA)
+
+
 def test_another_end_of_a_tie_that_the_new_configuration_ends_is_written_too(tmp_path: Path) -> None:
     """BERT's head has a bias that is tied by the same word in config.json as its weight."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -281,3 +303,20 @@ def test_integers_of_a_saved_module(tmp_path: Path) -> None:
     adapter = lora("q") | {"norm.weight": torch.zeros(4), "norm.count": count}
     tensors, _ = merge(tmp_path, adapter, base, {"modules_to_save": ["norm"]})
     assert tensors["norm.count"].item() == 7
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_a_dilation_that_peft_s_lora_A_does_not_have_is_refused(unit: int, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    dac = {
+        "architectures": ["DacModel"], "model_type": "dac", "encoder_hidden_size": 4, "decoder_hidden_size": 4,
+        "downsampling_ratios": [2], "n_codebooks": 1, "codebook_size": 4, "codebook_dim": 2,
+    }  # fmt: skip
+    name = f"encoder.block.0.res_unit{unit}.conv1"  # dilation 1, and 3
+    adapter = {f"{name}.lora_A.weight": torch.ones(1, 4, 7), f"{name}.lora_B.weight": torch.ones(4, 1, 1)}
+    base = {f"{name}.weight": torch.zeros(4, 4, 7)}
+    if unit == 1:
+        assert torch.equal(merge(tmp_path, adapter, base, base_config=dac)[0][f"{name}.weight"], torch.ones(4, 4, 7))
+    else:
+        with pytest.raises(ValueError, match="a convolution with a dilation or a padding_mode"):
+            merge(tmp_path, adapter, base, base_config=dac)

@@ -74,10 +74,20 @@ class Architecture:
 
     def is_transposed(self, module: str) -> bool | None:
         """Whether the module's weight is [in, out], as transformers' Conv1D stores it; None for an unknown module."""
-        found = dict(self.model.named_modules(remove_duplicate=False)).get(module)
+        found = self._module(module)
         if found is None:
             return None
         return type(found).__name__ == "Conv1D" and not isinstance(found, nn.Conv1d)
+
+    def is_plain_convolution(self, module: str) -> bool:
+        """Whether the module, if it is a convolution, has what PEFT gives its lora_A: no dilation, and zeros around."""
+        found = self._module(module)
+        if not isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return True
+        return found.padding_mode == "zeros" and set(found.dilation) == {1}
+
+    def _module(self, name: str) -> nn.Module | None:
+        return dict(self.model.named_modules(remove_duplicate=False)).get(name)
 
 
 def renaming(model: Any, present: Collection[str]) -> Callable[[str], str]:

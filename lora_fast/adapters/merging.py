@@ -65,48 +65,55 @@ class _Planner:
         self.transposed = transposed_layers(adapter, layer_keys, self.resolver, fan_in_fan_out)
 
     def plan(self) -> Plan:
-        changes = {key: self._changes(key) for key in sorted(set(self.keys.values()))}
-        apart = [end for ends in changes.values() for end in self._parted(ends)] + self._parted_twins(changes)
+        groups = {frozenset((key, *self.resolver.twins(key))): None for key in sorted(set(self.keys.values()))}
+        changes: dict[str, dict[str, Change]] = {}
+        apart: list[str] = []
+        for group in groups:
+            found = self._changes(sorted(group))
+            changes |= found
+            apart += _parted(change for ends in found.values() for change in ends.items())
         config = architecture.untied(self.checkpoint.config) if apart else self.checkpoint.config
         config = self._with_vocabulary(config, changes)
         after = self._architecture(config, apart)
 
+        added = self._untied(after) if apart else {}
         edits: dict[str, Edit] = {}
         merged: set[str] = set()
-        for key, ends in changes.items():
-            edits[key] = self._edit(key, ends[self.resolver.end_at(key)])
-            merged |= {key} if ends[self.resolver.end_at(key)].layer is not None else set()
-        added = self._untied(after) if apart else {}
-        for end, key in added.items():
-            change = changes.get(key, {}).get(end, Change())
-            edits[end] = self._edit(key, change)
-            merged |= {end} if change.layer is not None else set()
+        for target, key in [*((key, key) for key in changes), *added.items()]:
+            change = changes.get(key, {}).get(self.resolver.end_at(target), Change())
+            if target in added or change != Change():
+                edits[target] = self._edit(key, change)
+            if change.layer is not None:
+                merged.add(target)
         self._check_shapes(after, edits, added)
         return Plan(edits, merged, added, None if config == self.checkpoint.config else config)
 
-    def _changes(self, key: str) -> dict[str, Change]:
-        """What becomes of each end of ``key``, its own name first."""
-        ends = self.resolver.ends(key)
-        named = {wanted: self.resolver.end_of(wanted, key) for wanted, other in self.keys.items() if other == key}
-        for wanted, end in named.items():
-            if end not in ends:
+    def _changes(self, group: list[str]) -> dict[str, dict[str, Change]]:
+        """What becomes of each end of each key of ``group``, which are one tensor in the model."""
+        end_of = {wanted: (key, self.resolver.end_of(wanted, key)) for wanted, key in self.keys.items() if key in group}
+        base = self._base(end_of)
+        changes = {key: {end: Change(base) for end in self.resolver.ends(key)} for key in group}
+        named: dict[str, str] = {}
+        for wanted, (key, end) in end_of.items():
+            if end not in changes[key]:
                 raise ValueError(f"{self.checkpoint.folder}: {wanted} of the adapter is not the checkpoint's {key}")
-        base = self._base(named)
-        changes = {end: Change(base) for end in ends}
-        for wanted, end in named.items():
-            if (copy := self.adapter.copies.get(wanted)) is not None:
-                changes[end] = Change(copy)
-            name = wanted.removesuffix(".weight")
-            if wanted.endswith(".weight") and (layer := self.adapter.layers.get(name)) is not None:
-                if changes[end].layer is not None or wanted in self.adapter.copies:
-                    raise ValueError(f"{self.adapter.weights_path}: has two values for {key}: {name}")
-                changes[end] = Change(base, layer, self.transposed[name])
-        self._check_not_secretly_tied(key, changes)
-        for change in changes.values():
-            self._check_fits(key, change)
+            layer = self.adapter.layers.get(wanted.removesuffix(".weight")) if wanted.endswith(".weight") else None
+            copy = self.adapter.copies.get(wanted)
+            if layer is None and copy is None:
+                continue
+            if named.setdefault(end, wanted) != wanted or (layer is not None and copy is not None):
+                raise ValueError(
+                    f"{self.adapter.weights_path}: {named[end]} and {wanted} are both the checkpoint's {key}"
+                )
+            is_transposed = layer is not None and self.transposed[wanted.removesuffix(".weight")]
+            changes[key][end] = Change(base if copy is None else copy, layer, is_transposed)
+        for key, ends in changes.items():
+            self._check_not_secretly_tied(key, ends)
+            for change in ends.values():
+                self._check_fits(key, change)
         return changes
 
-    def _base(self, named: dict[str, str]) -> Tensor | None:
+    def _base(self, named: Iterable[str]) -> Tensor | None:
         """What the adapter has for the base model's own tensor, whichever end it calls it by."""
         found = {wanted: self.adapter.base[wanted] for wanted in named if wanted in self.adapter.base}
         first = next(iter(found.values()), None)
@@ -144,12 +151,17 @@ class _Planner:
             raise ValueError(
                 f"{where}: has lora_A {list(lora_A.shape)} for the convolution {key}, which has {list(shape)}"
             )
+        module = self.resolver.end_at(key).removesuffix(".weight")
+        if self.resolver.known is not None and not self.resolver.known.is_plain_convolution(module):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {key} is a convolution with a dilation or a padding_mode, which PEFT does "
+                "not give to its lora_A, so that no weight computes what the two do together; keep the adapter"
+            )
 
     def _check_not_secretly_tied(self, key: str, changes: dict[str, Change]) -> None:
         """Refuse what is perhaps an embedding and the output head in one, while nothing tells the head's name."""
         entry, config = self.entries[key], self.checkpoint.config
-        own = next(iter(changes))
-        if own in self.resolver.stored or not entry.shape:
+        if self.resolver.end_at(key) in self.resolver.stored or not entry.shape:
             return
         is_embedding = any(change.layer is not None and change.layer.is_embedding for change in changes.values())
         words = architecture.vocabulary(config)
@@ -157,7 +169,7 @@ class _Planner:
             return
         if architecture.has_no_head(config):
             return
-        twin = any(other != key and own.shape == entry.shape for other, own in self.entries.items())
+        twin = any(other.shape == entry.shape for other in self.entries.values() if other is not entry)
         said_apart = not architecture.is_maybe_tied(config) and not config.get("is_encoder_decoder")
         if said_apart or (twin and not architecture.says_tied(config)):
             return
@@ -166,22 +178,6 @@ class _Planner:
             f"that merging would change both, and the head's name is not known: {architecture.why_unknown(config)}; or "
             "keep the adapter, or untie them first"
         )
-
-    def _parted(self, ends: dict[str, Change]) -> list[str]:
-        """The ends that are no longer what the first of them is."""
-        own = next(iter(ends.values()))
-        return [end for end, change in ends.items() if not change.same_as(own)]
-
-    def _parted_twins(self, changes: dict[str, dict[str, Change]]) -> list[str]:
-        """The same of ends that the file has though they are tied."""
-        parted = []
-        for key, ends in changes.items():
-            own = next(iter(ends.values()))
-            for twin in self.resolver.twins(key):
-                there = changes.get(twin)
-                if there is None or not own.same_as(next(iter(there.values()))):
-                    parted.append(self.resolver.end_at(twin))
-        return parted
 
     def _architecture(self, config: dict[str, Any], apart: list[str]) -> Architecture | None:
         """What transformers builds from the new config.json; ValueError if it ties what has to differ."""
@@ -263,6 +259,12 @@ class _Planner:
                     f"{self.adapter.weights_path}: has another vocabulary than {self.checkpoint.folder}, but not for "
                     f"{key}, which would have {list(shape)} where the model has {list(expected or ())}"
                 )
+
+
+def _parted(ends: Iterable[tuple[str, Change]]) -> list[str]:
+    """The ends that are no longer what the first of them is."""
+    (_, first), *others = ends
+    return [end for end, change in others if not change.same_as(first)]
 
 
 def _shape(entry: Entry, change: Change) -> tuple[int, ...]:
