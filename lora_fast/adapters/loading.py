@@ -101,7 +101,8 @@ def _renamed(adapter: Adapter, model: nn.Module) -> Adapter:
     def follow(names: Mapping[str, Any], suffix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in names.items():
-            here = name if name + suffix in present else rename(name + suffix).removesuffix(suffix)
+            renamed = rename(name + suffix)
+            here = renamed.removesuffix(suffix) if name + suffix not in present and renamed in present else name
             if here in found:
                 raise ValueError(f"{adapter.weights_path}: {name} and another name of the file are {here} in the model")
             found[here] = value
@@ -141,7 +142,7 @@ def _layer_values(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Va
                 continue
             value = _value(f"{name}.{key}", (module, key), part, where)
             first = values.setdefault((id(module), key), value)
-            if not torch.equal(first.value, value.value):
+            if first is not value and not torch.equal(first.value, value.value):
                 raise ValueError(f"{where}: {first.name} and {value.name} differ, but are one layer in the model")
     return list(values.values())
 
