@@ -49,7 +49,8 @@ def merge_checkpoint(
 
     Args:
         base: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Its other files
-            (configuration, tokenizer) are copied; other formats of the weights and subfolders are not. config.json
+            (configuration, tokenizer) are copied; other formats of the weights, subfolders and an adapter's
+            configuration are not. config.json
             changes in ``vocab_size`` where the adapter's vocabulary is another, and in ``tie_word_embeddings`` where
             the head and the embedding have to part.
         adapter: a folder in PEFT's format; LoRA or DoRA on linear layers, transformers' Conv1D, embeddings and
@@ -65,7 +66,9 @@ def merge_checkpoint(
     Raises ValueError for a file that is damaged, quantised, does not fit the other, or leaves open what the result has
     to be, FileNotFoundError, FileExistsError, and ModuleNotFoundError without safetensors. Nothing is written then.
     """
-    base, out = Path(base), Path(out)
+    base, out = Path(base), Path(out).absolute()
+    if out.is_symlink():
+        raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
     update = files.read(adapter)
@@ -73,7 +76,7 @@ def merge_checkpoint(
     plan = merging.plan(source, update, fan_in_fan_out)
     names = {shard.path.name for shard in source.shards}
     others = [path for path in sorted(base.iterdir()) if path.name not in names]
-    copied = [path for path in others if path == source.index or (path.is_file() and not checkpoints.is_weights(path))]
+    copied = [path for path in others if path == source.index or _is_to_copy(path)]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -101,6 +104,11 @@ def merge_checkpoint(
         left_out=update.left_out,
         not_copied=[path.name for path in others if path not in copied],
     )
+
+
+def _is_to_copy(path: Path) -> bool:
+    """Not weights, and not an adapter's configuration, of which transformers would take OUT for an adapter."""
+    return path.is_file() and not checkpoints.is_weights(path) and path.name != files.CONFIG_NAME
 
 
 def _outputs(shard: Shard, plan: Plan) -> list[Output]:

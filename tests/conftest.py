@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +187,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     torch.set_default_device(None)
     if torch.cuda.memory_reserved() > 1 << 30:  # a dozen workers share the GPU
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate has one state a process, which the first Accelerator, or Trainer, decides."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=[pytest.param("amx", marks=pytest.mark.amx), pytest.param("vectors", marks=pytest.mark.native)])

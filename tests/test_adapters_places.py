@@ -242,11 +242,19 @@ class Named(nn.Module):
         self.block.gamma = nn.Parameter(torch.ones(4))
         self.norm = nn.BatchNorm1d(4)
         self.token = nn.Parameter(torch.zeros(4))
+        self.out, self.layer, self.lora_head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scales = nn.ParameterList([torch.ones(4), torch.zeros(4)])
+        self.twice = nn.ModuleList([nn.LayerNorm(4)])
+        self.again = self.twice[0]
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.block["norm"](self.block["q"](x + self.token)) * self.block.gamma
-        return self.classifier(torch.tanh(self.pre_classifier(self.norm(y))))
+        y = (
+            self.lora_head(self.again(self.layer(self.twice[0](self.out(self.norm(y)))))) * self.scales[0]
+            + self.scales[1]
+        )
+        return self.classifier(torch.tanh(self.pre_classifier(y)))
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -260,6 +268,10 @@ class Named(nn.Module):
         (Named, ["classifier", "norm", "token", "block.gamma", "block.norm"]),
         (Named, ["block.gamma"]),
         (Named, ["token"]),
+        (Named, ["out", "layer"]),  # ends of names that PEFT gives to parts of its layers
+        (Named, ["lora_head"]),
+        (Named, ["scales"]),  # which PEFT cannot save as a module
+        (Named, ["again"]),  # of which PEFT would make two
     ],
     ids=lambda value: (
         value if isinstance(value, str) else "-".join(value) if isinstance(value, list) else value.__name__
@@ -269,7 +281,8 @@ def test_what_was_trained_is_saved_and_loads_everywhere(
     make: Callable[[], nn.Module], released: list[str], dora: bool, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = lora_fast.apply(make(), 2, 4.0, dora=dora, exclude=["4", "classifier"])
+    untouched = ["4", "classifier", "out", "layer", "lora_head"]
+    model = lora_fast.apply(make(), 2, 4.0, dora=dora, exclude=untouched)
     for name in released:
         found: Any = model
         for part in name.split("."):

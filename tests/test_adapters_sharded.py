@@ -90,6 +90,8 @@ def check_ddp(tmp: Path, wanted: dict[str, Tensor]) -> None:
         lora_fast.save_adapter(model, tmp / "ddp")
     check_file(tmp / "ddp", wanted)
     lora_fast.load_adapter(model, tmp / "ddp")
+    with pytest.raises(ValueError, match="put the adapters in first, and wrap the model afterwards"):
+        lora_fast.load_adapter(DistributedDataParallel(plain()), tmp / "ddp")
 
 
 def process(rank: int, tmp: Path) -> None:

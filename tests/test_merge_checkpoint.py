@@ -90,6 +90,27 @@ def test_every_layer_is_that_of_merged(shards: int, dora: bool, dtype: torch.dty
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
+def test_an_adapter_s_configuration_is_not_copied(base: Path, tmp_path: Path) -> None:
+    """transformers would take OUT for an adapter of BASE."""
+    adapter(base)
+    done = merge_checkpoint(base, base, tmp_path / "out")
+    assert CONFIG_NAME in done.not_copied
+    assert not (tmp_path / "out" / CONFIG_NAME).exists()
+
+
+def test_out_can_be_the_working_directory_but_no_link(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(tmp_path / "adapter")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="is a symbolic link"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "link")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    merge_checkpoint(base, tmp_path / "adapter", ".")
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
 def test_whole_modules_and_biases_are_replaced(base: Path, tmp_path: Path) -> None:
     adapted = lora_fast.apply(model(), 4, 8, targets=["0", "1"])
     adapted[2].requires_grad_(True)

@@ -31,6 +31,18 @@ def test_a_prefix_taken_away_and_one_added_are_two_places(tmp_path: Path) -> Non
         merge(tmp_path, lora("text.enc.q"), base)
 
 
+def test_towers_at_different_depths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"could be text.model.enc.q.weight, vision.enc.q.weight"):
+        merge(tmp_path, lora("enc.q"), {"vision.enc.q.weight": W.clone(), "text.model.enc.q.weight": W.clone()})
+
+
+def test_a_prefix_of_several_parts(tmp_path: Path) -> None:
+    tensors, _ = merge(
+        tmp_path, lora("enc.q"), {"text.model.enc.q.weight": W.clone(), "text.model.q.weight": W.clone()}
+    )
+    assert torch.equal(tensors["text.model.enc.q.weight"], MERGED)
+
+
 def test_the_checkpoint_s_own_name_is_no_guess(tmp_path: Path) -> None:
     tensors, _ = merge(tmp_path, lora("enc"), {"enc.weight": W.clone(), "text.enc.weight": W.clone()})
     assert torch.equal(tensors["enc.weight"], MERGED)

@@ -184,18 +184,70 @@ def test_another_end_of_a_tie_that_the_new_configuration_ends_is_written_too(tmp
     assert torch.equal(tensors["cls.predictions.decoder.weight"], base["bert.embeddings.word_embeddings.weight"])
 
 
-def test_what_is_tied_whatever_the_configuration_says_is_refused(tmp_path: Path) -> None:
+T5 = {
+    "model_type": "t5", "d_model": 4, "d_kv": 4, "d_ff": 4, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 1,
+    "vocab_size": 9, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tie", [True, False, None])
+@pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize("what", ["shared", "encoder.embed_tokens"])
+def test_t5_s_embeddings_cannot_part(name: str, tie: bool | None, what: str, tmp_path: Path) -> None:
+    """transformers ties them always; the head of later checkpoints is stored, with a content of its own."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    t5 = {
-        "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4, "d_kv": 4, "d_ff": 4, "num_layers": 1,
-        "num_heads": 1, "vocab_size": 9,
-    }  # fmt: skip
-    model = transformers.T5EncoderModel(transformers.T5Config(**t5))
-    base = {
-        name: tensor.clone() for name, tensor in model.state_dict().items() if name != "encoder.embed_tokens.weight"
-    }
+    model = getattr(transformers, name)(transformers.T5Config(**T5))
+    base = {key: tensor.clone() for key, tensor in model.state_dict().items() if "embed_tokens" not in key}
+    if "lm_head.weight" in base:
+        base["lm_head.weight"] += 1
+    base_config = {"architectures": [name], **T5, **({} if tie is None else {"tie_word_embeddings": tie})}
     with pytest.raises(ValueError, match="is tied to another tensor whatever config.json says"):
-        merge(tmp_path, embedding_lora("shared"), base, base_config=t5)
+        merge(tmp_path, embedding_lora(what), base, base_config=base_config)
+
+
+def test_t5_s_stored_head_merges(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+    base = {key: tensor.clone() for key, tensor in model.state_dict().items() if "embed_tokens" not in key}
+    base["lm_head.weight"] += 1
+    adapter = {"lm_head.lora_A.weight": torch.ones(1, 4), "lm_head.lora_B.weight": torch.ones(9, 1)}
+    base_config = {"architectures": ["T5ForConditionalGeneration"], **T5, "tie_word_embeddings": False}
+    tensors, after = merge(tmp_path, adapter, base, base_config=base_config)
+    assert torch.equal(tensors["lm_head.weight"], base["lm_head.weight"] + 1)
+    assert torch.equal(tensors["shared.weight"], base["shared.weight"])
+    assert after == base_config
+
+
+def test_a_model_that_computes_otherwise_when_untied_is_refused(tmp_path: Path) -> None:
+    """Switch Transformers scales what goes into a tied head."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    switch = {**T5, "model_type": "switch_transformers", "num_experts": 2, "tie_word_embeddings": True}
+    model = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**switch))
+    base = {key: tensor.clone() for key, tensor in model.state_dict().items() if "embed_tokens" not in key}
+    del base["lm_head.weight"]
+    adapter = {"lm_head.lora_A.weight": torch.ones(1, 4), "lm_head.lora_B.weight": torch.ones(9, 1)}
+    base_config = {
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        **switch,
+        "tie_word_embeddings": True,
+    }
+    with pytest.raises(ValueError, match=r"computes something else too when tie_word_embeddings .* is false"):
+        merge(tmp_path, adapter, base, base_config=base_config)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_embedding_whose_head_the_checkpoint_lacks(tie: bool, tmp_path: Path) -> None:
+    """The adapter's "model." is the name of this checkpoint's model inside one with a head."""
+    base = {name.removeprefix("model."): tensor for name, tensor in llama().items()}
+    base_config = {**LLAMA, "architectures": ["LlamaModel"], "tie_word_embeddings": tie}
+    if tie:
+        with pytest.raises(
+            ValueError, match="embed_tokens.weight may be tied to the head of the model that the adapter"
+        ):
+            merge(tmp_path, embedding_lora("model.embed_tokens"), base, base_config=base_config)
+    else:
+        tensors, _ = merge(tmp_path, embedding_lora("model.embed_tokens"), base, base_config=base_config)
+        assert torch.equal(tensors["embed_tokens.weight"], torch.ones(9, 4))
 
 
 @pytest.mark.parametrize("head", ["BertModel", "LlamaForSequenceClassification", "DistilBertForTokenClassification"])

@@ -184,7 +184,7 @@ def test_data_parallel_comes_after(tmp_path: Path) -> None:
     try:
         model = nn.Sequential(nn.parallel.DistributedDataParallel(Block()))
         before = snapshot(model)
-        with pytest.raises(ValueError, match="^model: it holds a DistributedDataParallel.*call apply first"):
+        with pytest.raises(ValueError, match="^model: it holds a DistributedDataParallel.*put the adapters in first"):
             lora_fast.apply(model, 2, 1.0)
         assert_unchanged(model, before)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -52,14 +53,11 @@ class Architecture:
             transformers.logging.set_verbosity(verbosity)
 
     def names_of(self, keys: Iterable[str]) -> dict[str, str]:
-        """The model's name of each key of a checkpoint that is one of its parameters or buffers: {name: key}."""
-        present = dict(_tensors(self.model))
-        found: dict[str, str] = {}
+        """The model's names of the keys of a checkpoint that it knows: {name: key}, in the model's order."""
+        by_name: dict[str, str] = {}
         for key in sorted(keys):
-            name = self.rename(key)
-            if name in present and name not in found:
-                found[name] = key
-        return found
+            by_name.setdefault(self.rename(key), key)
+        return {name: by_name[name] for name, _ in _tensors(self.model) if name in by_name}
 
     def ties(self) -> list[frozenset[str]]:
         """The sets of names that are one tensor."""
@@ -67,6 +65,15 @@ class Architecture:
         for name, tensor in _tensors(self.model):
             names.setdefault(id(tensor), set()).add(name)
         return [frozenset(same) for same in names.values() if len(same) > 1]
+
+    def adds_head_to(self, name: str) -> bool:
+        """Whether ``name`` is that of a tensor of this model inside a model with a head around it."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        return (
+            name.startswith(prefix)
+            and name not in dict(_tensors(self.model))
+            and self.shape(self.rename(name)) is not None
+        )
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         tensor = dict(_tensors(self.model)).get(name)
@@ -113,6 +120,14 @@ def why_unknown(config: dict[str, Any]) -> str:
     if not importlib.util.find_spec("transformers"):
         return "install transformers to follow the names and ties of its models"
     return f"transformers does not know architectures={config.get('architectures')} of its config.json"
+
+
+def reads_tie(model: nn.Module) -> bool:
+    """Whether what ``model`` computes depends on ``tie_word_embeddings`` itself, as with T5 and its relatives."""
+    if hasattr(getattr(model, "config", None), "scale_decoder_outputs"):  # set from it
+        return True
+    forwards = (inspect.unwrap(type(module).forward) for module in model.modules())
+    return any(inspect.isfunction(forward) and TIED in forward.__code__.co_names for forward in forwards)
 
 
 def is_maybe_tied(config: dict[str, Any]) -> bool:

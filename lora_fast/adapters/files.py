@@ -115,6 +115,7 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     config = _read_config(folder / CONFIG_NAME)
     where = folder / WEIGHTS_NAME
     tensors, metadata = _read_tensors(where)
+    noted = _noted(metadata, tensors, where)
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     whole: dict[str, Tensor] = {}
@@ -123,7 +124,8 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
         name = key.removeprefix(PREFIX)
         found = _KEY.fullmatch(name)
         if found is None:
-            if any(part.startswith("lora_") for part in name.split(".")[-2:]):
+            is_part = any(part.startswith("lora_") for part in name.split(".")[-2:])
+            if is_part and not _is_to_save(name.rpartition(".")[0], config, where) and name not in noted:
                 raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
             whole[name] = tensor
             continue
@@ -147,7 +149,7 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
         layers,
         base,
         copies,
-        _trained(base, layers, config, metadata, where),
+        _trained(base, layers, config, noted),
         left_out + second,
         len(tensors),
         metadata.get(WRITTEN_HERE) == "linears",
@@ -208,11 +210,7 @@ def _is_to_save(module: str, config: Mapping[str, Any], where: Path) -> bool:
 
 
 def _trained(
-    base: Mapping[str, Tensor],
-    layers: Mapping[str, AdapterLayer],
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    where: Path,
+    base: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], noted: list[str]
 ) -> frozenset[str]:
     """What was trained of the base model: biases as the configuration says, and what save_adapter notes."""
     bias = config.get("bias")
@@ -221,13 +219,17 @@ def _trained(
         for name in base
         if name.endswith(".bias") and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in layers))
     }
+    return frozenset(trained.union(noted))
+
+
+def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> list[str]:
     try:
         noted = json.loads(metadata.get(TRAINED, "[]"))
     except ValueError:
         noted = None
-    if not isinstance(noted, list) or not all(name in base for name in noted):
+    if not isinstance(noted, list) or not all(f"{PREFIX}{name}" in tensors for name in noted):
         raise ValueError(f"{where}: its note {TRAINED} is {metadata[TRAINED]!r:.80}, expected a list of its tensors")
-    return frozenset(trained.union(noted))
+    return noted
 
 
 def import_safetensors() -> Any:
@@ -345,10 +347,13 @@ def _layer(
     lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
     # a convolution's lora_A is [R, in, *kernel], its lora_B [N, R, 1, …], its magnitude [1, N, 1, …]
     shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
+    expected = "expected [R, K] and [N, R]"
+    if lora_A.dim() > 2:
+        expected = "expected [R, in, *kernel] and [N, R, 1, …]; convolutions with groups are not supported"
     if lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or lora_B.shape[1] != lora_A.shape[0] or lora_B.numel() == 0:
-        raise ValueError(f"{where}: {name} has {shapes}, expected [R, K] and [N, R]")
+        raise ValueError(f"{where}: {name} has {shapes}, {expected}")
     if any(size != 1 for size in lora_B.shape[2:]) or lora_A.numel() == 0:
-        raise ValueError(f"{where}: {name} has {shapes}, expected [R, K] and [N, R]")
+        raise ValueError(f"{where}: {name} has {shapes}, {expected}")
     if magnitude is not None:
         N = lora_B.shape[0]
         of_its_kind = [N, 1] if lora_B.dim() == 2 else [1, N, *lora_B.shape[2:]]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.adapters import files, gathering
-from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, renaming
+from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
 from lora_fast.adapters.files import Adapter, AdapterLayer
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.apply import put_in_place, read_without_call
-from lora_fast.nn.checks import check_linear, check_replaceable
+from lora_fast.nn.checks import check_linear, check_not_in_ddp, check_replaceable
 from lora_fast.nn.linear import AdaptedLinear
 from lora_fast.nn.names import Place, places, unwrapped
 
@@ -50,6 +50,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     adapter = _renamed(files.read(directory), inner)
     is_plain = not adapted_layers(inner)
     whole = _whole_values(_slots(inner), adapter)
+    if is_plain:
+        check_not_in_ddp(model)
     values = _build(inner, adapter) if is_plain else _values_of_all(inner, adapter)
     with torch.no_grad():
         for value in values + whole:
@@ -299,7 +301,7 @@ def _forget_ties(model: nn.Module) -> None:
     parted = [(a, b) for a, b in tied.items() if attrgetter(a)(model) is not attrgetter(b)(model)]
     for name, _ in parted:
         del tied[name]
-    config = getattr(model, "config", None)
+    config = None if reads_tie(model) else getattr(model, "config", None)
     for part in (config, *(getattr(config, name, None) for name in TEXT_CONFIGS)):
         if getattr(part, TIED, None) is True:
             setattr(part, TIED, False)

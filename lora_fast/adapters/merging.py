@@ -107,6 +107,8 @@ class _Planner:
                 )
             is_transposed = layer is not None and self.transposed[wanted.removesuffix(".weight")]
             changes[key][end] = Change(base if copy is None else copy, layer, is_transposed)
+        for wanted, (key, _) in end_of.items():
+            self._check_head_outside(wanted, key)
         for key, ends in changes.items():
             self._check_not_secretly_tied(key, ends)
             for change in ends.values():
@@ -158,6 +160,18 @@ class _Planner:
                 "not give to its lora_A, so that no weight computes what the two do together; keep the adapter"
             )
 
+    def _check_head_outside(self, wanted: str, key: str) -> None:
+        """Refuse the embedding of a checkpoint without a head, for an adapter that was trained with one around it."""
+        known, config = self.resolver.known, self.checkpoint.config
+        if known is None or not known.adds_head_to(wanted) or not architecture.is_maybe_tied(config):
+            return
+        if self.entries[key].shape[:1] == (architecture.vocabulary(config),):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {key} may be tied to the head of the model that the adapter was trained on "
+                f"(where it is {wanted}), a head that the checkpoint does not have; keep the adapter, or save the "
+                "checkpoint from the model with its head"
+            )
+
     def _check_not_secretly_tied(self, key: str, changes: dict[str, Change]) -> None:
         """Refuse what is perhaps an embedding and the output head in one, while nothing tells the head's name."""
         entry, config = self.entries[key], self.checkpoint.config
@@ -181,17 +195,22 @@ class _Planner:
 
     def _architecture(self, config: dict[str, Any], apart: list[str]) -> Architecture | None:
         """What transformers builds from the new config.json; ValueError if it ties what has to differ."""
-        if config == self.checkpoint.config or self.resolver.known is None:
-            return self.resolver.known
-        after = Architecture.of(config)
-        if after is None:
+        known = self.resolver.known
+        after = known if config == self.checkpoint.config or known is None else Architecture.of(config)
+        if after is None and known is not None:
             raise ValueError(f"{self.checkpoint.folder}: transformers cannot build the model from {config}")
+        ties = after.ties() if after else []
         for end in apart:
-            if any(end in group for group in after.ties()):
+            if any(end in group for group in ties):
                 raise ValueError(
                     f"{self.checkpoint.folder}: {end} is tied to another tensor whatever config.json says, and would "
                     "have to differ from it; keep the adapter"
                 )
+        if apart and after and architecture.reads_tie(after.model):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {', '.join(apart)} would part from what it is tied to, but its model "
+                "computes something else too when tie_word_embeddings in config.json is false; keep the adapter"
+            )
         return after
 
     def _untied(self, after: Architecture | None) -> dict[str, str]:

@@ -98,10 +98,9 @@ class Resolver:
         )
 
     def _by_prefix(self, wanted: list[str], missing: list[str]) -> dict[str, str]:
-        added = sorted({key.partition(".")[0] + "." for key in self.entries})
+        added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
         candidates = [{name: prefix + name for name in wanted} for prefix in added]
-        if len({name.partition(".")[0] for name in wanted}) == 1:
-            candidates.append({name: name.partition(".")[2] for name in wanted})
+        candidates += [{name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)]
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
         folder = self.checkpoint.folder
         if len(fitting) > 1:
@@ -117,3 +116,10 @@ class Resolver:
                 f"{', '.join(sorted(missing)[:8])}{hint}"
             )
         return fitting[0]
+
+
+def _common_prefixes(names: list[str]) -> list[str]:
+    """The leading parts that all of ``names`` share, each with its last dot, shortest first."""
+    parts = min((name.split(".")[:-2] for name in names), key=len)  # of a module, at least, its own name stays
+    prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]

@@ -19,7 +19,7 @@ from lora_fast.adapters import files, gathering
 from lora_fast.adapters.files import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.linear import AdaptedLinear
-from lora_fast.nn.names import named_modules, places, unwrapped
+from lora_fast.nn.names import Place, named_modules, places, unwrapped
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -109,11 +109,19 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
 
 def standing_in_several(model: nn.Module) -> dict[str, list[str]]:
     """The adapted layers that several modules hold: all their names, by the first. PEFT replaces a module in one."""
-    standing: dict[int, dict[tuple[int, str], str]] = {}
+    return {
+        found[0].name: [place.name for place in found]
+        for found in _standing(model).values()
+        if len(found) > 1 and isinstance(found[0].module, AdaptedLinear)
+    }
+
+
+def _standing(model: nn.Module) -> dict[int, list[Place]]:
+    """The places of each module: those in different modules, or under different attributes of one."""
+    standing: dict[int, dict[tuple[int, str], Place]] = {}
     for place in places(model):
-        if isinstance(place.module, AdaptedLinear):
-            standing.setdefault(id(place.module), {}).setdefault((id(place.holder), place.attribute), place.name)
-    return {next(iter(at.values())): list(at.values()) for at in standing.values() if len(at) > 1}
+        standing.setdefault(id(place.module), {}).setdefault((id(place.holder), place.attribute), place)
+    return {module: list(found.values()) for module, found in standing.items()}
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:
@@ -163,6 +171,13 @@ def _targets(targets: list[str], names: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, targets))
 
 
+# What PEFT cannot save as modules, and the modules that it puts into an adapted layer.
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+PARTS_OF_PEFT_LAYERS = [
+    "base_layer", "lora_A", "lora_A.default", "lora_B", "lora_B.default", "lora_dropout", "lora_dropout.default",
+    "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_magnitude_vector.default",
+]  # fmt: skip
+
 Slot = tuple[nn.Module, str]  # a parameter or buffer: its module, and its name there
 
 
@@ -195,13 +210,21 @@ def _trained_besides(model: nn.Module, layers: dict[str, AdaptedLinear]) -> Besi
     slots: dict[str, Slot] = {}
     noted: list[str] = []
     outside = dict(_outside_adapters(model))
+    several = {id(place.module) for places_of in _standing(model).values() for place in places_of[1:]}
+    inside_adapters = [f"{layer}.{part}" for layer in layers for part in PARTS_OF_PEFT_LAYERS]
     for name, module in outside.items():
         trained = [key for key, own in module._parameters.items() if own is not None and own.requires_grad]
         if name in layers or not trained or name.startswith(tuple(f"{outer}." for outer in modules)):
             continue
-        # PEFT takes every module whose name ends so, with everything in it
+        # PEFT takes every module whose name ends so, with everything in it, and makes a copy of it
         matched = [other for other in outside if name and other.endswith(name)]
-        if name and not any(layer == other or layer.startswith(f"{other}.") for layer in layers for other in matched):
+        is_safe = bool(name) and not any(
+            isinstance(outside[other], CONTAINERS)
+            or any(layer == other or layer.startswith(f"{other}.") for layer in layers)
+            or any(id(part) in several for part in outside[other].modules())
+            for other in matched
+        )
+        if is_safe and not any(part.endswith(name) for part in inside_adapters):
             modules.append(name)
             for other in matched:
                 slots |= _all_slots(other, outside[other])

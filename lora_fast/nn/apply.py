@@ -148,11 +148,7 @@ def _targeted(
         raise ValueError(
             f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
         )
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "model: it holds a DistributedDataParallel, which would not synchronise parameters that come after it; "
-            "call apply first, and wrap the model afterwards"
-        )
+    checks.check_not_in_ddp(model)
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     is_target = (lambda name: True) if all_linear else _name_filter(targets, "targets")
     is_excluded = _name_filter(exclude, "exclude")

@@ -29,6 +29,11 @@ def check_linear(linear: Any, name: str = "linear") -> None:
         raise TypeError(f"{name}: got {kind}, expected torch.nn.Linear")
     if parametrize.is_parametrized(linear):
         raise TypeError(f"{name}: it is parametrized; remove the parametrization first")
+    if hooks.has_accelerate_hook(linear):
+        raise TypeError(
+            f"{name}: it is offloaded or dispatched by accelerate; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
+        )
     if hooks.has_own_forward(linear):
         raise TypeError(f"{name}: {kind} has a forward of its own; only torch.nn.Linear's forward can be replaced")
     for parameter_name in ("weight", "bias"):
@@ -46,6 +51,15 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
     if hooks.has_hooks(linear):
         raise TypeError(f"{name}: it has hooks, which would no longer be called; remove them and register them anew")
+
+
+def check_not_in_ddp(model: nn.Module) -> None:
+    """Raise ValueError for a model whose gradients DistributedDataParallel has already arranged to synchronise."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: it holds a DistributedDataParallel, which would not synchronise parameters that come after it; "
+            "put the adapters in first, and wrap the model afterwards"
+        )
 
 
 def check_replaceable(place: Place) -> None:

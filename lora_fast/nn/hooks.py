@@ -51,7 +51,7 @@ def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tenso
     """
     if obstacle := _obstacle(linear):
         raise RuntimeError(obstacle)
-    if not _has_accelerate_hook(linear):
+    if not has_accelerate_hook(linear):
         return compute(x)
     own = vars(linear)
     original = own["_old_forward"]
@@ -75,7 +75,7 @@ def check_weight(layer: Any, action: str) -> None:
 
 def may_reload(layer: Any) -> bool:
     """Whether accelerate may bring the layer's weight anew at each call."""
-    return _has_accelerate_hook(layer) or _has_accelerate_hook(layer.linear)
+    return has_accelerate_hook(layer) or has_accelerate_hook(layer.linear)
 
 
 def _obstacle(linear: nn.Module) -> str | None:
@@ -89,7 +89,7 @@ def _obstacle(linear: nn.Module) -> str | None:
         )
     if has_hooks(linear):
         found = "hooks"
-    elif has_own_forward(linear) and not _has_accelerate_hook(linear):
+    elif has_own_forward(linear) and not has_accelerate_hook(linear):
         found = "a forward of its own"
     else:
         return None
@@ -99,7 +99,7 @@ def _obstacle(linear: nn.Module) -> str | None:
     )
 
 
-def _has_accelerate_hook(module: nn.Module) -> bool:
+def has_accelerate_hook(module: nn.Module) -> bool:
     """Of accelerate's own hooks, which move weights and activations; another's may do anything."""
     hook = vars(module).get("_hf_hook")
     return hook is not None and all(
