@@ -382,6 +382,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken pattern": (edit_config(alpha_pattern={"(": 1}), "no regular expression"),
     "pattern is a list": (edit_config(rank_pattern=[1]), "expected an object"),
     "use_dora is text": (edit_config(use_dora="yes"), "expected true or false"),
+    "no target": (edit_config(target_modules=["v"]), "target_modules names no end of blocks.0.q"),
+    "excluded": (edit_config(exclude_modules=["v"]), "exclude_modules names blocks.0.v"),
+    "modules_to_save is text": (edit_config(modules_to_save="head"), "expected a list of names"),
     "no DoRA": (edit_config(use_dora=False), "has a magnitude, but use_dora is not set"),
     "no magnitude": (edit_tensors(lambda tensors: tensors.pop(M)), "has no magnitude"),
     "no lora_A": (edit_tensors(lambda tensors: tensors.pop(A)), "has no lora_A"),
@@ -400,6 +403,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown part": (
         edit_tensors(lambda t: t.update({A.replace("lora_A", "lora_C"): torch.ones(1)})),
         "no part of LoRA or DoRA",
+    ),
+    "a base without an adapter": (
+        edit_tensors(lambda t: t.update({"base_model.model.head.base_layer.weight": torch.ones(1)})),
+        "has head.base_layer.weight, but no lora_A and lora_B of head",
     ),
     "unknown parameter": (
         edit_tensors(lambda t: t.update({"base_model.model.tail.weight": torch.ones(1)})),

@@ -242,7 +242,7 @@ class Named(nn.Module):
         self.block.gamma = nn.Parameter(torch.ones(4))
         self.norm = nn.BatchNorm1d(4)
         self.token = nn.Parameter(torch.zeros(4))
-        self.out, self.layer, self.lora_head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out, self.base_layer, self.lora_head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.scales = nn.ParameterList([torch.ones(4), torch.zeros(4)])
         self.twice = nn.ModuleList([nn.LayerNorm(4)])
         self.again = self.twice[0]
@@ -251,7 +251,7 @@ class Named(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.block["norm"](self.block["q"](x + self.token)) * self.block.gamma
         y = (
-            self.lora_head(self.again(self.layer(self.twice[0](self.out(self.norm(y)))))) * self.scales[0]
+            self.lora_head(self.again(self.base_layer(self.twice[0](self.out(self.norm(y)))))) * self.scales[0]
             + self.scales[1]
         )
         return self.classifier(torch.tanh(self.pre_classifier(y)))
@@ -268,7 +268,7 @@ class Named(nn.Module):
         (Named, ["classifier", "norm", "token", "block.gamma", "block.norm"]),
         (Named, ["block.gamma"]),
         (Named, ["token"]),
-        (Named, ["out", "layer"]),  # ends of names that PEFT gives to parts of its layers
+        (Named, ["out", "base_layer"]),  # ends of names that PEFT gives to parts of its layers
         (Named, ["lora_head"]),
         (Named, ["scales"]),  # which PEFT cannot save as a module
         (Named, ["again"]),  # of which PEFT would make two
@@ -281,7 +281,7 @@ def test_what_was_trained_is_saved_and_loads_everywhere(
     make: Callable[[], nn.Module], released: list[str], dora: bool, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    untouched = ["4", "classifier", "out", "layer", "lora_head"]
+    untouched = ["4", "classifier", "out", "base_layer", "lora_head"]
     model = lora_fast.apply(make(), 2, 4.0, dora=dora, exclude=untouched)
     for name in released:
         found: Any = model

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
         found = _KEY.fullmatch(name)
         if found is None:
             is_part = any(part.startswith("lora_") for part in name.split(".")[-2:])
-            if is_part and not _is_to_save(name.rpartition(".")[0], config, where) and name not in noted:
+            if is_part and not _is_to_save(name.rpartition(".")[0], config) and name not in noted:
                 raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
             whole[name] = tensor
             continue
@@ -142,7 +142,8 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
     layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
-    base, copies, second = _whole_tensors(whole, layers, config, where)
+    _check_targets(layers, config, folder / CONFIG_NAME)
+    base, copies, second = _whole_tensors(whole, layers, config, noted, where)
     return Adapter(
         folder,
         config,
@@ -156,8 +157,26 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     )
 
 
+def _check_targets(layers: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
+    """Refuse layers that the lists of names in the configuration leave out: PEFT drops them without a word."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    for name in layers:
+        if isinstance(targets, list) and not config.get("ensure_weight_tying") and not _is_named(name, targets):
+            raise ValueError(f"{where}: target_modules names no end of {name}, for which {WEIGHTS_NAME} has an adapter")
+        if isinstance(excluded, list) and _is_named(name, excluded):
+            raise ValueError(f"{where}: exclude_modules names {name}, for which {WEIGHTS_NAME} has an adapter")
+
+
+def _is_named(name: str, ends: list[Any]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
 def _whole_tensors(
-    whole: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], where: Path
+    whole: Mapping[str, Tensor],
+    layers: Mapping[str, AdapterLayer],
+    config: Mapping[str, Any],
+    noted: Collection[str],
+    where: Path,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """(written into the base model, copies of modules_to_save, keys without content of their own)."""
     base: dict[str, Tensor] = {}
@@ -169,10 +188,10 @@ def _whole_tensors(
         module, _, name = key.rpartition(".")
         owner, _, last = module.rpartition(".")
         wrapped, plain = wrapped_keys.get(key), plain_keys.get(key)
-        if last == "base_layer":
-            if owner not in layers:
-                raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
+        if last == "base_layer" and owner in layers:
             base[f"{owner}.{name}"] = tensor
+        elif last == "base_layer" and key not in noted and not _is_to_save(module, config):
+            raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
         elif wrapped and plain is not None and wrapped["copy"] == "original_module":  # what the copy stands in for
             base[plain] = tensor
         elif wrapped and plain is not None:
@@ -186,7 +205,7 @@ def _whole_tensors(
                     "under which PEFT saves what lies below an adapter"
                 )
             base[key] = tensor  # as PEFT before 0.6 saved biases
-        elif key in plain_keys.values() or _is_to_save(module, config, where):
+        elif key in plain_keys.values() or _is_to_save(module, config):
             copies[key] = tensor
         else:
             base[key] = tensor
@@ -200,11 +219,9 @@ def _plain(wrapped: re.Match[str], whole: Mapping[str, Tensor]) -> str | None:
     return next((key for name in names if (key := f"{wrapped['module']}.{name}") in whole), None)
 
 
-def _is_to_save(module: str, config: Mapping[str, Any], where: Path) -> bool:
+def _is_to_save(module: str, config: Mapping[str, Any]) -> bool:
     """Whether ``module`` lies in one of modules_to_save, each of which is the end of a name, as PEFT reads it."""
     ends = config.get("modules_to_save") or []
-    if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
-        raise ValueError(f"{where.parent / CONFIG_NAME}: modules_to_save is {ends!r}, expected a list of names")
     parts = module.split(".")
     return any(".".join(parts[:length]).endswith(tuple(ends)) for length in range(1, len(parts) + 1)) if ends else False
 
@@ -311,6 +328,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weight; "
             "save it from PEFT with path_initial_model_for_weight_conversion"
         )
+    ends = config.get("modules_to_save") or []
+    if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
+        raise ValueError(f"{path}: modules_to_save is {ends!r}, expected a list of names")
     for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):
             raise ValueError(f"{path}: {key} is {config[key]!r}, expected true or false")

@@ -86,7 +86,8 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
     use_rslora, alphas = _alphas(layers)
     ranks = {name: layer.rank for name, layer in layers.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    names = [name for name, _ in _outside_adapters(model)]
+    inside = tuple(f"{name}." for name in layers)
+    names = [place.name for place in places(model) if not place.name.startswith(inside)]
     kind = _own_class(model)
     return {
         "peft_type": "LORA",
@@ -101,7 +102,7 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
         "use_rslora": use_rslora,
         "use_dora": any(isinstance(layer, LinearWithDoRA) for layer in layers.values()),
         "lora_dropout": max(dropouts),
-        "target_modules": _targets([name for name in names if name in layers], names),
+        "target_modules": _targets(list(layers), names),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
