@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ class Architecture:
         by_name: dict[str, str] = {}
         for key in sorted(keys):
             by_name.setdefault(self.rename(key), key)
-        return {name: by_name[name] for name, _ in _tensors(self.model) if name in by_name}
+        return {name: by_name[name] for name in self._shapes if name in by_name}
 
+    @cached_property
     def ties(self) -> list[frozenset[str]]:
         """The sets of names that are one tensor."""
         names: dict[int, set[str]] = {}
@@ -69,32 +71,32 @@ class Architecture:
     def adds_head_to(self, name: str) -> bool:
         """Whether ``name`` is that of a tensor of this model inside a model with a head around it."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        return (
-            name.startswith(prefix)
-            and name not in dict(_tensors(self.model))
-            and self.shape(self.rename(name)) is not None
-        )
+        return name.startswith(prefix) and self.shape(name) is None and self.shape(self.rename(name)) is not None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        tensor = dict(_tensors(self.model)).get(name)
-        return None if tensor is None else tuple(tensor.shape)
+        return self._shapes.get(name)
 
     def is_transposed(self, module: str) -> bool | None:
         """Whether the module's weight is [in, out], as transformers' Conv1D stores it; None for an unknown module."""
-        found = self._module(module)
+        found = self._modules.get(module)
         if found is None:
             return None
         return type(found).__name__ == "Conv1D" and not isinstance(found, nn.Conv1d)
 
     def is_plain_convolution(self, module: str) -> bool:
         """Whether the module, if it is a convolution, has what PEFT gives its lora_A: no dilation, and zeros around."""
-        found = self._module(module)
+        found = self._modules.get(module)
         if not isinstance(found, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return True
         return found.padding_mode == "zeros" and set(found.dilation) == {1}
 
-    def _module(self, name: str) -> nn.Module | None:
-        return dict(self.model.named_modules(remove_duplicate=False)).get(name)
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in _tensors(self.model)}
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules(remove_duplicate=False))
 
 
 def renaming(model: Any, present: Collection[str]) -> Callable[[str], str]:

@@ -60,12 +60,15 @@ class _Planner:
         self.resolver = Resolver(checkpoint)
         self.entries = checkpoint.entries
         weights = [f"{name}.weight" for name in adapter.layers]
-        self.keys = self.resolver.resolve(dict.fromkeys([*weights, *adapter.base, *adapter.copies]))
-        layer_keys = {name: self.keys[f"{name}.weight"] for name in adapter.layers}
+        keys = self.resolver.resolve(dict.fromkeys([*weights, *adapter.base, *adapter.copies]))
+        self.wanted: dict[str, list[str]] = {}  # the adapter's names of each key
+        for wanted, key in keys.items():
+            self.wanted.setdefault(key, []).append(wanted)
+        layer_keys = {name: keys[f"{name}.weight"] for name in adapter.layers}
         self.transposed = transposed_layers(adapter, layer_keys, self.resolver, fan_in_fan_out)
 
     def plan(self) -> Plan:
-        groups = {frozenset((key, *self.resolver.twins(key))): None for key in sorted(set(self.keys.values()))}
+        groups = {frozenset((key, *self.resolver.twins(key))): None for key in sorted(self.wanted)}
         changes: dict[str, dict[str, Change]] = {}
         apart: list[str] = []
         for group in groups:
@@ -90,7 +93,9 @@ class _Planner:
 
     def _changes(self, group: list[str]) -> dict[str, dict[str, Change]]:
         """What becomes of each end of each key of ``group``, which are one tensor in the model."""
-        end_of = {wanted: (key, self.resolver.end_of(wanted, key)) for wanted, key in self.keys.items() if key in group}
+        end_of = {
+            wanted: (key, self.resolver.end_of(wanted, key)) for key in group for wanted in self.wanted.get(key, ())
+        }
         base = self._base(end_of)
         changes = {key: {end: Change(base) for end in self.resolver.ends(key)} for key in group}
         named: dict[str, str] = {}
@@ -199,7 +204,7 @@ class _Planner:
         after = known if config == self.checkpoint.config or known is None else Architecture.of(config)
         if after is None and known is not None:
             raise ValueError(f"{self.checkpoint.folder}: transformers cannot build the model from {config}")
-        ties = after.ties() if after else []
+        ties = after.ties if after else []
         for end in apart:
             if any(end in group for group in ties):
                 raise ValueError(
@@ -216,7 +221,7 @@ class _Planner:
     def _untied(self, after: Architecture | None) -> dict[str, str]:
         """The ends that the file lacks and the new config.json does not tie any more, and the key of their content."""
         found: dict[str, str] = {}
-        still_tied = after.ties() if after else []
+        still_tied = after.ties if after else []
         for key in self.entries:
             own, *others = self.resolver.ends(key)
             for end in others:

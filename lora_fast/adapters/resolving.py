@@ -60,9 +60,11 @@ class Resolver:
     def ends(self, key: str) -> list[str]:
         """The ends of the tensor ``key``: its own, and those that the file lacks because they are tied to it."""
         own = self.end_at(key)
-        group = self._tied.get(own, {own})
+        group = self._tied.get(own)
+        if group is None:
+            return [own]
         # of several that are in the file, the first in the model stands for those that are not
-        is_first = own == next((end for end in self.stored if end in group), own)
+        is_first = own == next(end for end in self.stored if end in group)
         return [own, *sorted(end for end in group - {own} if is_first and end not in self.stored)]
 
     def twins(self, key: str) -> list[str]:
@@ -82,7 +84,7 @@ class Resolver:
         tie them either.
         """
         tied: dict[str, set[str]] = {}
-        for group in self.known.ties() if self.known else []:
+        for group in self.known.ties if self.known else []:
             stored = [end for end in self.stored if end in group]
             keys = [self.stored[end] for end in stored]
             apart = {end for end, key in zip(stored, keys, strict=True) if not self.checkpoint.is_same(keys[0], key)}
