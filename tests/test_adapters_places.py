@@ -293,8 +293,10 @@ def test_what_was_trained_is_saved_and_loads_everywhere(
     x = torch.randn(3, 4, dtype=torch.float64)
     loaded = lora_fast.load_adapter(make(), tmp_path).eval()
     torch.testing.assert_close(loaded(x), model(x))
-    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
-    torch.testing.assert_close(theirs(x), model(x))
+    if released != ["lora_head"] or tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21):
+        # before, PEFT took every name with "lora_" in it for an adapter's
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(theirs(x), model(x))
     again = {name.replace(".linear.", ".") for name, p in model.named_parameters() if p.requires_grad}
     assert again <= {name.replace(".linear.", ".") for name, p in loaded.named_parameters() if p.requires_grad}
 

@@ -28,7 +28,7 @@ from lora_fast.merge_checkpoint import merge_checkpoint
 WORDS, RESIZED = 11, 13
 TOKENS = torch.arange(10).reshape(2, 5) % WORDS
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-TIES_ADAPTERS = {"ensure_weight_tying"} & {field.name for field in dataclasses.fields(peft.LoraConfig)}
+NEWEST = tuple(int(part) for part in peft.__version__.split(".")[:2]) >= (0, 21)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -165,7 +165,7 @@ def test_adapters_of_transformers_models(name: str, seed: int, tmp_path: Path) -
     torch.manual_seed(seed)
     tie = draw.random() < 0.6
     config = random_config(draw, kind.targets, kind.whole)
-    if tie and TIES_ADAPTERS and name == "llama" and not config.get("rank_pattern") and draw.random() < 0.5:
+    if tie and NEWEST and name == "llama" and not config.get("rank_pattern") and draw.random() < 0.5:
         config["ensure_weight_tying"] = True  # of others PEFT does not load the function that it saved
     resized = kind.can_resize and draw.random() < 0.25
     original = train(kind.make(tie).double())
@@ -181,9 +181,8 @@ def test_adapters_of_transformers_models(name: str, seed: int, tmp_path: Path) -
     theirs = train(peft.get_peft_model(base(), peft.LoraConfig(**config)))
     theirs.save_pretrained(str(tmp_path / "adapter"))
     with torch.no_grad():
-        wanted = kind.run(theirs)
-        again = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
-        torch.testing.assert_close(kind.run(again), wanted, rtol=1e-9, atol=1e-9)
+        # of what the file holds: PEFT's first releases did not save all biases
+        wanted = kind.run(peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval())
         folders = [tmp_path / name for name in ("base", "adapter", "out")]
         done, refusal = attempt(lambda: merge_checkpoint(*folders))
         if done is None:  # PEFT saves not always all that was resized
@@ -263,7 +262,7 @@ def test_adapters_of_another_model(seed: int, tmp_path: Path) -> None:
     model = copy.deepcopy(base)
     model.load_state_dict({key.removeprefix(prefix): value for key, value in merged.items()})
     with torch.no_grad():
-        wanted = theirs()
+        wanted = peft.PeftModel.from_pretrained(copy.deepcopy(base), folders[1]).eval()()
         torch.testing.assert_close(model(), wanted, rtol=1e-9, atol=1e-9)
         loaded, refusal = attempt(lambda: lora_fast.load_adapter(copy.deepcopy(base), folders[1]))
         if loaded is None:
