@@ -17,7 +17,7 @@ from typing import Any
 from lora_fast.adapters import checkpoint as checkpoints, files, merging
 from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progress, Shard
 from lora_fast.adapters.merging import Plan
-from lora_fast.adapters.orientation import Word
+from lora_fast.adapters.orientation import FanInFanOut
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,15 @@ def merge_checkpoint(
     out: str | os.PathLike[str],
     on_progress: Progress = lambda shard, fraction: None,
     *,
-    fan_in_fan_out: Word = None,
+    fan_in_fan_out: FanInFanOut = None,
 ) -> Merged:
     """Write the checkpoint ``base`` with ``adapter`` in its weights to the new folder ``out``.
 
     Args:
         base: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Its other files
             (configuration, tokenizer) are copied; other formats of the weights, subfolders and an adapter's
-            configuration are not. config.json
-            changes in ``vocab_size`` where the adapter's vocabulary is another, and in ``tie_word_embeddings`` where
-            the head and the embedding have to part.
+            configuration are not. config.json changes in ``vocab_size`` where the adapter's vocabulary is another, and
+            in ``tie_word_embeddings`` where the head and the embedding have to part.
         adapter: a folder in PEFT's format; LoRA or DoRA on linear layers, transformers' Conv1D, embeddings and
             convolutions, with whole modules, base weights and biases that were saved with it.
         out: must not exist, or be an empty folder. It appears when it is complete.

@@ -257,6 +257,22 @@ class Named(nn.Module):
         return self.classifier(torch.tanh(self.pre_classifier(y)))
 
 
+class Nested(nn.Module):
+    """Names that end others, which hold trained modules themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q = nn.Linear(4, 4)
+        self.pre_head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.x = nn.ModuleDict({"head": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
+        self.head = nn.Linear(4, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.x["head"](self.pre_head(self.q(x))))
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize(
     ("make", "released"),
@@ -272,6 +288,8 @@ class Named(nn.Module):
         (Named, ["lora_head"]),
         (Named, ["scales"]),  # which PEFT cannot save as a module
         (Named, ["again"]),  # of which PEFT would make two
+        (Nested, ["head", "x.head"]),
+        (Nested, ["head", "pre_head.1"]),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else "-".join(value) if isinstance(value, list) else value.__name__
@@ -281,7 +299,7 @@ def test_what_was_trained_is_saved_and_loads_everywhere(
     make: Callable[[], nn.Module], released: list[str], dora: bool, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    untouched = ["4", "classifier", "out", "base_layer", "lora_head"]
+    untouched = ["4", "classifier", "out", "base_layer", "lora_head", "head", "pre_head.0", "head.0"]
     model = lora_fast.apply(make(), 2, 4.0, dora=dora, exclude=untouched)
     for name in released:
         found: Any = model

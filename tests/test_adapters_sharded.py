@@ -73,11 +73,53 @@ def check_fsdp2(tmp: Path, wanted: dict[str, Tensor]) -> None:
     torch.testing.assert_close(other(x), trained()(x))
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.q, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.q(self.emb(tokens)))
+
+
+def check_loading_into_what_is_gathered(tmp: Path) -> None:
+    """The root stays gathered after a forward: what is written into the copy must not be lost with it."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    model = lora_fast.apply(plain(), 3, 6.0, targets=r"\d\.\d")
+    model[2].requires_grad_(True)
+    sharded(model)(x)
+    lora_fast.load_adapter(model, tmp / "fsdp2")
+    for _ in range(2):
+        torch.testing.assert_close(model(x), trained()(x))
+        model(x).sum().backward()
+
+
+def check_refusals(tmp: Path) -> None:
+    """What would come into a model after FSDP2 has arranged its parameters."""
+    with pytest.raises(ValueError, match="it holds a FSDPModule.* put the adapters in first"):
+        lora_fast.load_adapter(sharded(plain()), tmp / "fsdp2")
+    with pytest.raises(ValueError, match="it holds a FSDPModule"):
+        lora_fast.apply(sharded(plain()), 2, 4.0)
+    tied = lora_fast.apply(Tied(), 2, 4.0, targets=["q"])
+    if dist.get_rank() == 0:
+        apart = lora_fast.apply(Tied(), 2, 4.0, targets=["q"])
+        apart.head.weight = nn.Parameter(torch.ones(9, 4))
+        lora_fast.save_adapter(apart, tmp / "apart")
+    dist.barrier()
+    fully_shard(tied, mesh=init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(ValueError, match="it holds a FSDPModule"):
+        lora_fast.load_adapter(tied, tmp / "apart")
+
+
 def check_fsdp1(tmp: Path, wanted: dict[str, Tensor]) -> None:
     model = FullyShardedDataParallel(trained(), use_orig_params=True, device_id=torch.device("cpu"))
     for function in (lora_fast.save_adapter, lora_fast.load_adapter):
         with pytest.raises(ValueError, match=r"inside `with FullyShardedDataParallel.summon_full_params\(model\):`"):
             function(model, tmp / "fsdp2")
+    with pytest.raises(ValueError, match="it holds a FullyShardedDataParallel"):
+        lora_fast.apply(FullyShardedDataParallel(plain(), use_orig_params=True, device_id=torch.device("cpu")), 2, 4.0)
     with FullyShardedDataParallel.summon_full_params(model):
         if dist.get_rank() == 0:
             lora_fast.save_adapter(model, tmp / "fsdp1")
@@ -103,6 +145,8 @@ def process(rank: int, tmp: Path) -> None:
         dist.barrier()
         wanted = load_file(tmp / "whole" / WEIGHTS_NAME)
         check_fsdp2(tmp, wanted)
+        check_loading_into_what_is_gathered(tmp)
+        check_refusals(tmp)
         check_fsdp1(tmp, wanted)
         check_ddp(tmp, wanted)
         dist.barrier()

@@ -204,3 +204,22 @@ def test_a_magnitude_across_the_inputs_of_a_square_layer_is_refused(tmp_path: Pa
     adapter = lora("q") | {"q.lora_magnitude_vector": torch.ones(1, 4)}
     with pytest.raises(ValueError, match=r"magnitude of shape \[1, 4\], expected \[N\] = \[4\] or \[4, 1\]"):
         merge(tmp_path, adapter, {"q.weight": W.clone()}, {"use_dora": True})
+
+
+def test_kernels_that_a_configuration_names_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would download and run them; and where it cannot, the model would count as unknown."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        transformers.modeling_utils,
+        "load_and_register_attn_kernel",
+        lambda *args, **_: asked.append(args),
+        raising=False,
+    )
+    for part in (LLAVA, LLAVA["text_config"]):
+        monkeypatch.setitem(part, "attn_implementation", "somebody/kernel")
+        monkeypatch.setitem(part, "_attn_implementation", "flash_attention_2")
+    tensors, _ = merge(tmp_path, lora(NEW[0]), {f"{name}.weight": W.clone() for name in OLD}, {}, LLAVA)
+    assert torch.equal(tensors[f"{OLD[0]}.weight"], MERGED)
+    assert asked == []

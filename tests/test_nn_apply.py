@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +429,32 @@ def test_targets_are_pefts(name: str, targets: Any) -> None:
     model = lora_fast.apply(model_class(config), 2, 1.0, targets=targets)
     assert wanted
     assert set(adapted(model)) == wanted
+
+
+def test_a_failure_midway_leaves_every_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["lora_fast.nn.apply"]
+    real, made = LinearWithDoRA, []
+
+    def failing(*args: Any, **options: Any) -> nn.Module:
+        made.append(args)
+        if len(made) == 2:
+            raise MemoryError
+        return real(*args, **options)
+
+    model = Block()
+    before = snapshot(model)
+    monkeypatch.setattr(module, "LinearWithDoRA", failing)
+    with pytest.raises(MemoryError):
+        lora_fast.apply(model, 2, 1.0)
+    assert_unchanged(model, before)
+
+
+def test_what_mamba_s_kernels_read_is_left_out() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.MambaModel(
+        transformers.MambaConfig(hidden_size=8, state_size=2, num_hidden_layers=1, vocab_size=11, time_step_rank=2)
+    )
+    with pytest.warns(UserWarning, match=r"left out.*dt_proj"):
+        lora_fast.apply(model, 2, 1.0)
+    model(torch.arange(5)[None]).last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in lora_fast.trainable_parameters(model))

@@ -46,7 +46,7 @@ class Architecture:
         transformers.logging.set_verbosity_error()
         try:
             with torch.device("meta"):
-                model = kind(kind.config_class.from_dict(copy.deepcopy(config)))
+                model = kind(kind.config_class.from_dict(_offline(config)))
             return cls(model, renaming(model, {name for name, _ in _tensors(model)}))
         except Exception:  # of another library, about a configuration that may be of another version or half empty
             return None
@@ -175,6 +175,18 @@ def with_vocabulary(config: dict[str, Any], words: int) -> dict[str, Any]:
         if "vocab_size" in part:
             part["vocab_size"] = words
     return changed
+
+
+def _offline(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy without what could name something to download: kernels, and a backbone's weights."""
+    kept = {
+        key: _offline(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in config.items()
+        if not key.endswith("_implementation")
+    }
+    if "use_pretrained_backbone" in kept:
+        kept["use_pretrained_backbone"] = False
+    return kept
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:

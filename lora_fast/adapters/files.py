@@ -89,7 +89,6 @@ class Adapter:
     copies: dict[str, Tensor]
     trained: frozenset[str]
     left_out: list[str]
-    tensor_count: int
     only_linears: bool
 
     @property
@@ -145,15 +144,14 @@ def read(folder: str | os.PathLike[str]) -> Adapter:
     _check_targets(layers, config, folder / CONFIG_NAME)
     base, copies, second = _whole_tensors(whole, layers, config, noted, where)
     return Adapter(
-        folder,
-        config,
-        layers,
-        base,
-        copies,
-        _trained(base, layers, config, noted),
-        left_out + second,
-        len(tensors),
-        metadata.get(WRITTEN_HERE) == "linears",
+        folder=folder,
+        config=config,
+        layers=layers,
+        base=base,
+        copies=copies,
+        trained=_trained(base, layers, config, noted),
+        left_out=left_out + second,
+        only_linears=metadata.get(WRITTEN_HERE) == "linears",
     )
 
 

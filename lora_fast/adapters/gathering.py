@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_fast.nn.hooks import is_offloaded
 from lora_fast.nn.names import WRAPPERS
 
 FSDP1 = "FullyShardedDataParallel"
@@ -101,8 +103,9 @@ def _copy(tensor: Tensor) -> Tensor:
     return whole.to("cpu", copy=True).contiguous()
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate keeps the values."""
-    hook = vars(module).get("_hf_hook")
-    hooks = getattr(hook, "hooks", (hook,))  # a SequentialHook has several
-    return any(getattr(each, "offload", False) for each in hooks)
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put away what it has gathered, and has not: what is written into a gathered copy is lost with it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()

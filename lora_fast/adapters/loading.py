@@ -20,8 +20,9 @@ from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renam
 from lora_fast.adapters.files import Adapter, AdapterLayer
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
-from lora_fast.nn.apply import put_in_place, read_without_call
-from lora_fast.nn.checks import check_linear, check_not_in_ddp, check_replaceable
+from lora_fast.nn.apply import kept_flags, put_in_place, read_without_call
+from lora_fast.nn.checks import check_linear, check_not_distributed, check_replaceable
+from lora_fast.nn.hooks import is_offloaded
 from lora_fast.nn.linear import AdaptedLinear
 from lora_fast.nn.names import Place, places, unwrapped
 
@@ -37,28 +38,29 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     Names are the model's own, under whatever wraps it or its parts, and transformers' models follow the renamings of
     their own releases. What the file has for the weight under an adapter (``base_layer``) is written into the frozen
     weight. A module that was saved whole, and whose weight the model ties to another with another value, gets one of
-    its own; a transformers model's ``tie_word_embeddings`` becomes False then. Where FSDP2 has sharded the parameters
-    (DTensor), every process makes this call.
+    its own; a transformers model's ``tie_word_embeddings`` becomes False then, except where the model computes
+    something else by it (T5). Where FSDP2 has sharded the parameters (DTensor), every process makes this call.
 
     Raises, and leaves ``model`` as it was: FileNotFoundError; ValueError for a file that is damaged, is not LoRA or
-    DoRA, needs a pickle to be loaded, or does not fit the model, and for parameters that are not at hand (FSDP1,
-    DeepSpeed ZeRO-3, the meta device); TypeError for a layer that cannot be adapted (see ``apply``); RuntimeError for a
-    merged layer. Needs safetensors.
+    DoRA, needs a pickle to be loaded, or does not fit the model, for parameters that are not at hand (FSDP1, DeepSpeed
+    ZeRO-3, the meta device), and for new parameters in a model that DDP or FSDP holds already; TypeError for a layer
+    that cannot be adapted (see ``apply``); RuntimeError for a merged layer. Needs safetensors.
     """
     gathering.check_summoned(model, "load_adapter")
     inner = unwrapped(model)
     adapter = _renamed(files.read(directory), inner)
+    gathering.reshard(inner)
     is_plain = not adapted_layers(inner)
     whole = _whole_values(_slots(inner), adapter)
-    if is_plain:
-        check_not_in_ddp(model)
+    if is_plain or any(value.is_untied for value in whole):
+        check_not_distributed(model)
     values = _build(inner, adapter) if is_plain else _values_of_all(inner, adapter)
     with torch.no_grad():
         for value in values + whole:
             value.assign()
     if is_plain:
         _release(whole, adapter.trained.union(adapter.copies))
-    if any(value.is_apart for value in whole):
+    if any(value.is_untied for value in whole):
         _forget_ties(inner)
     for module in inner.modules():
         if isinstance(module, LinearWithDoRA):
@@ -73,12 +75,12 @@ class Value:
     name: str
     slot: Slot
     value: Tensor  # in the dtype and on the device of the tensor that is there
-    is_apart: bool = False
+    is_untied: bool = False
 
     def assign(self) -> None:
         module, key = self.slot
         old = gathering.own_tensor(module, key)
-        if self.is_apart:
+        if self.is_untied:
             setattr(module, key, nn.Parameter(self.value, requires_grad=old.requires_grad))
         else:
             old.copy_(self.value)
@@ -208,7 +210,7 @@ def _whole_values(slots: Mapping[str, Slot], adapter: Adapter) -> list[Value]:
                 f"{where}: {name} and {', '.join(shared)} are one module in the model, but the file has a value for "
                 f"{name} alone; give each place a module of its own before loading"
             )
-        values.append(dataclasses.replace(_value(name, slots[name], tensor, where), is_apart=bool(differing)))
+        values.append(dataclasses.replace(_value(name, slots[name], tensor, where), is_untied=bool(differing)))
     return values
 
 
@@ -216,7 +218,7 @@ def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
     module, key = slot
     gathering.check_whole(name, module, key, "load_adapter")
     there = gathering.own_tensor(module, key)
-    if gathering.is_offloaded(module) and there.is_meta:
+    if is_offloaded(module) and there.is_meta:
         raise ValueError(
             f"model: {name} is offloaded by accelerate; call "
             "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
@@ -242,18 +244,13 @@ def _build(model: nn.Module, adapter: Adapter) -> list[Value]:
     dropout = adapter.config.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{adapter.config_path}: lora_dropout is {dropout!r}, expected a number in [0, 1)")
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     by_linear: dict[int, AdaptedLinear] = {}
-    try:
+    with kept_flags(model):
         for name, place in standing.items():
             if id(place.module) not in by_linear:
                 by_linear[id(place.module)] = _adapted(place.module, adapter.layers[name], dropout)
         layers = {name: by_linear[id(place.module)] for name, place in standing.items()}
         values = _layer_values(layers, adapter)
-    except BaseException:
-        for parameter, flag in flags:  # a layer freezes its linear
-            parameter.requires_grad_(flag)
-        raise
     put_in_place(model, [(place, layers[name]) for name, place in standing.items()])
     return values
 

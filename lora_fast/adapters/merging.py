@@ -21,7 +21,7 @@ from lora_fast.adapters import architecture
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint, Edit, Entry
 from lora_fast.adapters.files import DTYPES as FLOATS, Adapter, AdapterLayer
-from lora_fast.adapters.orientation import Word, transposed_layers
+from lora_fast.adapters.orientation import FanInFanOut, transposed_layers
 from lora_fast.adapters.resolving import Resolver
 
 
@@ -47,7 +47,7 @@ class Plan:
     config: dict[str, Any] | None
 
 
-def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: Word) -> Plan:
+def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) -> Plan:
     """What to do. Raises ValueError, naming the tensor, for all that does not fit or cannot be known to be right."""
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights")
@@ -55,7 +55,7 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: Word) -> Plan
 
 
 class _Planner:
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: Word) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) -> None:
         self.checkpoint, self.adapter = checkpoint, adapter
         self.resolver = Resolver(checkpoint)
         self.entries = checkpoint.entries

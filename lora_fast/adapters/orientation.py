@@ -12,10 +12,12 @@ from lora_fast.adapters import architecture
 from lora_fast.adapters.files import Adapter
 from lora_fast.adapters.resolving import Resolver
 
-Word = bool | Iterable[str] | None  # the user's, for square layers: all or none is [in, out]; those whose names end so
+FanInFanOut = (
+    bool | Iterable[str] | None
+)  # the user's, for square layers: all or none is [in, out]; those whose names end so
 
 
-def transposed_layers(adapter: Adapter, keys: dict[str, str], resolver: Resolver, word: Word) -> dict[str, bool]:
+def transposed_layers(adapter: Adapter, keys: dict[str, str], resolver: Resolver, word: FanInFanOut) -> dict[str, bool]:
     """For each layer of ``adapter``, whether its weight, called ``keys[layer]``, is stored [in, out].
 
     Raises ValueError where nothing tells, and for a name in ``word`` that is no layer's.

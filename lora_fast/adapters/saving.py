@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lora_fast.adapters import files, gathering
 from lora_fast.adapters.files import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
 from lora_fast.nn import LinearWithDoRA
+from lora_fast.nn.apply import places_outside_adapters
 from lora_fast.nn.linear import AdaptedLinear
-from lora_fast.nn.names import Place, named_modules, places, unwrapped
+from lora_fast.nn.names import Place, places, unwrapped
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -33,7 +34,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     The names are the model's own, whatever wraps it or its parts (torch.compile, checkpoint_wrapper, DDP, FSDP,
     AveragedModel). Parameters that FSDP2 has sharded (DTensor) are gathered, for which every process must make this
-    call; the first one writes. Weights that accelerate has offloaded are loaded one at a time.
+    call; the first one writes, and the others do not wait for it (``torch.distributed.barrier()``). Weights that
+    accelerate has offloaded are loaded one at a time.
 
     Raises ValueError for a model without adapted layers, for parameters without their values (FSDP1, DeepSpeed ZeRO-3,
     the meta device), and for what PEFT's files cannot say: ``norm_axis="input"``, LoRA and DoRA in one model. Needs
@@ -44,17 +46,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no LinearWithLoRA or LinearWithDoRA; build it with lora_fast.apply")
-    besides = _trained_besides(model, layers)
+    trained = _trained_outside(model, layers)
     train_biases = any(layer.bias is not None and layer.bias.requires_grad for layer in layers.values())
-    slots = _adapter_slots(layers, train_biases) | besides.slots
+    slots = _adapter_slots(layers, train_biases) | trained.slots
     for name, (module, key) in slots.items():
         gathering.check_whole(name, module, key, "save_adapter")
     config = _config(model, layers)
-    config["modules_to_save"] = besides.modules or None
+    config["modules_to_save"] = trained.modules or None
     config["bias"] = "lora_only" if train_biases else "none"
     metadata = {"format": "pt", WRITTEN_HERE: "linears"}
-    if besides.noted:
-        metadata[TRAINED] = json.dumps(besides.noted)
+    if trained.noted:
+        metadata[TRAINED] = json.dumps(trained.noted)
     values = {PREFIX + name: gathering.value(module, key) for name, (module, key) in slots.items()}
     if gathering.is_first_process([gathering.own_tensor(module, key) for module, key in slots.values()]):
         _write(Path(directory), config, values, metadata)
@@ -65,10 +67,12 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {place.name: place.module for place in places(model) if isinstance(place.module, AdaptedLinear)}
 
 
-def _outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _first_places(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the model before it was adapted, each by its first name."""
-    inside = tuple(f"{name}." for name in adapted_layers(model))
-    return [(name, module) for name, module in named_modules(model) if not name.startswith(inside)]
+    names: dict[nn.Module, str] = {}
+    for place in places_outside_adapters(model):
+        names.setdefault(place.module, place.name)
+    return {name: module for module, name in names.items()}
 
 
 def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any]:
@@ -86,8 +90,7 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
     use_rslora, alphas = _alphas(layers)
     ranks = {name: layer.rank for name, layer in layers.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    inside = tuple(f"{name}." for name in layers)
-    names = [place.name for place in places(model) if not place.name.startswith(inside)]
+    names = [place.name for place in places_outside_adapters(model)]
     kind = _own_class(model)
     return {
         "peft_type": "LORA",
@@ -112,17 +115,17 @@ def standing_in_several(model: nn.Module) -> dict[str, list[str]]:
     """The adapted layers that several modules hold: all their names, by the first. PEFT replaces a module in one."""
     return {
         found[0].name: [place.name for place in found]
-        for found in _standing(model).values()
+        for found in _places_by_module(model).values()
         if len(found) > 1 and isinstance(found[0].module, AdaptedLinear)
     }
 
 
-def _standing(model: nn.Module) -> dict[int, list[Place]]:
+def _places_by_module(model: nn.Module) -> dict[int, list[Place]]:
     """The places of each module: those in different modules, or under different attributes of one."""
-    standing: dict[int, dict[tuple[int, str], Place]] = {}
+    found: dict[int, dict[tuple[int, str], Place]] = {}
     for place in places(model):
-        standing.setdefault(id(place.module), {}).setdefault((id(place.holder), place.attribute), place)
-    return {module: list(found.values()) for module, found in standing.items()}
+        found.setdefault(id(place.module), {}).setdefault((id(place.holder), place.attribute), place)
+    return {module: list(at.values()) for module, at in found.items()}
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:
@@ -195,7 +198,7 @@ def _adapter_slots(layers: dict[str, AdaptedLinear], with_biases: bool) -> dict[
 
 
 @dataclass(frozen=True)
-class Besides:
+class TrainedOutside:
     """What trains outside the adapted layers: PEFT's modules_to_save, and all tensors to save.
 
     ``noted`` are those among them that modules_to_save cannot name. PEFT writes these into the base model.
@@ -206,34 +209,40 @@ class Besides:
     noted: list[str]
 
 
-def _trained_besides(model: nn.Module, layers: dict[str, AdaptedLinear]) -> Besides:
-    modules: list[str] = []
+def _trained_outside(model: nn.Module, layers: dict[str, AdaptedLinear]) -> TrainedOutside:
+    outside = _first_places(model)
+    several = {id(found[0].module) for found in _places_by_module(model).values() if len(found) > 1}
+    inside_adapters = [f"{layer}.{part}" for layer in layers for part in PARTS_OF_PEFT_LAYERS]
+    modules: dict[str, list[str]] = {}  # of modules_to_save, each with the modules that PEFT takes for it
     slots: dict[str, Slot] = {}
     noted: list[str] = []
-    outside = dict(_outside_adapters(model))
-    several = {id(place.module) for places_of in _standing(model).values() for place in places_of[1:]}
-    inside_adapters = [f"{layer}.{part}" for layer in layers for part in PARTS_OF_PEFT_LAYERS]
     for name, module in outside.items():
-        trained = [key for key, own in module._parameters.items() if own is not None and own.requires_grad]
-        if name in layers or not trained or name.startswith(tuple(f"{outer}." for outer in modules)):
+        taken = [other for matched in modules.values() for other in matched]
+        is_trained = any(own is not None and own.requires_grad for own in module._parameters.values())
+        if not is_trained or name in layers or any(_is_within(name, other) for other in taken):
             continue
         # PEFT takes every module whose name ends so, with everything in it, and makes a copy of it
         matched = [other for other in outside if name and other.endswith(name)]
-        is_safe = bool(name) and not any(
-            isinstance(outside[other], CONTAINERS)
-            or any(layer == other or layer.startswith(f"{other}.") for layer in layers)
-            or any(id(part) in several for part in outside[other].modules())
-            for other in matched
+        can_be_saved = bool(name) and not (
+            any(part.endswith(name) for part in inside_adapters)
+            or any(_is_within(layer, other) for layer in layers for other in matched)
+            or any(isinstance(outside[other], CONTAINERS) for other in matched)
+            or any(id(part) in several for other in matched for part in outside[other].modules())
+            or any(_is_within(one, other) for one in taken + matched for other in matched if one != other)
         )
-        if is_safe and not any(part.endswith(name) for part in inside_adapters):
-            modules.append(name)
+        if can_be_saved:
+            modules[name] = matched
             for other in matched:
                 slots |= _all_slots(other, outside[other])
         else:
             own = {f"{name}.{key}" if name else key: (module, key) for key in own_keys(module)}
             slots |= own
             noted += own
-    return Besides(modules, slots, noted)
+    return TrainedOutside(list(modules), slots, noted)
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
 
 
 def _all_slots(name: str, module: nn.Module) -> dict[str, Slot]:

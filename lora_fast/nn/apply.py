@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
@@ -58,16 +59,17 @@ def apply(
 
     A linear that stands in several places is replaced by one module in all of them, if one of its names is a target and
     none is excluded. Left out, and named in a warning: linears whose owner reads their weight without calling them,
-    which are the ``out_proj`` of nn.MultiheadAttention, and linear1 and linear2 of an nn.TransformerEncoderLayer with
+    which are the ``out_proj`` of nn.MultiheadAttention, what the fused kernels of Mamba's mixers in transformers read
+    (x_proj, dt_proj, out_proj), and linear1 and linear2 of an nn.TransformerEncoderLayer with
     batch_first=True while its fast path is on. ``torch.backends.mha.set_fastpath_enabled(False)`` before apply, and for
     as long as the model is used, makes these two ordinary linears.
 
     transformers' record of tied weights follows: a tied head that is adapted saves and ties as before.
 
     Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear,
-    layers that are adapted already, by PEFT too, and a model in a DistributedDataParallel; TypeError for a targeted
-    linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized, hooked, compiled by itself,
-    or has a forward of its own.
+    layers that are adapted already, by PEFT too, and a model that DistributedDataParallel or FSDP holds already;
+    TypeError for a targeted linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized,
+    hooked, compiled by itself, or has a forward of its own.
     """
     rank = checks.check_rank(rank)
     alpha = checks.check_alpha(alpha)
@@ -86,7 +88,7 @@ def apply(
 
     effective_alpha = SCALINGS[scaling](alpha, rank)
     layers: list[tuple[Place, AdaptedLinear]] = []
-    with warnings.catch_warnings():
+    with kept_flags(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="rank .* is above min")  # said above, once for all layers
         for linear, standing in linears.items():
             layer: AdaptedLinear
@@ -99,6 +101,18 @@ def apply(
             layers += [(place, layer) for place in standing]
     put_in_place(model, layers)
     return model
+
+
+@contextlib.contextmanager
+def kept_flags(model: nn.Module) -> Iterator[None]:
+    """Every requires_grad in ``model`` as it was, should the block fail: a layer freezes the linear it is made of."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def put_in_place(model: nn.Module, layers: list[tuple[Place, AdaptedLinear]]) -> None:
@@ -148,14 +162,14 @@ def _targeted(
         raise ValueError(
             f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
         )
-    checks.check_not_in_ddp(model)
+    checks.check_not_distributed(model)
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     is_target = (lambda name: True) if all_linear else _name_filter(targets, "targets")
     is_excluded = _name_filter(exclude, "exclude")
     heads = _output_heads(model) if all_linear else set()
 
     standing: dict[nn.Module, list[Place]] = {}
-    for place in _places_outside_adapters(model):
+    for place in places_outside_adapters(model):
         if isinstance(place.module, nn.Linear) or _is_adapter(place.module):
             standing.setdefault(place.module, []).append(place)
 
@@ -185,14 +199,15 @@ def _targeted(
         warnings.warn(
             "left out, because their owner reads the weight without calling the linear: "
             f"{_shortened(names_left_out)}. "
-            "MultiheadAttention never calls its out_proj; a TransformerEncoderLayer calls linear1 and linear2 after "
+            "MultiheadAttention never calls its out_proj, nor a training Mamba mixer on a GPU its x_proj, dt_proj and "
+            "out_proj; a TransformerEncoderLayer calls linear1 and linear2 after "
             "torch.backends.mha.set_fastpath_enabled(False)",
             stacklevel=3,
         )
     return linears
 
 
-def _places_outside_adapters(model: nn.Module) -> Iterator[Place]:
+def places_outside_adapters(model: nn.Module) -> Iterator[Place]:
     """The places of every module but of those inside an adapted layer."""
     inside: tuple[str, ...] = ()
     for place in places(model):
@@ -244,6 +259,8 @@ def read_without_call(model: nn.Module) -> Iterator[nn.Module]:
         # batch_first=False never takes the fast path
         elif isinstance(module, nn.TransformerEncoderLayer) and fast_path and module.self_attn.batch_first:
             yield from (module.linear1, module.linear2)
+        elif re.fullmatch(r"\w*Mamba\w*Mixer", type(module).__name__):  # of transformers, and its fused kernels
+            yield from (getattr(module, name) for name in ("x_proj", "dt_proj", "out_proj") if hasattr(module, name))
 
 
 def _warn_of_large_ranks(linears: dict[nn.Linear, list[Place]], rank: int) -> None:

@@ -49,17 +49,24 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             )
         if parameter.dtype not in DTYPES:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
+    if linear.weight.shape != (linear.out_features, linear.in_features):
+        raise TypeError(
+            f"{name}.weight: got shape {list(linear.weight.shape)}, expected [out, in] = "
+            f"{[linear.out_features, linear.in_features]}; a part of a weight cannot be adapted"
+        )
     if hooks.has_hooks(linear):
         raise TypeError(f"{name}: it has hooks, which would no longer be called; remove them and register them anew")
 
 
-def check_not_in_ddp(model: nn.Module) -> None:
-    """Raise ValueError for a model whose gradients DistributedDataParallel has already arranged to synchronise."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "model: it holds a DistributedDataParallel, which would not synchronise parameters that come after it; "
-            "put the adapters in first, and wrap the model afterwards"
-        )
+def check_not_distributed(model: nn.Module) -> None:
+    """Raise ValueError for a model whose parameters another one has already arranged to synchronise or to shard."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+                raise ValueError(
+                    f"model: it holds a {kind.__name__}, which would not synchronise parameters that come after it; "
+                    "put the adapters in first, and wrap the model afterwards"
+                )
 
 
 def check_replaceable(place: Place) -> None:

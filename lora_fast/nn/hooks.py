@@ -105,3 +105,9 @@ def has_accelerate_hook(module: nn.Module) -> bool:
     return hook is not None and all(
         type(part).__module__ == "accelerate.hooks" for part in (hook, *getattr(hook, "hooks", ()))
     )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate keeps the values of the module's own parameters."""
+    hook = vars(module).get("_hf_hook")
+    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))

@@ -455,6 +455,8 @@ class LinearWithDoRA(AdaptedLinear):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithDoRA:
+        if self._frozen_gain is not None:  # which has to be computed anew afterwards
+            hooks.check_weight(self, "to")
         # ids, not tensors: torch may swap the parameter, which it can only while nobody else holds the gradient
         wide = {id(self.magnitude)}
         if self.magnitude.grad is not None:

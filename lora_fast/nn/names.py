@@ -48,15 +48,6 @@ def places(model: nn.Module) -> Iterator[Place]:
     yield from _places(_inside(model, None, ""))
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, by its first name; wrappers left out."""
-    seen: set[int] = set()
-    for place in places(model):
-        if id(place.module) not in seen:
-            seen.add(id(place.module))
-            yield place.name, place.module
-
-
 def _places(place: Place) -> Iterator[Place]:
     yield place
     for attribute, child in place.module._modules.items():
