@@ -182,7 +182,7 @@ def _offline(config: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: _offline(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in config.items()
-        if not key.endswith("_implementation")
+        if not str(key).endswith("_implementation")
     }
     if "use_pretrained_backbone" in kept:
         kept["use_pretrained_backbone"] = False
