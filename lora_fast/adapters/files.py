@@ -186,9 +186,11 @@ def _whole_tensors(
         module, _, name = key.rpartition(".")
         owner, _, last = module.rpartition(".")
         wrapped, plain = wrapped_keys.get(key), plain_keys.get(key)
-        if last == "base_layer" and owner in layers:
+        if key in noted:
+            base[key] = tensor
+        elif last == "base_layer" and owner in layers:
             base[f"{owner}.{name}"] = tensor
-        elif last == "base_layer" and key not in noted and not _is_to_save(module, config):
+        elif last == "base_layer" and not _is_to_save(module, config):
             raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
         elif wrapped and plain is not None and wrapped["copy"] == "original_module":  # what the copy stands in for
             base[plain] = tensor
