@@ -194,7 +194,7 @@ class _Planner:
             return
         raise ValueError(
             f"{self.checkpoint.folder}: {key} may be tied to the output head (tie_word_embeddings in config.json), so "
-            f"that merging would change both, and the head's name is not known: {architecture.why_unknown(config)}; or "
+            f"that merging would change both, and the head's name is not known: {self.resolver.why_unknown}; or "
             "keep the adapter, or untie them first"
         )
 

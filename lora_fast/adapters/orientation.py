@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_fast.adapters import architecture
 from lora_fast.adapters.files import Adapter
 from lora_fast.adapters.resolving import Resolver
 
@@ -70,5 +69,5 @@ def _square(name: str, adapter: Adapter, key: str, resolver: Resolver) -> bool:
         f"{adapter.config_path}: {key} is square, and fan_in_fan_out={noted} is what PEFT noted of one layer of the "
         "file; say which such layers are stored [in, out], as transformers' Conv1D: merge_checkpoint(..., "
         "fan_in_fan_out=True, False, or names), lora-fast merge --fan-in-fan-out all, none, or NAME,NAME"
-        + ("" if resolver.known else f" ({architecture.why_unknown(resolver.checkpoint.config)})")
+        f" ({resolver.why_unknown})"
     )

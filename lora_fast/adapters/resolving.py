@@ -29,6 +29,13 @@ class Resolver:
     def known(self) -> Architecture | None:
         return Architecture.of(self.checkpoint.config)
 
+    @property
+    def why_unknown(self) -> str:
+        """Why transformers does not tell about a tensor that it does not tell about, as part of an error's sentence."""
+        if self.known is None:
+            return architecture.why_unknown(self.checkpoint.config)
+        return f"{type(self.known.model).__name__}, which its config.json names, has no tensor of that name"
+
     @cached_property
     def stored(self) -> dict[str, str]:
         """The checkpoint's key of each end that it has, as far as transformers knows: {end: key}."""
@@ -112,7 +119,7 @@ class Resolver:
                 "checkpoint's names"
             )
         if not fitting:
-            hint = "" if self.known else "; " + architecture.why_unknown(self.checkpoint.config)
+            hint = "" if self.known else f"; {self.why_unknown}"
             raise ValueError(
                 f"{folder}: {len(missing)} of the adapter's tensors not in the checkpoint: "
                 f"{', '.join(sorted(missing)[:8])}{hint}"
