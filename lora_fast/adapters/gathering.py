@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_fast.nn.hooks import is_offloaded
-from lora_fast.nn.names import WRAPPERS
-
-FSDP1 = "FullyShardedDataParallel"
+from lora_fast.nn.names import wrapped_attribute
 
 
 def check_summoned(model: nn.Module, function: str) -> None:
     """Raise ValueError if FSDP1 holds parameters of ``model`` in its flat ones."""
     for module in model.modules():
-        kinds = {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
-        is_fsdp1 = any(name == FSDP1 for _, name in kinds.intersection(WRAPPERS))
+        is_fsdp1 = wrapped_attribute(module) == "_fsdp_wrapped_module"
         if is_fsdp1 and getattr(module.training_state, "name", None) != "SUMMON_FULL_PARAMS":
             raise ValueError(
                 f"model: FullyShardedDataParallel holds its parameters in parts; call {function} inside "

@@ -94,7 +94,8 @@ class Resolver:
         for group in self.known.ties if self.known else []:
             stored = [end for end in self.stored if end in group]
             keys = [self.stored[end] for end in stored]
-            apart = {end for end, key in zip(stored, keys, strict=True) if not self.checkpoint.is_same(keys[0], key)}
+            others = zip(stored[1:], keys[1:], strict=True)
+            apart = {end for end, key in others if not self.checkpoint.is_same(keys[0], key)}
             tied |= {end: set(group - apart) for end in group - apart}
         return tied
 
