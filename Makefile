@@ -31,7 +31,7 @@ portable: setup
 	.ci/portable $(VENV) $(JOBS)
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE)) benchmarks/few_tokens.cu
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && .ci/types $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE)) benchmarks/few_tokens.cu
 
 # Triton kernels on CPU tensors, in a process of its own: the interpreter is chosen when a kernel is decorated.
 interp: setup

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import functional, reference
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
 from lora_fast.testing import dropout_mask
 
 from .norms import dense_norm, factored_norm
@@ -58,13 +60,13 @@ class LayerInputs:
         with torch.autocast(x.device.type, self.autocast):
             return module(x)
 
-    def magnitude(self, axis: str) -> Tensor:
+    def magnitude(self, axis: Axis) -> Tensor:
         """A magnitude near the norm, as training finds it: n · (1 ± 5%), float32."""
         if axis not in self._magnitudes:
             self._magnitudes[axis] = self._new_magnitude(axis)
         return self._magnitudes[axis].clone()  # a parameter may be made of it
 
-    def _new_magnitude(self, axis: str) -> Tensor:
+    def _new_magnitude(self, axis: Axis) -> Tensor:
         norm = (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).norm(
             dim=1 if axis == "output" else 0
         )
@@ -140,7 +142,7 @@ class Contender:
     name: str
     build: Callable[[LayerInputs], Layer]
     formula: str
-    axis: str = "output"
+    axis: Axis = "output"
     detach_norm: bool = True
     ours: bool = False
     requires: str | None = None
@@ -255,7 +257,7 @@ class FactoredDoRA(DenseDoRA):
 class ReferenceLayer(nn.Module):
     """The specification's formula as a user would write it, in x's dtype throughout: "dora" or "lora"."""
 
-    def __init__(self, inputs: LayerInputs, formula: str, axis: str = "output", detach_norm: bool = True) -> None:
+    def __init__(self, inputs: LayerInputs, formula: str, axis: Axis = "output", detach_norm: bool = True) -> None:
         super().__init__()
         self.linear = frozen_linear(inputs.weight)
         self.lora_A = nn.Parameter(inputs.lora_A.clone())
@@ -279,7 +281,7 @@ class ReferenceLayer(nn.Module):
         return reference.lora_linear(*frozen_and_factors, self.scaling, compute_dtype=x.dtype)
 
 
-def reference_layer(inputs: LayerInputs, formula: str, axis: str = "output", detach_norm: bool = True) -> Layer:
+def reference_layer(inputs: LayerInputs, formula: str, axis: Axis = "output", detach_norm: bool = True) -> Layer:
     if formula == "frozen":
         return _frozen(inputs)
     module = ReferenceLayer(inputs, formula, axis, detach_norm)
@@ -405,7 +407,7 @@ class _FrozenNorms(nn.Module):
         return self.layer(x)
 
 
-def _ours(dora: bool, backend: str) -> Callable[[LayerInputs], Layer]:
+def _ours(dora: bool, backend: BackendName) -> Callable[[LayerInputs], Layer]:
     def build(inputs: LayerInputs) -> Layer:
         rank = inputs.lora_A.shape[0]
         linear = frozen_linear(inputs.weight)
@@ -452,13 +454,13 @@ ACCELERATED = Contender(
 FROZEN_NORMS = Contender("lora_fast DoRA, freeze_norms", _frozen_norms, "dora", ours=True, inference_only=True)
 
 
-def lora(backend: str = "auto") -> Contender:
+def lora(backend: BackendName = "auto") -> Contender:
     return Contender(_our_name("LoRA", backend), _ours(False, backend), "lora", ours=True)
 
 
-def dora(backend: str = "auto") -> Contender:
+def dora(backend: BackendName = "auto") -> Contender:
     return Contender(_our_name("DoRA", backend), _ours(True, backend), "dora", ours=True)
 
 
-def _our_name(kind: str, backend: str) -> str:
+def _our_name(kind: str, backend: BackendName) -> str:
     return f"lora_fast {kind}" if backend == "auto" else f"lora_fast {kind}, {backend}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference
+from lora_fast.call import Axis
 from lora_fast.testing import EAGER, budget_fault
 
 from .contenders import Contender, Layer, LayerInputs
@@ -94,17 +95,17 @@ class Gate:
         layer.module.zero_grad()
         return {name: value for name, value in results.items() if value is not None}
 
-    def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
+    def _eager(self, formula: str, axis: Axis, detach_norm: bool) -> list[Results]:
         formulas: Sequence[Mapping[str, bool]] = ({},) if formula == "frozen" else EAGER
         return [self._computed(formula, axis, detach_norm, None, options) for options in formulas]
 
-    def _reference(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None) -> Results:
+    def _reference(self, formula: str, axis: Axis, detach_norm: bool, dtype: torch.dtype | None) -> Results:
         return self._computed(formula, axis, detach_norm, dtype)
 
     def _computed(
         self,
         formula: str,
-        axis: str,
+        axis: Axis,
         detach_norm: bool,
         dtype: torch.dtype | None,
         more: Mapping[str, bool] | None = None,

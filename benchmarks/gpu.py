@@ -59,8 +59,8 @@ def provenance() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
-        "triton": backends.triton_status()[1],
-        "cuda_kernels": backends.cuda_status()[1],
+        "triton": backends.get("triton").missing() or "present",
+        "cuda_kernels": backends.get("cuda").missing() or "present",
     }
 
 
@@ -131,7 +131,7 @@ def _without_records(what: str, make: partial[dict[str, Any]], why: str) -> dict
 
 def faults(results: list[dict[str, Any]]) -> list[str]:
     """Rows that failed or were cut off, and contenders of ours that compute something wrong."""
-    ours = (*backends.BACKENDS, "fused", "products")
+    ours = (*backends.NAMES, "fused", "products")
     found = [result["title"] for result in results if result["title"].startswith((FAILED, CUT_OFF))]
     for result in results:
         for name, reason in result["left_out"].items():

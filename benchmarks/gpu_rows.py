@@ -13,7 +13,12 @@ from unittest import mock
 import torch
 
 import lora_fast
-from lora_fast import backends, functional, reference
+from lora_fast import backends, check, functional, reference
+from lora_fast.backends import BackendName
+from lora_fast.backends.registry import run
+from lora_fast.call import LoraComposeCall, LoraComposeGradCall
+from lora_fast.triton_kernels import constants
+from lora_fast.triton_kernels.target import current
 
 from . import contenders as c, cost, layer, norms, peft_model, report
 from .gate import WRONG, error_fault
@@ -44,12 +49,12 @@ def row(
     }  # fmt: skip
 
 
-def names_of_ours() -> list[str]:
-    """The backends to set beside "auto"; the first is what it takes."""
-    return [name for name in ("triton", "cuda", "torch") if backends.is_present(name)]
+def names_of_ours() -> list[BackendName]:
+    """The backends to set beside "auto"."""
+    return check.present("cuda")
 
 
-def fast_backends() -> list[str]:
+def fast_backends() -> list[BackendName]:
     """Those that are timed at large sizes: "torch" takes 30 times as long as "triton" on a GPU."""
     return [name for name in names_of_ours() if name != "torch"]
 
@@ -83,26 +88,25 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     base, other = torch.randn(T, N, dtype=torch.bfloat16), torch.empty(T, N, dtype=torch.bfloat16)
     h, lora_B = torch.randn(T, R, dtype=torch.bfloat16), torch.randn(N, R, dtype=torch.bfloat16)
     gain = 1 + 0.1 * torch.randn(N)
-    ops = torch.ops.lora_fast
-    needs = [True, True, True, True, False]
+    forward = LoraComposeCall(base, h, lora_B, 0.5, gain, None, "nothing")
+    backward = LoraComposeGradCall(base, h, lora_B, 0.5, gain, other, "product", True, True, True, True, False)
+    op, call = ("lora_compose_fwd", forward) if direction == "forward" else ("lora_compose_bwd", backward)
 
     def composed(name: str) -> Step:
-        if direction == "forward":
-            return lambda: ops.lora_compose_fwd(base, h, lora_B, 0.5, gain, None, False, name)
-        return lambda: ops.lora_compose_bwd(base, h, lora_B, 0.5, gain, other, needs, name)
+        return partial(run, op, call, name)
 
     left_out = composition_faults(base, h, lora_B, gain)
     steps: dict[str, Step] = {"copy": lambda: other.copy_(base)}
     steps |= {name: composed(name) for name in names_of_ours() if name not in left_out}
     other.copy_(base)
     records = measure(steps, budget_s)
-    op = f"lora_compose {direction}"
+    counted = f"lora_compose {direction}"
     bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
     bars = []
-    if R == 16 and (chosen := records.get(names_of_ours()[0])):
-        reached = cost.least(op, size).bytes / chosen["median_ms"] / bandwidth
+    if R == 16 and (chosen := records.get(backends.plan_of(op, call)[0])):
+        reached = cost.least(counted, size).bytes / chosen["median_ms"] / bandwidth
         bars = [Bar("× copy bandwidth", reached, 0.75, False)]
-    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (op,), records, bars, left_out)
+    return row(f"composition {direction}, {T}×{N}, rank {R}", size, (counted,), records, bars, left_out)
 
 
 def composition_faults(base: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, gain: torch.Tensor) -> dict[str, str]:
@@ -200,14 +204,16 @@ def peft_row(
 
 
 def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
-    """Forward of a trained DoRA layer by each path of backends/triton.py: what its table of choice is to be held to."""
-    triton = backends.module("triton")
+    """Forward of a trained DoRA layer by each path that backends/triton/plan.py chooses between."""
+    plan = backends.get("triton").plan
     N = size.N
     inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
     gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
 
     def forward(path: str) -> torch.Tensor:
-        with mock.patch.object(triton, "_product_path", return_value=(path, "measured")):
+        last = "lora_linear_fwd" if path == "fused" else "lora_compose_fwd"
+        forced = plan.forward(constants.of(current(x.device)).gemm_rank <= size.R, last, "measured")
+        with mock.patch.object(plan, "lora_linear_fwd", return_value=forced):
             return functional.lora_linear(
                 x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_(), backend="triton"
             )

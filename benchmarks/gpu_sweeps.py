@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import backends, functional
-from lora_fast.backends import triton as backend
+from lora_fast.backends import registry
+from lora_fast.backends.triton import ops
+from lora_fast.call import LoraLinearCall, LoraLinearGradCall
 from lora_fast.triton_kernels import (
     constants,
     lora_A_grad,
@@ -82,8 +84,10 @@ def _blocks(
 def _gain_bwd(T: int, N: int, R: int, lora: bool = False) -> Call:
     grad_y, kept, h, B, gain = _normal(T, N), _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
     if lora:
-        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, False, False, False, True, True)
-    return partial(lora_gain_bwd.lora_gain_bwd, grad_y, kept, gain, h, B, S, True, True, False, True, True)
+        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, need_h=True, need_B=True)
+    return partial(
+        lora_gain_bwd.lora_gain_bwd, grad_y, kept, gain, h, B, S, need_v=True, need_gain=True, need_h=True, need_B=True
+    )
 
 
 def _plain_gain_calls() -> dict[str, Call]:
@@ -222,7 +226,7 @@ def _forward_sweep(constant: str, values: list[Any]) -> Sweep:
     for T, N, K, R in ((8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 8192, 8192, 384)):
         x, W, h, B, gain = _normal(T, K), _normal(N, K), _normal(T, R), _normal(N, R), _gain(N)
         size = f"{T}×{N}×{K}, rank {R}"
-        calls[size] = partial(lora_linear_fwd.lora_linear_fwd, x, W, None, h, B, S, gain, None, True)
+        calls[size] = partial(lora_linear_fwd.lora_linear_fwd, x, W, None, h, B, S, gain, None, keep_product=True)
         others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
     return Sweep(constant, values, calls, others)
 
@@ -243,14 +247,21 @@ def described_contraction() -> Sweep:
     sizes = [(T, 4096, K, 16) for K in (512, 1024, 2048, 4096) for T in (512, 2048, 8192)]
     for T, N, K, R in [*sizes, (8192, 8192, 8192, 384)]:
         x, W, A, B, gain = _normal(T, K), _normal(N, K), _normal(R, K), _normal(N, R), _gain(N)
-        call = partial(backend.lora_linear_fwd, x, W, None, A, B, S, gain, "output", 0.0, None, True)
-        calls[f"{T}×{N}×{K}, rank {R}"] = call
+        call = LoraLinearCall(x, W, None, A, B, S, gain, "output", 0.0, None, "product")
+        calls[f"{T}×{N}×{K}, rank {R}"] = partial(registry.run, "lora_linear_fwd", call, "triton")
     return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
 
 
-def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor) -> Tensor:
-    path, _ = backend.input_grad_path(W.shape[0], grad_v.dtype, 0.0, current(grad_v.device))
-    return backend.INPUT_GRADS[path](grad_v, W, grad_h, A, 0.0, None, None, None, False)[0]
+def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor) -> LoraLinearGradCall:
+    """The gradients of an input without a gain, and of lora_A where x is given."""
+    needs = (True, x is not None, False, False, False)
+    return LoraLinearGradCall(grad_y, x, W, A, B, S, None, "output", 0.0, None, None, None, "nothing", *needs)
+
+
+def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    call = _grad_call(grad_v, None, W, A, B)
+    _, chosen = registry.plan_of("lora_linear_bwd", call, "triton")
+    return ops.input_grad(call, chosen, grad_v, grad_h)[0]
 
 
 def input_grad_contraction() -> Sweep:
@@ -259,28 +270,33 @@ def input_grad_contraction() -> Sweep:
     others: dict[str, dict[str, Call]] = {}
     for T, N in product((512, 2048, 8192), (512, 1024, 2048, 4096)):
         K, R = 4096, 16
-        grad_v, W, grad_h, A = _normal(T, N), _normal(N, K), _normal(T, R), _normal(R, K)
+        grad_v, W, grad_h, A, B = _normal(T, N), _normal(N, K), _normal(T, R), _normal(R, K), _normal(N, R)
         size, transposed = f"{T}×{N}×{K}, rank {R}", (grad_v, W.T, None, grad_h, A.T)
-        calls[size] = partial(_input_grad, grad_v, W, grad_h, A)
-        by_forward = partial(lora_linear_fwd.lora_linear_fwd, *transposed, 1.0, None, None, False)
+        calls[size] = partial(_input_grad, grad_v, W, grad_h, A, B)
+        by_forward = partial(lora_linear_fwd.lora_linear_fwd, *transposed, 1.0, None, None, keep_product=False)
         others[size] = {"the forward's kernel": by_forward}
     return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls, others)
 
 
-def _along_the_rank(x: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _along_the_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, ...]:
     """h, d lora_A, and an update without a gain, over and over on the same output."""
-    h = backend._project(x, A, None, 0.0, None)
-    backend._add_update(out, h, B, S)
-    return h, backend._A_grad(grad_h, x, None, 0.0, None, bf16), out
+    forward = LoraLinearCall(x, W, None, A, B, S, None, "output", 0.0, None, "nothing")
+    backward = _grad_call(out, x, W, A, B)
+    _, chosen = registry.plan_of("lora_linear_fwd", forward, "triton")
+    h = ops.project(forward, chosen)
+    ops.add_update(out, h, B, S, chosen.kernel("y"))
+    _, chosen = registry.plan_of("lora_linear_bwd", backward, "triton")
+    return h, ops.A_grad(backward, chosen, grad_h), out
 
 
 def gemm_rank() -> Sweep:
     calls: dict[str, Call] = {}
     before: dict[str, Call] = {}
     for R in (16, 32, 64, 128, 384):
-        x, A, B, grad_h = _normal(8192, 4096), _normal(R, 4096), _normal(4096, R), _normal(8192, R)
+        x, W, A, B = _normal(8192, 4096), _normal(4096, 4096), _normal(R, 4096), _normal(4096, R)
+        grad_h = _normal(8192, R)
         size, out = f"8192×4096, rank {R}", torch.zeros(8192, 4096, dtype=bf16)
-        calls[size], before[size] = partial(_along_the_rank, x, A, B, grad_h, out), out.zero_
+        calls[size], before[size] = partial(_along_the_rank, x, W, A, B, grad_h, out), out.zero_
     return Sweep("gemm_rank", [16, 32, 64, 128, 256, ANY], calls, before=before)
 
 
@@ -294,7 +310,7 @@ def few_tokens() -> Sweep:
     for T in (1, 4, 8, 16):
         x, W, A, B, gain = _few_operands(T)
         size, operands = f"{T} tokens, 4096×4096, rank 16", (x, W, None, A, B, S, gain)
-        calls[size] = partial(lora_linear_small.lora_linear_small_fwd, *operands, None, 0.0, None, False)
+        calls[size] = partial(lora_linear_small.lora_linear_small_fwd, *operands, None, 0.0, None, keep_product=False)
         others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
         if backends.is_present("cuda"):
             others[size]["cuda"] = partial(functional.lora_linear, *operands, backend="cuda")

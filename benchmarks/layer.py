@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from lora_fast import backends, reference
+from lora_fast import check, reference
+from lora_fast.backends import BackendName
 
 from . import contenders as c, norms
 from .gate import WRONG, Gate, error_fault
@@ -50,10 +51,10 @@ def speed_cases() -> list[Case]:
     ]
 
 
-def installed_backends() -> list[str]:
+def installed_backends() -> list[BackendName]:
     """The backends to set beside "auto", so that the table shows where each earns its place; none if there is one."""
-    loaded, _, _ = backends.extension_status()
-    return ["torch", "cpu"] if loaded else []
+    present = check.present("cpu")
+    return present if len(present) > 1 else []
 
 
 def run(case: Case, *, budget_s: float = 4.0, on_progress: Callable[[float], None] | None = None) -> Row:

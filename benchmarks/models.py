@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
+
 from . import contenders as c, cost, layer
 from .gate import WRONG, Gate, Results
 from .ops import NOT_COMPILED
@@ -35,7 +38,7 @@ HEAD = 64  # width of an attention head
 EVALUATION = (INFERENCE, DECODE)
 
 
-def contenders(workload: Workload, backends: list[str]) -> list[c.Contender]:
+def contenders(workload: Workload, backends: list[BackendName]) -> list[c.Contender]:
     """All that run in the workload's mode. In float32 PEFT's adapters are float32 either way, and stand once."""
     half = workload.dtype != torch.float32
     found = [c.FROZEN, c.lora(), c.PEFT_LORA_FP32, c.dora(), *(c.dora(name) for name in backends), c.ACCELERATED]
@@ -44,7 +47,7 @@ def contenders(workload: Workload, backends: list[str]) -> list[c.Contender]:
     return [*found, c.PEFT_DORA_FP32, c.DENSE, c.COMPILED, c.FACTORED, c.EAGER, c.ARTICLE]
 
 
-def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared:
+def prepare(workload: Workload, backends: list[BackendName], compiled: bool) -> Prepared:
     """A layer, or a model, in one of the modes."""
     model = None if workload.subject == "layer" else MODELS[workload.subject](workload)
     N, K = (workload.out_features, workload.in_features) if model is None else (workload.in_features,) * 2
@@ -224,10 +227,10 @@ class ModelGate(Gate):
     ) -> str | None:
         return super()._error_fault(name, actual, eagers, truth, replace(contender, ours=False))
 
-    def _eager(self, formula: str, axis: str, detach_norm: bool) -> list[Results]:
+    def _eager(self, formula: str, axis: Axis, detach_norm: bool) -> list[Results]:
         return [self._reference(formula, axis, detach_norm, None)]
 
-    def _reference(self, formula: str, axis: str, detach_norm: bool, dtype: torch.dtype | None) -> Results:
+    def _reference(self, formula: str, axis: Axis, detach_norm: bool, dtype: torch.dtype | None) -> Results:
         model, adapters, inputs = self.model, self.adapters, self.inputs
         if dtype is not None:
             model = copy.deepcopy(model).to(dtype)

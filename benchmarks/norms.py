@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import functional
+from lora_fast.backends import BackendName
 
 FACTORED_BLOCK = 1 << 22  # elements of W in float32 at a time: 16 MiB
 
@@ -40,7 +41,7 @@ def peft_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return torch.linalg.norm(weight.to(update.dtype) + scaling * update, dim=1).to(update.dtype)
 
 
-def our_norm(backend: str = "auto") -> NormFunction:
+def our_norm(backend: BackendName = "auto") -> NormFunction:
     def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         return functional.weight_norm(weight, lora_A, lora_B, scaling, backend=backend)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import functional, reference, testing
+from lora_fast.backends import BackendName
 
 from . import contenders as c, cost, norms
 from .gate import WRONG, error_fault, relative_error
@@ -36,13 +37,13 @@ class Op:
     reference: Function
     dense: Function  # what torch.compile gets
     peers: dict[str, Function]
-    ours: Callable[[str], Function]
+    ours: Callable[[BackendName], Function]
     floor: tuple[str, Function]
     baseline: str
     costs: dict[str, tuple[str, ...]]  # mode: the names of cost.py that add up to it
 
 
-def prepare(workload: Workload, backends: list[str], compiled: bool) -> Prepared:
+def prepare(workload: Workload, backends: list[BackendName], compiled: bool) -> Prepared:
     """Check every contender against the reference in float64, by the bounds of the layers' gate, and make its step."""
     op = OPS[workload.subject]
     inputs = op.inputs(workload)
@@ -166,15 +167,15 @@ def _norm_function(function: norms.NormFunction) -> Function:
     return lambda weight, lora_A, lora_B: function(weight, lora_A, lora_B, SCALING)
 
 
-def _our_norm(backend: str) -> Function:
+def _our_norm(backend: BackendName) -> Function:
     return _norm_function(norms.our_norm(backend))
 
 
-def _our_compose(backend: str) -> Function:
+def _our_compose(backend: BackendName) -> Function:
     return lambda base, h, lora_B, gain: functional.lora_compose(base, h, lora_B, SCALING, gain, backend=backend)
 
 
-def _our_linear(backend: str) -> Function:
+def _our_linear(backend: BackendName) -> Function:
     return lambda x, weight, lora_A, lora_B, gain: functional.lora_linear(
         x, weight, None, lora_A, lora_B, SCALING, gain, backend=backend
     )

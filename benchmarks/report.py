@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_fast import backends
+from lora_fast.backends import extension
 
 from .commit import commit_of
 from .registry import FROZEN, NORM, Bar, Row
@@ -27,7 +27,7 @@ PACKAGES = ("lora_fast", "torch", "triton", "peft", "transformers", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    loaded, reason, build = backends.extension_status()
+    loaded, reason, build = extension.status()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": cpu_model(),

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from lora_fast import backends
+from lora_fast import check
+from lora_fast.backends import BackendName
 
 from . import models, ops
 from .cost import Cost
@@ -27,7 +28,7 @@ from .registry import (
     Workload,
 )
 
-REGISTRY: dict[str, Callable[[Workload, list[str], bool], Prepared]] = {
+REGISTRY: dict[str, Callable[[Workload, list[BackendName], bool], Prepared]] = {
     **dict.fromkeys(ops.OPS, ops.prepare),
     "layer": models.prepare,
     **dict.fromkeys(models.MODELS, models.prepare),
@@ -89,10 +90,9 @@ def quick_cases() -> list[Workload]:
     ]
 
 
-def our_backends() -> list[str]:
+def our_backends() -> list[BackendName]:
     """The backends to set beside "auto" on the default device."""
-    names = ("triton", "cuda", "torch") if torch.get_default_device().type == "cuda" else ("cpu", "torch")
-    present = [name for name in names if backends.is_present(name)]
+    present = check.present(torch.get_default_device().type)
     return present if len(present) > 1 else []
 
 

@@ -22,12 +22,14 @@ from lora_fast.nn import (
     trainable_parameters,
     unfreeze_norms,
 )
+from lora_fast.norm_cache import NormCache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearWithDoRA",
     "LinearWithLoRA",
+    "NormCache",
     "accelerate",
     "apply",
     "count_parameters",

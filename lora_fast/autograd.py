@@ -15,32 +15,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_fast import ops  # noqa: F401  (defines torch.ops.lora_fast)
-from lora_fast.gain import divisor, dora_gain
+from lora_fast.call import DoraLinearCall, LoraComposeCall, LoraLinearCall, WeightNormCall
 
 _ops = torch.ops.lora_fast
 
 
 class WeightNormFunction(torch.autograd.Function):
-    """norm = ‖W + s lora_B lora_A‖, from a norm that was already computed, with gradients to lora_A and lora_B."""
+    """norm = ‖W + s lora_B lora_A‖, with gradients to lora_A and lora_B."""
 
     @staticmethod
-    def forward(norm: Tensor, *_: Any) -> Tensor:
-        return norm.clone()
+    def forward(*inputs: Any) -> Tensor:
+        return _ops.weight_norm_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        norm, weight, lora_A, lora_B, ctx.scaling, ctx.axis, ctx.backend = inputs
-        ctx.save_for_backward(norm, weight, lora_A, lora_B)
+        *fields, ctx.backend = inputs
+        call = WeightNormCall(*fields)
+        ctx.scaling, ctx.axis = call.scaling, call.axis
+        ctx.save_for_backward(output, call.weight, call.lora_A, call.lora_B)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        norm, weight, lora_A, lora_B = ctx.saved_tensors
-        need_A, need_B = ctx.needs_input_grad[2:4]
+        _, need_A, need_B, *_ = ctx.needs_input_grad
         grad_A, grad_B = _ops.weight_norm_bwd(
-            grad, norm, weight, lora_A, lora_B, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend
+            grad, *ctx.saved_tensors, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend
         )
-        return None, None, _asked(grad_A, need_A), _asked(grad_B, need_B), None, None, None
+        return None, _asked(grad_A, need_A), _asked(grad_B, need_B), *(None,) * 5
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -52,122 +53,91 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, gain, ctx.axis, ctx.dropout_p, seed, keep_product, ctx.backend = (
-            inputs
-        )
-        _, product, h = output
-        ctx.mark_non_differentiable(product, h)
-        ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        _, _, _, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
-        keep_x = need_A or (need_gain and ctx.axis == "input")
-        ctx.save_for_backward(
-            x if keep_x else None,
-            weight,
-            lora_A,
-            lora_B,
-            gain,
-            product if keep_product else None,
-            h if need_B else None,
-            seed,
-        )
+        *fields, ctx.backend = inputs
+        call = LoraLinearCall(*fields)
+        _save_linear(ctx, call, call.gain, ctx.needs_input_grad[6], output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
             return (None,) * 12
-        x, weight, lora_A, lora_B, gain, product, h, seed = ctx.saved_tensors
-        need_x, _, need_bias, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
-        needs = (need_x, need_A, need_B, need_gain, need_bias)
-        grad_x, grad_A, grad_B, grad_gain, grad_bias = _ops.lora_linear_bwd(
-            grad_y,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            ctx.scaling,
-            gain,
-            ctx.axis,
-            product,
-            h,
-            ctx.dropout_p,
-            seed,
-            needs,
-            ctx.backend,
-        )
-        return (
-            _asked(grad_x, need_x),
-            None,
-            _asked(grad_bias, need_bias, ctx.bias_dtype),
-            _asked(grad_A, need_A),
-            _asked(grad_B, need_B),
-            None,
-            _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
-            *(None,) * 5,
-        )
+        common = _linear_gradient_fields(ctx, grad_y)[0]
+        gradients = _ops.lora_linear_bwd(*common, ctx.backend)
+        return *_linear_gradients(ctx, gradients), *(None,) * 5
 
 
 class DoraLinearFunction(torch.autograd.Function):
-    """y = m / n ⊙ (x Wᵀ + s (x lora_Aᵀ) lora_Bᵀ) + bias, n = ‖W + s lora_B lora_A‖ by rows, a constant in backward."""
+    """:class:`LoraLinearFunction` with gain = magnitude / ‖W + s lora_B lora_A‖."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _ops.dora_linear_fwd(*inputs)
+        return _ops.dora_linear_fwd(*inputs[:-2], inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, lora_A, lora_B, ctx.scaling, magnitude, _, _, keep_product, ctx.backend = inputs
-        _, product, h, norm = output
-        ctx.mark_non_differentiable(product, h, norm)
-        ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_A else None,
-            weight,
-            lora_A,
-            lora_B,
-            magnitude,
-            product if keep_product else None,
-            h if need_B else None,
-            norm,
-        )
+        *fields, ctx.detach_norm, ctx.backend = inputs
+        call = DoraLinearCall(*fields)
+        _, _, _, need_A, need_B, _, need_magnitude, *_ = ctx.needs_input_grad
+        need_gain = need_magnitude or (not ctx.detach_norm and (need_A or need_B))
+        _save_linear(ctx, call, call.magnitude, need_gain, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
-            return (None,) * 11
-        x, weight, lora_A, lora_B, magnitude, product, h, norm = ctx.saved_tensors
-        need_x, _, need_bias, need_A, need_B, _, need_gain, *_ = ctx.needs_input_grad
-        gain = dora_gain(magnitude, norm)
-        grad_x, grad_A, grad_B, grad_gain, grad_bias = _ops.lora_linear_bwd(
-            grad_y,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            ctx.scaling,
-            gain,
-            "output",
-            product,
-            h,
-            0.0,
-            None,
-            (need_x, need_A, need_B, need_gain, need_bias),
-            ctx.backend,
-        )
-        return (
-            _asked(grad_x, need_x),
-            None,
-            _asked(grad_bias, need_bias, ctx.bias_dtype),
-            _asked(grad_A, need_A),
-            _asked(grad_B, need_B),
-            None,
-            _asked(grad_gain / divisor(norm), need_gain, magnitude.dtype) if need_gain else None,
-            *(None,) * 4,
-        )
+            return (None,) * 15
+        common, norm = _linear_gradient_fields(ctx, grad_y)
+        gradients = _ops.dora_linear_bwd(*common, *norm, ctx.detach_norm, ctx.backend)
+        return *_linear_gradients(ctx, gradients), *(None,) * 8
+
+
+def _save_linear(
+    ctx: Any, call: LoraLinearCall | DoraLinearCall, vector: Tensor | None, need_gain: bool, output: tuple
+) -> None:
+    """What the two linears keep. ``vector``: the gain or the magnitude; ``output``: (y, product, h) and DoRA's norm."""
+    _, product, h, *norm = output
+    ctx.mark_non_differentiable(product, h, *norm)
+    ctx.set_materialize_grads(False)
+    ctx.scaling, ctx.axis, ctx.dropout_p, ctx.kept = call.scaling, call.axis, call.dropout_p, call.keep
+    ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+    ctx.vector_dtype = None if vector is None else vector.dtype
+    _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(
+        call.x if need_A or (need_gain and call.axis == "input") else None,
+        call.weight,
+        call.lora_A,
+        call.lora_B,
+        vector,
+        call.seed,
+        product if call.keep == "product" else None,
+        h if need_B else None,
+        *norm,
+    )
+
+
+def _linear_gradient_fields(ctx: Any, grad_y: Tensor) -> tuple[tuple, list[Tensor]]:
+    """The arguments that lora_linear_bwd and dora_linear_bwd have in common, in their order; and DoRA's norm."""
+    # read once: checkpointing does not unpack them twice
+    x, weight, lora_A, lora_B, vector, seed, product, h, *norm = ctx.saved_tensors
+    need_x, _, need_bias, need_A, need_B, _, need_vector, *_ = ctx.needs_input_grad
+    factors = x, weight, lora_A, lora_B, ctx.scaling, vector, ctx.axis, ctx.dropout_p, seed
+    return (grad_y, *factors, product, h, ctx.kept, need_x, need_A, need_B, need_vector, need_bias), norm
+
+
+def _linear_gradients(ctx: Any, gradients: tuple) -> tuple:
+    """For x, weight, bias, lora_A, lora_B, scaling and the gain or magnitude."""
+    grad_x, grad_A, grad_B, grad_vector, grad_bias = gradients
+    need_x, _, need_bias, need_A, need_B, _, need_vector, *_ = ctx.needs_input_grad
+    return (
+        _asked(grad_x, need_x),
+        None,
+        _asked(grad_bias, need_bias, ctx.bias_dtype),
+        _asked(grad_A, need_A),
+        _asked(grad_B, need_B),
+        None,
+        _asked(grad_vector, need_vector, ctx.vector_dtype),
+    )
 
 
 class LoraComposeFunction(torch.autograd.Function):
@@ -179,12 +149,14 @@ class LoraComposeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, h, lora_B, ctx.scaling, gain, bias, keep_product, ctx.backend = inputs
+        *fields, ctx.backend = inputs
+        call = LoraComposeCall(*fields)
         product = output[1]
         ctx.mark_non_differentiable(product)
         ctx.set_materialize_grads(False)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(h, lora_B, gain, product if keep_product else None)
+        ctx.scaling, ctx.kept = call.scaling, call.keep
+        ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+        ctx.save_for_backward(call.h, call.lora_B, call.gain, product if call.keep == "product" else None)
 
     @staticmethod
     @once_differentiable
@@ -193,9 +165,9 @@ class LoraComposeFunction(torch.autograd.Function):
             return (None,) * 8
         h, lora_B, gain, product = ctx.saved_tensors
         need_base, need_h, need_B, _, need_gain, need_bias, *_ = ctx.needs_input_grad
-        needs = (need_base, need_h, need_B, need_gain, need_bias)
+        needs = need_base, need_h, need_B, need_gain, need_bias
         grad_base, grad_h, grad_B, grad_gain, grad_bias = _ops.lora_compose_bwd(
-            grad_y, h, lora_B, ctx.scaling, gain, product, needs, ctx.backend
+            grad_y, h, lora_B, ctx.scaling, gain, product, ctx.kept, *needs, ctx.backend
         )
         return (
             _asked(grad_y if gain is None else grad_base, need_base),

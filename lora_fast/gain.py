@@ -16,3 +16,11 @@ def divisor(norm: Tensor) -> Tensor:
     """n, and infinity where n = 0."""
     # a norm is positive, zero or NaN, which a threshold leaves alone
     return F.threshold(norm, 0.0, torch.inf)
+
+
+def to_gain_dtype(gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """For an op whose activations are in ``dtype``: float64 for float64, else float32, however narrow the activation.
+
+    bfloat16 cannot tell gains near 1 apart.
+    """
+    return gain.to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -21,7 +21,16 @@ _lock = threading.Lock()
 
 
 class NormCache:
-    """The kept norm of a layer: two plain tensors, no buffers (DDP would broadcast them). Copies and pickles empty."""
+    """The norm that a layer keeps, for the ``kept`` argument of ``weight_norm`` and ``dora_linear``.
+
+    One for each layer: it holds the last norm and the key of what it was computed from, two plain tensors, no buffers
+    (DDP would broadcast them). Copies and pickles are empty.
+
+    ::
+
+        kept = lora_fast.NormCache()
+        y = functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, scaling, kept=kept)
+    """
 
     def __init__(self) -> None:
         self.norm: Tensor | None = None

@@ -15,11 +15,13 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Axis = Literal["output", "input"]
 
 
 def _upcast(compute_dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Any]:
@@ -40,7 +42,7 @@ def weight_norm(
     lora_B: Tensor,
     scaling: float,
     *,
-    axis: str = "output",
+    axis: Axis = "output",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``(W + s * lora_B @ lora_A).norm(dim)``: [N] for ``axis="output"``, [K] for ``axis="input"``."""
@@ -109,7 +111,7 @@ def dora_linear(
     magnitude: Tensor,
     scaling: float,
     *,
-    axis: str = "output",
+    axis: Axis = "output",
     norm: Tensor | None = None,
     detach_norm: bool = True,
     dropout_mask: Tensor | None = None,
@@ -167,7 +169,7 @@ def merge_weight(
     scaling: float,
     gain: Tensor | None = None,
     *,
-    axis: str = "output",
+    axis: Axis = "output",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``gain * (W + s * lora_B @ lora_A)``, returned as a new tensor of the weight's dtype."""

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.backends import extension_status, torch_ops
+from lora_fast.backends import extension
+from lora_fast.backends.torch import ops as torch_ops
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ def recorded_scratch() -> Iterator[list[tuple[int, int]]]:
     Empty where nothing is compiled.
     """
     events: list[tuple[int, int]] = []
-    loaded, _, _ = extension_status()
+    loaded, _, _ = extension.status()
     if not loaded:
         yield events
         return

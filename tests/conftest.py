@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_fast import backends
+from lora_fast.backends import extension
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels decorated from here on run on CPU tensors
 # What the tests of Triton's kernels launch is compiled into Triton's cache for an H100, and not launched: outputs stay
@@ -25,8 +26,8 @@ if INTERPRETING:
 def _unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
-    loaded, reason, _ = backends.extension_status()
-    return None if loaded else f"lora_fast._C is not there: {reason}"
+    reason = extension.missing()
+    return None if reason is None else f"lora_fast._C is not there: {reason}"
 
 
 def _no_amx() -> str | None:
@@ -41,15 +42,13 @@ def _no_triton() -> str | None:
     """Triton runs on a GPU, or in its interpreter; the reason why it doesn't here."""
     if not (INTERPRETING or PREWARMING or torch.cuda.is_available()):
         return "needs TRITON_INTERPRET=1 (make interp) or a GPU"
-    present, reason = backends.triton_status()
-    return None if present else reason
+    return backends.get("triton").missing()
 
 
 def _no_cuda_kernels() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU"
-    present, reason = backends.cuda_status()
-    return None if present else reason
+    return backends.get("cuda").missing()
 
 
 def _no_nvcc() -> str | None:
@@ -219,9 +218,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def ops() -> object:
     """The kernels by their names; loads them."""
-    from lora_fast.backends import cpu
-
-    cpu.load()
+    extension.status()
     return torch.ops.lora_fast_c
 
 

@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lora_fast.backends import triton as backend
+from lora_fast.backends.triton import ops, plan
+from lora_fast.call import (
+    DropoutCall,
+    LoraComposeCall,
+    LoraComposeGradCall,
+    LoraLinearCall,
+    LoraLinearGradCall,
+    MergeWeightCall,
+    WeightNormCall,
+    WeightNormGradCall,
+)
+from lora_fast.norm_cache import KEY_LENGTH
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.target import Target
 
@@ -85,17 +96,22 @@ def _weight(call: Call) -> Tensor:
     return torch.empty(call.N, call.K, dtype=call.weight)
 
 
+def run(op: str, call: Any) -> Any:
+    """The op by the backend's own plan."""
+    return getattr(ops, op)(call, getattr(plan, op)(call))
+
+
 def make(call: Call) -> None:
     """Every op of the backend, with and without a gain, with all gradients and some."""
     weight, lora_A, lora_B = _layer(call)
     norm = make_norm(call)
     for gain in (None, norm):
-        backend.merge_weight(weight, lora_A, lora_B, S, gain, call.axis)
+        run("merge_weight", MergeWeightCall(weight, lora_A, lora_B, S, gain, call.axis))
         _linear(call, weight, torch.empty(call.N, dtype=call.x), lora_A, lora_B, gain)
     if call.axis == "output":
         make_compose(call)
     if call.dropout_p > 0.0:
-        backend.dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p)
+        run("dropout", DropoutCall(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p))
 
 
 def _layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,34 +122,37 @@ def _layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_norm(call: Call) -> Tensor:
     factors = (*_layer(call), S, call.axis)
-    norm = backend.weight_norm_fwd(*factors)
-    backend.weight_norm_kept(*factors, torch.empty_like(norm), torch.zeros(3, dtype=torch.int64))
-    backend.weight_norm_bwd(torch.empty_like(norm), norm, *factors, True, True)
+    norm = run("weight_norm_fwd", WeightNormCall(*factors, None, None))
+    kept = torch.empty_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+    run("weight_norm_fwd", WeightNormCall(*factors, *kept))
+    run("weight_norm_bwd", WeightNormGradCall(torch.empty_like(norm), norm, *factors, True, True))
     return norm
 
 
 def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:
     x, grad_y = (torch.empty(call.T, size, dtype=call.x) for size in (call.K, call.N))
     h, seed = torch.empty(call.T, call.R, dtype=call.x), torch.tensor(3) if call.dropout_p else None
-    common = (lora_A, lora_B, S, gain, call.axis)
+    common = (lora_A, lora_B, S, gain, call.axis, call.dropout_p, seed)
     keeps = gain is not None and call.axis == "output"
-    for keep in {False, keeps}:
+    for keep in ("nothing", "product") if keeps else ("nothing",):
         for some_bias in (bias, None):
-            backend.lora_linear_fwd(x, weight, some_bias, *common, call.dropout_p, seed, keep)
+            run("lora_linear_fwd", LoraLinearCall(x, weight, some_bias, *common, keep))
     for x_, A, B, gain_, bias_ in ((1, 1, 1, 1, 1), (1, 1, 1, 1, 0), (0, 1, 1, 1, 0), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0)):
         needs = [bool(need) for need in (x_, A, B, gain_ and gain is not None, bias_)]
-        product = torch.empty_like(grad_y) if keeps and gain_ else None
-        backend.lora_linear_bwd(grad_y, x, weight, *common, product, h, call.dropout_p, seed, needs)
+        kept = ("product", torch.empty_like(grad_y)) if keeps and gain_ else ("nothing", None)
+        run("lora_linear_bwd", LoraLinearGradCall(grad_y, x, weight, *common, kept[1], h, kept[0], *needs))
 
 
 def make_compose(call: Call) -> None:
     lora_B, bias = torch.empty(call.N, call.R, dtype=call.adapter), torch.empty(call.N, dtype=call.x)
     base, h = torch.empty(call.T, call.N, dtype=call.x), torch.empty(call.T, call.R, dtype=call.adapter)
     for gain in (None, torch.empty(call.N)):
-        backend.lora_compose_fwd(base, h, lora_B, S, gain, bias, gain is not None)
+        kept = "nothing" if gain is None else "product"
+        run("lora_compose_fwd", LoraComposeCall(base, h, lora_B, S, gain, bias, kept))
         product = None if gain is None else torch.empty_like(base)
-        needs = [True, True, True, gain is not None, True]
-        backend.lora_compose_bwd(torch.empty_like(base), h, lora_B, S, gain, product, needs)
+        needs = (True, True, True, gain is not None, True)
+        given = (torch.empty_like(base), h, lora_B, S, gain, product, kept)
+        run("lora_compose_bwd", LoraComposeGradCall(*given, *needs))
 
 
 @cache

@@ -1,20 +1,43 @@
-"""The table of choice, and what happens without the extension. The default is in test_backend_default.py."""
+"""The list of backends, the choice among them, and what happens where one is missing or does not launch.
+
+The default is in test_backend_default.py, and that what a plan names is what runs in test_plans.py.
+"""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 import lora_fast
 from lora_fast import backends, functional
+from lora_fast.backends import explain, extension, registry
+from lora_fast.backends.plan import Plan, Refusal, Step
+from lora_fast.backends.torch import ops as torch_ops, plan as torch_plan
+from lora_fast.call import WeightNormCall
+from lora_fast.testing import Case, make_inputs
+
+OPS = explain.calls(explain.Size(3, 4, 5, 2, torch.float32)).keys()
 
 
-def norm(**options) -> torch.Tensor:
+def norm(**options) -> Tensor:
     return functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0, **options)
+
+
+@pytest.fixture(autouse=True)
+def _chosen_anew() -> Iterator[None]:
+    """Who is a candidate is asked once in a process, and what did not launch is remembered."""
+    registry._candidates.cache_clear()
+    yield
+    registry._candidates.cache_clear()
+    registry._failed.clear()
 
 
 @pytest.fixture
@@ -22,14 +45,33 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends whose weight_norm_fwd ran."""
     seen: list[str] = []
     for name in ("torch", "cpu"):
-        module = backends.module(name)
+        ops = backends.get(name).ops
 
-        def spy(*args, name=name, original=module.weight_norm_fwd):
+        def spy(*args, name=name, original=ops.weight_norm_fwd):
             seen.append(name)
             return original(*args)
 
-        monkeypatch.setattr(module, "weight_norm_fwd", spy)
+        monkeypatch.setattr(ops, "weight_norm_fwd", spy)
     return seen
+
+
+@pytest.fixture
+def no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.default, "_process_default", None)
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+
+
+def without_extension(monkeypatch: pytest.MonkeyPatch, reason: str = "no compiler was found") -> None:
+    monkeypatch.setattr(extension, "status", lambda: (False, reason, {}))
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, triton: bool, cuda: bool) -> None:
+    """Tensors on the CPU are taken for a GPU's: the choice needs none."""
+    missing = {"triton": None if triton else "no module named triton", "cuda": None if cuda else "not built"}
+    for name, reason in missing.items():
+        monkeypatch.setattr(backends.get(name), "missing", lambda reason=reason: reason)
+        monkeypatch.setattr(backends.get(name), "takes", lambda device_type: True)
+    monkeypatch.setattr(backends.get("cpu"), "takes", lambda device_type: False)
 
 
 def test_asked_for_means_used(backend: str, calls: list[str]) -> None:
@@ -39,8 +81,7 @@ def test_asked_for_means_used(backend: str, calls: list[str]) -> None:
     assert calls == [backend, backend]
 
 
-def test_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    monkeypatch.setattr(backends, "_process_default", None)
+def test_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch, no_default: None, calls: list[str]) -> None:
     monkeypatch.setenv("LORA_FAST_BACKEND", "torch")
     norm()
     assert calls == ["torch"]
@@ -50,36 +91,42 @@ def test_environment_sets_the_default(monkeypatch: pytest.MonkeyPatch, calls: li
 
 
 def test_a_named_backend_that_is_missing_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_extension", (False, "no compiler was found", {}))
+    without_extension(monkeypatch)
     with pytest.raises(RuntimeError, match="backend 'cpu' is not available: no compiler was found"):
         norm(backend="cpu")
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_gpu_backends_refuse_what_they_cannot_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_status", lambda: (True, ""))
-    monkeypatch.setattr(backends, "cuda_status", lambda: (True, ""))
-    monkeypatch.setattr(backends, "_interpreting", lambda: False)
-    assert backends.resolve("lora_linear", name, "cuda", torch.bfloat16) == name
-    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used.* the tensors are on 'cpu'"):
-        backends.resolve("lora_linear", name, "cpu", torch.bfloat16)
-    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used.*torch.float64"):
-        backends.resolve("lora_linear", name, "cuda", torch.float64)
+    pytest.importorskip("triton")
+    on_a_gpu(monkeypatch, triton=True, cuda=True)
+    factors = torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0
+    assert registry.plan_of("weight_norm_fwd", WeightNormCall(*factors, "output", None, None), name)[0] == name
     # a float64 adapter makes the norm float64
-    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used"):
-        functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3).double(), torch.zeros(4, 2), 1.0, backend=name)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used: it does not compute in torch.float64"):
+        functional.weight_norm(factors[0], factors[1].double(), *factors[2:], backend=name)
+    monkeypatch.undo()
+    monkeypatch.setattr(backends.get(name), "missing", lambda: None)
+    monkeypatch.setattr(backends.get(name), "takes", lambda device_type: device_type == "cuda")
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used.* the tensors are on 'cpu'"):
+        functional.weight_norm(*factors, backend=name)
 
 
-def test_cpu_tensors_are_for_triton_only_while_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_status", lambda: (True, ""))
-    monkeypatch.setattr(backends, "_interpreting", lambda: True)
-    assert backends.resolve("lora_linear", "triton", "cpu", torch.bfloat16) == "triton"
-    assert backends.resolve("lora_linear", "auto", "cpu", torch.bfloat16) in ("cpu", "torch")
+def test_cpu_tensors_are_for_triton_only_while_it_interprets(monkeypatch: pytest.MonkeyPatch, no_default: None) -> None:
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    triton = backends.get("triton")
+    for interpreting in (True, False):
+        monkeypatch.setattr(target, "interpreting", lambda interpreting=interpreting: interpreting)
+        assert triton.takes("cpu") == interpreting
+        assert triton.takes("cuda")
+        call = WeightNormCall(torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0, "output", None, None)
+        registry._candidates.cache_clear()
+        assert registry.plan_of("weight_norm_fwd", call)[0] == ("cpu" if backends.is_present("cpu") else "torch")
 
 
 def test_gpu_backends_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_status", lambda: (False, "no module named triton"))
-    monkeypatch.setattr(backends, "_extension", (True, "loaded", {"kind": "cpu"}))
+    monkeypatch.setattr(backends.get("triton"), "missing", lambda: "no module named triton")
+    monkeypatch.setattr(extension, "status", lambda: (True, "loaded", {"kind": "cpu"}))
     with pytest.raises(RuntimeError, match="backend 'triton' is not available: no module named triton"):
         norm(backend="triton")
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: .*without CUDA kernels"):
@@ -88,12 +135,16 @@ def test_gpu_backends_that_are_missing_say_why(monkeypatch: pytest.MonkeyPatch) 
 
 def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel of ours has run there."""
+    pytest.importorskip("triton")
+    on_a_gpu(monkeypatch, triton=True, cuda=True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(backends, "triton_status", lambda: (True, "installed"))
-    monkeypatch.setattr(backends, "_warned", False)
-    with pytest.warns(RuntimeWarning, match="nobody has run 'triton' on ROCm, where it has to be named"):
-        assert {backends.choose(op, "cuda", torch.bfloat16).backend for op in backends.OPS} == {"torch"}
-    assert backends.resolve("lora_linear", "triton", "cuda", torch.bfloat16) == "triton"
+    found = explain.calls(explain.Size(30, 64, 64, 4, torch.bfloat16))
+    with pytest.warns(RuntimeWarning, match="nobody has run 'cuda' on ROCm, where it has to be named"):
+        assert {registry.plan_of(op, call)[0] for op, call in found.items()} == {"torch"}
+    from lora_fast.triton_kernels.target import GFX942, pretended
+
+    with pretended(GFX942):
+        assert registry.plan_of("lora_linear_fwd", found["lora_linear_fwd"], "triton")[0] == "triton"
 
 
 @pytest.mark.parametrize(
@@ -108,53 +159,27 @@ def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.Mo
 def test_auto_on_a_gpu(
     triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, few: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The choice needs no GPU, so that `lora-fast info` explains it anywhere."""
-    monkeypatch.setattr(backends, "triton_status", lambda: (triton, "no"))
-    monkeypatch.setattr(backends, "cuda_status", lambda: (cuda, "no"))
-    assert {backends.choose(op, "cuda", dtype).backend for op in backends.OPS if op != backends.FEW} == {chosen}
-    assert backends.choose(backends.FEW, "cuda", dtype).backend == few
-    explained = {(row["op"], row["dtype"]) for row in backends.explain("cuda")}
-    assert ((backends.FEW, str(dtype).removeprefix("torch.")) in explained) == (few != chosen)
-
-
-@pytest.mark.parametrize(("leading", "few"), [((0,), True), ((16,), True), ((2, 8), True), ((17,), False), ((), True)])
-def test_few_tokens_are_an_op_of_their_own(leading: tuple[int, ...], few: bool) -> None:
-    assert backends.linear_op(torch.empty(*leading, 5)) == (backends.FEW if few else "lora_linear")
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    on_a_gpu(monkeypatch, triton=triton, cuda=cuda)
+    with target.pretended(target.SM90):
+        for tokens, wanted in ((1, few), (16, few), (17, chosen), (300, chosen)):
+            for op, call in explain.calls(explain.Size(tokens, 64, 64, 4, dtype)).items():
+                name, _ = registry.plan_of(op, call)
+                assert name == (wanted if "linear" in op else chosen), op
 
 
 def test_auto_on_a_gpu_without_kernels_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "triton_status", lambda: (False, "no module named triton"))
-    monkeypatch.setattr(backends, "cuda_status", lambda: (False, "not built"))
-    monkeypatch.setattr(backends, "_warned", False)
-    with pytest.warns(RuntimeWarning, match="on backend 'torch': no module named triton"):
-        assert backends.choose("lora_linear", "cuda", torch.bfloat16).backend == "torch"
+    on_a_gpu(monkeypatch, triton=False, cuda=False)
+    with pytest.warns(RuntimeWarning, match="on backend 'torch': not built"):
+        norm()
 
 
-def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    monkeypatch.setattr(backends, "_extension", (False, "no compiler was found", {}))
-    monkeypatch.setattr(backends, "_process_default", None)
-    monkeypatch.setattr(backends, "_warned", False)
-    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, no_default: None, calls: list[str]) -> None:
+    without_extension(monkeypatch)
     with pytest.warns(RuntimeWarning, match="without its compiled.*no compiler was found.*lora-fast info") as warned:
         norm(), norm()
     assert len(warned) == 1
     assert calls == ["torch", "torch"]
-
-
-def test_explain_covers_every_op_and_agrees_with_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_process_default", None)
-    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
-    rows = backends.explain()
-    assert {row["op"] for row in rows} == {*backends.OPS} - {backends.FEW}  # which the CPU's table does not set apart
-    for row in rows:
-        assert row["backend"] == backends.resolve(row["op"], "auto", row["device"], getattr(torch, row["dtype"]))
-        assert row["reason"]
-
-
-def test_no_reason_quotes_a_time() -> None:
-    """It would be another machine's than the one where `lora-fast info` prints it."""
-    for row in backends.TABLE:
-        assert not re.search(r"\d\s*(ns|µs|us|ms|s|seconds)\b", row.reason), row
 
 
 def test_a_missing_extension_is_survived() -> None:
@@ -181,3 +206,144 @@ except RuntimeError as error:
     assert second.startswith("1 ")
     assert "lora_fast._C" in second
     assert third.startswith("backend 'cpu' is not available: ")
+
+
+class LaunchError(Exception):
+    """What a toy kernel raises on a device that it was not made for."""
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A backend of its own package, first in the list: a name there, and nothing else of lora_fast is touched."""
+    state = types.SimpleNamespace(ran=[], launches=True, kept_apart=LaunchError("too little shared memory"))
+
+    class Toy(registry.Backend):
+        def is_launch_failure(self, error: Exception) -> bool:
+            return isinstance(error, LaunchError)
+
+    def planned(op: str):
+        steps = {"everything": Step("toy_kernel", "to show how")}
+        return lambda call: Refusal("too odd") if call[0].shape[-1] == 13 else Plan(steps)
+
+    def kernel(op: str):
+        def run(call, plan):
+            state.ran.append(op)
+            if not state.launches:
+                raise state.kept_apart
+            return getattr(torch_ops, op)(call, getattr(torch_plan, op)(call))
+
+        return run
+
+    package = types.ModuleType("lora_fast.backends.toy")
+    package.BACKEND = Toy(package.__name__)
+    plan, ops = types.ModuleType(f"{package.__name__}.plan"), types.ModuleType(f"{package.__name__}.ops")
+    for op in OPS:
+        setattr(plan, op, planned(op))
+        setattr(ops, op, kernel(op))
+    for module in (package, plan, ops):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "NAMES", ("toy", *registry.NAMES))
+    return state
+
+
+def every_op(backend: str, K: int = 12, axis: str = "output") -> None:
+    """Each public function with its gradients, held to the torch backend."""
+
+    def results(name: str) -> list[Tensor]:
+        inputs = make_inputs(Case((7,), 8, K, 3))
+        leaves = (inputs.x, inputs.bias, inputs.lora_A, inputs.lora_B)
+        x, bias, A, B = (tensor.clone().requires_grad_() for tensor in leaves)
+        m = inputs.magnitude[axis].clone().requires_grad_()
+        W, seed, merged = inputs.weight, torch.tensor(7), inputs.weight.clone()
+        lora = functional.lora_linear(x, W, bias, A, B, 0.7, dropout_p=0.3, seed=seed, backend=name)
+        dora = functional.dora_linear(x, W, bias, A, B, m, 0.7, axis=axis, detach_norm=False, backend=name)
+        norm = functional.weight_norm(W, A, B, 0.7, axis=axis, backend=name)
+        composed = functional.lora_compose(
+            inputs.base, x @ A.T, B, 0.7, norm if axis == "output" else None, backend=name
+        )
+        dropped = functional.dropout(x, 0.3, seed, backend=name)
+        functional.merge_weight(merged, inputs.lora_A, inputs.lora_B, 0.7, backend=name)
+        outputs = (lora, dora, norm, composed, dropped)
+        gradients = torch.autograd.grad(sum(output.sum() for output in outputs), (x, bias, A, B, m))
+        return [*outputs, merged, *gradients]
+
+    for one, other in zip(results(backend), results("torch"), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_backend_is_a_package_and_its_name_in_the_list(toy: types.SimpleNamespace) -> None:
+    every_op("toy")
+    assert set(toy.ran) == set(OPS)
+    toy.ran.clear()
+    norm()
+    assert toy.ran == ["weight_norm_fwd"]
+    with lora_fast.use_backend("toy"):
+        norm()
+    assert len(toy.ran) == 2
+    assert {row["backend"] for row in explain.explain(explain.Size(3, 4, 5, 2, torch.float32))} == {"toy"}
+
+
+def test_auto_passes_over_a_backend_that_refuses(toy: types.SimpleNamespace) -> None:
+    every_op("auto", K=13, axis="input")
+    assert not {op for op in toy.ran if op.startswith(("lora_linear_fwd", "weight_norm_fwd", "dora_linear_fwd"))}
+    with pytest.raises(RuntimeError, match="backend 'toy' cannot be used: too odd"):
+        functional.weight_norm(torch.ones(4, 13), torch.ones(2, 13), torch.zeros(4, 2), 1.0, backend="toy")
+
+
+def test_auto_survives_a_kernel_that_does_not_launch(toy: types.SimpleNamespace) -> None:
+    """Per op, with one warning that names the kernel and the error."""
+    toy.launches = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        every_op("auto")
+        every_op("auto")
+    assert sorted(toy.ran) == sorted(OPS)  # each was tried once
+    texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert len(texts) == len(OPS)
+    for op in OPS:
+        (text,) = (text for text in texts if f": {op} does not launch on backend 'toy'" in text)
+        assert "toy_kernel" in text
+        assert "LaunchError: too little shared memory" in text
+
+
+def test_a_named_backend_that_does_not_launch_raises(toy: types.SimpleNamespace) -> None:
+    toy.launches = False
+    with pytest.raises(LaunchError):
+        norm(backend="toy")
+    assert not registry._failed
+
+
+def test_any_other_error_is_raised(toy: types.SimpleNamespace) -> None:
+    """A kernel that ran and failed has a fault that must be seen; memory that ran out is the user's to hear of."""
+    toy.launches, toy.kept_apart = False, torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        norm()
+
+
+def test_what_says_that_triton_does_not_launch() -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    triton = backends.get("triton")
+    assert triton.is_launch_failure(errors.OutOfResources(300_000, 232_448, "shared memory"))
+    assert not triton.is_launch_failure(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not triton.is_launch_failure(TypeError("a mistake of ours"))
+    for text, failed in (("device kernel image is invalid", True), ("an illegal memory access", False)):
+        with pytest.raises(RuntimeError) as caught:
+            exec(f"raise RuntimeError('Triton Error [CUDA]: {text}')", {"__name__": "triton.backends.nvidia.driver"})
+        assert triton.is_launch_failure(caught.value) == failed
+
+
+@pytest.mark.parametrize(
+    ("text", "failed"),
+    [
+        ("weight_norm_fwd: no kernel image is available for execution on the device", True),
+        ("weight_norm_fwd: too many resources requested for launch", True),
+        ("weight_norm_fwd: an illegal memory access was encountered", False),
+        ("weight must be float32, bfloat16 or float16", False),
+    ],
+)
+def test_what_says_that_a_cuda_kernel_does_not_launch(text: str, failed: bool) -> None:
+    assert backends.get("cuda").is_launch_failure(RuntimeError(text)) == failed
+
+
+def test_the_list_is_the_literal_of_the_public_functions() -> None:
+    assert get_args(backends.BackendName) == ("auto", *backends.NAMES)

@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast import backends, check, cli, norm_cache
-from lora_fast.backends import torch_ops
+from lora_fast import backends, check, cli, info, norm_cache
+from lora_fast.backends import extension
+from lora_fast.backends.plan import Plan
+from lora_fast.backends.torch import ops as torch_ops
 from lora_fast.benchmarks import check_command, contenders as c, headline
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
+from lora_fast.call import DoraLinearCall, MergeWeightCall
 
 NORMS = {"weight_norm, axis output", "weight_norm, axis input"}
 LINEARS = {
@@ -50,7 +53,7 @@ def test_a_gpu_has_the_same_items_and_graphs() -> None:
 @pytest.fixture
 def only_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """One backend and one dtype, for what is broken."""
-    monkeypatch.setitem(check.BACKENDS, "cpu", ("torch",))
+    monkeypatch.setattr(check, "present", lambda device: ["torch"])
     monkeypatch.setitem(check.DTYPES, "cpu", (torch.float32,))
 
 
@@ -114,9 +117,9 @@ class TestFound:
     def test_a_wrong_merged_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = torch_ops.merge_weight
 
-        def merge_weight(weight: Tensor, *arguments: Any) -> None:
-            original(weight, *arguments)
-            weight[-1, -1] += 1e-3
+        def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+            original(call, plan)
+            call.weight[-1, -1] += 1e-3
 
         monkeypatch.setattr(torch_ops, "merge_weight", merge_weight)
         assert faults().keys() == {"merge_weight"}
@@ -173,11 +176,11 @@ class TestFound:
     def test_another_merge_in_each_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original, calls = torch_ops.merge_weight, []
 
-        def merge_weight(weight: Tensor, *arguments: Any) -> None:
-            original(weight, *arguments)
+        def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+            original(call, plan)
             calls.append(None)
             if len(calls) % 2:
-                weight.copy_(weight.nextafter(torch.tensor(torch.inf)))
+                call.weight.copy_(call.weight.nextafter(torch.tensor(torch.inf)))
 
         monkeypatch.setattr(torch_ops, "merge_weight", merge_weight)
         assert "differs between two runs" in faults()["merge_weight"]
@@ -190,11 +193,12 @@ class TestFound:
 
     def test_another_mask_on_one_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = torch_ops.dropout
-        monkeypatch.setattr(torch_ops, "dropout", lambda x, seed, p: original(x, seed + 1, p))
+        monkeypatch.setattr(torch_ops, "dropout", lambda call, plan: original(call._replace(seed=call.seed + 1), plan))
         assert "the mask is another than that of" in faults()["dropout"]
 
     def test_a_mask_in_the_linear_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch_ops._linear, "dropout", lambda x, seed, p: torch_ops.dropout(x, seed + 1, p))
+        monkeypatch.setattr(torch_ops._linear, "drop", lambda x, seed, p: torch_ops.drop(x, seed + 1, p))
+        monkeypatch.setattr(torch_ops, "dropout", lambda call, plan: torch_ops.drop(call.x, call.seed, call.p))
         assert faults().keys() == {name for name in LINEARS if name.endswith("dropout")}
 
     @pytest.mark.parametrize(("name", "items"), [
@@ -241,16 +245,15 @@ class TestFound:
 
 @pytest.mark.amx
 def test_a_stale_norm_is_found_where_the_product_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_fast.backends import cpu
-
-    monkeypatch.setitem(check.BACKENDS, "cpu", ("cpu",))
+    cpu = backends.get("cpu").ops
+    monkeypatch.setattr(check, "present", lambda device: ["cpu"])
     monkeypatch.setitem(check.DTYPES, "cpu", (torch.bfloat16,))
     original, first = cpu.dora_linear_fwd, dict[int, Tensor]()
 
-    def dora_linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
-        y, *others = original(*arguments)
-        if arguments[7] is not None:  # the kept norm
-            y = first.setdefault(arguments[7].data_ptr(), y).clone()
+    def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, ...]:
+        y, *others = original(call, plan)
+        if call.kept_norm is not None:
+            y = first.setdefault(call.kept_norm.data_ptr(), y).clone()
         return y, *others
 
     monkeypatch.setattr(cpu, "dora_linear_fwd", dora_linear_fwd)
@@ -273,7 +276,7 @@ class TestCommand:
         assert cli.main(["check", "--device", "cpu"]) == 0
         out, err = capsys.readouterr()
         lines = out.splitlines()
-        assert lines[0] == cli.render(cli.collect()).splitlines()[0]
+        assert lines[0] == info.render(info.collect()).splitlines()[0]
         assert any(line.startswith("checking cpu: ") for line in lines)
         assert sum(line.startswith("torch   float32    ") and "  0 wrong" in line for line in lines) == 1
         for name in ("training step, 8 tokens", "inference, 8 tokens", "frozen linear", "lora_fast DoRA"):
@@ -352,8 +355,7 @@ class TestCommand:
         assert json.loads(out)["verdict"] == "INTERRUPTED"
 
     def test_without_the_extension(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setitem(check.BACKENDS, "cpu", ("cpu", "torch"))
-        monkeypatch.setattr(backends, "extension_status", lambda: (False, "this installation is pure Python", {}))
+        monkeypatch.setattr(extension, "status", lambda: (False, "this installation is pure Python", {}))
         assert cli.main(["check", "--device", "cpu"]) == 0
         out = capsys.readouterr().out
         assert "cpu     not checked: this installation is pure Python" in out
@@ -371,8 +373,8 @@ class TestCommand:
         monkeypatch.setattr(check_command, "run", run)
         for there in (True, False):
             monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-            monkeypatch.setattr(cli, "collect", dict)
-            monkeypatch.setattr(cli, "render", str)
+            monkeypatch.setattr(info, "collect", lambda sizes=None: {})
+            monkeypatch.setattr(info, "render", str)
             assert cli.main(["check"]) == 0
         assert asked == ["cuda", "cpu"]
 

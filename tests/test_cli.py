@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import lora_fast
-from lora_fast import backends, cli
+from lora_fast import backends, cli, info
+from lora_fast.backends import extension
 
-OPS = {"weight_norm", "lora_linear", "lora_compose", "merge_weight"}
+OPS = {"weight_norm_fwd", "lora_linear_fwd", "lora_linear_bwd", "dora_linear_fwd", "dora_linear_bwd"}
 
 
 def lora_fast_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -26,9 +27,7 @@ def lora_fast_command(*arguments: str, **variables: str) -> subprocess.Completed
 
 @pytest.fixture
 def missing_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        backends, "extension_status", lambda: (False, "this installation is pure Python: no compiler", {})
-    )
+    monkeypatch.setattr(extension, "status", lambda: (False, "this installation is pure Python: no compiler", {}))
 
 
 def test_info_says_what_is_installed_and_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,11 +43,36 @@ def test_info_says_what_is_installed_and_what_runs(capsys: pytest.CaptureFixture
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
     state = json.loads(capsys.readouterr().out)
-    assert set(state) == {"versions", "cpu", "gpu", "extension", "default_backend", "auto"}
-    assert {row["device"] for row in state["auto"]} == {"cpu", "cuda"}
-    assert {row["op"] for row in state["auto"]} == OPS
-    assert all(row["backend"] in backends.BACKENDS and row["reason"] for row in state["auto"])
-    assert state["extension"]["loaded"] == backends.extension_status()[0]
+    assert set(state) == {"versions", "cpu", "gpu", "extension", "default_backend", "plans"}
+    assert "512 tokens, 4096×4096, rank 16, bfloat16, cpu" in state["plans"]
+    for rows in state["plans"].values():
+        assert {row["op"] for row in rows} == OPS
+        assert all(row["backend"] in backends.NAMES and row["kernel"] and row["because"] for row in rows)
+    assert state["extension"]["loaded"] == backends.is_present("cpu")
+
+
+def test_info_of_one_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json", "--size", "5", "7", "9", "3", "--dtype", "float64"]) == 0
+    ((size, rows),) = json.loads(capsys.readouterr().out)["plans"].items()
+    assert size == "5 tokens, 7×9, rank 3, float64, cpu"
+    assert {row["op"] for row in rows} >= OPS | {"lora_compose_fwd", "lora_compose_bwd", "dropout", "merge_weight"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "5", "7", "9"], "expected 4 arguments"),
+        (["--size", "5", "7", "9", "0"], "got '0', expected a positive integer"),
+        (["--size", "5", "7", "9", "3", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--size", "5", "7", "9", "3", "--device", "abacus"], "--device: got 'abacus'"),
+        (["--size", "5", str(1 << 40), str(1 << 40), "3"], "--size"),
+    ],
+)
+def test_info_names_what_is_wrong_with_a_size(arguments: list[str], message: str) -> None:
+    done = lora_fast_command("info", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_info_tells_the_reason_and_the_remedy(missing_extension: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,9 +84,9 @@ def test_info_tells_the_reason_and_the_remedy(missing_extension: None, capsys: p
 
 
 def test_the_remedy_names_what_else_is_missing(missing_extension: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    compiler, requirements, *_, build = cli.collect()["extension"]["remedy"]
+    monkeypatch.setattr(info.shutil, "which", lambda name: None)
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+    compiler, requirements, *_, build = info.collect()["extension"]["remedy"]
     assert "compiler" in compiler
     for name in ("ninja", "pybind11", "setuptools"):
         assert name in requirements

@@ -42,11 +42,12 @@ COMPILED = re.compile(
 SMOKE = """
 import torch, lora_fast
 from lora_fast import backends
+from lora_fast.backends import extension
 print(lora_fast.__file__)
-assert backends.cuda_status() == (True, "loaded"), backends.cuda_status()
-_, _, info = backends.extension_status()
+assert backends.get("cuda").missing() is None, backends.get("cuda").missing()
+_, _, info = extension.status()
 assert (info["kind"], info["cuda_archs"]) == ("cuda", "8.0 9.0a 10.0+PTX"), info
-from lora_fast.backends import cuda
+from lora_fast.backends.cuda import ops, plan
 x, W, A, B = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2, requires_grad=True)
 y = lora_fast.functional.lora_linear(x, W, None, A, B, 2.0, backend="cpu")
 torch.testing.assert_close(y, x @ (W + 2.0 * B @ A).T)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import lora_fast
 from lora_fast import functional, reference
-from lora_fast.backends import cpu, fuses_norm
+from lora_fast.backends import get
+from lora_fast.call import DoraLinearCall
 from lora_fast.norm_cache import NormCache
-from lora_fast.testing import Case, make_inputs, peak_bytes, poisoned_memory
+from lora_fast.testing import Case, peak_bytes, poisoned_memory
 
 pytestmark = pytest.mark.amx
 
@@ -59,11 +60,21 @@ def forward(
     given: dict[str, Tensor], kept: tuple[Tensor, Tensor] | None = None, keep_product: bool = True
 ) -> tuple[Tensor, ...]:
     """(y, product, h, norm)"""
+    return torch.ops.lora_fast.dora_linear_fwd(*call_of(given, kept, keep_product), "cpu")
+
+
+def call_of(
+    given: dict[str, Tensor], kept: tuple[Tensor, Tensor] | None = None, keep_product: bool = True
+) -> DoraLinearCall:
     x, weight, bias, lora_A, lora_B, magnitude = given.values()
-    kept_tensors = kept or (None, None)
-    return torch.ops.lora_fast.dora_linear_fwd(
-        x, weight, bias, lora_A, lora_B, S, magnitude, *kept_tensors, keep_product, "cpu"
-    )
+    keep = "product" if keep_product else "nothing"
+    factors = x, weight, bias, lora_A, lora_B, S, magnitude
+    return DoraLinearCall(*factors, "output", 0.0, None, keep, *(kept or (None, None)))
+
+
+def is_fused(given: dict[str, Tensor]) -> bool:
+    """Whether one kernel of the cpu backend makes the product and the norm."""
+    return "y, norm" in get("cpu").plan.dora_linear_fwd(call_of(given)).steps
 
 
 def true_norm(given: dict[str, Tensor]) -> Tensor:
@@ -83,7 +94,7 @@ def test_the_norm_is_float32s_and_the_rest_the_linears(ops, threads, size, adapt
         assert ((norm - truth) / truth).abs().max() <= 8 * torch.finfo(torch.float32).eps
         # the same kernel with the gain that is due: to the bit
         plain = torch.ops.lora_fast.lora_linear_fwd(
-            x, weight, bias, lora_A, lora_B, S, magnitude / norm, "output", 0.0, None, True, "cpu"
+            x, weight, bias, lora_A, lora_B, S, magnitude / norm, "output", 0.0, None, "product", "cpu"
         )
         for one, other in zip((y, product, h), plain, strict=True):
             assert torch.equal(one, other)
@@ -138,8 +149,6 @@ def test_what_is_not_finite_comes_out_in_its_rows(ops, tokens, bad) -> None:
 @pytest.mark.parametrize("leading", [(5,), (2, 16), (3, 25)], ids=str)
 def test_output_and_gradients_are_within_the_budget(ops, leading, adapter_dtype) -> None:
     case = Case(leading, 64, 96, 16, torch.bfloat16, adapter_dtype=adapter_dtype)
-    inputs = make_inputs(case)
-    assert fuses_norm("cpu", inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
     check(*fast_and_specification("output", "cpu"), case)
 
 
@@ -163,15 +172,16 @@ def test_in_evaluation_the_kept_norm_is_used_until_its_content_changes(ops, toke
     given = tensors(tokens, (64, 96, 16))
     kept = NormCache().tensors(64, torch.float32, torch.device("cpu"))
     assert kept is not None
-    y, _, _, norm = forward(given, kept)
+    y, _, _, norm = forward(given, kept, keep_product=False)
     assert torch.equal(kept[0], norm)
     kept[0].mul_(2)  # a norm that nobody computes: what is used shows
-    assert torch.equal(forward(given, kept)[3], 2 * norm)
+    assert torch.equal(forward(given, kept, keep_product=False)[3], 2 * norm)
+    assert torch.equal(forward(given, kept)[3], norm)  # in training it is made anew
     for name in ("lora_A", "lora_B", "weight"):
         kept[0].mul_(2)
         given[name].data[0, 0] += 1
-        again = forward(given, kept)
-        for one, other in zip(again, forward(given), strict=True):
+        again = forward(given, kept, keep_product=False)
+        for one, other in zip(again, forward(given, keep_product=False), strict=True):
             assert torch.equal(one, other), name
         assert torch.equal(kept[0], again[3]), name
     assert not torch.equal(forward(given)[0], y)
@@ -185,17 +195,17 @@ def test_every_forward_keeps_the_same_key(ops) -> None:
         expected = ops.content_key(weight, lora_A, lora_B, S, True, weight._version)
         for tokens in (1, 32, 33):
             kept = torch.zeros(size[0]), torch.full((6,), -2)
-            forward(given | {"x": torch.randn(tokens, size[1]).bfloat16()}, kept)
+            forward(given | {"x": torch.randn(tokens, size[1]).bfloat16()}, kept, keep_product=False)
             assert torch.equal(kept[1], expected)
 
 
 def test_few_tokens_see_a_write_into_any_row_that_is_sampled(ops) -> None:
     given = tensors(5, (1024, 64, 3))  # two elements of each row
     kept = torch.zeros(1024), torch.full((6,), -2)
-    forward(given, kept)
+    forward(given, kept, keep_product=False)
     for row in (*range(0, 1024, 31), 1023):
         given["weight"].data[row] += 1
-        norm = forward(given, kept)[3]
+        norm = forward(given, kept, keep_product=False)[3]
         assert torch.equal(norm, forward(given)[3]), row
 
 
@@ -220,21 +230,20 @@ def test_inference_tensors_are_taken_and_not_kept(ops) -> None:
     with torch.inference_mode():
         given = tensors(5, (64, 96, 16))
         kept = torch.zeros(64), torch.full((6,), -2)
-        y = forward(given, kept)[0]
+        y = forward(given, kept, keep_product=False)[0]
         assert torch.equal(kept[0], torch.zeros(64))
         assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])
-def test_a_full_norm_gradient_takes_the_other_way(ops, monkeypatch, detach_norm) -> None:
-    called = []
-    native = cpu.dora_linear_fwd
-    monkeypatch.setattr(cpu, "dora_linear_fwd", lambda *args: called.append(1) or native(*args))
-    given = tensors(5, (64, 96, 16))
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_a_full_norm_gradient_has_the_same_forward(ops, tokens, detach_norm) -> None:
+    given = tensors(tokens, (64, 96, 16))
+    plain = forward(given)[0]
     given["lora_A"].requires_grad_()
     x, weight, bias, lora_A, lora_B, magnitude = given.values()
-    functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, S, detach_norm=detach_norm)
-    assert bool(called) == detach_norm
+    y = functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, S, detach_norm=detach_norm)
+    assert torch.equal(y, plain)
 
 
 @pytest.mark.parametrize(
@@ -253,20 +262,14 @@ def test_a_full_norm_gradient_takes_the_other_way(ops, monkeypatch, detach_norm)
 def test_what_is_fused(ops, change, fused) -> None:
     given = tensors(5, (64, 96, 16))
     given.update({name: to(given[name]) for name, to in change.items()})
-    x, weight, _, lora_A, lora_B, _ = given.values()
-    assert fuses_norm("cpu", x, weight, lora_A, lora_B) == fused
-    assert not fuses_norm("torch", x, weight, lora_A, lora_B)
+    assert is_fused(given) == fused
 
 
 def test_opcheck(ops) -> None:
     given = tensors(5, (64, 96, 16))
-    x, weight, bias, lora_A, lora_B, magnitude = given.values()
-    kept = torch.zeros(64), torch.full((6,), -2)
-    for kept_tensors in (kept, (None, None)):
-        torch.library.opcheck(
-            torch.ops.lora_fast.dora_linear_fwd.default,
-            (x, weight, bias, lora_A, lora_B, S, magnitude, *kept_tensors, True, "cpu"),
-        )
+    for kept in ((torch.zeros(64), torch.full((6,), -2)), None):
+        call = call_of(given, kept, keep_product=kept is None)
+        torch.library.opcheck(torch.ops.lora_fast.dora_linear_fwd.default, (*call, "cpu"))
 
 
 def test_compiled_it_gives_the_same(ops) -> None:
@@ -289,7 +292,7 @@ def test_compiled_it_gives_the_same(ops) -> None:
 def test_the_norm_adds_far_less_than_the_weights_memory(ops, tokens, adapter_dtype) -> None:
     given = tensors(tokens, (2048, 2048, 16), adapter_dtype)
     x, weight, bias, lora_A, lora_B, magnitude = given.values()
-    arguments = (x, weight, bias, lora_A, lora_B, S, magnitude, "output", 0.0, None, True, "cpu")
+    arguments = (x, weight, bias, lora_A, lora_B, S, magnitude, "output", 0.0, None, "product", "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # whether two hold their buffers at once is chance
     plain = peak_bytes(lambda: torch.ops.lora_fast.lora_linear_fwd(*arguments))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import backends, check, functional, reference
+from lora_fast.call import LoraLinearCall
 from lora_fast.testing import EAGER, Case, ErrorBudget, budget_fault, make_inputs, peak_bytes
 
 pytestmark = pytest.mark.gpu
@@ -154,14 +155,15 @@ def test_a_training_step_in_a_cuda_graph(kind: str, gpu_backend: str) -> None:
 def test_inductor_keeps_the_kernels_forward_and_backward(kind: str, gpu_backend: str) -> None:
     layer, x = make_layer(kind, gpu_backend), torch.randn(TOKENS, K).bfloat16()
     called: list[str] = []
-    module = backends.module(gpu_backend)
+    module = backends.get(gpu_backend).ops
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("lora_linear_fwd", "lora_linear_bwd"):
+        ops = ("dora_linear_fwd", "dora_linear_bwd") if kind != "lora" else ("lora_linear_fwd", "lora_linear_bwd")
+        for name in ops:
             original = getattr(module, name)
             patch.setattr(module, name, lambda *a, name=name, original=original: called.append(name) or original(*a))
         compiled = torch.compile(layer, fullgraph=True)
         compiled_results = step(compiled, x)
-        assert called == ["lora_linear_fwd", "lora_linear_bwd"]
+        assert called == list(ops)
     hold(layer, kind, x, compiled_results)  # Inductor divides by multiplying, which is an ulp of the gain
 
 
@@ -374,8 +376,9 @@ def test_tensors_of_another_device_than_the_current(gpu_backend: str) -> None:
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_auto_takes_a_gpu_backend(tokens: int) -> None:
     inputs = make_inputs(Case((tokens,), 32, 32, 4, torch.bfloat16))
-    name = backends.choose(backends.linear_op(inputs.x), "cuda", torch.bfloat16).backend
     common = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"])
+    name, _ = backends.plan_of("lora_linear_fwd", LoraLinearCall(*common, "output", 0.0, None, "nothing"))
+    assert name in ("cuda", "triton")
     assert torch.equal(functional.lora_linear(*common), functional.lora_linear(*common, backend=name))
     zero = torch.zeros_like(inputs.lora_B)
     plain = functional.lora_linear(*common[:4], zero, 0.7)

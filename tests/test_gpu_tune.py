@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from lora_fast.benchmarks import gpu_constants, gpu_sweeps, gpu_tune
 from lora_fast.triton_kernels import aot, constants
-from lora_fast.triton_kernels.target import SM80, SM90, SM100
+from lora_fast.triton_kernels.target import SM80, SM90, SM100, pretended
 
 SWEEPS = {make.__name__: make for make in gpu_sweeps.sweeps()}
 
@@ -58,25 +58,29 @@ def launched(sweep: gpu_sweeps.Sweep, chosen: constants.Constants) -> list[tuple
     return found
 
 
-@pytest.mark.parametrize(("constant", "op"), [("few_tokens_backend", "FEW"), ("norm_backend", "weight_norm")])
-def test_the_backends_are_read_by_the_table(constant: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("constant", "op"), [("few_tokens_backend", "lora_linear_fwd"), ("norm_backend", "weight_norm_fwd")]
+)
+def test_the_backends_are_read_by_the_plans(constant: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_fast import backends
+    from lora_fast.backends import explain, registry
 
-    monkeypatch.setattr(backends, "_missing", lambda name: None)
+    calls = explain.calls(explain.Size(16, 64, 64, 4, torch.bfloat16))
+    on_a_gpu = (backends.get("cuda"), backends.get("triton"), backends.get("torch"))
+    monkeypatch.setattr(registry, "_candidates", lambda device_type: on_a_gpu)
     for backend in ("triton", "cuda"):
-        chosen = replace(constants.PREDICTED, **{constant: backend})
-        monkeypatch.setattr(backends, "_constants", lambda index, chosen=chosen: chosen)
-        assert backends.choose(getattr(backends, op, op), "cuda", torch.bfloat16).backend == backend
-        assert backends.choose("lora_compose", "cuda", torch.bfloat16).backend == "triton"
-        assert backends.choose("weight_norm", "cpu", torch.bfloat16).backend == "cpu"
+        with constants.instead(replace(constants.PREDICTED, **{constant: backend})), pretended(SM90):
+            assert registry.plan_of(op, calls[op])[0] == backend
+            assert registry.plan_of("lora_compose_fwd", calls["lora_compose_fwd"])[0] == "triton"
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
-def test_the_table_asks_the_constants_of_the_gpu_at_hand(capability: tuple[int, int], monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from lora_fast import backends
+def test_the_plans_ask_the_constants_of_the_gpu_at_hand(capability: tuple[int, int], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from lora_fast.backends.cuda import plan
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    found = backends._constants.__wrapped__(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = constants.of_capability(plan._capability.__wrapped__(torch.device("cuda")))
     assert found == (constants.MEASURED if capability == (9, 0) else constants.PREDICTED)
 
 

@@ -22,7 +22,7 @@ PACKAGES = {
 # nn, integrations, adapters -> functional -> autograd -> ops -> backends -> _C | triton_kernels. A part may import
 # itself, the leaves and what is listed here, nothing else of lora_fast. "" is the package's own __init__; setup.py
 # writes _build.
-LEAVES = {"checks", "dtypes", "gain", "norm_cache"}
+LEAVES = {"call", "checks", "dtypes", "gain", "norm_cache"}
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"adapters", "backends", "functional", "integrations", "nn"},
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "check": {"", *LIBRARY, "nn", "reference", "testing"},
     "benchmarks": {"", *LIBRARY, "check", "integrations", "nn", "reference", "testing", "triton_kernels"},
     "demo": {"", *LIBRARY, "benchmarks", "integrations", "nn", "reference", "testing"},
-    "cli": {"", "backends", "benchmarks", "demo", "merge_checkpoint"},
+    "info": {"", "backends"},
+    "cli": {"", "backends", "benchmarks", "demo", "info", "merge_checkpoint"},
     "__main__": {"cli"},
 }
 LEAFLESS = {"_build", "reference", "triton_kernels"}  # the specification and the kernels stand alone
@@ -138,7 +139,7 @@ def test_the_repository_keeps_its_layers() -> None:
         ("lora_fast/ops.py", "import_module('lora_fast._C')", "ops may not import lora_fast._C"),
         ("lora_fast/ops.py", "import torch\ntorch.ops.lora_fast_c.dropout", "only backends may call the compiled ops"),
         ("lora_fast/backends/cpu.py", "from .. import autograd", "backends may not import lora_fast.autograd"),
-        ("lora_fast/backends/torch_ops.py", "from lora_fast.reference import weight_norm", "backends may not import"),
+        ("lora_fast/backends/torch/ops.py", "from lora_fast.reference import weight_norm", "backends may not import"),
         ("lora_fast/testing.py", "from lora_fast.demo import run", "testing may not import lora_fast.demo"),
         ("lora_fast/norm_cache.py", "from . import backends", "norm_cache may not import lora_fast.backends"),
         ("lora_fast/reference.py", "from .dtypes import accumulate_dtype", "reference may not import lora_fast.dtypes"),

@@ -346,31 +346,34 @@ def test_opcheck(backend: str) -> None:
     inputs = make_inputs(Case((3, 4), 12, 10, 2))
     ops, seed = torch.ops.lora_fast, draw_seed(torch.get_default_device())
     x, weight, bias, A, B = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
+    factors, asked, unasked = (weight, A, B, 0.7), [True] * 5, [False] * 5
     for axis in ("output", "input"):
         gain, norm = inputs.gain[axis], inputs.magnitude[axis]
         kept = torch.zeros_like(norm), torch.zeros(6, dtype=torch.int64)
-        product = inputs.base if axis == "output" else None
+        keep, product = ("product", inputs.base) if axis == "output" else ("nothing", None)
+        linear, gradient = (x, weight, bias, A, B, 0.7), (inputs.grad_y, x, *factors)
+        saved = (0.3, seed, product, inputs.h, keep)
         calls = [
-            (ops.weight_norm_fwd, (weight, A, B, 0.7, axis, backend)),
-            (ops.weight_norm_kept, (weight, A, B, 0.7, axis, *kept, backend)),
-            (ops.weight_norm_bwd, (norm, norm, weight, A, B, 0.7, axis, True, True, backend)),
-            (ops.lora_linear_fwd, (x, weight, bias, A, B, 0.7, gain, axis, 0.3, seed, axis == "output", backend)),
+            (ops.weight_norm_fwd, (*factors, axis, None, None)),
+            (ops.weight_norm_fwd, (*factors, axis, *kept)),
+            (ops.weight_norm_bwd, (norm, norm, *factors, axis, True, True)),
+            (ops.lora_linear_fwd, (*linear, gain, axis, 0.3, seed, keep)),
+            (ops.lora_linear_bwd, (*gradient, gain, axis, *saved, *asked)),
             (
                 ops.lora_linear_bwd,
-                (inputs.grad_y, x, weight, A, B, 0.7, gain, axis, product, inputs.h, 0.3, seed, [True] * 5, backend),
+                (inputs.grad_y, None, *factors, None, axis, 0.0, None, None, None, "nothing", *unasked),
             ),
-            (
-                ops.lora_linear_bwd,
-                (inputs.grad_y, None, weight, A, B, 0.7, None, axis, None, None, 0.0, None, [False] * 5, backend),
-            ),
-            (ops.merge_weight, (weight.clone(), A, B, 0.7, gain, axis, backend)),
+            (ops.dora_linear_fwd, (*linear, norm, axis, 0.3, seed, keep, None, None)),
+            (ops.dora_linear_fwd, (*linear, norm, axis, 0.0, None, "nothing", *kept)),
+            (ops.dora_linear_bwd, (*gradient, norm, axis, *saved, *asked, norm, True)),
+            (ops.dora_linear_bwd, (*gradient, norm, axis, *saved, *asked, norm, False)),
+            (ops.merge_weight, (weight.clone(), A, B, 0.7, gain, axis)),
         ]
         for op, args in calls:
-            torch.library.opcheck(op.default, args)
+            torch.library.opcheck(op.default, (*args, backend))
+    gain = inputs.gain["output"]
+    compose = (inputs.h, B, 0.7, gain)
+    torch.library.opcheck(ops.lora_compose_fwd.default, (inputs.base, *compose, bias, "product", backend))
     torch.library.opcheck(
-        ops.lora_compose_fwd.default, (inputs.base, inputs.h, B, 0.7, inputs.gain["output"], bias, True, backend)
-    )
-    torch.library.opcheck(
-        ops.lora_compose_bwd.default,
-        (inputs.grad_y, inputs.h, B, 0.7, inputs.gain["output"], inputs.base, [True] * 5, backend),
+        ops.lora_compose_bwd.default, (inputs.grad_y, *compose, inputs.base, "product", *asked, backend)
     )

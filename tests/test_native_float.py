@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_fast
 from lora_fast import functional
-from lora_fast.backends import cpu
+from lora_fast.backends.cpu import ops as cpu_ops, plan as cpu_plan
 from lora_fast.testing import poisoned_memory, scratch_peak_bytes
 
 pytestmark = pytest.mark.amx
@@ -139,7 +139,7 @@ def test_it_declines_what_leaves_the_range(ops) -> None:
 def test_the_linear_is_right_at_every_scale(scale) -> None:
     """Beyond the range of the parts by PyTorch's product."""
     x, weight = torch.randn(80, 1024), torch.randn(512, 1024)
-    assert weight.numel() >= cpu.FLOAT_WEIGHT
+    assert weight.numel() >= cpu_plan.FLOAT_WEIGHT
     x[40] *= scale
     x[41:] *= min(scale, 1e30) if scale == scale else 1.0
     lora_A, lora_B = torch.randn(4, 1024), torch.randn(512, 4) * 1e-30
@@ -161,7 +161,7 @@ def test_the_parts_take_three_eighths_of_the_weight(ops) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_layer_takes_it_once_lora_B_is_not_zero(monkeypatch, dora) -> None:
     called = []
-    native = cpu._c.float_product
+    native = cpu_ops._c.float_product
 
     class Spy:
         def __getattr__(self, name: str) -> object:
@@ -171,10 +171,10 @@ def test_a_layer_takes_it_once_lora_B_is_not_zero(monkeypatch, dora) -> None:
             called.append(args[2])
             return native(*args)
 
-    monkeypatch.setattr(cpu, "_c", Spy())
+    monkeypatch.setattr(cpu_ops, "_c", Spy())
     linear = torch.nn.Linear(1024, 512)
     layer = (lora_fast.LinearWithDoRA if dora else lora_fast.LinearWithLoRA)(linear, 4, 1.0)
-    x = torch.randn(2, cpu.FLOAT_TOKENS, 1024, requires_grad=True)
+    x = torch.randn(2, cpu_plan.FLOAT_TOKENS, 1024, requires_grad=True)
     fresh = layer(x)
     assert called == []
     if not dora:
@@ -184,7 +184,7 @@ def test_a_layer_takes_it_once_lora_B_is_not_zero(monkeypatch, dora) -> None:
     assert called == [True, False]
     layer(x[:1, 1:])
     with monkeypatch.context() as changed:
-        changed.setattr(cpu, "FLOAT_WEIGHT", 1024 * 512 + 1)
+        changed.setattr(cpu_plan, "FLOAT_WEIGHT", 1024 * 512 + 1)
         layer(x)
     try:
         torch.set_float32_matmul_precision("high")

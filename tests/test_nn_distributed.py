@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fast
-from lora_fast import LinearWithDoRA, LinearWithLoRA, backends
+from lora_fast import LinearWithDoRA, LinearWithLoRA, backends, functional
 
 WORLD = 2
 
@@ -54,11 +54,9 @@ def check_collectives(kind: str, backend: str, rank: int, never_looks: bool) -> 
     layer = make_layer(kind, seed=rank, backend=backend)
     x = torch.randn(3, IN)
     if never_looks:
-        module = backends.module(backend)
-        kept = module.weight_norm_fwd(
-            layer.weight, layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha, layer.norm_axis
-        )
-        module.weight_norm_kept = lambda *_: kept.clone()
+        factors = layer.weight, layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha
+        kept = functional.weight_norm(*factors, axis=layer.norm_axis, backend=backend)
+        backends.get(backend).ops.weight_norm_fwd = lambda *_: kept.clone()
     right = []
     for write in (
         lambda: dist.broadcast(layer.lora_A.data, src=0),
@@ -101,5 +99,5 @@ def process(rank: int, store: str, names: list[str]) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    names = ["torch", "cpu"] if backends.extension_status()[0] else ["torch"]
+    names = ["torch", "cpu"] if backends.is_present("cpu") else ["torch"]
     mp.spawn(process, args=(str(tmp_path / "store"), names), nprocs=WORLD)

@@ -20,31 +20,25 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fast
 from lora_fast import backends
+from lora_fast.backends.plan import Plan
+from lora_fast.call import WeightNormCall
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
     """Grows by one with every norm that the backend computes: what was kept is replaced, or nothing was kept."""
     calls: list[str] = []
-    module = backends.module(backend)
-    compute, keep, inside = module.weight_norm_fwd, module.weight_norm_kept, threading.local()
+    ops = backends.get(backend).ops
+    weight_norm_fwd = ops.weight_norm_fwd
 
-    def spy_on_fwd(*args: Any) -> Tensor:
-        if not getattr(inside, "kept", False):
+    def spy(call: WeightNormCall, plan: Plan) -> Tensor:
+        before = None if call.kept_key is None else call.kept_key.clone()
+        norm = weight_norm_fwd(call, plan)
+        if before is None or call.kept_key is None or not torch.equal(before, call.kept_key):
             calls.append("weight_norm_fwd")
-        return compute(*args)
-
-    def spy_on_kept(*args: Any) -> Tensor:
-        kept_key, inside.kept = args[-1], True
-        before = kept_key.clone()
-        norm = keep(*args)
-        inside.kept = False
-        if not torch.equal(before, kept_key):
-            calls.append("weight_norm_kept")
         return norm
 
-    monkeypatch.setattr(module, "weight_norm_fwd", spy_on_fwd)
-    monkeypatch.setattr(module, "weight_norm_kept", spy_on_kept)
+    monkeypatch.setattr(ops, "weight_norm_fwd", spy)
     return calls
 
 
@@ -58,18 +52,18 @@ def pointers_and_versions(key: Tensor, *tensors: Tensor) -> Tensor:
 
 
 def break_the_law(monkeypatch: pytest.MonkeyPatch, backend: str, key_of: Callable[..., Tensor]) -> None:
-    module = backends.module(backend)
+    chosen = backends.get(backend)
+    weight_norm_fwd = chosen.ops.weight_norm_fwd
 
-    def broken(
-        weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, kept_norm: Tensor, kept_key: Tensor
-    ) -> Tensor:
-        key = key_of(kept_key, weight, lora_A, lora_B)
-        if not torch.equal(key, kept_key):
-            kept_norm.copy_(module.weight_norm_fwd(weight, lora_A, lora_B, scaling, axis))
-            kept_key.copy_(key)
-        return kept_norm.clone()
+    def broken(call: WeightNormCall, plan: Plan) -> Tensor:
+        key = key_of(call.kept_key, call.weight, call.lora_A, call.lora_B)
+        if not torch.equal(key, call.kept_key):
+            anew = call._replace(kept_norm=None, kept_key=None)
+            call.kept_norm.copy_(weight_norm_fwd(anew, chosen.plan.weight_norm_fwd(anew)))
+            call.kept_key.copy_(key)
+        return call.kept_norm.clone()
 
-    monkeypatch.setattr(module, "weight_norm_kept", broken)
+    monkeypatch.setattr(chosen.ops, "weight_norm_fwd", broken)
 
 
 # changes: each returns the parameters to call the layer with, if not its own

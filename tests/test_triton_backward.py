@@ -46,6 +46,7 @@ GAIN_CONFIGS = {
     "slabs of one block": gain_bwd.Config(64, 64, 32, 1, 1, 4, 1),
     "products": gain_bwd.Config(32, 64, 0, 1, 3, 4, 1),
 }
+ALL = dict.fromkeys(("need_v", "need_gain", "need_bias", "need_h", "need_B"), True)  # in the order of the results
 
 
 @pytest.mark.interp
@@ -56,7 +57,7 @@ def test_gain_bwd_against_float64(config: gain_bwd.Config | None, dtype: torch.d
         inputs = [normal(100, 130, dtype=dtype), normal(100, 130, dtype=dtype), 1 + 0.2 * normal(130)]
         inputs += [normal(100, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
         with poisoned_memory():
-            actual = gain_bwd.lora_gain_bwd(*inputs, S, True, True, True, True, True, config=config)
+            actual = gain_bwd.lora_gain_bwd(*inputs, S, **ALL, config=config)
         truth = of_gain(*(tensor.double() for tensor in inputs))
         eager = of_gain(*(tensor.to(dtype) for tensor in inputs))
         return named(("dv", "dgain", "dbias", "dh", "dB"), actual, truth, eager)
@@ -74,7 +75,7 @@ def test_gain_bwd_of_any_strides(layout: str, config: gain_bwd.Config | None) ->
         given = (grad_y, product, gain, h, lora_B)
     else:
         given = (laid_out(grad_y, layout), product, gain, laid_out(h, layout), laid_out(lora_B, layout))
-    actual = gain_bwd.lora_gain_bwd(*given, S, True, True, True, True, True, config=config)
+    actual = gain_bwd.lora_gain_bwd(*given, S, **ALL, config=config)
     for result, expected in zip(actual, of_gain(grad_y, product, gain, h, lora_B), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -87,7 +88,7 @@ def test_gain_bwd_of_one_gradient(alone: int, config: gain_bwd.Config | None) ->
     needs = [index == alone for index in range(5)]
     present = [True, needs[1], True, needs[4], needs[3] or needs[4]]
     given = [tensor if wanted else None for tensor, wanted in zip(inputs, present, strict=True)]
-    actual = gain_bwd.lora_gain_bwd(*given, S, *needs, config=config)
+    actual = gain_bwd.lora_gain_bwd(*given, S, **dict(zip(ALL, needs, strict=True)), config=config)
     assert [result.numel() > 0 for result in actual] == needs
     torch.testing.assert_close(actual[alone], of_gain(*inputs)[alone], rtol=1e-4, atol=1e-4)
 
@@ -97,7 +98,7 @@ def test_gain_bwd_without_a_gain() -> None:
     grad_y, h, lora_B = normal(70, 90), normal(70, 20), normal(90, 20)
     expected = of_gain(grad_y, grad_y, torch.ones(90), h, lora_B)
     for config in GAIN_CONFIGS.values():
-        actual = gain_bwd.lora_gain_bwd(grad_y, None, None, h, lora_B, S, True, False, True, True, True, config=config)
+        actual = gain_bwd.lora_gain_bwd(grad_y, None, None, h, lora_B, S, **{**ALL, "need_gain": False}, config=config)
         assert actual[0].numel() == 0
         for index in (2, 3, 4):
             torch.testing.assert_close(actual[index], expected[index], rtol=1e-4, atol=1e-4)
@@ -126,8 +127,12 @@ def test_input_grad_against_float64(config: input_grad.Config | None, p: float, 
         inputs = [normal(M, N, dtype=dtype), normal(N, K, dtype=dtype), normal(M, R, dtype=dtype), normal(R, K)]
         gain, x = 1 + 0.2 * normal(K), normal(M, K, dtype=dtype)
         with poisoned_memory():
-            actual = input_grad.lora_input_grad(*inputs, p, seed if p else None, gain, x, True, config=config)
-        plain, nothing = input_grad.lora_input_grad(*inputs, p, seed if p else None, None, None, False, config=config)
+            actual = input_grad.lora_input_grad(
+                *inputs, p, seed if p else None, gain, x, need_gain_in=True, config=config
+            )
+        plain, nothing = input_grad.lora_input_grad(
+            *inputs, p, seed if p else None, None, None, need_gain_in=False, config=config
+        )
         assert nothing.numel() == 0
 
         def formula(to: torch.dtype) -> tuple[Tensor, ...]:
@@ -149,7 +154,7 @@ def test_input_grad_of_any_strides(N: int, layout: str) -> None:
     expected = of_input(*inputs, gain, x, torch.ones(M, K))
     config = input_grad.Config(32, 32, 32, 16, 8, 4, 1)
     given = [laid_out(tensor, layout) for tensor in inputs]
-    actual = input_grad.lora_input_grad(*given, 0.0, None, gain, laid_out(x, layout), True, config=config)
+    actual = input_grad.lora_input_grad(*given, 0.0, None, gain, laid_out(x, layout), need_gain_in=True, config=config)
     for result, expectation in zip(actual, expected, strict=True):
         torch.testing.assert_close(result, expectation, rtol=1e-4, atol=1e-4)
 
@@ -166,7 +171,7 @@ def test_input_grad_of_the_gain_alone(layout: str, N: int) -> None:
     for need_x in (True, False):
         with poisoned_memory():
             grad_x, grad_gain = input_grad.lora_input_grad(
-                *inputs, 0.0, None, gain, laid_out(x, layout), True, need_x, config
+                *inputs, 0.0, None, gain, laid_out(x, layout), need_gain_in=True, need_x=need_x, config=config
             )
         expected = of_input(*inputs, gain, x, torch.ones(M, K))
         torch.testing.assert_close(grad_gain, expected[1], rtol=1e-4, atol=1e-4)
@@ -181,8 +186,8 @@ def test_input_grad_of_the_gain_alone(layout: str, N: int) -> None:
 def test_input_grad_of_wider_weights(dtype: torch.dtype) -> None:
     """float32 W and lora_A, rounded to the activation's dtype tile by tile, give what rounding them first gives."""
     inputs = normal(20, 50, dtype=dtype), normal(50, 40), normal(20, 8, dtype=dtype), normal(8, 40)
-    wide, _ = input_grad.lora_input_grad(*inputs, 0.0, None, None, None, False)
-    rounded, _ = input_grad.lora_input_grad(*(t.to(dtype) for t in inputs), 0.0, None, None, None, False)
+    wide, _ = input_grad.lora_input_grad(*inputs, 0.0, None, None, None, need_gain_in=False)
+    rounded, _ = input_grad.lora_input_grad(*(t.to(dtype) for t in inputs), 0.0, None, None, None, need_gain_in=False)
     assert torch.equal(wide, rounded)
 
 
@@ -226,13 +231,19 @@ def test_A_grad_of_any_strides(config: A_grad.Config | None) -> None:
 @pytest.mark.interp
 def test_no_tokens() -> None:
     empty, gain, lora_B = torch.empty(0, 8), torch.ones(8), normal(8, 4)
-    _, *sums, grad_h, grad_B = gain_bwd.lora_gain_bwd(
-        empty, empty, gain, torch.empty(0, 4), lora_B, S, True, True, True, True, True
-    )
+    _, *sums, grad_h, grad_B = gain_bwd.lora_gain_bwd(empty, empty, gain, torch.empty(0, 4), lora_B, S, **ALL)
     assert grad_h.shape == (0, 4)
     assert all(torch.equal(total, torch.zeros_like(total)) for total in (*sums, grad_B))
     grad_x, grad_gain = input_grad.lora_input_grad(
-        empty, normal(8, 6), torch.empty(0, 4), normal(4, 6), 0.0, None, torch.ones(6), torch.empty(0, 6), True
+        empty,
+        normal(8, 6),
+        torch.empty(0, 4),
+        normal(4, 6),
+        0.0,
+        None,
+        torch.ones(6),
+        torch.empty(0, 6),
+        need_gain_in=True,
     )
     assert grad_x.shape == (0, 6)
     assert torch.equal(grad_gain, torch.zeros(6))

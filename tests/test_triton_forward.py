@@ -125,7 +125,7 @@ def test_linear_in_tiles(descriptors: str, form: str, dtype: torch.dtype, monkey
     if descriptors == "transposed":
         W, B = W.T.contiguous().T, B.T.contiguous().T
     with poisoned_memory():
-        y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, form == "gain")
+        y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, keep_product=form == "gain")
     count = 2 if form == "gain" else 1
     one = named(*(values[:count] for values in (("y", "product"), (y, product), *expected)))
     hold_to_budget(dtype, lambda _: one)
@@ -144,9 +144,8 @@ def test_few_tokens(sizes: tuple[int, int, int, int], p: float, form: str, dtype
         x, W, bias, A, B, gain, gain_in = operands(32, *sizes[1:], form, dtype)
         expected = truth_and_eagers(linear, x, W, bias, A, B, gain, gain_in, scaled_mask((32, K), p))
         with poisoned_memory():
-            actual = lora_linear_small.lora_linear_small_fwd(
-                surrounded(x[:M]), surrounded(W), bias, A, B, S, gain, gain_in, p, torch.tensor(SEED), form == "gain"
-            )
+            small = (surrounded(x[:M]), surrounded(W), bias, A, B, S, gain, gain_in, p, torch.tensor(SEED))
+            actual = lora_linear_small.lora_linear_small_fwd(*small, keep_product=form == "gain")
         wanted = slice(None) if form == "gain" else slice(None, None, 2)
         few = [[value[:M] for value in values] for values in expected]
         return named(*(values[wanted] for values in (("y", "product", "h"), actual, *few)))
@@ -159,7 +158,7 @@ def test_few_tokens_refuse_many() -> None:
     arguments = operands(17, 4, 8, 2, "gain", torch.float32)
     x, W, bias, A, B, gain, _ = arguments
     with pytest.raises(ValueError, match="x: got 17 tokens, expected at most 16"):
-        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, False)
+        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_product=False)
 
 
 @pytest.mark.interp
@@ -188,8 +187,8 @@ def test_compose_in_tiles(adapter: torch.dtype | None, in_place: bool, dtype: to
 def test_nothing_to_do() -> None:
     x, W, bias, A, B, gain, _ = operands(0, 5, 4, 2, "gain", torch.float32)
     h = lora_project.lora_project(x, A, None, 0.0, None)
-    y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, None, True)
-    small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, True)
+    y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, None, keep_product=True)
+    small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_product=True)
     lora_compose_fwd.lora_compose_fwd(y, h, B, S, gain, bias, y, product)
     assert [tuple(t.shape) for t in (h, y, product, *small)] == [(0, 2), (0, 5), (0, 5), (0, 5), (0, 5), (0, 2)]
 
@@ -203,10 +202,12 @@ def test_no_columns_or_no_rows_of_the_weight(form: str) -> None:
             for N, K in ((0, 4), (5, 0)):
                 x, W, bias, A, B, gain, gain_in = operands(T, N, K, 2, form, torch.float32)
                 h = lora_project.lora_project(x, A, gain_in, 0.0, None)
-                results = [(*lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, True), h)]
-                if T <= lora_linear_small.TOKENS:
+                results = [(*lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, keep_product=True), h)]
+                if T <= constants.FEW_TOKENS:
                     results += [
-                        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, gain_in, 0, None, True)
+                        lora_linear_small.lora_linear_small_fwd(
+                            x, W, bias, A, B, S, gain, gain_in, 0, None, keep_product=True
+                        )
                     ]
                 for y, product, h in results:
                     assert torch.equal(y, bias.expand(T, N))

@@ -233,8 +233,9 @@ def test_the_gradient_of_columns_in_splits(axis: str, monkeypatch: pytest.Monkey
     norm = reference.weight_norm(inputs.weight.double(), lora_A, lora_B, 0.7, axis=axis)
     norm.backward(inputs.gain[axis].double())
     # two splits of two tiles take 128 columns: lora_B's sums go over 70, lora_A's, on the transpose, over 101
+    factors = (inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, axis)
     grad_A, grad_B = weight_norm_bwd.weight_norm_bwd(
-        inputs.gain[axis], norm.detach().float(), inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, axis, True, True
+        inputs.gain[axis], norm.detach().float(), *factors, need_A=True, need_B=True
     )
     torch.testing.assert_close(grad_A.double(), lora_A.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad_B.double(), lora_B.grad, rtol=1e-5, atol=1e-6)
@@ -245,7 +246,7 @@ def test_a_gradient_that_is_not_needed_is_empty() -> None:
     inputs = make_inputs(Case((1,), 20, 30, 2))
     norm = norm_of(inputs, "output")
     arguments = (norm, norm, inputs.weight, inputs.lora_A, inputs.lora_B, 0.7, "output")
-    none = weight_norm_bwd.weight_norm_bwd(*arguments, False, False)
+    none = weight_norm_bwd.weight_norm_bwd(*arguments, need_A=False, need_B=False)
     assert [len(grad) for grad in none] == [0, 0]
 
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from lora_fast.triton_kernels.target import Target
 
+GpuBackend = Literal["cuda", "triton"]
 FILE = Path(__file__).with_name("constants.json")
 
 
@@ -64,8 +65,8 @@ class Constants:
     described_contraction: int = 1024  # up to which x Wᵀ with all in its epilogue, through descriptors, is taken
     input_grad_contraction: int = 1024  # up to which dv W with the update in its epilogue is
     gemm_rank: int = 128  # from which products along the rank that nothing is fused with are cuBLAS's
-    few_tokens_backend: str = "cuda"  # or "triton", where both are there
-    norm_backend: str = "triton"
+    few_tokens_backend: GpuBackend = "cuda"  # or "triton", where both are there
+    norm_backend: GpuBackend = "triton"
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
     few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)
     described: Block = Block(128, 256, 64, 8, 4)  # the largest tile of x Wᵀ; its rank: columns of x at a time
@@ -85,9 +86,10 @@ class Constants:
     norm_high: Block = Block(128, 256, 64, 8, 4)
 
 
+FEW_TOKENS = 16  # the rows of the smallest tile of tensor cores: up to so many, W's bytes are the time
 PREDICTED = Constants()
 ANY = 1 << 30  # of a limit: none
-GPU_BACKENDS = ("cuda", "triton")
+GPU_BACKENDS: tuple[GpuBackend, ...] = get_args(GpuBackend)
 
 
 def value(name: str, plain: Any) -> Any:

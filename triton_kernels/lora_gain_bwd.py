@@ -180,11 +180,12 @@ def lora_gain_bwd(
     h: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    need_v: bool,
-    need_gain: bool,
-    need_bias: bool,
-    need_h: bool,
-    need_B: bool,
+    *,
+    need_v: bool = False,
+    need_gain: bool = False,
+    need_bias: bool = False,
+    need_h: bool = False,
+    need_B: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dv, dgain, dbias, dh, dlora_B); empty where not needed, and dv where there is no gain: it is grad_y then.
@@ -233,7 +234,7 @@ def lora_gain_bwd(
         grad_B = _total(B_partials, grad_y, grad_y.dtype if lora_B is None else lora_B.dtype)
     else:
         dv = grad_y if grad_v is None else grad_v
-        grad_h, grad_B = _products(dv, h, lora_B, scaling, need_h, need_B)
+        grad_h, grad_B = _products(dv, h, lora_B, scaling, need_h=need_h, need_B=need_B)
     return (
         grad_v if grad_v is not None and need_v else grad_y.new_empty(0),
         _total(gain_partials, grad_y, torch.float32),
@@ -248,7 +249,7 @@ def _total(partials: Tensor | None, like: Tensor, dtype: torch.dtype, scaling: f
 
 
 def _products(
-    grad_v: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, need_h: bool, need_B: bool
+    grad_v: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, *, need_h: bool, need_B: bool
 ) -> tuple[Tensor, Tensor]:
     """(s dv lora_B, s dvᵀ h), rounded once: the scaling is the product's alpha."""
     grad_h, grad_B = grad_v.new_empty(0), grad_v.new_empty(0)

@@ -148,6 +148,7 @@ def lora_input_grad(
     seed: Tensor | None,
     gain_in: Tensor | None,
     x: Tensor | None,
+    *,
     need_gain_in: bool,
     need_x: bool = True,
     config: Config | None = None,
@@ -160,9 +161,11 @@ def lora_input_grad(
     blocks_m = cdiv(M, config.BLOCK_M)
     if need_gain_in and blocks_m >= max(N, 2):
         # the blocks' rows would be as large as W: u first, then its pass over x
-        u, _ = lora_input_grad(grad_v, weight, grad_h, lora_A, dropout_p, seed, None, None, False, True, config)
+        u, _ = lora_input_grad(
+            grad_v, weight, grad_h, lora_A, dropout_p, seed, None, None, need_gain_in=False, config=config
+        )
         summed = None if x is None else x.contiguous()
-        return lora_gain_bwd(u, summed, gain_in, None, None, 1.0, need_x, True, False, False, False)[:2]
+        return lora_gain_bwd(u, summed, gain_in, None, None, 1.0, need_v=need_x, need_gain=True)[:2]
 
     grad_x = grad_v.new_empty((M, K) if need_x else 0)
     gain_partials = new_partials(blocks_m, (K,), torch.float32, grad_v.device) if need_gain_in else None

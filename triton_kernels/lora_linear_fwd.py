@@ -233,6 +233,7 @@ def lora_linear_fwd(
     scaling: float,
     gain: Tensor | None,
     gain_in: Tensor | None,
+    *,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, product) [M, N] in x's dtype; product is empty unless it is kept."""

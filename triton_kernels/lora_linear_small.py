@@ -17,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import constants, lora_project
-from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.constants import FEW_TOKENS, remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
-
-TOKENS = 16  # the rows of the smallest tile that tensor cores take
 
 
 @triton.jit
@@ -110,16 +108,16 @@ def lora_linear_small_config(M: int, N: int, K: int, R: int, x_bytes: int, W_byt
         BLOCK_N = few.rows if cdiv(N, few.rows) * 8 >= target.sms * 7 else 16
         BLOCK_K = few.line_bytes // W_bytes if x_bytes == 2 else 64
         stages = min(few.flight_bytes, target.shared_memory * 3 // 4)
-        num_stages = max(2, min(8, stages // (BLOCK_K * (BLOCK_N * W_bytes + TOKENS * x_bytes))))
+        num_stages = max(2, min(8, stages // (BLOCK_K * (BLOCK_N * W_bytes + FEW_TOKENS * x_bytes))))
     part_k = min(BLOCK_K, 128)
     BLOCK_R = rank_block(R, 64 if x_bytes == 2 else 32)
-    SPLITS = few.parts_bytes // (TOKENS * BLOCK_R * 4)
+    SPLITS = few.parts_bytes // (FEW_TOKENS * BLOCK_R * 4)
     parts = min(cdiv(K, 128), few.parts_bytes // (M * R * 4), SPLITS)
     split_k = part_k * max(1, cdiv(K, part_k * max(1, parts)))
     return Config(
-        project=lora_project.Config(TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
+        project=lora_project.Config(FEW_TOKENS, 16, part_k, split_k, 4, 1 if interpreting else 4),
         overlap=target.backend == "cuda" and int(target.arch) >= 90,
-        BLOCK_M=TOKENS,
+        BLOCK_M=FEW_TOKENS,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         BLOCK_R=BLOCK_R,
@@ -140,12 +138,13 @@ def lora_linear_small_fwd(
     gain_in: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    *,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [M, N], product [M, N] or empty, h [M, R]) in x's dtype; ValueError for more than 16 tokens."""
     (M, K), (N, R) = x.shape, lora_B.shape
-    if M > TOKENS:
-        raise ValueError(f"x: got {M} tokens, expected at most {TOKENS}")
+    if M > FEW_TOKENS:
+        raise ValueError(f"x: got {M} tokens, expected at most {FEW_TOKENS}")
     y, h = x.new_empty(M, N), x.new_empty(M, R)
     product = x.new_empty((M, N) if keep_product else 0)
     if M == 0:

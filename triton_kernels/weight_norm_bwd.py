@@ -139,6 +139,7 @@ def weight_norm_bwd(
     lora_B: Tensor,
     scaling: float,
     axis: str,
+    *,
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor, Tensor]:

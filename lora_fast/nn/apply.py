@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from lora_fast import backends
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
 from lora_fast.nn import checks, tied
 from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.names import Place, places, unwrapped
@@ -37,11 +39,11 @@ def apply(
     exclude: str | Iterable[str] = (),
     dropout: float = 0.0,
     scaling: str = "alpha",
-    norm_axis: str = "output",
+    norm_axis: Axis = "output",
     detach_norm: bool = True,
     norm_reuse: bool = True,
     adapter_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> nn.Module:
     """Replace the targeted linears of ``model`` in place by :class:`LinearWithDoRA`; ``dora=False``: LinearWithLoRA.
 

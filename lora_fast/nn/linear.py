@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import backends, functional
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer
@@ -21,7 +23,7 @@ class AdaptedLinear(nn.Module):
     """What LoRA and DoRA share: the frozen linear, lora_A and lora_B, merging and the state dict."""
 
     # the axis of the gain; LoRA has no gain
-    norm_axis: str = "output"
+    norm_axis: Axis = "output"
     # what apply found to have the weight too
     sharers: tuple[Sharer, ...] = ()
 
@@ -32,7 +34,7 @@ class AdaptedLinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
         _check_not_adapted(linear)
@@ -239,7 +241,7 @@ class LinearWithLoRA(AdaptedLinear):
         dropout: probability in [0, 1) of an element of the adapter's input to be dropped, in training mode only. The
             base product sees x without dropout.
         adapter_dtype: of lora_A and lora_B; the linear's by default. ``.to(dtype)`` converts them like every parameter.
-        backend: "auto" or a name of ``lora_fast.backends.BACKENDS``.
+        backend: "auto" or a name of ``lora_fast.backends.NAMES``.
 
     Parameters: ``linear.weight`` [out, in] and ``linear.bias`` [out], frozen; ``lora_A`` [R, in], drawn from
     U(-1/√in, 1/√in), which is Kaiming uniform with a = √5 as in PEFT; ``lora_B`` [out, R], zero, so that a fresh layer
@@ -262,7 +264,7 @@ class LinearWithLoRA(AdaptedLinear):
         alpha: float,
         dropout: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(linear, rank, alpha, dropout, adapter_dtype, backend)
         self.reset_parameters()
@@ -318,11 +320,11 @@ class LinearWithDoRA(AdaptedLinear):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
-        norm_axis: str = "output",
+        norm_axis: Axis = "output",
         detach_norm: bool = True,
         norm_reuse: bool = True,
         adapter_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         checks.check_norm_axis(norm_axis)
         super().__init__(linear, rank, alpha, dropout, adapter_dtype, backend)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_fast import functional
+from lora_fast.backends import BackendName
+from lora_fast.call import Axis
 
 
 @dataclass
@@ -22,7 +24,7 @@ class MergedUpdate:
     lora_B: Tensor
     scaling: float
     gain: Tensor | None
-    axis: str
+    axis: Axis
     kept_index: Tensor | None
     kept: Tensor | None
 
@@ -33,9 +35,9 @@ def merge(
     lora_B: Tensor,
     scaling: float,
     gain: Tensor | None,
-    axis: str,
+    axis: Axis,
     keep_base: bool,
-    backend: str,
+    backend: BackendName,
 ) -> MergedUpdate:
     """W ← (W + s B A) ⊙ gain in place."""
     dim = 0 if axis == "output" else 1
@@ -57,7 +59,7 @@ def merge(
     return update
 
 
-def unmerge(weight: Tensor, update: MergedUpdate, backend: str) -> None:
+def unmerge(weight: Tensor, update: MergedUpdate, backend: BackendName) -> None:
     """W ← W / gain - s B A in place, and the kept rows as they were."""
     dim = 0 if update.axis == "output" else 1
     if update.kept is None or update.kept.shape != weight.shape:

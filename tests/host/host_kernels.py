@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     backwards = config.getoption("--backwards")
     # another number of multiprocessors splits the work otherwise
     ctypes.CDLL(library).lora_fast_host_configure(backwards, 1 if backwards else 3)
-    backends._modules["cpu"] = cuda
+    backends.get("cpu").__dict__.update(plan=cuda.BACKEND.plan, ops=cuda.BACKEND.ops)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast.backends import cuda
+from lora_fast.backends.cuda import ops as cuda_ops, plan as cuda_plan
+from lora_fast.call import LoraLinearCall
 from lora_fast.norm_cache import KEY_LENGTH
 from lora_fast.testing import dropout_mask
 
@@ -201,7 +202,8 @@ def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
     """The backend takes another path; called directly, the kernels leave h of N = 0 and refuse K = 0."""
     weight, lora_A, lora_B = adapter(N, K, 4, bf16, bf16)
     x, y = torch.randn(3, K, dtype=bf16), torch.empty(3, N, dtype=bf16)
-    assert not cuda._small_applies(x, weight, lora_A, lora_B)
+    given = (x, weight, None, lora_A, lora_B, 0.7, torch.ones(N), "output", 0.0, None, "nothing")
+    assert cuda_plan.lora_linear_fwd(LoraLinearCall(*given)).kernel("y") == "lora_compose_fwd"
     call = functools.partial(ops.lora_linear_small_fwd, x, weight, lora_A, lora_B, 0.7, torch.ones(N), None, y, None)
     if K == 0:
         with pytest.raises(RuntimeError, match="K must be a positive multiple of 8"):
@@ -213,12 +215,13 @@ def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
 def test_few_tokens_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: a linear of 16 tokens is the small kernels', one of 17 is not."""
     calls = []
-    monkeypatch.setattr(cuda._CudaLinear.__base__, "lora_linear_fwd", lambda *_: calls.append("split"))
+    monkeypatch.setattr(cuda_ops._passes, "lora_linear_fwd", lambda call, plan: calls.append(call.x.shape[0]))
     weight, lora_A, lora_B = adapter(32, 64, 4, bf16, bf16)
     for tokens in (1, 16, 17):
-        x = torch.randn(2, tokens, 64, dtype=bf16)[:1]
-        cuda.lora_linear_fwd(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, False)
-    assert calls == ["split"]
+        x = torch.randn(tokens, 64, dtype=bf16)
+        call = LoraLinearCall(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, "nothing")
+        cuda_ops.lora_linear_fwd(call, cuda_plan.lora_linear_fwd(call))
+    assert calls == [17]
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)

@@ -109,10 +109,9 @@ def stop_at_launches() -> None:
     stack.enter_context(prewarm.warmed(SM90))
     compiled = JITFunction.run
     JITFunction.run = reach
-    choose = backends.choose
-    backends.choose = lambda op, device_type, dtype: choose(op, "cuda", dtype)
-    backends._interpreting = lambda: True  # Triton's kernels take CPU tensors
-    backends.cuda_status = lambda: (False, "not in a rehearsal")
+    backends.get("triton").takes = lambda device_type: True
+    backends.get("cpu").takes = lambda device_type: False
+    backends.get("cuda").missing = lambda: "not in a rehearsal"
     sys.modules["rehearsal_until_exit"] = stack  # type: ignore[assignment]  # open as long as the process lives
 
 

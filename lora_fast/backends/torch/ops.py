@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_fast import norm_cache
-from lora_fast.backends.split import SplitLinear
+from lora_fast.backends import dora
+from lora_fast.backends.passes import Gradients, Passes
+from lora_fast.backends.plan import Plan
+from lora_fast.call import DoraLinearCall, DoraLinearGradCall, MergeWeightCall, WeightNormCall, WeightNormGradCall
 from lora_fast.dtypes import accumulate_dtype
 
 CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
@@ -43,21 +46,21 @@ def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
 
 
 def _adapted_rows(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype
+    call: WeightNormCall | WeightNormGradCall | MergeWeightCall, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``; each V[rows] takes the place of the one before.
 
     Two buffers and no mixed operands, whose casts allocate: aligned blocks that are freed and asked for anew pile up
     in glibc's heap, to the size of V.
     """
-    lora_A = lora_A.to(_norm_product_dtype(dtype))
+    weight, lora_A = call.weight, call.lora_A.to(_norm_product_dtype(dtype))
     step = _chunk_rows(weight)
     delta = lora_A.new_empty(step, weight.shape[1])
     chunk = weight.new_empty(delta.shape, dtype=dtype)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         count = rows.stop - start
-        torch.mm(lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count]).mul_(scaling)
+        torch.mm(call.lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count]).mul_(call.scaling)
         yield rows, chunk[:count].copy_(weight[rows]).add_(delta[:count])
 
 
@@ -71,13 +74,20 @@ def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
     return scale.squeeze(dim) * torch.linalg.vector_norm(tensor.div_(scale), dim=dim)
 
 
-def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    dim = 1 if axis == "output" else 0
-    norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype))
-    if axis == "output":
-        return torch.cat(list(norms))
-    return _norm_of_parts(norms)
+def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+    weight, kept_norm, kept_key = call.weight, call.kept_norm, call.kept_key
+    # on another device the comparison would make the host wait, and a tensor without a version can't be trusted
+    if kept_norm is None or kept_key is None or weight.device.type != "cpu" or weight.is_inference():
+        return _norm(call)
+    key = content_key(weight, call.lora_A, call.lora_B, call.scaling, call.axis)
+    return norm_cache.reuse(kept_norm, kept_key, key, lambda: _norm(call))
+
+
+def _norm(call: WeightNormCall) -> Tensor:
+    dtype = accumulate_dtype(call.weight, call.lora_A, call.lora_B)
+    dim = 1 if call.axis == "output" else 0
+    norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(call, dtype))
+    return torch.cat(list(norms)) if call.axis == "output" else _norm_of_parts(norms)
 
 
 def _norm_of_parts(norms: Iterator[Tensor]) -> Tensor:
@@ -93,24 +103,6 @@ def _norm_of_parts(norms: Iterator[Tensor]) -> Tensor:
     return functools.reduce(
         lambda total, part: _scaled_norm(torch.stack((total, part)), 0), (part for part in waiting if part is not None)
     )
-
-
-def weight_norm_kept(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: str,
-    kept_norm: Tensor,
-    kept_key: Tensor,
-) -> Tensor:
-    def compute() -> Tensor:
-        return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
-
-    # on another device the comparison would make the host wait, and a tensor without a version can't be trusted
-    if weight.device.type != "cpu" or weight.is_inference():
-        return compute()
-    return norm_cache.reuse(kept_norm, kept_key, content_key(weight, lora_A, lora_B, scaling, axis), compute)
 
 
 def content_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
@@ -144,41 +136,30 @@ def _bit_hash(tensor: Tensor) -> Tensor:
     return z.sum()
 
 
-def weight_norm_bwd(
-    grad: Tensor,
-    norm: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: str,
-    need_A: bool,
-    need_B: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
+def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B, norm = call.lora_A, call.lora_B, call.norm
+    dtype = accumulate_dtype(call.weight, lora_A, lora_B)
     product = _norm_product_dtype(dtype)
     # c = grad / n, and 0 for a zero row
-    c = torch.where(norm == 0, 0.0, grad / torch.where(norm == 0, 1.0, norm)).to(dtype)
+    c = torch.where(norm == 0, 0.0, call.grad / torch.where(norm == 0, 1.0, norm)).to(dtype)
     wide_A = lora_A.to(product)
-    grad_A = torch.zeros(lora_A.shape, dtype=product, device=lora_A.device) if need_A else lora_A.new_empty(0)
-    grad_B = torch.empty_like(lora_B) if need_B else lora_B.new_empty(0)
-    for rows, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype):
-        grad_V = chunk.mul_(c[rows, None] if axis == "output" else c).to(product)
-        if need_A:
-            grad_A.addmm_(lora_B[rows].to(product).T, grad_V, alpha=scaling)
-        if need_B:
-            grad_B[rows] = (grad_V @ wide_A.T).mul_(scaling).to(lora_B.dtype)
+    grad_A = torch.zeros(lora_A.shape, dtype=product, device=lora_A.device) if call.need_A else lora_A.new_empty(0)
+    grad_B = torch.empty_like(lora_B) if call.need_B else lora_B.new_empty(0)
+    for rows, chunk in _adapted_rows(call, dtype):
+        grad_V = chunk.mul_(c[rows, None] if call.axis == "output" else c).to(product)
+        if call.need_A:
+            grad_A.addmm_(lora_B[rows].to(product).T, grad_V, alpha=call.scaling)
+        if call.need_B:
+            grad_B[rows] = (grad_V @ wide_A.T).mul_(call.scaling).to(lora_B.dtype)
     return grad_A.to(lora_A.dtype), grad_B
 
 
-def merge_weight(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gain: Tensor | None, axis: str
-) -> None:
-    dtype = accumulate_dtype(weight, lora_A, lora_B)
-    for rows, chunk in _adapted_rows(weight, lora_A, lora_B, scaling, dtype):
+def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+    gain = call.gain
+    for rows, chunk in _adapted_rows(call, accumulate_dtype(call.weight, call.lora_A, call.lora_B)):
         if gain is not None:
-            chunk.mul_(gain[rows, None] if axis == "output" else gain)
-        weight[rows] = chunk
+            chunk.mul_(gain[rows, None] if call.axis == "output" else gain)
+        call.weight[rows] = chunk
 
 
 def compose(
@@ -210,7 +191,7 @@ def compose(
 
 
 def gain_bwd(
-    grad: Tensor, product: Tensor | None, gain: Tensor | None, need_scaled: bool, need_gain: bool, need_bias: bool
+    grad: Tensor, product: Tensor | None, gain: Tensor | None, *, need_scaled: bool, need_gain: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad), each only if asked for; without a gain the first is empty."""
     dtype = accumulate_dtype(grad)
@@ -259,15 +240,24 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ (z >> 16)
 
 
-def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x / (1 - p) where the mask keeps, else 0; x [T, K]."""
     if p == 1.0:
         return torch.zeros_like(x)
     return torch.where(dropout_mask(seed, (x.shape[0], x.shape[1]), p), x / (1.0 - p), 0.0)
 
 
-_linear = SplitLinear(compose, gain_bwd, dropout)
+_linear = Passes(compose, gain_bwd, drop)
 lora_linear_fwd = _linear.lora_linear_fwd
 lora_linear_bwd = _linear.lora_linear_bwd
 lora_compose_fwd = _linear.lora_compose_fwd
 lora_compose_bwd = _linear.lora_compose_bwd
+dropout = _linear.dropout
+
+
+def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
+
+
+def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+    return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)

@@ -1,0 +1,158 @@
+"""The contract met by the C++ kernels, which :mod:`lora_fast.backends.cpu.plan` chooses among."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_fast.backends import dora
+from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
+from lora_fast.backends.plan import Plan
+from lora_fast.call import (
+    DoraLinearCall,
+    DoraLinearGradCall,
+    LoraLinearCall,
+    LoraLinearGradCall,
+    MergeWeightCall,
+    WeightNormCall,
+    WeightNormGradCall,
+)
+
+_c = torch.ops.lora_fast_c
+
+
+def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+    factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis == "output"
+    if plan.kernel("norm") == "weight_norm_kept":
+        return _c.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
+    return _c.weight_norm_fwd(*factors)
+
+
+def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+    factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis == "output"
+    return _c.weight_norm_bwd(call.grad, call.norm, *factors, call.need_A, call.need_B)
+
+
+def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+    _c.merge_weight(call.weight, call.lora_A, call.lora_B, call.scaling, call.gain, call.axis == "output")
+
+
+def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    if plan.where_B_is_zero is not None and _c.is_zero(call.lora_B.contiguous()):
+        plan = plan.where_B_is_zero
+    native = _FORWARDS.get(plan.kernel("y"))
+    if native is None:
+        return _passes.lora_linear_fwd(call, plan)
+    gain = call.gain
+    if gain is None:
+        gain = call.weight.new_ones(call.weight.shape[0], dtype=torch.float32)
+    return _native_fwd(native, call, gain)
+
+
+def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
+    if "gradients" not in plan.steps:
+        return _passes.lora_linear_bwd(call, plan)
+    native = _c.lora_linear_small_bwd if plan.kernel("gradients") == "lora_linear_small_bwd" else _c.lora_linear_bwd
+    return native(
+        call.grad_y.contiguous(),
+        None if call.x is None else call.x.contiguous(),
+        call.weight,
+        call.lora_A.contiguous(),
+        call.lora_B.contiguous(),
+        call.scaling,
+        None if call.gain is None else call.gain.contiguous(),
+        call.product,
+        call.h,
+        call.need_x,
+        call.need_A,
+        call.need_B,
+        call.need_gain,
+        call.need_bias,
+    )
+
+
+def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if "y, norm" not in plan.steps:
+        return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
+    norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
+    magnitude, kept_norm, kept_key = call.magnitude.float(), call.kept_norm, call.kept_key
+    # In training to make the norm costs less than to tell whether a kept one holds. Without a version (inference mode)
+    # the key says nothing.
+    if kept_norm is None or kept_key is None or call.keep == "product" or call.weight.is_inference():
+        kept_norm = kept_key = None
+    if plan.kernel("y, norm") == "dora_linear_small_fwd":
+        version = -1 if kept_key is None else call.weight._version
+        return *_native_fwd(_c.dora_linear_small_fwd, call, magnitude, norm, kept_norm, kept_key, version), norm
+    if kept_norm is None:
+        return *_native_fwd(_c.dora_linear_fwd, call, magnitude, norm, False), norm
+    key = _c.content_key(call.weight, call.lora_A, call.lora_B, call.scaling, True, call.weight._version)
+    known = _c.load_kept_norm(kept_norm, kept_key, key, norm)
+    forward = _native_fwd(_c.dora_linear_fwd, call, magnitude, norm, known)
+    if not known:
+        _c.keep_norm(kept_norm, kept_key, key, norm)
+    return *forward, norm
+
+
+def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+    return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
+
+
+def _native_fwd(
+    native: Callable[..., Tensor],
+    call: LoraLinearCall | DoraLinearCall,
+    gain: Tensor,
+    *norm: Tensor | bool | int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, product, h) by a native forward, which takes ``gain`` (or the magnitude) and ``norm`` as they are."""
+    y = call.x.new_empty(call.x.shape[0], call.weight.shape[0])
+    product = torch.empty_like(y) if call.keep == "product" else None
+    h = native(
+        call.x.contiguous(),
+        call.weight,
+        call.lora_A.contiguous(),
+        call.lora_B.contiguous(),
+        call.scaling,
+        gain.contiguous(),
+        None if call.bias is None else call.bias.float().contiguous(),
+        y,
+        product,
+        *norm,
+    )
+    return y, y.new_empty(0) if product is None else product, h
+
+
+def _float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if not _c.float_product(x.contiguous(), weight, True, y):
+        return _passes.linears[LINEAR](x, weight, bias)  # it met magnitudes that the parts cannot hold
+    return y if bias is None else y.add_(bias)
+
+
+def _float_product_grad(grad_v: Tensor, weight: Tensor) -> Tensor:
+    grad_x = grad_v.new_empty(grad_v.shape[0], weight.shape[1])
+    if not _c.float_product(grad_v.contiguous(), weight, False, grad_x):
+        return _passes.products[MATMUL](grad_v, weight)
+    return grad_x
+
+
+def _project_small(x: Tensor, lora_A: Tensor, bias: Tensor | None) -> Tensor:
+    return _c.project_small(x.contiguous(), lora_A.contiguous())
+
+
+def _input_grad_small(grad_v: Tensor, weight: Tensor) -> Tensor:
+    return _c.input_grad_small(grad_v.contiguous(), weight)
+
+
+_FORWARDS = {"lora_linear_small_fwd": _c.lora_linear_small_fwd, "lora_linear_fwd": _c.lora_linear_fwd}
+_passes = Passes(
+    _c.lora_compose_fwd,
+    _c.lora_gain_bwd,
+    _c.dropout,
+    linears={"float_product": _float_product, "project_small": _project_small},
+    products={"float_product": _float_product_grad, "input_grad_small": _input_grad_small},
+)
+lora_compose_fwd = _passes.lora_compose_fwd
+lora_compose_bwd = _passes.lora_compose_bwd
+dropout = _passes.dropout

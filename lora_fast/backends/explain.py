@@ -1,0 +1,93 @@
+"""The plans of a call's size on this machine, for ``lora-fast info``: what "auto" takes, which kernels, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_fast.backends import registry
+from lora_fast.call import (
+    Axis,
+    Call,
+    DoraLinearCall,
+    DoraLinearGradCall,
+    DropoutCall,
+    Kept,
+    LoraComposeCall,
+    LoraComposeGradCall,
+    LoraLinearCall,
+    LoraLinearGradCall,
+    MergeWeightCall,
+    WeightNormCall,
+    WeightNormGradCall,
+)
+
+DEFAULT_AXIS: Axis = "output"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A call: x [T, K] and W [N, K] in ``dtype``, adapters of rank R."""
+
+    T: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        tokens = f"{self.T} token{'s'[: self.T != 1]}"
+        return f"{tokens}, {self.N}×{self.K}, rank {self.R}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
+
+
+def calls(size: Size) -> dict[str, Call]:
+    """One call of each op, by its name: everything asked for, the norm detached, no dropout; contents are arbitrary."""
+    T, N, K, R = size.T, size.N, size.K, size.R
+
+    def empty(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=size.device)
+
+    wide = torch.float64 if size.dtype == torch.float64 else torch.float32
+    x, y, weight, h = empty(T, K), empty(T, N), empty(N, K), empty(T, R)
+    bias, vector, seed = empty(N), empty(N, dtype=wide), torch.zeros((), dtype=torch.int64, device=size.device)
+    lora_A, lora_B, axis = empty(R, K), empty(N, R), DEFAULT_AXIS
+    factors, undropped = (weight, lora_A, lora_B, 1.0), (axis, 0.0, None)
+    linear, grad = (x, weight, bias, lora_A, lora_B, 1.0), (y, x, *factors)
+    nothing: tuple[None, Tensor, Kept] = (None, h, "nothing")
+    product: tuple[Tensor, Tensor, Kept] = (y, h, "product")
+    needed = (True, True, True, True, True)
+    return {
+        "weight_norm_fwd": WeightNormCall(*factors, axis, None, None),
+        "weight_norm_bwd": WeightNormGradCall(vector, vector, *factors, axis, True, True),
+        "lora_linear_fwd": LoraLinearCall(*linear, None, *undropped, "nothing"),
+        "lora_linear_bwd": LoraLinearGradCall(*grad, None, *undropped, *nothing, True, True, True, False, True),
+        "dora_linear_fwd": DoraLinearCall(*linear, vector, *undropped, "product", None, None),
+        "dora_linear_bwd": DoraLinearGradCall(*grad, vector, *undropped, *product, *needed, vector, True),
+        "lora_compose_fwd": LoraComposeCall(y, h, lora_B, 1.0, vector, bias, "product"),
+        "lora_compose_bwd": LoraComposeGradCall(y, h, lora_B, 1.0, vector, y, "product", *needed),
+        "dropout": DropoutCall(x, seed, 0.1),
+        "merge_weight": MergeWeightCall(*factors, vector, axis),
+    }
+
+
+def explain(size: Size, ops: Collection[str] | None = None) -> list[dict[str, str]]:
+    """A row for each of ``ops`` (None: all) and each thing that it computes: op, backend, computes, kernel, because."""
+    rows = []
+    for op, call in calls(size).items():
+        if ops is not None and op not in ops:
+            continue
+        backend, plan = registry.plan_of(op, call)
+        for computes, step in plan.steps.items():
+            rows.append(_row(op, backend, computes, step.kernel, step.why))
+        if plan.where_B_is_zero is not None:
+            kernels = ", ".join(step.kernel for step in plan.where_B_is_zero.steps.values())
+            rows.append(_row(op, backend, "all, if lora_B = 0", kernels, "nn.Linear's output to the bit"))
+    return rows
+
+
+def _row(op: str, backend: str, computes: str, kernel: str, because: str) -> dict[str, str]:
+    return {"op": op, "backend": backend, "computes": computes, "kernel": kernel, "because": because}

@@ -1,0 +1,80 @@
+"""The compiled extension ``lora_fast._C``: whether it is there, and the schemas of its operators, ``lora_fast_c::…``.
+
+The operators are implemented in csrc, and called by the backends cpu and cuda alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+_SCHEMAS = (
+    "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
+    "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
+    "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
+    "load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor(a!) norm) -> bool",
+    "keep_norm(Tensor(a!) kept_norm, Tensor(b!) kept_key, Tensor key, Tensor norm) -> ()",
+    "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "bool per_output, bool need_A, bool need_B) -> (Tensor, Tensor)",
+    "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
+    "Tensor(a!) out, Tensor(b!)? product) -> ()",
+    "lora_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, bool need_scaled, bool need_gain, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, bool norm_known) -> Tensor",
+    "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
+    "dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, Tensor(d!)? kept_norm, Tensor(e!)? kept_key, "
+    "int version) -> Tensor",
+    "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "project_small(Tensor x, Tensor lora_A) -> Tensor",
+    "is_zero(Tensor matrix) -> bool",
+    "float_product(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> bool",
+    "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
+    "dropout(Tensor x, Tensor seed, float p) -> Tensor",
+    "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
+    "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",
+    "scratch_events(bool record) -> Tensor",
+)
+
+_library = torch.library.Library("lora_fast_c", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+@functools.cache
+def status() -> tuple[bool, str, dict]:
+    """``(loaded, reason, build_info)`` of the extension; never raises.
+
+    ``reason`` says why it is missing, or "loaded"; ``build_info`` is what the extension says of itself.
+    """
+    try:
+        return True, "loaded", importlib.import_module("lora_fast._C").build_info()
+    except Exception as error:  # a broken binary raises anything from ImportError to OSError; it is reported
+        return False, _why_missing(error), {}
+
+
+def missing() -> str | None:
+    """Why the extension is not there; None if it is."""
+    loaded, reason, _ = status()
+    return None if loaded else reason
+
+
+def _why_missing(error: Exception) -> str:
+    try:
+        from lora_fast import _build
+    except ImportError:
+        return f"lora_fast._C could not be imported: {error}"
+    if _build.KIND == "none":
+        return f"this installation is pure Python: {_build.REASON}"
+    return f"lora_fast._C was built ({_build.KIND}) but could not be loaded: {error}"

@@ -1,0 +1,174 @@
+"""lora_linear and lora_compose as products with W, x and the adapter, with a backend's passes around them.
+
+    forward   base = x Wᵀ      h = drop(x) Aᵀ      y = gain ⊙ (base + s h Bᵀ) + bias
+    backward  dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v  dbias = Σ_t dy
+              dh = s dv B      dB = dvᵀ (s h)      dA = dhᵀ drop(x)        dx = dv W + drop(dh A)
+
+With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
+Activations are [T, features]. The products are PyTorch's, or a kernel's that the backend's plan names for the steps
+"base", "h" and "grad_x".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast.backends.plan import Plan
+from lora_fast.call import DropoutCall, LoraComposeCall, LoraComposeGradCall, LoraLinearCall, LoraLinearGradCall
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+LINEAR, MATMUL = "F.linear", "torch.matmul"  # PyTorch's products, as steps name them
+
+
+class GainBackward(Protocol):
+    """(gain ⊙ grad, Σ_t grad ⊙ product, Σ_t grad), each only if asked for; without a gain the first is empty."""
+
+    def __call__(
+        self,
+        grad: Tensor,
+        product: Tensor | None,
+        gain: Tensor | None,
+        *,
+        need_scaled: bool,
+        need_gain: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Passes:
+    """The linears of one backend, from its three passes over activations [T, N] and the products it has besides.
+
+    compose(base, h, lora_B, scaling, gain, bias, out, product): out ← gain ⊙ v + bias, product ← v,
+        v = base + s h lora_Bᵀ; all contiguous, out may be base.
+    dropout(x, seed, p) → drop(x)
+    linears: by name, (x, weight, bias) → x Wᵀ + bias [T, N] in x's dtype, contiguous
+    products: by name, (grad_v, weight) → grad_v W [T, K] in grad_v's dtype, contiguous
+    """
+
+    def __init__(
+        self,
+        compose: Callable[..., None],
+        gain_bwd: GainBackward,
+        dropout: Callable[[Tensor, Tensor, float], Tensor],
+        linears: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] | None = None,
+        products: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+    ) -> None:
+        self.compose = compose
+        self.gain_bwd = gain_bwd
+        self.drop = dropout
+        self.linears = {LINEAR: _linear, **(linears or {})}
+        self.products = {MATMUL: _matmul, **(products or {})}
+
+    def lora_linear_fwd(self, call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias, gain = call.x, call.weight, call.bias, call.gain
+        if call.axis == "input" and gain is not None:
+            x, gain = self._scaled_input(x, gain), None
+        h = self.linears[plan.kernel("h")](self._dropped(x, call), call.lora_A, None)
+        if gain is None:
+            y = self.linears[plan.kernel("base")](x, weight, None if bias is None else bias.to(x.dtype))
+            self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
+            return y, y.new_empty(0), h
+        y = self.linears[plan.kernel("base")](x, weight, None)
+        product = torch.empty_like(y) if call.keep == "product" else None
+        self.compose(y, h, call.lora_B, call.scaling, gain, bias, y, product)
+        return y, y.new_empty(0) if product is None else product, h
+
+    def lora_linear_bwd(self, call: LoraLinearGradCall, plan: Plan) -> Gradients:
+        grad_y, dtype = call.grad_y, call.grad_y.dtype
+        gain_in, gain = (call.gain, None) if call.axis == "input" else (None, call.gain)
+        need_input = call.need_x or (gain_in is not None and call.need_gain)
+
+        grad_v, grad_gain, grad_bias = self.gain_bwd(
+            grad_y,
+            call.product,
+            gain,
+            need_scaled=need_input or call.need_A or call.need_B,
+            need_gain=call.need_gain and gain_in is None,
+            need_bias=call.need_bias,
+        )
+        grad_v = grad_y if gain is None else grad_v
+        grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
+        if call.need_B:
+            assert call.h is not None
+            grad_B = grad_v.new_empty(call.lora_B.shape)
+            grad_B = grad_B.addmm_(grad_v.T, call.h, beta=0, alpha=call.scaling).to(call.lora_B.dtype)
+        if need_input or call.need_A:
+            grad_h = grad_v @ _scaled(call.lora_B, call.scaling, dtype)
+        if call.need_A:
+            assert call.x is not None
+            x = call.x if gain_in is None else self._scaled_input(call.x, gain_in)
+            grad_A = (grad_h.T @ self._dropped(x, call)).to(call.lora_A.dtype)
+        if need_input:
+            grad_x = self._input_grad(call, grad_v, grad_h, plan.kernel("grad_x"))
+            if gain_in is not None:
+                grad_x, grad_gain, _ = self.gain_bwd(
+                    grad_x, call.x, gain_in, need_scaled=call.need_x, need_gain=call.need_gain, need_bias=False
+                )
+        return grad_x, grad_A, grad_B, grad_gain, grad_bias
+
+    def lora_compose_fwd(self, call: LoraComposeCall, plan: Plan) -> tuple[Tensor, Tensor]:
+        base, h, lora_B, scaling, gain, bias, keep = call
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+        product = torch.empty_like(y) if keep == "product" else None
+        self.compose(base.contiguous(), h, lora_B, scaling, gain, bias, y, product)
+        return y, y.new_empty(0) if product is None else product
+
+    def lora_compose_bwd(self, call: LoraComposeGradCall, plan: Plan) -> Gradients:
+        grad_y, gain = call.grad_y, call.gain
+        grad_base, grad_gain, grad_bias = self.gain_bwd(
+            grad_y,
+            call.product,
+            gain,
+            need_scaled=call.need_base or call.need_h or call.need_B,
+            need_gain=call.need_gain,
+            need_bias=call.need_bias,
+        )
+        grad_v = grad_y if gain is None else grad_base
+        grad_h, grad_B = (grad_y.new_empty(0) for _ in range(2))
+        if call.need_h:
+            grad_h = grad_v @ _scaled(call.lora_B, call.scaling, grad_v.dtype)
+            grad_h = grad_h.to(call.h.dtype)
+        if call.need_B:
+            grad_B = (grad_v.T @ (call.h.to(grad_v.dtype) * call.scaling)).to(call.lora_B.dtype)
+        if not call.need_base:
+            grad_base = grad_y.new_empty(0)
+        return grad_base, grad_h, grad_B, grad_gain, grad_bias
+
+    def dropout(self, call: DropoutCall, plan: Plan) -> Tensor:
+        return self.drop(call.x, call.seed, call.p)
+
+    def _scaled_input(self, x: Tensor, gain: Tensor) -> Tensor:
+        scaled, _, _ = self.gain_bwd(x, None, gain, need_scaled=True, need_gain=False, need_bias=False)
+        return scaled
+
+    def _dropped(self, x: Tensor, call: LoraLinearCall | LoraLinearGradCall) -> Tensor:
+        if call.dropout_p == 0.0:
+            return x
+        assert call.seed is not None
+        return self.drop(x, call.seed, call.dropout_p)
+
+    def _input_grad(self, call: LoraLinearGradCall, grad_v: Tensor, grad_h: Tensor, kernel: str) -> Tensor:
+        """grad_v W + drop(grad_h lora_A), [T, K]; grad_h is scaled already"""
+        grad_x = self.products[kernel](grad_v, call.weight)
+        if call.dropout_p > 0.0:
+            return grad_x.add_(self._dropped(grad_h @ call.lora_A.to(grad_h.dtype), call))
+        self.compose(grad_x, grad_h, call.lora_A.T, 1.0, None, None, grad_x, None)
+        return grad_x
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), bias).contiguous()
+
+
+def _matmul(grad_v: Tensor, weight: Tensor) -> Tensor:
+    return (grad_v @ weight.to(grad_v.dtype)).contiguous()
+
+
+def _scaled(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s lora_B in ``dtype``, so that dh = dv (s lora_B) is rounded once and not again by s."""
+    return (lora_B.to(torch.promote_types(lora_B.dtype, dtype)) * scaling).to(dtype)

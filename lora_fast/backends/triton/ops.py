@@ -1,0 +1,218 @@
+"""The contract met by the Triton kernels of lora_fast.triton_kernels, as :mod:`lora_fast.backends.triton.plan` chooses.
+
+Here a gain moves to the side that its axis says: to the outputs, or to the inputs (``gain_in``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast.backends import dora
+from lora_fast.backends.passes import LINEAR, MATMUL, Gradients
+from lora_fast.backends.plan import Plan
+from lora_fast.call import (
+    DoraLinearCall,
+    DoraLinearGradCall,
+    DropoutCall,
+    LoraComposeCall,
+    LoraComposeGradCall,
+    LoraLinearCall,
+    LoraLinearGradCall,
+    MergeWeightCall,
+    WeightNormCall,
+    WeightNormGradCall,
+)
+from lora_fast.triton_kernels import (
+    dropout as drop,
+    lora_A_grad,
+    lora_compose_fwd as compose,
+    lora_gain_bwd,
+    lora_input_grad,
+    lora_linear_fwd as linear,
+    lora_linear_small as small,
+    lora_project,
+    merge_weight as merge,
+    weight_norm,
+    weight_norm_bwd as norm_bwd,
+)
+
+
+def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+    factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
+    with _on_device_of(call.weight):
+        if plan.kernel("norm") == "weight_norm_fwd":
+            return weight_norm.weight_norm_fwd(*factors)
+        assert call.kept_norm is not None
+        assert call.kept_key is not None
+        return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
+
+
+def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+    factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
+    with _on_device_of(call.weight):
+        return norm_bwd.weight_norm_bwd(call.grad, call.norm, *factors, need_A=call.need_A, need_B=call.need_B)
+
+
+def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+    with _on_device_of(call.weight):
+        merge.merge_weight(*call)
+
+
+def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, lora_A, lora_B, scaling, _, _, dropout_p, seed, keep = call
+    gain, gain_in = _sides(call)
+    keep_product = keep == "product"
+    with _on_device_of(x):
+        if plan.kernel("y") == "lora_linear_small_fwd":
+            return small.lora_linear_small_fwd(
+                x, weight, bias, lora_A, lora_B, scaling, gain, gain_in, dropout_p, seed, keep_product=keep_product
+            )
+        h = project(call, plan)
+        if plan.kernel("y") == "lora_linear_fwd":
+            y, product = linear.lora_linear_fwd(
+                x, weight, bias, h, lora_B, scaling, gain, gain_in, keep_product=keep_product
+            )
+            return y, product, h
+        if gain_in is not None:
+            x = _scaled_input(x, gain_in)
+        # under autocast W is cast as nn.Linear's is
+        weight = weight.to(x.dtype)
+        if gain is None:
+            y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            add_update(y, h, lora_B, scaling, plan.kernel("y"))
+            return y, y.new_empty(0), h
+        y = F.linear(x, weight)
+        product_ = torch.empty_like(y) if keep_product else None
+        compose.lora_compose_fwd(y, h, lora_B, scaling, gain, bias, y, product_)
+        return y, y.new_empty(0) if product_ is None else product_, h
+
+
+def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
+    grad_y = call.grad_y
+    gain, gain_in = _sides(call)
+    need_gain_in = gain_in is not None and call.need_gain
+    need_input = call.need_x or need_gain_in
+    with _on_device_of(grad_y):
+        grad_v, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
+            grad_y,
+            call.product,
+            gain,
+            call.h,
+            call.lora_B,
+            call.scaling,
+            need_v=need_input,
+            need_gain=gain is not None and call.need_gain,
+            need_bias=call.need_bias,
+            need_h=need_input or call.need_A,
+            need_B=call.need_B,
+        )
+        if gain is None:
+            grad_v = grad_y
+        grad_x, grad_A = grad_y.new_empty(0), grad_y.new_empty(0)
+        if call.need_A:
+            grad_A = A_grad(call, plan, grad_h)
+        if need_input:
+            grad_x, grad_gain_in = input_grad(call, plan, grad_v, grad_h)
+            grad_gain = grad_gain_in if need_gain_in else grad_gain
+            grad_x = grad_x if call.need_x else grad_y.new_empty(0)
+    return grad_x, grad_A, grad_B, grad_gain, grad_bias
+
+
+def lora_compose_fwd(call: LoraComposeCall, plan: Plan) -> tuple[Tensor, Tensor]:
+    base, h, lora_B, scaling, gain, bias, keep = call
+    y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    product = torch.empty_like(y) if keep == "product" else None
+    with _on_device_of(base):
+        compose.lora_compose_fwd(base, h, lora_B, scaling, gain, bias, y, product)
+    return y, y.new_empty(0) if product is None else product
+
+
+def lora_compose_bwd(call: LoraComposeGradCall, plan: Plan) -> Gradients:
+    with _on_device_of(call.grad_y):
+        grad_base, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
+            call.grad_y,
+            call.product,
+            call.gain,
+            call.h,
+            call.lora_B,
+            call.scaling,
+            need_v=call.need_base,
+            need_gain=call.gain is not None and call.need_gain,
+            need_bias=call.need_bias,
+            need_h=call.need_h,
+            need_B=call.need_B,
+        )
+    return grad_base, grad_h.to(call.h.dtype), grad_B, grad_gain, grad_bias
+
+
+def dropout(call: DropoutCall, plan: Plan) -> Tensor:
+    with _on_device_of(call.x):
+        return drop.dropout(*call)
+
+
+def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
+
+
+def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+    return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever the tensors'."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def _sides(call: LoraLinearCall | LoraLinearGradCall) -> tuple[Tensor | None, Tensor | None]:
+    """(the outputs' gain, the inputs'), of which one at most is there."""
+    return (call.gain, None) if call.axis == "output" else (None, call.gain)
+
+
+def _scaled_input(x: Tensor, gain_in: Tensor) -> Tensor:
+    return lora_gain_bwd.lora_gain_bwd(x, None, gain_in, None, None, 1.0, need_v=True)[0]
+
+
+def project(call: LoraLinearCall, plan: Plan) -> Tensor:
+    """h = drop(x ⊙ gain_in) lora_Aᵀ"""
+    if plan.kernel("h") == LINEAR:
+        return F.linear(call.x, call.lora_A.to(call.x.dtype))
+    return lora_project.lora_project(call.x, call.lora_A, _sides(call)[1], call.dropout_p, call.seed)
+
+
+def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: str) -> None:
+    """base += s h lora_Bᵀ, in place"""
+    if kernel == "addmm_":
+        base.addmm_(h, lora_B.T.to(base.dtype), alpha=scaling)
+    else:
+        compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
+
+
+def A_grad(call: LoraLinearGradCall, plan: Plan, grad_h: Tensor) -> Tensor:
+    """dhᵀ drop(x ⊙ gain_in), rounded once to lora_A's dtype"""
+    assert call.x is not None
+    if plan.kernel("grad_A") == MATMUL:
+        return grad_h.T @ call.x
+    gain_in = _sides(call)[1]
+    return lora_A_grad.lora_A_grad(grad_h, call.x, gain_in, call.dropout_p, call.seed, call.lora_A.dtype)
+
+
+def input_grad(call: LoraLinearGradCall, plan: Plan, grad_v: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, d gain_in), of dv W + drop(dh lora_A)"""
+    weight, lora_A, x, gain_in = call.weight, call.lora_A, call.x, _sides(call)[1]
+    need_gain = gain_in is not None and call.need_gain
+    if plan.kernel("grad_x") == "lora_input_grad":
+        return lora_input_grad.lora_input_grad(
+            grad_v, weight, grad_h, lora_A, call.dropout_p, call.seed, gain_in, x, need_gain_in=need_gain
+        )
+    grad_x = grad_v @ weight.to(grad_v.dtype)
+    add_update(grad_x, grad_h, lora_A.T, 1.0, plan.kernel("grad_x"))
+    if gain_in is None:
+        return grad_x, grad_x.new_empty(0)
+    x = None if x is None else x.contiguous()
+    return lora_gain_bwd.lora_gain_bwd(grad_x, x, gain_in, None, None, 1.0, need_v=True, need_gain=need_gain)[:2]

@@ -1,0 +1,242 @@
+"""What a plan names is what runs, forward and backward; one plan's forward is another's backward; plans are cheap."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fast import backends, functional
+from lora_fast.backends import explain, registry
+from lora_fast.backends.explain import Size
+from lora_fast.backends.plan import Plan
+from lora_fast.call import DoraLinearCall, DoraLinearGradCall
+from lora_fast.testing import Case, make_inputs
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
+AUXILIARY = {"is_zero", "content_key", "load_kept_norm", "keep_norm"}  # beside the kernels, never instead of them
+
+
+class Recorded(TorchDispatchMode):
+    """The names of all operators below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+    def native(self) -> set[str]:
+        found = (name.removeprefix("lora_fast_c::") for name in self.names if name.startswith("lora_fast_c::"))
+        return set(found) - AUXILIARY
+
+
+def sizes() -> Iterator[Size]:
+    """On both sides of every limit of the cpu backend's plan."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, rank in itertools.product((1, 32, 33, 64, 1025), (1, 16, 129)):
+            yield Size(tokens, 64, 96, rank, dtype)
+        yield Size(64, 65, 96, 4, dtype)
+    yield Size(63, 512, 1024, 4, torch.float32)
+    yield Size(64, 512, 1024, 4, torch.float32)
+    yield Size(5, 16, 24, 4, torch.float64)
+    yield Size(5, 16, 24, 4, torch.float16)
+
+
+def filled(size: Size) -> Iterator[tuple[str, Any]]:
+    """A size's calls with finite contents, and variants: the other axis, dropout, the full gradient, lora_B = 0."""
+    torch.manual_seed(0)
+    for op, call in explain.calls(size).items():
+        fields = [
+            torch.randn_like(field) if isinstance(field, Tensor) and field.is_floating_point() else field
+            for field in call
+        ]
+        call = type(call)(*fields)
+        yield op, call
+        if "lora_B" in call._fields and "need_B" not in call._fields:
+            yield op, call._replace(lora_B=torch.zeros_like(call.lora_B))
+        if "dropout_p" in call._fields:
+            yield op, call._replace(dropout_p=0.1, seed=torch.tensor(3))
+        if isinstance(call, DoraLinearGradCall):
+            yield op, call._replace(detach_norm=False)
+        vector = torch.rand(size.K).to(torch.float64 if size.dtype == torch.float64 else torch.float32) + 1
+        if isinstance(call, DoraLinearCall):
+            yield op, call._replace(axis="input", magnitude=vector, keep="nothing")
+        if isinstance(call, DoraLinearGradCall):
+            yield op, call._replace(axis="input", magnitude=vector, norm=vector, kept="nothing", product=None)
+
+
+def named(plan: Plan, is_zero: bool) -> set[str]:
+    steps = plan.where_B_is_zero.steps if is_zero and plan.where_B_is_zero is not None else plan.steps
+    return {step.kernel for step in steps.values()}
+
+
+@pytest.mark.parametrize(
+    "isa_", [pytest.param("amx", marks=pytest.mark.amx), pytest.param("", marks=pytest.mark.native)]
+)
+def test_what_the_cpu_plan_names_is_what_runs(isa_: str) -> None:
+    from lora_fast import _C
+
+    before = _C.amx_enabled()
+    _C.allow_amx(bool(isa_))
+    seen: set[str] = set()
+    try:
+        for size in sizes():
+            for op, call in filled(size):
+                name, plan = registry.plan_of(op, call, "cpu")
+                is_zero = "lora_B" in call._fields and not call.lora_B.any()
+                with Recorded() as recorded:
+                    registry.run(op, call, name)
+                kernels = named(plan, is_zero)
+                native = {kernel for kernel in kernels if hasattr(torch.ops.lora_fast_c, kernel)}
+                # a dropout or an input's gain is a pass of its own besides
+                besides = {"dropout"} if "dropout_p" in call._fields and call.dropout_p else set()
+                besides |= {"lora_gain_bwd"} if getattr(call, "axis", "") == "input" else set()
+                besides |= {"lora_compose_fwd"} if "grad_x" in plan.steps else set()  # dx's update
+                assert native <= recorded.native() <= native | besides, (op, size)
+                products = kernels & {"F.linear", "torch.matmul"}
+                if products:
+                    assert PRODUCTS & set(recorded.names), (op, size)
+                seen |= native
+    finally:
+        _C.allow_amx(before)
+    expected = {"lora_compose_fwd", "lora_gain_bwd", "weight_norm_fwd", "weight_norm_bwd", "merge_weight", "dropout"}
+    if isa_:
+        expected |= {"lora_linear_fwd", "lora_linear_small_fwd", "dora_linear_fwd", "dora_linear_small_fwd"}
+        expected |= {"lora_linear_bwd", "lora_linear_small_bwd", "float_product", "project_small", "input_grad_small"}
+    assert seen == expected
+
+
+def launched(call: Callable[[], Any]) -> set[str]:
+    """The launchers of Triton kernels that ``call`` reaches, on a GPU that is not here."""
+    aot = pytest.importorskip("lora_fast.triton_kernels.aot")
+    from launch_sweep import skipped_products
+
+    from lora_fast.triton_kernels.target import SM90
+
+    with aot.recorded(SM90) as made, skipped_products():
+        call()
+    return {launch.name for launch in made}
+
+
+# The kernels that a launcher launches, where they are not its name and "_kernel".
+LAUNCHES = {
+    "lora_linear_fwd": {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"},
+    "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
+    "weight_norm_fwd": {"weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
+    "weight_norm_kept": {"content_key_kernel", "weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
+}
+
+
+@pytest.mark.slow
+def test_what_the_triton_plan_names_is_what_is_launched() -> None:
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    if target.interpreting():
+        pytest.skip("kernels decorated for the interpreter are not recorded")
+    triton = backends.get("triton")
+    seen: set[str] = set()
+    for dtype, tokens, (N, K), rank in itertools.product(
+        (torch.bfloat16, torch.float32), (16, 17, 256), ((64, 96), (2048, 2048)), (16, 384)
+    ):
+        for op, call in filled(Size(tokens, N, K, rank, dtype)):
+            with target.pretended(target.SM90):
+                plan = getattr(triton.plan, op)(call)
+            kernels = {step.kernel for step in plan.steps.values()}
+            wanted = set().union(*(LAUNCHES.get(kernel, {f"{kernel}_kernel"}) for kernel in kernels))
+            ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}
+            found = launched(lambda op=op, call=call, plan=plan: getattr(triton.ops, op)(call, plan))
+            besides = {"sum_partials_kernel", "lora_gain_bwd_kernel", "dropout_kernel"}
+            either = {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"}
+            assert ours - either <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
+            assert found <= ours | besides, (op, found - ours)
+            seen |= kernels
+    assert {"lora_linear_fwd", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
+    """A fall-back between a forward and its backward changes nothing; float32, all pairs of backends that are here."""
+    inputs = make_inputs(Case((40,), 64, 96, 16))
+    there = [name for name in backends.NAMES if backends.is_present(name) and backends.get(name).takes("cpu")]
+    keep = "product" if axis == "output" else "nothing"
+    magnitude = inputs.magnitude[axis]
+    factors = (inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
+    given = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.scaling, magnitude)
+    forward = DoraLinearCall(*given, axis, 0.0, None, keep, None, None)
+    results = []
+    for first, second in itertools.product(there, there):
+        _, product, h, norm = registry.run("dora_linear_fwd", forward, first)
+        saved = (0.0, None, product if keep == "product" else None, h, keep)
+        needs = (True,) * 5
+        backward = DoraLinearGradCall(inputs.grad_y, inputs.x, *factors, magnitude, axis, *saved, *needs, norm, False)
+        results.append(registry.run("dora_linear_bwd", backward, second))
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backward_refuses_what_it_cannot_read(backend: str) -> None:
+    for op, call in explain.calls(Size(3, 4, 5, 2, torch.float32)).items():
+        if "kept" in call._fields:
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used: .* read 'base'"):
+                registry.run(op, call._replace(kept="base"), backend)
+
+
+def test_an_exported_graph_resolves_its_backend_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported where one backend is chosen, it runs on another: the graph has no name in it."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+            return functional.dora_linear(x, W, None, A, B, m, 0.7)
+
+    inputs = make_inputs(Case((5,), 8, 12, 3))
+    arguments = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.magnitude["output"])
+    with torch.no_grad():
+        exported = torch.export.export(Layer(), arguments)
+    assert any("auto" in node.args for node in exported.graph.nodes)
+    ran: list[str] = []
+    monkeypatch.setattr(registry, "_candidates", lambda device_type: (backends.get("torch"),))
+    original = backends.get("torch").ops.dora_linear_fwd
+    monkeypatch.setattr(backends.get("torch").ops, "dora_linear_fwd", lambda *a: ran.append("torch") or original(*a))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(*arguments), Layer()(*arguments))
+    assert ran == ["torch", "torch"]
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_every_backend_has_every_op_and_its_plan(name: str) -> None:
+    found = backends.get(name)
+    if missing := found.missing():
+        pytest.skip(missing)
+    for op in explain.calls(Size(3, 4, 5, 2, torch.float32)):
+        assert list(inspect.signature(getattr(found.plan, op)).parameters) == ["call"]
+        assert list(inspect.signature(getattr(found.ops, op)).parameters) == ["call", "plan"]
+
+
+def test_no_reason_quotes_a_time() -> None:
+    """It would be another machine's than the one where `lora-fast info` prints it."""
+    for name in backends.NAMES:
+        found = backends.get(name)
+        if found.missing() is None:
+            source = inspect.getsource(found.plan)
+            texts = re.findall(r'"([^"\n]*)"', source.split('"""', 2)[2])
+            assert not [text for text in texts if re.search(r"\d\s*(ns|µs|us|ms|s|seconds)\b", text)]
+
+
+def test_a_plan_is_made_of_shapes_alone() -> None:
+    """Pure: the same for other contents, and nothing is computed for it but, on the CPU, nothing at all."""
+    for size in (Size(16, 64, 96, 16, torch.bfloat16), Size(64, 512, 1024, 4, torch.float32)):
+        for op, call in filled(size):
+            with Recorded() as recorded:
+                first = registry.plan_of(op, call)
+            assert recorded.names == []
+            assert registry.plan_of(op, call) == first
