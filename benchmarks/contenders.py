@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fast
 from lora_fast import functional, reference
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 from lora_fast.testing import dropout_mask
 
 from .norms import dense_norm, factored_norm

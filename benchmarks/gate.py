@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import reference
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 from lora_fast.testing import EAGER, budget_fault
 
 from .contenders import Contender, Layer, LayerInputs

@@ -13,10 +13,9 @@ from unittest import mock
 import torch
 
 import lora_fast
-from lora_fast import backends, check, functional, reference
+from lora_fast import backends, calls, check, functional, reference
 from lora_fast.backends import BackendName
 from lora_fast.backends.registry import run
-from lora_fast.call import LoraComposeCall, LoraComposeGradCall
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.target import current
 
@@ -88,8 +87,8 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     base, other = torch.randn(T, N, dtype=torch.bfloat16), torch.empty(T, N, dtype=torch.bfloat16)
     h, lora_B = torch.randn(T, R, dtype=torch.bfloat16), torch.randn(N, R, dtype=torch.bfloat16)
     gain = 1 + 0.1 * torch.randn(N)
-    forward = LoraComposeCall(base, h, lora_B, 0.5, gain, None, "nothing")
-    backward = LoraComposeGradCall(base, h, lora_B, 0.5, gain, other, "product", True, True, True, True, False)
+    forward = calls.LoraCompose(base, h, lora_B, 0.5, gain, None, "nothing")
+    backward = calls.LoraComposeGrad(base, h, lora_B, 0.5, gain, other, "product", True, True, True, True, False)
     op, call = ("lora_compose_fwd", forward) if direction == "forward" else ("lora_compose_bwd", backward)
 
     def composed(name: str) -> Step:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_fast import backends, functional
 from lora_fast.backends import registry
 from lora_fast.backends.triton import ops
-from lora_fast.call import LoraLinearCall, LoraLinearGradCall
+from lora_fast.calls import LoraLinear, LoraLinearGrad
 from lora_fast.triton_kernels import (
     constants,
     lora_A_grad,
@@ -247,15 +247,15 @@ def described_contraction() -> Sweep:
     sizes = [(T, 4096, K, 16) for K in (512, 1024, 2048, 4096) for T in (512, 2048, 8192)]
     for T, N, K, R in [*sizes, (8192, 8192, 8192, 384)]:
         x, W, A, B, gain = _normal(T, K), _normal(N, K), _normal(R, K), _normal(N, R), _gain(N)
-        call = LoraLinearCall(x, W, None, A, B, S, gain, "output", 0.0, None, "product")
+        call = LoraLinear(x, W, None, A, B, S, gain, "output", 0.0, None, "product")
         calls[f"{T}×{N}×{K}, rank {R}"] = partial(registry.run, "lora_linear_fwd", call, "triton")
     return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
 
 
-def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor) -> LoraLinearGradCall:
+def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor) -> LoraLinearGrad:
     """The gradients of an input without a gain, and of lora_A where x is given."""
     needs = (True, x is not None, False, False, False)
-    return LoraLinearGradCall(grad_y, x, W, A, B, S, None, "output", 0.0, None, None, None, "nothing", *needs)
+    return LoraLinearGrad(grad_y, x, W, A, B, S, None, "output", 0.0, None, None, None, "nothing", *needs)
 
 
 def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def input_grad_contraction() -> Sweep:
 
 def _along_the_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, ...]:
     """h, d lora_A, and an update without a gain, over and over on the same output."""
-    forward = LoraLinearCall(x, W, None, A, B, S, None, "output", 0.0, None, "nothing")
+    forward = LoraLinear(x, W, None, A, B, S, None, "output", 0.0, None, "nothing")
     backward = _grad_call(out, x, W, A, B)
     _, chosen = registry.plan_of("lora_linear_fwd", forward, "triton")
     h = ops.project(forward, chosen)

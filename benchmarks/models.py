@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 
 from . import contenders as c, cost, layer
 from .gate import WRONG, Gate, Results

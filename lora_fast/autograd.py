@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_fast import ops  # noqa: F401  (defines torch.ops.lora_fast)
-from lora_fast.call import DoraLinearCall, LoraComposeCall, LoraLinearCall, WeightNormCall
+from lora_fast import (
+    calls,
+    ops,  # noqa: F401  (defines torch.ops.lora_fast)
+)
 
 _ops = torch.ops.lora_fast
 
@@ -30,7 +32,7 @@ class WeightNormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *fields, ctx.backend = inputs
-        call = WeightNormCall(*fields)
+        call = calls.WeightNorm(*fields)
         ctx.scaling, ctx.axis = call.scaling, call.axis
         ctx.save_for_backward(output, call.weight, call.lora_A, call.lora_B)
 
@@ -54,7 +56,7 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *fields, ctx.backend = inputs
-        call = LoraLinearCall(*fields)
+        call = calls.LoraLinear(*fields)
         _save_linear(ctx, call, call.gain, ctx.needs_input_grad[6], output)
 
     @staticmethod
@@ -77,7 +79,7 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *fields, ctx.detach_norm, ctx.backend = inputs
-        call = DoraLinearCall(*fields)
+        call = calls.DoraLinear(*fields)
         _, _, _, need_A, need_B, _, need_magnitude, *_ = ctx.needs_input_grad
         need_gain = need_magnitude or (not ctx.detach_norm and (need_A or need_B))
         _save_linear(ctx, call, call.magnitude, need_gain, output)
@@ -93,7 +95,7 @@ class DoraLinearFunction(torch.autograd.Function):
 
 
 def _save_linear(
-    ctx: Any, call: LoraLinearCall | DoraLinearCall, vector: Tensor | None, need_gain: bool, output: tuple
+    ctx: Any, call: calls.LoraLinear | calls.DoraLinear, vector: Tensor | None, need_gain: bool, output: tuple
 ) -> None:
     """What the two linears keep. ``vector``: the gain or the magnitude; ``output``: (y, product, h) and DoRA's norm."""
     _, product, h, *norm = output
@@ -150,7 +152,7 @@ class LoraComposeFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *fields, ctx.backend = inputs
-        call = LoraComposeCall(*fields)
+        call = calls.LoraCompose(*fields)
         product = output[1]
         ctx.mark_non_differentiable(product)
         ctx.set_materialize_grads(False)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_fast import backends, functional, reference
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fast import checks
+from lora_fast import calls, checks
 from lora_fast.autograd import (
     DoraLinearFunction,
     DropoutFunction,
@@ -28,7 +28,7 @@ from lora_fast.autograd import (
     WeightNormFunction,
 )
 from lora_fast.backends import BackendName, resolved
-from lora_fast.call import Axis, DoraLinearCall, Kept, LoraComposeCall, LoraLinearCall, MergeWeightCall, WeightNormCall
+from lora_fast.calls import Axis, Kept
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import dora_gain, to_gain_dtype
 from lora_fast.norm_cache import NormCache
@@ -83,7 +83,7 @@ def weight_norm(
     checks.check_frozen(weight)
     checks.check_axis(axis)
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
-    call = WeightNormCall(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
+    call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
     norm = WeightNormFunction.apply if _wants_grad(lora_A, lora_B) else _ops.weight_norm_fwd
     return norm(*call, resolved(backend))
 
@@ -173,7 +173,7 @@ def dora_linear(
         return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
     x = _cast(x, weight)
     keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
-    call = DoraLinearCall(
+    call = calls.DoraLinear(
         x,
         weight,
         _as_bias(bias, x.dtype),
@@ -228,7 +228,7 @@ def lora_compose(
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
     gain, bias = _as_gain(gain, base.dtype), _as_bias(bias, base.dtype)
-    call = LoraComposeCall(base, h, lora_B, float(scaling), gain, bias, _keep("output", _wants_grad(gain)))
+    call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, _keep("output", _wants_grad(gain)))
     compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
     return compose(*call, resolved(backend))[0]
 
@@ -270,7 +270,7 @@ def merge_weight(
     size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
     checks.check_optional_vector("gain", gain, size, terms, weight.device)
     gain = _as_gain(gain, accumulate_dtype(weight, lora_A, lora_B))
-    call = MergeWeightCall(weight, lora_A, lora_B, float(scaling), gain, axis)
+    call = calls.MergeWeight(weight, lora_A, lora_B, float(scaling), gain, axis)
     with torch.no_grad():
         _ops.merge_weight(*call, resolved(backend))
 
@@ -293,7 +293,7 @@ def _lora_linear(
     gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
     drop = seed if dropout_p > 0.0 else None
     keep = _keep(axis, _wants_grad(gain))
-    call = LoraLinearCall(x, weight, bias, lora_A, lora_B, float(scaling), gain, axis, float(dropout_p), drop, keep)
+    call = calls.LoraLinear(x, weight, bias, lora_A, lora_B, float(scaling), gain, axis, float(dropout_p), drop, keep)
     linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
     return linear(*call, resolved(backend))[0]
 

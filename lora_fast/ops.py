@@ -3,7 +3,7 @@
 Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain, norm, magnitude [N] or, for axis
 "input", [K]. ``backend`` is a backend's name or "auto", which is resolved when the op runs. Outputs that were not asked
 for are empty tensors. Everything here is below autograd (:mod:`lora_fast.autograd`) and below validation
-(:mod:`lora_fast.functional`); below it an op's arguments travel as one object (:mod:`lora_fast.call`).
+(:mod:`lora_fast.functional`); below it an op's arguments travel as one object (:mod:`lora_fast.calls`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends import registry
-from lora_fast.call import (
-    DoraLinearCall,
-    DoraLinearGradCall,
-    DropoutCall,
-    LoraComposeCall,
-    LoraComposeGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
 from lora_fast.dtypes import accumulate_dtype
 
 _library = torch.library.Library("lora_fast", "DEF")
@@ -82,36 +71,36 @@ def _outside_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @_define(
-    WeightNormCall,
+    calls.WeightNorm,
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
     "Tensor(a!)? kept_norm, Tensor(b!)? kept_key, str backend) -> Tensor norm",
 )
-def _weight_norm_fwd(call: WeightNormCall) -> Tensor:
+def _weight_norm_fwd(call: calls.WeightNorm) -> Tensor:
     return _norm_like(call)
 
 
 @_define(
-    WeightNormGradCall,
+    calls.WeightNormGrad,
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
     "bool need_A, bool need_B, str backend) -> (Tensor grad_A, Tensor grad_B)",
 )
-def _weight_norm_bwd(call: WeightNormGradCall) -> tuple[Tensor, Tensor]:
+def _weight_norm_bwd(call: calls.WeightNormGrad) -> tuple[Tensor, Tensor]:
     return _like(call.lora_A, call.need_A), _like(call.lora_B, call.need_B)
 
 
 @_define(
-    LoraLinearCall,
+    calls.LoraLinear,
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
     "str axis, float dropout_p, Tensor? seed, str keep, str backend) -> (Tensor y, Tensor product, Tensor h)",
     rows=("x",),
     row_outputs=3,
 )
-def _lora_linear_fwd(call: LoraLinearCall) -> tuple[Tensor, Tensor, Tensor]:
+def _lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     return _linear_like(call)
 
 
 @_define(
-    LoraLinearGradCall,
+    calls.LoraLinearGrad,
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, str axis, float dropout_p, Tensor? seed, Tensor? product, Tensor? h, str kept, bool need_x, "
     "bool need_A, bool need_B, bool need_gain, bool need_bias, str backend) "
@@ -119,24 +108,24 @@ def _lora_linear_fwd(call: LoraLinearCall) -> tuple[Tensor, Tensor, Tensor]:
     rows=("grad_y", "x", "product", "h"),
     row_outputs=1,
 )
-def _lora_linear_bwd(call: LoraLinearGradCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _linear_gradients_like(call, call.gain, call.need_gain)
 
 
 @_define(
-    DoraLinearCall,
+    calls.DoraLinear,
     "dora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor magnitude, str axis, float dropout_p, Tensor? seed, str keep, Tensor(a!)? kept_norm, "
     "Tensor(b!)? kept_key, str backend) -> (Tensor y, Tensor product, Tensor h, Tensor norm)",
     rows=("x",),
     row_outputs=3,
 )
-def _dora_linear_fwd(call: DoraLinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_linear_like(call), _norm_like(call)
 
 
 @_define(
-    DoraLinearGradCall,
+    calls.DoraLinearGrad,
     "dora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor magnitude, str axis, float dropout_p, Tensor? seed, Tensor? product, Tensor? h, str kept, bool need_x, "
     "bool need_A, bool need_B, bool need_magnitude, bool need_bias, Tensor norm, bool detach_norm, str backend) "
@@ -144,31 +133,31 @@ def _dora_linear_fwd(call: DoraLinearCall) -> tuple[Tensor, Tensor, Tensor, Tens
     rows=("grad_y", "x", "product", "h"),
     row_outputs=1,
 )
-def _dora_linear_bwd(call: DoraLinearGradCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _linear_gradients_like(call, call.magnitude, call.need_magnitude)
 
 
 @_define(
-    LoraComposeCall,
+    calls.LoraCompose,
     "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
     "str keep, str backend) -> (Tensor y, Tensor product)",
     rows=("base", "h"),
     row_outputs=2,
 )
-def _lora_compose_fwd(call: LoraComposeCall) -> tuple[Tensor, Tensor]:
+def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
     y = call.base.new_empty(call.base.shape)
     return y, _like(y, call.keep == "product")
 
 
 @_define(
-    LoraComposeGradCall,
+    calls.LoraComposeGrad,
     "lora_compose_bwd(Tensor grad_y, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? product, str kept, "
     "bool need_base, bool need_h, bool need_B, bool need_gain, bool need_bias, str backend) "
     "-> (Tensor grad_base, Tensor grad_h, Tensor grad_B, Tensor grad_gain, Tensor grad_bias)",
     rows=("grad_y", "h", "product"),
     row_outputs=2,
 )
-def _lora_compose_bwd(call: LoraComposeGradCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _lora_compose_bwd(call: calls.LoraComposeGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_y, sums = call.grad_y, accumulate_dtype(call.grad_y)
     # without a gain the base's gradient is grad_y itself, which an op may not return
     grad_base = _like(grad_y, call.need_base and call.gain is not None)
@@ -177,33 +166,33 @@ def _lora_compose_bwd(call: LoraComposeGradCall) -> tuple[Tensor, Tensor, Tensor
     return grad_base, _like(call.h, call.need_h), _like(call.lora_B, call.need_B), grad_gain, grad_bias
 
 
-@_define(DropoutCall, "dropout(Tensor x, Tensor seed, float p, str backend) -> Tensor", rows=("x",), row_outputs=1)
-def _dropout(call: DropoutCall) -> Tensor:
+@_define(calls.Dropout, "dropout(Tensor x, Tensor seed, float p, str backend) -> Tensor", rows=("x",), row_outputs=1)
+def _dropout(call: calls.Dropout) -> Tensor:
     return call.x.new_empty(call.x.shape)
 
 
 @_define(
-    MergeWeightCall,
+    calls.MergeWeight,
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, str axis, str backend) "
     "-> ()",
 )
-def _merge_weight(call: MergeWeightCall) -> None:
+def _merge_weight(call: calls.MergeWeight) -> None:
     return None
 
 
-def _norm_like(call: WeightNormCall | DoraLinearCall) -> Tensor:
+def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:
     size = call.weight.shape[0] if call.axis == "output" else call.weight.shape[1]
     return call.weight.new_empty(size, dtype=accumulate_dtype(call.weight, call.lora_A, call.lora_B))
 
 
-def _linear_like(call: LoraLinearCall | DoraLinearCall) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_like(call: calls.LoraLinear | calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     leading = call.x.shape[:-1]
     y = call.x.new_empty((*leading, call.weight.shape[0]))
     return y, _like(y, call.keep == "product"), call.x.new_empty((*leading, call.lora_A.shape[0]))
 
 
 def _linear_gradients_like(
-    call: LoraLinearGradCall | DoraLinearGradCall, vector: Tensor | None, need_vector: bool
+    call: calls.LoraLinearGrad | calls.DoraLinearGrad, vector: Tensor | None, need_vector: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``vector``: the gain or the magnitude."""
     grad_y, weight, sums = call.grad_y, call.weight, accumulate_dtype(call.grad_y)

@@ -12,17 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lora_fast.backends.triton import ops, plan
-from lora_fast.call import (
-    DropoutCall,
-    LoraComposeCall,
-    LoraComposeGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
+from lora_fast import calls
+from lora_fast.backends import registry
+from lora_fast.backends.triton import ops
 from lora_fast.norm_cache import KEY_LENGTH
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.target import Target
@@ -98,7 +90,7 @@ def _weight(call: Call) -> Tensor:
 
 def run(op: str, call: Any) -> Any:
     """The op by the backend's own plan."""
-    return getattr(ops, op)(call, getattr(plan, op)(call))
+    return getattr(ops, op)(call, registry._planned(registry.get("triton"), op, call))
 
 
 def make(call: Call) -> None:
@@ -106,12 +98,12 @@ def make(call: Call) -> None:
     weight, lora_A, lora_B = _layer(call)
     norm = make_norm(call)
     for gain in (None, norm):
-        run("merge_weight", MergeWeightCall(weight, lora_A, lora_B, S, gain, call.axis))
+        run("merge_weight", calls.MergeWeight(weight, lora_A, lora_B, S, gain, call.axis))
         _linear(call, weight, torch.empty(call.N, dtype=call.x), lora_A, lora_B, gain)
     if call.axis == "output":
         make_compose(call)
     if call.dropout_p > 0.0:
-        run("dropout", DropoutCall(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p))
+        run("dropout", calls.Dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p))
 
 
 def _layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,10 +114,10 @@ def _layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def make_norm(call: Call) -> Tensor:
     factors = (*_layer(call), S, call.axis)
-    norm = run("weight_norm_fwd", WeightNormCall(*factors, None, None))
+    norm = run("weight_norm_fwd", calls.WeightNorm(*factors, None, None))
     kept = torch.empty_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
-    run("weight_norm_fwd", WeightNormCall(*factors, *kept))
-    run("weight_norm_bwd", WeightNormGradCall(torch.empty_like(norm), norm, *factors, True, True))
+    run("weight_norm_fwd", calls.WeightNorm(*factors, *kept))
+    run("weight_norm_bwd", calls.WeightNormGrad(torch.empty_like(norm), norm, *factors, True, True))
     return norm
 
 
@@ -136,11 +128,11 @@ def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Te
     keeps = gain is not None and call.axis == "output"
     for keep in ("nothing", "product") if keeps else ("nothing",):
         for some_bias in (bias, None):
-            run("lora_linear_fwd", LoraLinearCall(x, weight, some_bias, *common, keep))
+            run("lora_linear_fwd", calls.LoraLinear(x, weight, some_bias, *common, keep))
     for x_, A, B, gain_, bias_ in ((1, 1, 1, 1, 1), (1, 1, 1, 1, 0), (0, 1, 1, 1, 0), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0)):
         needs = [bool(need) for need in (x_, A, B, gain_ and gain is not None, bias_)]
         kept = ("product", torch.empty_like(grad_y)) if keeps and gain_ else ("nothing", None)
-        run("lora_linear_bwd", LoraLinearGradCall(grad_y, x, weight, *common, kept[1], h, kept[0], *needs))
+        run("lora_linear_bwd", calls.LoraLinearGrad(grad_y, x, weight, *common, kept[1], h, kept[0], *needs))
 
 
 def make_compose(call: Call) -> None:
@@ -148,11 +140,11 @@ def make_compose(call: Call) -> None:
     base, h = torch.empty(call.T, call.N, dtype=call.x), torch.empty(call.T, call.R, dtype=call.adapter)
     for gain in (None, torch.empty(call.N)):
         kept = "nothing" if gain is None else "product"
-        run("lora_compose_fwd", LoraComposeCall(base, h, lora_B, S, gain, bias, kept))
+        run("lora_compose_fwd", calls.LoraCompose(base, h, lora_B, S, gain, bias, kept))
         product = None if gain is None else torch.empty_like(base)
         needs = (True, True, True, gain is not None, True)
         given = (torch.empty_like(base), h, lora_B, S, gain, product, kept)
-        run("lora_compose_bwd", LoraComposeGradCall(*given, *needs))
+        run("lora_compose_bwd", calls.LoraComposeGrad(*given, *needs))
 
 
 @cache

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from launch_sweep import Call, launches, make, run, skipped_products
 
-from lora_fast.call import LoraLinearCall
+from lora_fast import calls
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.aot import Launch
 from lora_fast.triton_kernels.target import SM80, SM89, SM90, SM100, Target
@@ -185,7 +185,7 @@ def test_few_tokens_with_a_known_gain_take_two_launches(tokens: int, R: int) -> 
     x, weight = torch.empty(tokens, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
     lora_A, lora_B = torch.empty(R, 4096, dtype=torch.bfloat16), torch.empty(4096, R, dtype=torch.bfloat16)
     with aot.recorded(SM90) as made:
-        call = LoraLinearCall(x, weight, None, lora_A, lora_B, 2.0, torch.empty(4096), "output", 0.0, None, "nothing")
+        call = calls.LoraLinear(x, weight, None, lora_A, lora_B, 2.0, torch.empty(4096), "output", 0.0, None, "nothing")
         run("lora_linear_fwd", call)
     assert [launch.name for launch in made] == ["lora_project_kernel", "lora_linear_small_fwd_kernel"]
     assert [launch.options["launch_pdl"] for launch in made] == [False, True]

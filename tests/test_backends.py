@@ -20,11 +20,11 @@ import lora_fast
 from lora_fast import backends, functional
 from lora_fast.backends import explain, extension, registry
 from lora_fast.backends.plan import Plan, Refusal, Step
-from lora_fast.backends.torch import ops as torch_ops, plan as torch_plan
-from lora_fast.call import WeightNormCall
+from lora_fast.backends.torch import ops as torch_ops
+from lora_fast.calls import WeightNorm
 from lora_fast.testing import Case, make_inputs
 
-OPS = explain.calls(explain.Size(3, 4, 5, 2, torch.float32)).keys()
+OPS = explain.example_calls(explain.Size(3, 4, 5, 2, torch.float32)).keys()
 
 
 def norm(**options) -> Tensor:
@@ -101,7 +101,7 @@ def test_gpu_backends_refuse_what_they_cannot_take(name: str, monkeypatch: pytes
     pytest.importorskip("triton")
     on_a_gpu(monkeypatch, triton=True, cuda=True)
     factors = torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0
-    assert registry.plan_of("weight_norm_fwd", WeightNormCall(*factors, "output", None, None), name)[0] == name
+    assert registry.plan_of("weight_norm_fwd", WeightNorm(*factors, "output", None, None), name)[0] == name
     # a float64 adapter makes the norm float64
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be used: it does not compute in torch.float64"):
         functional.weight_norm(factors[0], factors[1].double(), *factors[2:], backend=name)
@@ -119,7 +119,7 @@ def test_cpu_tensors_are_for_triton_only_while_it_interprets(monkeypatch: pytest
         monkeypatch.setattr(target, "interpreting", lambda interpreting=interpreting: interpreting)
         assert triton.takes("cpu") == interpreting
         assert triton.takes("cuda")
-        call = WeightNormCall(torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0, "output", None, None)
+        call = WeightNorm(torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2), 1.0, "output", None, None)
         registry._candidates.cache_clear()
         assert registry.plan_of("weight_norm_fwd", call)[0] == ("cpu" if backends.is_present("cpu") else "torch")
 
@@ -138,7 +138,7 @@ def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.Mo
     pytest.importorskip("triton")
     on_a_gpu(monkeypatch, triton=True, cuda=True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    found = explain.calls(explain.Size(30, 64, 64, 4, torch.bfloat16))
+    found = explain.example_calls(explain.Size(30, 64, 64, 4, torch.bfloat16))
     with pytest.warns(RuntimeWarning, match="nobody has run 'cuda' on ROCm, where it has to be named"):
         assert {registry.plan_of(op, call)[0] for op, call in found.items()} == {"torch"}
     from lora_fast.triton_kernels.target import GFX942, pretended
@@ -163,7 +163,7 @@ def test_auto_on_a_gpu(
     on_a_gpu(monkeypatch, triton=triton, cuda=cuda)
     with target.pretended(target.SM90):
         for tokens, wanted in ((1, few), (16, few), (17, chosen), (300, chosen)):
-            for op, call in explain.calls(explain.Size(tokens, 64, 64, 4, dtype)).items():
+            for op, call in explain.example_calls(explain.Size(tokens, 64, 64, 4, dtype)).items():
                 name, _ = registry.plan_of(op, call)
                 assert name == (wanted if "linear" in op else chosen), op
 
@@ -230,7 +230,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             state.ran.append(op)
             if not state.launches:
                 raise state.kept_apart
-            return getattr(torch_ops, op)(call, getattr(torch_plan, op)(call))
+            return getattr(torch_ops, op)(call, registry.plan_of(op, call, "torch")[1])
 
         return run
 

@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_fast import backends, check, cli, info, norm_cache
+from lora_fast import backends, calls, check, cli, info, norm_cache
 from lora_fast.backends import extension
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch import ops as torch_ops
 from lora_fast.benchmarks import check_command, contenders as c, headline
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
-from lora_fast.call import DoraLinearCall, MergeWeightCall
 
 NORMS = {"weight_norm, axis output", "weight_norm, axis input"}
 LINEARS = {
@@ -117,7 +116,7 @@ class TestFound:
     def test_a_wrong_merged_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = torch_ops.merge_weight
 
-        def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+        def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
             original(call, plan)
             call.weight[-1, -1] += 1e-3
 
@@ -176,7 +175,7 @@ class TestFound:
     def test_another_merge_in_each_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original, calls = torch_ops.merge_weight, []
 
-        def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+        def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
             original(call, plan)
             calls.append(None)
             if len(calls) % 2:
@@ -250,7 +249,7 @@ def test_a_stale_norm_is_found_where_the_product_makes_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(check.DTYPES, "cpu", (torch.bfloat16,))
     original, first = cpu.dora_linear_fwd, dict[int, Tensor]()
 
-    def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, ...]:
+    def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, ...]:
         y, *others = original(call, plan)
         if call.kept_norm is not None:
             y = first.setdefault(call.kept_norm.data_ptr(), y).clone()

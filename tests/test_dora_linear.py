@@ -11,9 +11,8 @@ from support import check, fast_and_specification
 from torch import Tensor
 
 import lora_fast
-from lora_fast import functional, reference
+from lora_fast import calls, functional, reference
 from lora_fast.backends import get
-from lora_fast.call import DoraLinearCall
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import Case, peak_bytes, poisoned_memory
 
@@ -65,11 +64,11 @@ def forward(
 
 def call_of(
     given: dict[str, Tensor], kept: tuple[Tensor, Tensor] | None = None, keep_product: bool = True
-) -> DoraLinearCall:
+) -> calls.DoraLinear:
     x, weight, bias, lora_A, lora_B, magnitude = given.values()
     keep = "product" if keep_product else "nothing"
     factors = x, weight, bias, lora_A, lora_B, S, magnitude
-    return DoraLinearCall(*factors, "output", 0.0, None, keep, *(kept or (None, None)))
+    return calls.DoraLinear(*factors, "output", 0.0, None, keep, *(kept or (None, None)))
 
 
 def is_fused(given: dict[str, Tensor]) -> bool:

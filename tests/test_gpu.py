@@ -19,8 +19,7 @@ from support import call, hold_to_budget, run, tensors_of
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast import backends, check, functional, reference
-from lora_fast.call import LoraLinearCall
+from lora_fast import backends, calls, check, functional, reference
 from lora_fast.testing import EAGER, Case, ErrorBudget, budget_fault, make_inputs, peak_bytes
 
 pytestmark = pytest.mark.gpu
@@ -377,7 +376,7 @@ def test_tensors_of_another_device_than_the_current(gpu_backend: str) -> None:
 def test_auto_takes_a_gpu_backend(tokens: int) -> None:
     inputs = make_inputs(Case((tokens,), 32, 32, 4, torch.bfloat16))
     common = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, 0.7, inputs.gain["output"])
-    name, _ = backends.plan_of("lora_linear_fwd", LoraLinearCall(*common, "output", 0.0, None, "nothing"))
+    name, _ = backends.plan_of("lora_linear_fwd", calls.LoraLinear(*common, "output", 0.0, None, "nothing"))
     assert name in ("cuda", "triton")
     assert torch.equal(functional.lora_linear(*common), functional.lora_linear(*common, backend=name))
     zero = torch.zeros_like(inputs.lora_B)

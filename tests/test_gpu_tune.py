@@ -65,7 +65,7 @@ def test_the_backends_are_read_by_the_plans(constant: str, op: str, monkeypatch:
     from lora_fast import backends
     from lora_fast.backends import explain, registry
 
-    calls = explain.calls(explain.Size(16, 64, 64, 4, torch.bfloat16))
+    calls = explain.example_calls(explain.Size(16, 64, 64, 4, torch.bfloat16))
     on_a_gpu = (backends.get("cuda"), backends.get("triton"), backends.get("torch"))
     monkeypatch.setattr(registry, "_candidates", lambda device_type: on_a_gpu)
     for backend in ("triton", "cuda"):

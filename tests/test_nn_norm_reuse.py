@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import lora_fast
-from lora_fast import backends
+from lora_fast import backends, calls
+from lora_fast.backends import registry
 from lora_fast.backends.plan import Plan
-from lora_fast.call import WeightNormCall
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
     ops = backends.get(backend).ops
     weight_norm_fwd = ops.weight_norm_fwd
 
-    def spy(call: WeightNormCall, plan: Plan) -> Tensor:
+    def spy(call: calls.WeightNorm, plan: Plan) -> Tensor:
         before = None if call.kept_key is None else call.kept_key.clone()
         norm = weight_norm_fwd(call, plan)
         if before is None or call.kept_key is None or not torch.equal(before, call.kept_key):
@@ -55,11 +55,11 @@ def break_the_law(monkeypatch: pytest.MonkeyPatch, backend: str, key_of: Callabl
     chosen = backends.get(backend)
     weight_norm_fwd = chosen.ops.weight_norm_fwd
 
-    def broken(call: WeightNormCall, plan: Plan) -> Tensor:
+    def broken(call: calls.WeightNorm, plan: Plan) -> Tensor:
         key = key_of(call.kept_key, call.weight, call.lora_A, call.lora_B)
         if not torch.equal(key, call.kept_key):
             anew = call._replace(kept_norm=None, kept_key=None)
-            call.kept_norm.copy_(weight_norm_fwd(anew, chosen.plan.weight_norm_fwd(anew)))
+            call.kept_norm.copy_(weight_norm_fwd(anew, registry.plan_of("weight_norm_fwd", anew, backend)[1]))
             call.kept_key.copy_(key)
         return call.kept_norm.clone()
 

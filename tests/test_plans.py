@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_fast import backends, functional
+from lora_fast import backends, calls, functional
 from lora_fast.backends import explain, registry
 from lora_fast.backends.explain import Size
 from lora_fast.backends.plan import Plan
-from lora_fast.call import DoraLinearCall, DoraLinearGradCall
 from lora_fast.testing import Case, make_inputs
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
@@ -55,7 +54,7 @@ def sizes() -> Iterator[Size]:
 def filled(size: Size) -> Iterator[tuple[str, Any]]:
     """A size's calls with finite contents, and variants: the other axis, dropout, the full gradient, lora_B = 0."""
     torch.manual_seed(0)
-    for op, call in explain.calls(size).items():
+    for op, call in explain.example_calls(size).items():
         fields = [
             torch.randn_like(field) if isinstance(field, Tensor) and field.is_floating_point() else field
             for field in call
@@ -66,12 +65,12 @@ def filled(size: Size) -> Iterator[tuple[str, Any]]:
             yield op, call._replace(lora_B=torch.zeros_like(call.lora_B))
         if "dropout_p" in call._fields:
             yield op, call._replace(dropout_p=0.1, seed=torch.tensor(3))
-        if isinstance(call, DoraLinearGradCall):
+        if isinstance(call, calls.DoraLinearGrad):
             yield op, call._replace(detach_norm=False)
         vector = torch.rand(size.K).to(torch.float64 if size.dtype == torch.float64 else torch.float32) + 1
-        if isinstance(call, DoraLinearCall):
+        if isinstance(call, calls.DoraLinear):
             yield op, call._replace(axis="input", magnitude=vector, keep="nothing")
-        if isinstance(call, DoraLinearGradCall):
+        if isinstance(call, calls.DoraLinearGrad):
             yield op, call._replace(axis="input", magnitude=vector, norm=vector, kept="nothing", product=None)
 
 
@@ -149,7 +148,7 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
     ):
         for op, call in filled(Size(tokens, N, K, rank, dtype)):
             with target.pretended(target.SM90):
-                plan = getattr(triton.plan, op)(call)
+                plan = registry._planned(triton, op, call)
             kernels = {step.kernel for step in plan.steps.values()}
             wanted = set().union(*(LAUNCHES.get(kernel, {f"{kernel}_kernel"}) for kernel in kernels))
             ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}
@@ -171,13 +170,13 @@ def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
     magnitude = inputs.magnitude[axis]
     factors = (inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
     given = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.scaling, magnitude)
-    forward = DoraLinearCall(*given, axis, 0.0, None, keep, None, None)
+    forward = calls.DoraLinear(*given, axis, 0.0, None, keep, None, None)
     results = []
     for first, second in itertools.product(there, there):
         _, product, h, norm = registry.run("dora_linear_fwd", forward, first)
         saved = (0.0, None, product if keep == "product" else None, h, keep)
         needs = (True,) * 5
-        backward = DoraLinearGradCall(inputs.grad_y, inputs.x, *factors, magnitude, axis, *saved, *needs, norm, False)
+        backward = calls.DoraLinearGrad(inputs.grad_y, inputs.x, *factors, magnitude, axis, *saved, *needs, norm, False)
         results.append(registry.run("dora_linear_bwd", backward, second))
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
@@ -185,7 +184,7 @@ def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
 
 
 def test_a_backward_refuses_what_it_cannot_read(backend: str) -> None:
-    for op, call in explain.calls(Size(3, 4, 5, 2, torch.float32)).items():
+    for op, call in explain.example_calls(Size(3, 4, 5, 2, torch.float32)).items():
         if "kept" in call._fields:
             with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used: .* read 'base'"):
                 registry.run(op, call._replace(kept="base"), backend)
@@ -217,8 +216,9 @@ def test_every_backend_has_every_op_and_its_plan(name: str) -> None:
     found = backends.get(name)
     if missing := found.missing():
         pytest.skip(missing)
-    for op in explain.calls(Size(3, 4, 5, 2, torch.float32)):
-        assert list(inspect.signature(getattr(found.plan, op)).parameters) == ["call"]
+    for op in explain.example_calls(Size(3, 4, 5, 2, torch.float32)):
+        planned = getattr(found.plan, op)
+        assert isinstance(planned, Plan) or list(inspect.signature(planned).parameters) == ["call"]
         assert list(inspect.signature(getattr(found.ops, op)).parameters) == ["call", "plan"]
 
 

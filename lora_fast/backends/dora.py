@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends.plan import Plan
-from lora_fast.call import DoraLinearCall, DoraLinearGradCall
 from lora_fast.gain import divisor, dora_gain, to_gain_dtype
 
 Op = Callable[[Any, Plan], Any]  # one of a backend's
 
 
 def dora_linear_fwd(
-    call: DoraLinearCall, plan: Plan, weight_norm_fwd: Op, lora_linear_fwd: Op
+    call: calls.DoraLinear, plan: Plan, weight_norm_fwd: Op, lora_linear_fwd: Op
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, product, h, norm), for a plan with the steps of both ops."""
     norm = weight_norm_fwd(call.weight_norm(), plan)
@@ -30,7 +30,7 @@ def dora_linear_fwd(
 
 
 def dora_linear_bwd(
-    call: DoraLinearGradCall, plan: Plan, weight_norm_bwd: Op, lora_linear_bwd: Op
+    call: calls.DoraLinearGrad, plan: Plan, weight_norm_bwd: Op, lora_linear_bwd: Op
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients to x, lora_A, lora_B, magnitude and bias, for a plan with the steps of both ops."""
     gain = to_gain_dtype(dora_gain(call.magnitude, call.norm), call.grad_y.dtype)

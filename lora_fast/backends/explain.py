@@ -8,22 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends import registry
-from lora_fast.call import (
-    Axis,
-    Call,
-    DoraLinearCall,
-    DoraLinearGradCall,
-    DropoutCall,
-    Kept,
-    LoraComposeCall,
-    LoraComposeGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
+from lora_fast.calls import Axis, Call, Kept
 
 DEFAULT_AXIS: Axis = "output"
 
@@ -44,7 +31,7 @@ class Size:
         return f"{tokens}, {self.N}×{self.K}, rank {self.R}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
 
 
-def calls(size: Size) -> dict[str, Call]:
+def example_calls(size: Size) -> dict[str, Call]:
     """One call of each op, by its name: everything asked for, the norm detached, no dropout; contents are arbitrary."""
     T, N, K, R = size.T, size.N, size.K, size.R
 
@@ -61,23 +48,23 @@ def calls(size: Size) -> dict[str, Call]:
     product: tuple[Tensor, Tensor, Kept] = (y, h, "product")
     needed = (True, True, True, True, True)
     return {
-        "weight_norm_fwd": WeightNormCall(*factors, axis, None, None),
-        "weight_norm_bwd": WeightNormGradCall(vector, vector, *factors, axis, True, True),
-        "lora_linear_fwd": LoraLinearCall(*linear, None, *undropped, "nothing"),
-        "lora_linear_bwd": LoraLinearGradCall(*grad, None, *undropped, *nothing, True, True, True, False, True),
-        "dora_linear_fwd": DoraLinearCall(*linear, vector, *undropped, "product", None, None),
-        "dora_linear_bwd": DoraLinearGradCall(*grad, vector, *undropped, *product, *needed, vector, True),
-        "lora_compose_fwd": LoraComposeCall(y, h, lora_B, 1.0, vector, bias, "product"),
-        "lora_compose_bwd": LoraComposeGradCall(y, h, lora_B, 1.0, vector, y, "product", *needed),
-        "dropout": DropoutCall(x, seed, 0.1),
-        "merge_weight": MergeWeightCall(*factors, vector, axis),
+        "weight_norm_fwd": calls.WeightNorm(*factors, axis, None, None),
+        "weight_norm_bwd": calls.WeightNormGrad(vector, vector, *factors, axis, True, True),
+        "lora_linear_fwd": calls.LoraLinear(*linear, None, *undropped, "nothing"),
+        "lora_linear_bwd": calls.LoraLinearGrad(*grad, None, *undropped, *nothing, True, True, True, False, True),
+        "dora_linear_fwd": calls.DoraLinear(*linear, vector, *undropped, "product", None, None),
+        "dora_linear_bwd": calls.DoraLinearGrad(*grad, vector, *undropped, *product, *needed, vector, True),
+        "lora_compose_fwd": calls.LoraCompose(y, h, lora_B, 1.0, vector, bias, "product"),
+        "lora_compose_bwd": calls.LoraComposeGrad(y, h, lora_B, 1.0, vector, y, "product", *needed),
+        "dropout": calls.Dropout(x, seed, 0.1),
+        "merge_weight": calls.MergeWeight(*factors, vector, axis),
     }
 
 
 def explain(size: Size, ops: Collection[str] | None = None) -> list[dict[str, str]]:
     """A row for each of ``ops`` (None: all) and each thing that it computes: op, backend, computes, kernel, because."""
     rows = []
-    for op, call in calls(size).items():
+    for op, call in example_calls(size).items():
         if ops is not None and op not in ops:
             continue
         backend, plan = registry.plan_of(op, call)

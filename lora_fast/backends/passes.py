@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends.plan import Plan
-from lora_fast.call import DropoutCall, LoraComposeCall, LoraComposeGradCall, LoraLinearCall, LoraLinearGradCall
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LINEAR, MATMUL = "F.linear", "torch.matmul"  # PyTorch's products, as steps name them
@@ -64,7 +64,7 @@ class Passes:
         self.linears = {LINEAR: _linear, **(linears or {})}
         self.products = {MATMUL: _matmul, **(products or {})}
 
-    def lora_linear_fwd(self, call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    def lora_linear_fwd(self, call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, gain = call.x, call.weight, call.bias, call.gain
         if call.axis == "input" and gain is not None:
             x, gain = self._scaled_input(x, gain), None
@@ -78,7 +78,7 @@ class Passes:
         self.compose(y, h, call.lora_B, call.scaling, gain, bias, y, product)
         return y, y.new_empty(0) if product is None else product, h
 
-    def lora_linear_bwd(self, call: LoraLinearGradCall, plan: Plan) -> Gradients:
+    def lora_linear_bwd(self, call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
         grad_y, dtype = call.grad_y, call.grad_y.dtype
         gain_in, gain = (call.gain, None) if call.axis == "input" else (None, call.gain)
         need_input = call.need_x or (gain_in is not None and call.need_gain)
@@ -111,14 +111,14 @@ class Passes:
                 )
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
-    def lora_compose_fwd(self, call: LoraComposeCall, plan: Plan) -> tuple[Tensor, Tensor]:
+    def lora_compose_fwd(self, call: calls.LoraCompose, plan: Plan) -> tuple[Tensor, Tensor]:
         base, h, lora_B, scaling, gain, bias, keep = call
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
         product = torch.empty_like(y) if keep == "product" else None
         self.compose(base.contiguous(), h, lora_B, scaling, gain, bias, y, product)
         return y, y.new_empty(0) if product is None else product
 
-    def lora_compose_bwd(self, call: LoraComposeGradCall, plan: Plan) -> Gradients:
+    def lora_compose_bwd(self, call: calls.LoraComposeGrad, plan: Plan) -> Gradients:
         grad_y, gain = call.grad_y, call.gain
         grad_base, grad_gain, grad_bias = self.gain_bwd(
             grad_y,
@@ -139,20 +139,20 @@ class Passes:
             grad_base = grad_y.new_empty(0)
         return grad_base, grad_h, grad_B, grad_gain, grad_bias
 
-    def dropout(self, call: DropoutCall, plan: Plan) -> Tensor:
+    def dropout(self, call: calls.Dropout, plan: Plan) -> Tensor:
         return self.drop(call.x, call.seed, call.p)
 
     def _scaled_input(self, x: Tensor, gain: Tensor) -> Tensor:
         scaled, _, _ = self.gain_bwd(x, None, gain, need_scaled=True, need_gain=False, need_bias=False)
         return scaled
 
-    def _dropped(self, x: Tensor, call: LoraLinearCall | LoraLinearGradCall) -> Tensor:
+    def _dropped(self, x: Tensor, call: calls.LoraLinear | calls.LoraLinearGrad) -> Tensor:
         if call.dropout_p == 0.0:
             return x
         assert call.seed is not None
         return self.drop(x, call.seed, call.dropout_p)
 
-    def _input_grad(self, call: LoraLinearGradCall, grad_v: Tensor, grad_h: Tensor, kernel: str) -> Tensor:
+    def _input_grad(self, call: calls.LoraLinearGrad, grad_v: Tensor, grad_h: Tensor, kernel: str) -> Tensor:
         """grad_v W + drop(grad_h lora_A), [T, K]; grad_h is scaled already"""
         grad_x = self.products[kernel](grad_v, call.weight)
         if call.dropout_p > 0.0:

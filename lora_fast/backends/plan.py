@@ -1,8 +1,9 @@
 """What a backend answers before it runs a call: which kernels compute what, and why, or why it cannot.
 
-A backend's ``plan.py`` has a function with each op's name, from the call (:mod:`lora_fast.call`, its activations as
-[T, features]) to a :class:`Plan` or a :class:`Refusal`. It is pure and cheap, and the only place where sizes, dtypes,
-strides, alignment, the device or the instruction set decide anything: ``ops.py`` runs what the plan names.
+A backend's ``plan.py`` has, under each op's name, a :class:`Plan` where one serves every call, or else a function from
+the call (:mod:`lora_fast.calls`, with activations [T, features]) to a plan or a :class:`Refusal`. It is pure and cheap,
+and the only place where sizes, dtypes, strides, alignment, the device or the instruction set decide anything:
+``ops.py`` runs what the plan names. Which dtypes a backend computes in at all is said once, in its ``BACKEND``.
 
 ``lora-fast info`` prints the reasons on machines that nobody measured: they say what a kernel does (bytes, passes,
 launches) and no time. What a reason counts and nobody has measured is called predicted.
@@ -12,23 +13,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from lora_fast import calls
 
-from lora_fast.call import (
-    DoraLinearCall,
-    DoraLinearGradCall,
-    LoraComposeGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
-from lora_fast.dtypes import accumulate_dtype
-
-Linear = LoraLinearCall | DoraLinearCall
-LinearGrad = LoraLinearGradCall | DoraLinearGradCall
-OnWeight = WeightNormCall | WeightNormGradCall | MergeWeightCall | DoraLinearCall | DoraLinearGradCall
+Linear = calls.LoraLinear | calls.DoraLinear
+LinearGrad = calls.LoraLinearGrad | calls.DoraLinearGrad
 
 
 class Step(NamedTuple):
@@ -56,35 +44,14 @@ class Refusal(NamedTuple):
     reason: str
 
 
-def joined(first: Plan | Refusal, second: Plan | Refusal) -> Plan | Refusal:
+def joined(first: Plan, second: Plan) -> Plan:
     """The plan of a call that is made of two; ``second`` decides whether it yields."""
-    if isinstance(first, Refusal):
-        return first
-    if isinstance(second, Refusal):
-        return second
     zero = second.where_B_is_zero
     if zero is not None:
         zero = zero._replace(steps={**first.steps, **zero.steps})
     return Plan({**first.steps, **second.steps}, second.yields, zero)
 
 
-def dtype_refusal(dtype: torch.dtype, taken: tuple[torch.dtype, ...]) -> Refusal | None:
-    return None if dtype in taken else Refusal(f"it does not compute in {dtype}")
-
-
-def kept_refusal(call: LinearGrad | LoraComposeGradCall) -> Refusal | None:
-    """Of a backward that reads the product before the gain: another kind would give a wrong gradient."""
-    if call.kept in ("nothing", "product"):
-        return None
-    return Refusal(f"its backward does not read {call.kept!r}, which the forward kept")
-
-
-def weight_refusal(call: OnWeight, taken: tuple[torch.dtype, ...]) -> Refusal | None:
-    """Of an op on W, which a float64 adapter makes one in float64."""
-    wide = accumulate_dtype(call.weight, call.lora_A, call.lora_B) == torch.float64
-    return dtype_refusal(torch.float64 if wide else call.weight.dtype, taken)
-
-
-def may_keep_norm(call: WeightNormCall | DoraLinearCall) -> bool:
+def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear) -> bool:
     """Whether there is a kept norm to look at; without a version (in inference mode) its key would say nothing."""
     return call.kept_key is not None and not call.weight.is_inference()

@@ -12,10 +12,11 @@ import warnings
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lora_fast.backends.plan import Plan, Refusal
-from lora_fast.call import Call
+from lora_fast.calls import Call, Kept, compute_dtype
 
 # The names, in the order in which "auto" asks them: a new backend is a package and its name here.
 BackendName = Literal["auto", "cpu", "cuda", "triton", "torch"]
@@ -25,8 +26,11 @@ NAMES: tuple[BackendName, ...] = get_args(BackendName)[1:]
 class Backend:
     """What the registry asks of a backend before it loads ``plan`` and ``ops``."""
 
-    def __init__(self, package: str) -> None:
+    reads: tuple[Kept, ...] = get_args(Kept)  # that a forward may have kept: another kind would give wrong gradients
+
+    def __init__(self, package: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
         self.name = package.rpartition(".")[2]
+        self.dtypes = dtypes  # that it computes in; None: any
         self._package = package
 
     @functools.cached_property
@@ -104,7 +108,7 @@ def _named(op: str, call: Call, name: str) -> tuple[Backend, Plan]:
     if not backend.takes(device_type):
         reason = f"it was asked for, but the tensors are on {device_type!r}"
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
-    plan = getattr(backend.plan, op)(call)
+    plan = _planned(backend, op, call)
     if isinstance(plan, Refusal):
         raise RuntimeError(f"backend {name!r} cannot be used: {plan.reason}")
     return backend, plan
@@ -116,7 +120,7 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
     for backend in _candidates(_device_type(call)):
         if (op, backend.name) in _failed:
             continue
-        plan = getattr(backend.plan, op)(call)
+        plan = _planned(backend, op, call)
         if isinstance(plan, Refusal):
             continue
         if not plan.yields:
@@ -124,6 +128,15 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
         yielding = yielding or (backend, plan)
     assert yielding is not None  # torch takes everything
     return yielding
+
+
+def _planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
+    if backend.dtypes is not None and (dtype := compute_dtype(call)) not in backend.dtypes:
+        return Refusal(f"it does not compute in {dtype}")
+    if (kept := getattr(call, "kept", None)) is not None and kept not in backend.reads:
+        return Refusal(f"its backward does not read {kept!r}, which the forward kept")
+    planned = getattr(backend.plan, op)
+    return planned if isinstance(planned, Plan) else planned(call)
 
 
 def _device_type(call: Call) -> str:

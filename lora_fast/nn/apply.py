@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fast import backends
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 from lora_fast.nn import checks, tied
 from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.names import Place, places, unwrapped

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast import backends, functional
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer

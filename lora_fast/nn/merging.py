@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fast import functional
 from lora_fast.backends import BackendName
-from lora_fast.call import Axis
+from lora_fast.calls import Axis
 
 
 @dataclass

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends.cuda import ops as cuda_ops, plan as cuda_plan
-from lora_fast.call import LoraLinearCall
 from lora_fast.norm_cache import KEY_LENGTH
 from lora_fast.testing import dropout_mask
 
@@ -203,7 +203,7 @@ def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
     weight, lora_A, lora_B = adapter(N, K, 4, bf16, bf16)
     x, y = torch.randn(3, K, dtype=bf16), torch.empty(3, N, dtype=bf16)
     given = (x, weight, None, lora_A, lora_B, 0.7, torch.ones(N), "output", 0.0, None, "nothing")
-    assert cuda_plan.lora_linear_fwd(LoraLinearCall(*given)).kernel("y") == "lora_compose_fwd"
+    assert cuda_plan.lora_linear_fwd(calls.LoraLinear(*given)).kernel("y") == "lora_compose_fwd"
     call = functools.partial(ops.lora_linear_small_fwd, x, weight, lora_A, lora_B, 0.7, torch.ones(N), None, y, None)
     if K == 0:
         with pytest.raises(RuntimeError, match="K must be a positive multiple of 8"):
@@ -219,7 +219,7 @@ def test_few_tokens_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, lora_A, lora_B = adapter(32, 64, 4, bf16, bf16)
     for tokens in (1, 16, 17):
         x = torch.randn(tokens, 64, dtype=bf16)
-        call = LoraLinearCall(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, "nothing")
+        call = calls.LoraLinear(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, "nothing")
         cuda_ops.lora_linear_fwd(call, cuda_plan.lora_linear_fwd(call))
     assert calls == [17]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lora_fast.backends import extension
 from lora_fast.backends.registry import Backend
 
@@ -14,4 +16,4 @@ class _Cpu(Backend):
         return device_type == "cpu"
 
 
-BACKEND = _Cpu(__name__)
+BACKEND = _Cpu(__name__, (torch.float64, torch.float32, torch.bfloat16, torch.float16))

@@ -7,39 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
 from lora_fast.backends.plan import Plan
-from lora_fast.call import (
-    DoraLinearCall,
-    DoraLinearGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
 
 _c = torch.ops.lora_fast_c
 
 
-def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis == "output"
     if plan.kernel("norm") == "weight_norm_kept":
         return _c.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
     return _c.weight_norm_fwd(*factors)
 
 
-def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis == "output"
     return _c.weight_norm_bwd(call.grad, call.norm, *factors, call.need_A, call.need_B)
 
 
-def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
     _c.merge_weight(call.weight, call.lora_A, call.lora_B, call.scaling, call.gain, call.axis == "output")
 
 
-def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     if plan.where_B_is_zero is not None and _c.is_zero(call.lora_B.contiguous()):
         plan = plan.where_B_is_zero
     native = _FORWARDS.get(plan.kernel("y"))
@@ -51,7 +43,7 @@ def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, T
     return _native_fwd(native, call, gain)
 
 
-def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
+def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     if "gradients" not in plan.steps:
         return _passes.lora_linear_bwd(call, plan)
     native = _c.lora_linear_small_bwd if plan.kernel("gradients") == "lora_linear_small_bwd" else _c.lora_linear_bwd
@@ -73,7 +65,7 @@ def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
     )
 
 
-def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if "y, norm" not in plan.steps:
         return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
@@ -95,13 +87,13 @@ def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, T
     return *forward, norm
 
 
-def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
 
 
 def _native_fwd(
     native: Callable[..., Tensor],
-    call: LoraLinearCall | DoraLinearCall,
+    call: calls.LoraLinear | calls.DoraLinear,
     gain: Tensor,
     *norm: Tensor | bool | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,4 +38,4 @@ class _Cuda(Backend):
         return isinstance(error, RuntimeError) and any(text in str(error) for text in _LAUNCH_FAILURES)
 
 
-BACKEND = _Cuda(__name__)
+BACKEND = _Cuda(__name__, (torch.float32, torch.bfloat16, torch.float16))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends import dora
 from lora_fast.backends.cpu.ops import merge_weight, weight_norm_fwd
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch.ops import weight_norm_bwd
-from lora_fast.call import DoraLinearCall, DoraLinearGradCall, LoraLinearCall
 
 _c = torch.ops.lora_fast_c
 
 
-def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     if plan.kernel("y") != "lora_linear_small_fwd":
         return _passes.lora_linear_fwd(call, plan)
     assert call.gain is not None
@@ -56,11 +56,11 @@ lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
 
 
-def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
 
 
-def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
 
 

@@ -9,34 +9,13 @@ import functools
 
 import torch
 
+from lora_fast import calls
 from lora_fast.backends.passes import LINEAR, MATMUL
-from lora_fast.backends.plan import (
-    Linear,
-    LinearGrad,
-    Plan,
-    Refusal,
-    Step,
-    dtype_refusal,
-    joined,
-    kept_refusal,
-    may_keep_norm,
-    weight_refusal,
-)
-from lora_fast.call import (
-    DoraLinearCall,
-    DoraLinearGradCall,
-    DropoutCall,
-    LoraComposeCall,
-    LoraComposeGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
 SMALL_RANK = 1024  # h lies in shared memory
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _EPILOGUE = "native kernels: update, gain and bias in one pass after cuBLAS's product"
 _FEW = "W is read once; predicted to take less of the host's time: one C++ call makes the launches"
@@ -44,67 +23,41 @@ _ONE_READ = "one native pass over W"
 _BLOCKS = "PyTorch's products over blocks of rows: no native kernel was made for it"
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
-_NORM_GRAD = Plan({"grad_V": Step("chunks of rows", _BLOCKS)}, yields=True)
+weight_norm_bwd = Plan({"grad_V": Step("chunks of rows", _BLOCKS)}, yields=True)
 _SMALL = Plan({"y": Step("lora_linear_small_fwd", _FEW)})
 _LINEAR = Plan(
     {"h": Step(LINEAR, _EPILOGUE), "base": Step(LINEAR, _EPILOGUE), "y": Step("lora_compose_fwd", _EPILOGUE)}
 )
 _LINEAR_GRAD = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE), "grad_x": Step(MATMUL, _EPILOGUE)})
-_COMPOSE = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)}, yields=True)
-_COMPOSE_GRAD = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE)}, yields=True)
-_DROP = Plan({"y": Step("dropout", "one pass, the mask never in memory")}, yields=True)
-_MERGE = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
+lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)}, yields=True)
+lora_compose_bwd = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE)}, yields=True)
+dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")}, yields=True)
+merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 
 
-def weight_norm_fwd(call: WeightNormCall | DoraLinearCall) -> Plan | Refusal:
-    if refusal := weight_refusal(call, DTYPES):
-        return refusal
+def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
     return _yielding(
         _NORM_KEPT if may_keep_norm(call) else _NORM, _constants(call.weight.device).norm_backend != "cuda"
     )
 
 
-def weight_norm_bwd(call: WeightNormGradCall | DoraLinearGradCall) -> Plan | Refusal:
-    return weight_refusal(call, DTYPES) or _NORM_GRAD
-
-
-def lora_linear_fwd(call: Linear) -> Plan | Refusal:
-    if refusal := dtype_refusal(call.x.dtype, DTYPES):
-        return refusal
+def lora_linear_fwd(call: Linear) -> Plan:
     # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
     small = call.has_gain and call.axis == "output" and call.dropout_p == 0.0 and _in_lines(call)
     return _yielding(_SMALL if small else _LINEAR, not _takes_few(call.x))
 
 
-def lora_linear_bwd(call: LinearGrad) -> Plan | Refusal:
-    if refusal := dtype_refusal(call.grad_y.dtype, DTYPES) or kept_refusal(call):
-        return refusal
+def lora_linear_bwd(call: LinearGrad) -> Plan:
     return _yielding(_LINEAR_GRAD, not _takes_few(call.grad_y))
 
 
-def dora_linear_fwd(call: DoraLinearCall) -> Plan | Refusal:
+def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
     return joined(weight_norm_fwd(call), lora_linear_fwd(call))
 
 
-def dora_linear_bwd(call: DoraLinearGradCall) -> Plan | Refusal:
+def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     linear = lora_linear_bwd(call)
-    return joined(weight_norm_bwd(call), linear) if call.through_norm else linear
-
-
-def lora_compose_fwd(call: LoraComposeCall) -> Plan | Refusal:
-    return dtype_refusal(call.base.dtype, DTYPES) or _COMPOSE
-
-
-def lora_compose_bwd(call: LoraComposeGradCall) -> Plan | Refusal:
-    return dtype_refusal(call.grad_y.dtype, DTYPES) or kept_refusal(call) or _COMPOSE_GRAD
-
-
-def dropout(call: DropoutCall) -> Plan | Refusal:
-    return dtype_refusal(call.x.dtype, DTYPES) or _DROP
-
-
-def merge_weight(call: MergeWeightCall) -> Plan | Refusal:
-    return weight_refusal(call, DTYPES) or _MERGE
+    return joined(weight_norm_bwd, linear) if call.through_norm else linear
 
 
 def _yielding(plan: Plan, yields: bool) -> Plan:

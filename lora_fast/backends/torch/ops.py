@@ -13,11 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_fast import norm_cache
+from lora_fast import calls, norm_cache
 from lora_fast.backends import dora
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan
-from lora_fast.call import DoraLinearCall, DoraLinearGradCall, MergeWeightCall, WeightNormCall, WeightNormGradCall
 from lora_fast.dtypes import accumulate_dtype
 
 CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
@@ -46,7 +45,7 @@ def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
 
 
 def _adapted_rows(
-    call: WeightNormCall | WeightNormGradCall | MergeWeightCall, dtype: torch.dtype
+    call: calls.WeightNorm | calls.WeightNormGrad | calls.MergeWeight, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``; each V[rows] takes the place of the one before.
 
@@ -74,7 +73,7 @@ def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
     return scale.squeeze(dim) * torch.linalg.vector_norm(tensor.div_(scale), dim=dim)
 
 
-def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
     weight, kept_norm, kept_key = call.weight, call.kept_norm, call.kept_key
     # on another device the comparison would make the host wait, and a tensor without a version can't be trusted
     if kept_norm is None or kept_key is None or weight.device.type != "cpu" or weight.is_inference():
@@ -83,7 +82,7 @@ def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
     return norm_cache.reuse(kept_norm, kept_key, key, lambda: _norm(call))
 
 
-def _norm(call: WeightNormCall) -> Tensor:
+def _norm(call: calls.WeightNorm) -> Tensor:
     dtype = accumulate_dtype(call.weight, call.lora_A, call.lora_B)
     dim = 1 if call.axis == "output" else 0
     norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(call, dtype))
@@ -136,7 +135,7 @@ def _bit_hash(tensor: Tensor) -> Tensor:
     return z.sum()
 
 
-def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
     lora_A, lora_B, norm = call.lora_A, call.lora_B, call.norm
     dtype = accumulate_dtype(call.weight, lora_A, lora_B)
     product = _norm_product_dtype(dtype)
@@ -154,7 +153,7 @@ def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tenso
     return grad_A.to(lora_A.dtype), grad_B
 
 
-def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
     gain = call.gain
     for rows, chunk in _adapted_rows(call, accumulate_dtype(call.weight, call.lora_A, call.lora_B)):
         if gain is not None:
@@ -255,9 +254,9 @@ lora_compose_bwd = _linear.lora_compose_bwd
 dropout = _linear.dropout
 
 
-def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
 
 
-def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)

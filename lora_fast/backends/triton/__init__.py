@@ -51,4 +51,4 @@ def _interpreting() -> bool:
     return importlib.import_module("lora_fast.triton_kernels.target").interpreting()
 
 
-BACKEND = _Triton(__name__)
+BACKEND = _Triton(__name__, (torch.float32, torch.bfloat16, torch.float16))

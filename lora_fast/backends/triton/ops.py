@@ -11,21 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast import calls
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients
 from lora_fast.backends.plan import Plan
-from lora_fast.call import (
-    DoraLinearCall,
-    DoraLinearGradCall,
-    DropoutCall,
-    LoraComposeCall,
-    LoraComposeGradCall,
-    LoraLinearCall,
-    LoraLinearGradCall,
-    MergeWeightCall,
-    WeightNormCall,
-    WeightNormGradCall,
-)
 from lora_fast.triton_kernels import (
     dropout as drop,
     lora_A_grad,
@@ -41,7 +30,7 @@ from lora_fast.triton_kernels import (
 )
 
 
-def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
+def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
     with _on_device_of(call.weight):
         if plan.kernel("norm") == "weight_norm_fwd":
@@ -51,18 +40,18 @@ def weight_norm_fwd(call: WeightNormCall, plan: Plan) -> Tensor:
         return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
 
 
-def weight_norm_bwd(call: WeightNormGradCall, plan: Plan) -> tuple[Tensor, Tensor]:
+def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
     with _on_device_of(call.weight):
         return norm_bwd.weight_norm_bwd(call.grad, call.norm, *factors, need_A=call.need_A, need_B=call.need_B)
 
 
-def merge_weight(call: MergeWeightCall, plan: Plan) -> None:
+def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
     with _on_device_of(call.weight):
         merge.merge_weight(*call)
 
 
-def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, lora_A, lora_B, scaling, _, _, dropout_p, seed, keep = call
     gain, gain_in = _sides(call)
     keep_product = keep == "product"
@@ -91,7 +80,7 @@ def lora_linear_fwd(call: LoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, T
         return y, y.new_empty(0) if product_ is None else product_, h
 
 
-def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
+def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     grad_y = call.grad_y
     gain, gain_in = _sides(call)
     need_gain_in = gain_in is not None and call.need_gain
@@ -122,7 +111,7 @@ def lora_linear_bwd(call: LoraLinearGradCall, plan: Plan) -> Gradients:
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
 
-def lora_compose_fwd(call: LoraComposeCall, plan: Plan) -> tuple[Tensor, Tensor]:
+def lora_compose_fwd(call: calls.LoraCompose, plan: Plan) -> tuple[Tensor, Tensor]:
     base, h, lora_B, scaling, gain, bias, keep = call
     y = torch.empty_like(base, memory_format=torch.contiguous_format)
     product = torch.empty_like(y) if keep == "product" else None
@@ -131,7 +120,7 @@ def lora_compose_fwd(call: LoraComposeCall, plan: Plan) -> tuple[Tensor, Tensor]
     return y, y.new_empty(0) if product is None else product
 
 
-def lora_compose_bwd(call: LoraComposeGradCall, plan: Plan) -> Gradients:
+def lora_compose_bwd(call: calls.LoraComposeGrad, plan: Plan) -> Gradients:
     with _on_device_of(call.grad_y):
         grad_base, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
             call.grad_y,
@@ -149,16 +138,16 @@ def lora_compose_bwd(call: LoraComposeGradCall, plan: Plan) -> Gradients:
     return grad_base, grad_h.to(call.h.dtype), grad_B, grad_gain, grad_bias
 
 
-def dropout(call: DropoutCall, plan: Plan) -> Tensor:
+def dropout(call: calls.Dropout, plan: Plan) -> Tensor:
     with _on_device_of(call.x):
         return drop.dropout(*call)
 
 
-def dora_linear_fwd(call: DoraLinearCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
 
 
-def dora_linear_bwd(call: DoraLinearGradCall, plan: Plan) -> Gradients:
+def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
 
 
@@ -169,7 +158,7 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _sides(call: LoraLinearCall | LoraLinearGradCall) -> tuple[Tensor | None, Tensor | None]:
+def _sides(call: calls.LoraLinear | calls.LoraLinearGrad) -> tuple[Tensor | None, Tensor | None]:
     """(the outputs' gain, the inputs'), of which one at most is there."""
     return (call.gain, None) if call.axis == "output" else (None, call.gain)
 
@@ -178,7 +167,7 @@ def _scaled_input(x: Tensor, gain_in: Tensor) -> Tensor:
     return lora_gain_bwd.lora_gain_bwd(x, None, gain_in, None, None, 1.0, need_v=True)[0]
 
 
-def project(call: LoraLinearCall, plan: Plan) -> Tensor:
+def project(call: calls.LoraLinear, plan: Plan) -> Tensor:
     """h = drop(x ⊙ gain_in) lora_Aᵀ"""
     if plan.kernel("h") == LINEAR:
         return F.linear(call.x, call.lora_A.to(call.x.dtype))
@@ -193,7 +182,7 @@ def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: 
         compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
 
 
-def A_grad(call: LoraLinearGradCall, plan: Plan, grad_h: Tensor) -> Tensor:
+def A_grad(call: calls.LoraLinearGrad, plan: Plan, grad_h: Tensor) -> Tensor:
     """dhᵀ drop(x ⊙ gain_in), rounded once to lora_A's dtype"""
     assert call.x is not None
     if plan.kernel("grad_A") == MATMUL:
@@ -202,7 +191,7 @@ def A_grad(call: LoraLinearGradCall, plan: Plan, grad_h: Tensor) -> Tensor:
     return lora_A_grad.lora_A_grad(grad_h, call.x, gain_in, call.dropout_p, call.seed, call.lora_A.dtype)
 
 
-def input_grad(call: LoraLinearGradCall, plan: Plan, grad_v: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor]:
+def input_grad(call: calls.LoraLinearGrad, plan: Plan, grad_v: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, d gain_in), of dv W + drop(dh lora_A)"""
     weight, lora_A, x, gain_in = call.weight, call.lora_A, call.x, _sides(call)[1]
     need_gain = gain_in is not None and call.need_gain

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+from lora_fast.dtypes import accumulate_dtype
 
 Axis = Literal["output", "input"]
 # What a forward keeps for the gain's gradient: the product before gain and bias, v = x Wᵀ + s h lora_Bᵀ, or nothing.
 Kept = Literal["nothing", "product"]
 
 
-class WeightNormCall(NamedTuple):
+class WeightNorm(NamedTuple):
     """‖W + s lora_B lora_A‖ by rows or columns; from ``kept_norm`` where ``kept_key`` says that it holds."""
 
     weight: Tensor
@@ -28,7 +31,7 @@ class WeightNormCall(NamedTuple):
     kept_key: Tensor | None
 
 
-class WeightNormGradCall(NamedTuple):
+class WeightNormGrad(NamedTuple):
     """The gradients of the norm to lora_A and lora_B."""
 
     grad: Tensor
@@ -42,7 +45,7 @@ class WeightNormGradCall(NamedTuple):
     need_B: bool
 
 
-class LoraLinearCall(NamedTuple):
+class LoraLinear(NamedTuple):
     """gain ⊙ (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias; for axis "input" the gain scales x instead."""
 
     x: Tensor
@@ -62,8 +65,8 @@ class LoraLinearCall(NamedTuple):
         return self.gain is not None
 
 
-class DoraLinearCall(NamedTuple):
-    """As :class:`LoraLinearCall` with gain = magnitude / norm, the norm of :class:`WeightNormCall`."""
+class DoraLinear(NamedTuple):
+    """As :class:`LoraLinear` with gain = magnitude / norm, the norm of :class:`WeightNorm`."""
 
     x: Tensor
     weight: Tensor
@@ -83,17 +86,15 @@ class DoraLinearCall(NamedTuple):
     def has_gain(self) -> bool:
         return True
 
-    def weight_norm(self) -> WeightNormCall:
-        return WeightNormCall(
-            self.weight, self.lora_A, self.lora_B, self.scaling, self.axis, self.kept_norm, self.kept_key
-        )
+    def weight_norm(self) -> WeightNorm:
+        return WeightNorm(self.weight, self.lora_A, self.lora_B, self.scaling, self.axis, self.kept_norm, self.kept_key)
 
-    def lora_linear(self, gain: Tensor) -> LoraLinearCall:
-        return LoraLinearCall(*(*self[:6], gain, *self[7:11]))
+    def lora_linear(self, gain: Tensor) -> LoraLinear:
+        return LoraLinear(*(*self[:6], gain, *self[7:11]))
 
 
-class LoraLinearGradCall(NamedTuple):
-    """The gradients of :class:`LoraLinearCall`; x is there for those of lora_A and an input's gain, h for lora_B's."""
+class LoraLinearGrad(NamedTuple):
+    """The gradients of :class:`LoraLinear`; x is there for those of lora_A and an input's gain, h for lora_B's."""
 
     grad_y: Tensor
     x: Tensor | None
@@ -119,8 +120,8 @@ class LoraLinearGradCall(NamedTuple):
         return self.gain is not None
 
 
-class DoraLinearGradCall(NamedTuple):
-    """The gradients of :class:`DoraLinearCall`; with ``detach_norm`` the norm is a constant."""
+class DoraLinearGrad(NamedTuple):
+    """The gradients of :class:`DoraLinear`; with ``detach_norm`` the norm is a constant."""
 
     grad_y: Tensor
     x: Tensor | None
@@ -152,16 +153,16 @@ class DoraLinearGradCall(NamedTuple):
         """Whether lora_A's or lora_B's gradient has a part that comes through the norm."""
         return not self.detach_norm and (self.need_A or self.need_B)
 
-    def lora_linear(self, gain: Tensor) -> LoraLinearGradCall:
+    def lora_linear(self, gain: Tensor) -> LoraLinearGrad:
         need_gain = self.need_magnitude or self.through_norm
-        return LoraLinearGradCall(*(*self[:6], gain, *self[7:16], need_gain, self.need_bias))
+        return LoraLinearGrad(*(*self[:6], gain, *self[7:16], need_gain, self.need_bias))
 
-    def weight_norm(self, grad: Tensor) -> WeightNormGradCall:
+    def weight_norm(self, grad: Tensor) -> WeightNormGrad:
         factors = self.weight, self.lora_A, self.lora_B, self.scaling, self.axis
-        return WeightNormGradCall(grad, self.norm, *factors, self.need_A, self.need_B)
+        return WeightNormGrad(grad, self.norm, *factors, self.need_A, self.need_B)
 
 
-class LoraComposeCall(NamedTuple):
+class LoraCompose(NamedTuple):
     """gain ⊙ (base + s h lora_Bᵀ) + bias"""
 
     base: Tensor
@@ -173,8 +174,8 @@ class LoraComposeCall(NamedTuple):
     keep: Kept
 
 
-class LoraComposeGradCall(NamedTuple):
-    """The gradients of :class:`LoraComposeCall`."""
+class LoraComposeGrad(NamedTuple):
+    """The gradients of :class:`LoraCompose`."""
 
     grad_y: Tensor
     h: Tensor
@@ -190,7 +191,7 @@ class LoraComposeGradCall(NamedTuple):
     need_bias: bool
 
 
-class DropoutCall(NamedTuple):
+class Dropout(NamedTuple):
     """x / (1 - p) where ``seed``'s mask keeps, else 0."""
 
     x: Tensor
@@ -198,7 +199,7 @@ class DropoutCall(NamedTuple):
     p: float
 
 
-class MergeWeightCall(NamedTuple):
+class MergeWeight(NamedTuple):
     """weight ← gain ⊙ (W + s lora_B lora_A), in place."""
 
     weight: Tensor
@@ -210,14 +211,24 @@ class MergeWeightCall(NamedTuple):
 
 
 Call = (
-    WeightNormCall
-    | WeightNormGradCall
-    | LoraLinearCall
-    | LoraLinearGradCall
-    | DoraLinearCall
-    | DoraLinearGradCall
-    | LoraComposeCall
-    | LoraComposeGradCall
-    | DropoutCall
-    | MergeWeightCall
+    WeightNorm
+    | WeightNormGrad
+    | LoraLinear
+    | LoraLinearGrad
+    | DoraLinear
+    | DoraLinearGrad
+    | LoraCompose
+    | LoraComposeGrad
+    | Dropout
+    | MergeWeight
 )
+
+
+def compute_dtype(call: Call) -> torch.dtype:
+    """The activation's, or W's for an op without one; float64 where an op on W has any factor in it."""
+    if isinstance(call, (WeightNorm, WeightNormGrad, MergeWeight, DoraLinear, DoraLinearGrad)):
+        if accumulate_dtype(call.weight, call.lora_A, call.lora_B) == torch.float64:
+            return torch.float64
+        if isinstance(call, (WeightNorm, WeightNormGrad, MergeWeight)):
+            return call.weight.dtype
+    return call[0].dtype
