@@ -3,7 +3,7 @@
 That is law 3 of docs/design.md.
 A layer keeps its last norm and a key of what it was computed from: a 64-bit hash of the bits of lora_A and lora_B,
 the scaling, the axis, and for the frozen weight its data pointer, version, shape, strides and a hash of some thousand
-sampled elements. The op ``weight_norm_kept`` computes the key anew at every call, at run time, and compares.
+sampled elements. The ops that take them compute the key anew at every call, at run time, and compare.
 So no optimizer, collective, ``.data`` write or ``load_state_dict`` needs to tell anybody.
 """
 

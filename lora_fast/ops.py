@@ -33,6 +33,9 @@ def _define(call_type: Any, schema: str, rows: tuple[str, ...] = (), row_outputs
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def kernel(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():  # an exported graph calls it so, with parameters that want gradients
+            with torch.no_grad():
+                return kernel(*arguments)
         *fields, backend = arguments
         first = fields[0]
         leading = None if not row_fields or first.dim() == 2 else first.shape[:-1]
