@@ -14,8 +14,7 @@ import torch
 
 import lora_fast
 from lora_fast import backends, calls, check, functional, reference
-from lora_fast.backends import BackendName
-from lora_fast.backends.registry import run
+from lora_fast.backends import BackendName, registry
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.target import current
 
@@ -92,7 +91,7 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     op, call = ("lora_compose_fwd", forward) if direction == "forward" else ("lora_compose_bwd", backward)
 
     def composed(name: str) -> Step:
-        return partial(run, op, call, name)
+        return partial(registry.run, op, call, name)
 
     left_out = composition_faults(base, h, lora_B, gain)
     steps: dict[str, Step] = {"copy": lambda: other.copy_(base)}
@@ -102,7 +101,7 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     counted = f"lora_compose {direction}"
     bandwidth = 2 * base.nbytes / records["copy"]["median_ms"]
     bars = []
-    if R == 16 and (chosen := records.get(backends.plan_of(op, call)[0])):
+    if R == 16 and (chosen := records.get(backends.plan_of(op, call, backends.default_backend())[0])):
         reached = cost.least(counted, size).bytes / chosen["median_ms"] / bandwidth
         bars = [Bar("× copy bandwidth", reached, 0.75, False)]
     return row(f"composition {direction}, {T}×{N}, rank {R}", size, (counted,), records, bars, left_out)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_fast import backends, functional
 from lora_fast.backends import registry
+from lora_fast.backends.plan import Plan
 from lora_fast.backends.triton import ops
 from lora_fast.calls import LoraLinear, LoraLinearGrad
 from lora_fast.triton_kernels import (
@@ -241,6 +242,16 @@ def described_group() -> Sweep:
     return _forward_sweep("described_group", [4, 8, 16])
 
 
+def _plan(op: str, call: LoraLinear | LoraLinearGrad) -> Plan:
+    plan = registry.planned(registry.get("triton"), op, call)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def _forward(call: LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.lora_linear_fwd(call, _plan("lora_linear_fwd", call))
+
+
 def described_contraction() -> Sweep:
     """The forward of the backend, by the kernel of ours or by cuBLAS and a pass."""
     calls: dict[str, Call] = {}
@@ -248,7 +259,7 @@ def described_contraction() -> Sweep:
     for T, N, K, R in [*sizes, (8192, 8192, 8192, 384)]:
         x, W, A, B, gain = _normal(T, K), _normal(N, K), _normal(R, K), _normal(N, R), _gain(N)
         call = LoraLinear(x, W, None, A, B, S, gain, "output", 0.0, None, "product")
-        calls[f"{T}×{N}×{K}, rank {R}"] = partial(registry.run, "lora_linear_fwd", call, "triton")
+        calls[f"{T}×{N}×{K}, rank {R}"] = partial(_forward, call)
     return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
 
 
@@ -260,8 +271,7 @@ def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor
 
 def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor, B: Tensor) -> Tensor:
     call = _grad_call(grad_v, None, W, A, B)
-    _, chosen = registry.plan_of("lora_linear_bwd", call, "triton")
-    return ops.input_grad(call, chosen, grad_v, grad_h)[0]
+    return ops.input_grad(call, _plan("lora_linear_bwd", call), grad_v, grad_h)[0]
 
 
 def input_grad_contraction() -> Sweep:
@@ -282,11 +292,10 @@ def _along_the_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, 
     """h, d lora_A, and an update without a gain, over and over on the same output."""
     forward = LoraLinear(x, W, None, A, B, S, None, "output", 0.0, None, "nothing")
     backward = _grad_call(out, x, W, A, B)
-    _, chosen = registry.plan_of("lora_linear_fwd", forward, "triton")
-    h = ops.project(forward, chosen)
-    ops.add_update(out, h, B, S, chosen.kernel("y"))
-    _, chosen = registry.plan_of("lora_linear_bwd", backward, "triton")
-    return h, ops.A_grad(backward, chosen, grad_h), out
+    plan = _plan("lora_linear_fwd", forward)
+    h = ops.project(forward, plan)
+    ops.add_update(out, h, B, S, plan.kernel("y"))
+    return h, ops.A_grad(backward, _plan("lora_linear_bwd", backward), grad_h), out
 
 
 def gemm_rank() -> Sweep:

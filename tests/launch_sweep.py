@@ -90,7 +90,7 @@ def _weight(call: Call) -> Tensor:
 
 def run(op: str, call: Any) -> Any:
     """The op by the backend's own plan."""
-    return getattr(ops, op)(call, registry._planned(registry.get("triton"), op, call))
+    return getattr(ops, op)(call, registry.planned(registry.get("triton"), op, call))
 
 
 def make(call: Call) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lora_fast
-from lora_fast import functional
+from lora_fast import backends, functional
 from lora_fast.benchmarks import contenders as c, cost, gpu, gpu_first, gpu_rows, layer, peft_model, readme
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 from lora_fast.integrations import peft as integration
@@ -31,6 +31,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_rows, "measure", measure)
     monkeypatch.setattr(gpu_rows, "names_of_ours", lambda: ["torch"])
+    monkeypatch.setattr(backends.default, "_process_default", "torch")
     monkeypatch.setattr(gpu_rows, "wall_ms", lambda step, calls=100: 1.0)
     monkeypatch.setattr(peft_model, "WIDTH", 64)
     monkeypatch.setattr(peft_model, "FEED_FORWARD", 96)

@@ -205,7 +205,7 @@ def test_inference_mode(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_raises_clearly(kind: str) -> None:
     layer = make_layer(kind)
-    with pytest.raises(RuntimeError, match="vmap over LoraLinearFunction"):
+    with pytest.raises(RuntimeError, match=f"vmap over {'Lora' if kind == 'lora' else 'Dora'}LinearFunction"):
         torch.func.vmap(layer)(torch.randn(2, 3, IN))
 
 

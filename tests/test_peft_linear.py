@@ -80,7 +80,7 @@ def test_configurations(dora: bool, config: dict) -> None:
     peft = perceptron(use_dora=dora, **config)
     fast = accelerated(peft)
     assert_same(fast, peft, tokens(5, 12))
-    assert "lora_linear_fwd" in uses_lora_fast(fast, tokens(5, 12))
+    assert ("dora_linear_fwd" if dora else "lora_linear_fwd") in uses_lora_fast(fast, tokens(5, 12))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,7 +113,7 @@ def test_conv1d_of_transformers(dora: bool) -> None:
     peft = conv1ds(use_dora=dora)
     fast = accelerated(peft)
     assert_same(fast, peft, tokens(2, 5, 12))
-    assert "lora_linear_fwd" in uses_lora_fast(fast, tokens(5, 12))
+    assert ("dora_linear_fwd" if dora else "lora_linear_fwd") in uses_lora_fast(fast, tokens(5, 12))
 
 
 @FORMS

@@ -71,7 +71,7 @@ def test_accelerate_is_idempotent_and_takes_new_arguments() -> None:
     assert lora_fast.accelerate(model) == first
     assert structure(model) == before
     assert lora_fast.accelerate(model, compute_dtype="adapter", norm_reuse=False).compute_dtype == "adapter"
-    assert uses_lora_fast(model, X) == {"lora_linear_fwd", "weight_norm_fwd"}
+    assert uses_lora_fast(model, X) == {"dora_linear_fwd"}
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -165,7 +165,7 @@ def test_hooks_of_the_base_layer_see_every_call() -> None:
     for each in (fast, model):
         up(each).base_layer.register_forward_hook(lambda module, args, y: y * 2)
     assert_same(fast, model, X)
-    assert {"lora_compose_fwd", "lora_linear_fwd"} <= uses_lora_fast(fast, X)
+    assert {"lora_compose_fwd", "dora_linear_fwd"} <= uses_lora_fast(fast, X)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout"])
@@ -197,9 +197,9 @@ def test_hooks_of_accelerate_around_a_layer(first: str) -> None:
         assert lora_fast.accelerate(model) == report
     assert report.left_alone == []
     torch.testing.assert_close(up(model)(X), 2 * up(plain)(X), **EXACT)
-    assert "lora_linear_fwd" in uses_lora_fast(up(model), X)
+    assert "dora_linear_fwd" in uses_lora_fast(up(model), X)
     copied = copy.deepcopy(model)
-    assert "lora_linear_fwd" in uses_lora_fast(up(copied), X)
+    assert "dora_linear_fwd" in uses_lora_fast(up(copied), X)
     lora_fast.restore(model)
     torch.testing.assert_close(up(model)(X), 2 * up(plain)(X), **EXACT)
     assert uses_lora_fast(model, X) == set()

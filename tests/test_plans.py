@@ -148,7 +148,7 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
     ):
         for op, call in filled(Size(tokens, N, K, rank, dtype)):
             with target.pretended(target.SM90):
-                plan = registry._planned(triton, op, call)
+                plan = registry.planned(triton, op, call)
             kernels = {step.kernel for step in plan.steps.values()}
             wanted = set().union(*(LAUNCHES.get(kernel, {f"{kernel}_kernel"}) for kernel in kernels))
             ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}

@@ -108,7 +108,7 @@ def _named(op: str, call: Call, name: str) -> tuple[Backend, Plan]:
     if not backend.takes(device_type):
         reason = f"it was asked for, but the tensors are on {device_type!r}"
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
-    plan = _planned(backend, op, call)
+    plan = planned(backend, op, call)
     if isinstance(plan, Refusal):
         raise RuntimeError(f"backend {name!r} cannot be used: {plan.reason}")
     return backend, plan
@@ -120,7 +120,7 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
     for backend in _candidates(_device_type(call)):
         if (op, backend.name) in _failed:
             continue
-        plan = _planned(backend, op, call)
+        plan = planned(backend, op, call)
         if isinstance(plan, Refusal):
             continue
         if not plan.yields:
@@ -130,13 +130,14 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
     return yielding
 
 
-def _planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
+def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
+    """The backend's answer, whether or not it is there and takes the device."""
     if backend.dtypes is not None and (dtype := compute_dtype(call)) not in backend.dtypes:
         return Refusal(f"it does not compute in {dtype}")
     if (kept := getattr(call, "kept", None)) is not None and kept not in backend.reads:
         return Refusal(f"its backward does not read {kept!r}, which the forward kept")
-    planned = getattr(backend.plan, op)
-    return planned if isinstance(planned, Plan) else planned(call)
+    answer = getattr(backend.plan, op)
+    return answer if isinstance(answer, Plan) else answer(call)
 
 
 def _device_type(call: Call) -> str:
