@@ -99,17 +99,6 @@ __device__ inline uint64_t hash_sample(const Bits& bits) {
   return hash;
 }
 
-// The sum over the block's threads, in every thread; shared memory [threads / 32].
-__device__ inline uint64_t sum_of_block(uint64_t x, uint64_t* shared, int threads) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  uint64_t sum = 0;
-  for (int warp = 0; warp < threads / 32; ++warp) sum += shared[warp];
-  return sum;
-}
-
 static LORA_FAST_KERNEL(kKeyThreads, 2) content_key_kernel(ContentKey op) {
   uint64_t* shared = reinterpret_cast<uint64_t*>(shared_memory());
   constexpr uint64_t kApart = uint64_t{1} << 48;  // lora_B's positions, from lora_A's
