@@ -52,7 +52,7 @@ y = lora_fast.functional.lora_linear(x, W, None, A, B, 2.0, backend="cpu")
 torch.testing.assert_close(y, x @ (W + 2.0 * B @ A).T)
 y.sum().backward()
 torch.testing.assert_close(B.grad, 2.0 * (x @ A.T).sum(0).expand(5, 2))
-kept = torch.zeros(5), torch.zeros(6, dtype=torch.int64)
+kept = torch.zeros(5), torch.zeros(3, dtype=torch.int64)
 norm = torch.ops.lora_fast_c.weight_norm_kept(W, A, B.detach(), 1.0, True, *kept, 0)
 torch.testing.assert_close(norm, (W + B.detach() @ A).norm(dim=1))
 """

@@ -13,6 +13,7 @@ from torch import Tensor
 import lora_fast
 from lora_fast import functional, reference
 from lora_fast.backends import cpu, fuses_norm
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import Case, make_inputs, peak_bytes, poisoned_memory
 
@@ -184,14 +185,14 @@ def test_every_forward_keeps_the_same_key(ops) -> None:
         weight, lora_A, lora_B = (given[name] for name in ("weight", "lora_A", "lora_B"))
         expected = ops.content_key(weight, lora_A, lora_B, S, True, weight._version)
         for tokens in (1, 32, 33):
-            kept = torch.zeros(size[0]), torch.full((6,), -2)
+            kept = torch.zeros(size[0]), torch.full((KEY_LENGTH,), -2)
             forward(given | {"x": torch.randn(tokens, size[1]).bfloat16()}, kept)
             assert torch.equal(kept[1], expected)
 
 
 def test_few_tokens_see_a_write_into_any_row_that_is_sampled(ops) -> None:
     given = tensors(5, (1024, 64, 3))  # two elements of each row
-    kept = torch.zeros(1024), torch.full((6,), -2)
+    kept = torch.zeros(1024), torch.full((KEY_LENGTH,), -2)
     forward(given, kept)
     for row in (*range(0, 1024, 31), 1023):
         given["weight"].data[row] += 1
@@ -219,7 +220,7 @@ def test_the_layer_keeps_in_evaluation_and_renews_in_training(ops) -> None:
 def test_inference_tensors_are_taken_and_not_kept(ops) -> None:
     with torch.inference_mode():
         given = tensors(5, (64, 96, 16))
-        kept = torch.zeros(64), torch.full((6,), -2)
+        kept = torch.zeros(64), torch.full((KEY_LENGTH,), -2)
         y = forward(given, kept)[0]
         assert torch.equal(kept[0], torch.zeros(64))
         assert y.isfinite().all()
@@ -261,7 +262,7 @@ def test_what_is_fused(ops, change, fused) -> None:
 def test_opcheck(ops) -> None:
     given = tensors(5, (64, 96, 16))
     x, weight, bias, lora_A, lora_B, magnitude = given.values()
-    kept = torch.zeros(64), torch.full((6,), -2)
+    kept = torch.zeros(64), torch.full((KEY_LENGTH,), -2)
     for kept_tensors in (kept, (None, None)):
         torch.library.opcheck(
             torch.ops.lora_fast.dora_linear_fwd.default,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     constants,
     dropout as drop,
@@ -108,7 +109,8 @@ def weight_norm_kept(
     if weight.is_inference():  # no version to trust
         return weight_norm_fwd(weight, lora_A, lora_B, scaling, axis)
     with _on_device_of(weight):
-        return weight_norm.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, kept_norm, kept_key, weight._version)
+        host = host_key(weight, lora_A, lora_B, scaling, axis, weight._version)
+        return weight_norm.weight_norm_kept(weight, lora_A, lora_B, scaling, axis, kept_norm, kept_key, host)
 
 
 def weight_norm_bwd(
