@@ -345,11 +345,16 @@ def test_the_native_forwards_name_a_bad_norm_or_magnitude(ops) -> None:
 @pytest.mark.parametrize(
     ("norm", "kept_norm", "kept_key", "message"),
     [
-        (torch.empty(63), torch.empty(64), torch.empty(6).long(), "norm must have size 64"),
-        (torch.empty(64), torch.empty(63), torch.empty(6).long(), "kept_norm must have size 64"),
-        (torch.empty(64), torch.empty(64).double(), torch.empty(6).long(), "kept_norm must have the norm's dtype"),
-        (torch.empty(64), torch.empty(64), torch.empty(5).long(), "kept_key must be contiguous int64 of size 6"),
-        (torch.empty(64), torch.empty(64), torch.empty(6), "kept_key must be contiguous int64 of size 6"),
+        (torch.empty(63), torch.empty(64), torch.empty(KEY_LENGTH).long(), "norm must have size 64"),
+        (torch.empty(64), torch.empty(63), torch.empty(KEY_LENGTH).long(), "kept_norm must have size 64"),
+        (
+            torch.empty(64),
+            torch.empty(64).double(),
+            torch.empty(KEY_LENGTH).long(),
+            "kept_norm must have the norm's dtype",
+        ),
+        (torch.empty(64), torch.empty(64), torch.empty(2).long(), "kept_key must be contiguous int64 of size 3"),
+        (torch.empty(64), torch.empty(64), torch.empty(KEY_LENGTH), "kept_key must be contiguous int64 of size 3"),
         (torch.empty(64), torch.empty(64), None, "kept_norm and kept_key go together"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

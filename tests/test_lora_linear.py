@@ -9,6 +9,7 @@ from support import call, check, check_each_alone, fast_and_specification, run, 
 from torch import Tensor
 
 from lora_fast import functional, reference
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.functional import draw_seed
 from lora_fast.testing import (
     CASES,
@@ -348,7 +349,7 @@ def test_opcheck(backend: str) -> None:
     x, weight, bias, A, B = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
     for axis in ("output", "input"):
         gain, norm = inputs.gain[axis], inputs.magnitude[axis]
-        kept = torch.zeros_like(norm), torch.zeros(6, dtype=torch.int64)
+        kept = torch.zeros_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
         product = inputs.base if axis == "output" else None
         calls = [
             (ops.weight_norm_fwd, (weight, A, B, 0.7, axis, backend)),

@@ -136,10 +136,11 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 def _factor_bits(factor: Tensor) -> Tensor:
     """The factor as a matrix of integers whose rows make words: of adjacent ones, 8-byte numbers in one row."""
-    lines = factor.T if factor.stride(0) < factor.stride(1) else factor
-    if lines.is_contiguous() and factor.numel() * factor.element_size() % 16 == 0 and factor.data_ptr() % 8 == 0:
-        return lines.view(1, -1).view(torch.int64)
-    return lines.view(_BITS[factor.element_size()])
+    if factor.is_contiguous() and factor.numel() * factor.element_size() % 16 == 0 and factor.data_ptr() % 8 == 0:
+        return factor.view(1, -1).view(torch.int64)
+    if factor.stride(0) < factor.stride(1):
+        return _factor_bits(factor.T)
+    return factor.view(_BITS[factor.element_size()])
 
 
 def content_hashes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, kept_key: Tensor) -> tuple[Tensor, Tensor]:
