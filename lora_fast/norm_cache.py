@@ -1,9 +1,8 @@
 """The norm is recomputed when something changed, and only then; content decides, not bookkeeping.
 
 That is law 3 of docs/design.md.
-A layer keeps its last norm and a key of what it was computed from: a 64-bit hash of the bits of lora_A and lora_B,
-the scaling, the axis, and for the frozen weight its data pointer, version, shape, strides and a hash of some thousand
-sampled elements. The ops that take them compute the key anew at every call, at run time, and compare.
+A layer keeps its last norm and a key of what it was computed from (:mod:`lora_fast.content_key`). The ops
+that take it compute the key anew at every call, at run time, and compare.
 So no optimizer, collective, ``.data`` write or ``load_state_dict`` needs to tell anybody.
 """
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-KEY_LENGTH = 6
+from lora_fast.content_key import KEY_LENGTH
+
 _lock = threading.Lock()
 
 
@@ -70,7 +70,7 @@ class NormCache:
         """Make the tensors, holding nothing yet. Ahead of ``torch.compile``, which can't make them while it traces."""
         with torch.inference_mode(False):
             norm = torch.zeros(size, dtype=dtype, device=device)
-            # no tensor has version -2: an unwritten key matches nothing
+            # a key that nothing has but by a collision
             key = torch.full((KEY_LENGTH,), -2, dtype=torch.int64, device=device)
         # inside a function transform or a fake mode these are wrappers that must not outlive it
         plain = type(norm) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(norm)

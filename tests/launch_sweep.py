@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lora_fast import calls
 from lora_fast.backends import registry
 from lora_fast.backends.triton import ops
-from lora_fast.norm_cache import KEY_LENGTH
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.target import Target
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import lora_fast
 from lora_fast import calls, functional, reference
 from lora_fast.backends import get
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import Case, peak_bytes, poisoned_memory
 
@@ -193,14 +194,14 @@ def test_every_forward_keeps_the_same_key(ops) -> None:
         weight, lora_A, lora_B = (given[name] for name in ("weight", "lora_A", "lora_B"))
         expected = ops.content_key(weight, lora_A, lora_B, S, True, weight._version)
         for tokens in (1, 32, 33):
-            kept = torch.zeros(size[0]), torch.full((6,), -2)
+            kept = torch.zeros(size[0]), torch.full((KEY_LENGTH,), -2)
             forward(given | {"x": torch.randn(tokens, size[1]).bfloat16()}, kept, keep_product=False)
             assert torch.equal(kept[1], expected)
 
 
 def test_few_tokens_see_a_write_into_any_row_that_is_sampled(ops) -> None:
     given = tensors(5, (1024, 64, 3))  # two elements of each row
-    kept = torch.zeros(1024), torch.full((6,), -2)
+    kept = torch.zeros(1024), torch.full((KEY_LENGTH,), -2)
     forward(given, kept, keep_product=False)
     for row in (*range(0, 1024, 31), 1023):
         given["weight"].data[row] += 1
@@ -228,7 +229,7 @@ def test_the_layer_keeps_in_evaluation_and_renews_in_training(ops) -> None:
 def test_inference_tensors_are_taken_and_not_kept(ops) -> None:
     with torch.inference_mode():
         given = tensors(5, (64, 96, 16))
-        kept = torch.zeros(64), torch.full((6,), -2)
+        kept = torch.zeros(64), torch.full((KEY_LENGTH,), -2)
         y = forward(given, kept, keep_product=False)[0]
         assert torch.equal(kept[0], torch.zeros(64))
         assert y.isfinite().all()
@@ -266,7 +267,7 @@ def test_what_is_fused(ops, change, fused) -> None:
 
 def test_opcheck(ops) -> None:
     given = tensors(5, (64, 96, 16))
-    for kept in ((torch.zeros(64), torch.full((6,), -2)), None):
+    for kept in ((torch.zeros(64), torch.full((KEY_LENGTH,), -2)), None):
         call = call_of(given, kept, keep_product=kept is None)
         torch.library.opcheck(torch.ops.lora_fast.dora_linear_fwd.default, (*call, "cpu"))
 
@@ -346,11 +347,16 @@ def test_the_native_forwards_name_a_bad_norm_or_magnitude(ops) -> None:
 @pytest.mark.parametrize(
     ("norm", "kept_norm", "kept_key", "message"),
     [
-        (torch.empty(63), torch.empty(64), torch.empty(6).long(), "norm must have size 64"),
-        (torch.empty(64), torch.empty(63), torch.empty(6).long(), "kept_norm must have size 64"),
-        (torch.empty(64), torch.empty(64).double(), torch.empty(6).long(), "kept_norm must have the norm's dtype"),
-        (torch.empty(64), torch.empty(64), torch.empty(5).long(), "kept_key must be contiguous int64 of size 6"),
-        (torch.empty(64), torch.empty(64), torch.empty(6), "kept_key must be contiguous int64 of size 6"),
+        (torch.empty(63), torch.empty(64), torch.empty(KEY_LENGTH).long(), "norm must have size 64"),
+        (torch.empty(64), torch.empty(63), torch.empty(KEY_LENGTH).long(), "kept_norm must have size 64"),
+        (
+            torch.empty(64),
+            torch.empty(64).double(),
+            torch.empty(KEY_LENGTH).long(),
+            "kept_norm must have the norm's dtype",
+        ),
+        (torch.empty(64), torch.empty(64), torch.empty(2).long(), "kept_key must be contiguous int64 of size 3"),
+        (torch.empty(64), torch.empty(64), torch.empty(KEY_LENGTH), "kept_key must be contiguous int64 of size 3"),
         (torch.empty(64), torch.empty(64), None, "kept_norm and kept_key go together"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

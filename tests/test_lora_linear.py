@@ -9,6 +9,7 @@ from support import call, check, check_each_alone, fast_and_specification, run, 
 from torch import Tensor
 
 from lora_fast import functional, reference
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.functional import draw_seed
 from lora_fast.testing import (
     CASES,
@@ -349,7 +350,7 @@ def test_opcheck(backend: str) -> None:
     factors, asked, unasked = (weight, A, B, 0.7), [True] * 5, [False] * 5
     for axis in ("output", "input"):
         gain, norm = inputs.gain[axis], inputs.magnitude[axis]
-        kept = torch.zeros_like(norm), torch.zeros(6, dtype=torch.int64)
+        kept = torch.zeros_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
         keep, product = ("product", inputs.base) if axis == "output" else ("nothing", None)
         linear, gradient = (x, weight, bias, A, B, 0.7), (inputs.grad_y, x, *factors)
         saved = (0.3, seed, product, inputs.h, keep)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.testing import dropout_mask, recorded_scratch, scratch_peak_bytes
 
 pytestmark = pytest.mark.native
@@ -378,11 +379,11 @@ def test_content_key_sees_every_change(ops, dtype) -> None:
 
     before = key()
     assert before.dtype == torch.int64
-    assert before.shape == (6,)
+    assert before.shape == (KEY_LENGTH,)
     assert torch.equal(before, key())
-    assert keys_differ(before, key(v=1)) == [3]
-    assert keys_differ(before, key(s=-1.0)) == [5]
-    assert keys_differ(before, key(o=False)) == [5]
+    assert keys_differ(before, key(v=1)) == [2]
+    assert keys_differ(before, key(s=-1.0)) == [2]
+    assert keys_differ(before, key(o=False)) == [2]
     assert keys_differ(before, key(w=weight.clone())) == [2]
     copied = [t.clone() for t in (lora_A, lora_B)]
     assert torch.equal(before, key(a=copied[0], b=copied[1]))  # content, not place
@@ -467,7 +468,7 @@ def test_bad_input_raises_with_the_arguments_name(ops, call, message) -> None:
 def test_weight_norm_kept(ops) -> None:
     weight, lora_A, lora_B = torch.randn(40, 24), torch.randn(3, 24), torch.randn(40, 3)
     norm = ops.weight_norm_fwd(weight, lora_A, lora_B, 0.7, True)
-    kept_norm, kept_key = torch.zeros(40), torch.full((6,), -2)
+    kept_norm, kept_key = torch.zeros(40), torch.full((KEY_LENGTH,), -2)
 
     def call(version: int = 0) -> Tensor:
         return ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, kept_norm, kept_key, version)
@@ -484,11 +485,11 @@ def test_weight_norm_kept(ops) -> None:
         (torch.zeros(39), kept_key, "kept_norm must have size 40"),
         (
             torch.zeros(40, dtype=torch.float64),
-            torch.zeros(6, dtype=torch.int64),
+            torch.zeros(KEY_LENGTH, dtype=torch.int64),
             "kept_norm must have the norm's dtype",
         ),
-        (kept_norm, kept_key.int(), "kept_key must be contiguous int64 of size 6"),
-        (kept_norm, kept_key[:5], "kept_key must be contiguous int64 of size 6"),
+        (kept_norm, kept_key.int(), "kept_key must be contiguous int64 of size 3"),
+        (kept_norm, kept_key[:2], "kept_key must be contiguous int64 of size 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, norm_, key, 0)

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from content_key_cases import LAYOUTS, key_cases
 from torch import Tensor
 
 pytest.importorskip("triton")
 from lora_fast import norm_cache, reference
+from lora_fast.content_key import KEY_LENGTH, content_hashes, host_key
 from lora_fast.testing import Case, Inputs, make_inputs, poisoned_memory
 from lora_fast.triton_kernels import content_key, merge_weight, weight_norm, weight_norm_bwd
 from lora_fast.triton_kernels.adapted_weight import Tile, can_describe
@@ -109,7 +111,7 @@ def test_strides_past_32_bits() -> None:
     assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
-KEY = [-2] * content_key.KEY_LENGTH
+KEY = [-2] * KEY_LENGTH
 
 
 class Kept:
@@ -129,8 +131,9 @@ class Kept:
         i = self.inputs
         with poisoned_memory():
             out = weight_norm.weight_norm_kept(
-                i.weight, i.lora_A, i.lora_B, scaling, axis, norm, key, i.weight._version
-            )
+                i.weight, i.lora_A, i.lora_B, scaling, axis, norm, key,
+                host_key(i.weight, i.lora_A, i.lora_B, scaling, axis, i.weight._version),
+            )  # fmt: skip
         assert out.data_ptr() != norm.data_ptr()
         assert torch.equal(out, norm)
         if bool((out == -1.0).all()):
@@ -212,11 +215,32 @@ def test_the_sample_reaches_all_of_the_weight(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+def test_the_hashes_are_those_of_the_definition(dtype: torch.dtype, layout: str) -> None:
+    for tensors in key_cases(dtype, layout):
+        hashes, state = content_key.content_hashes(*tensors, torch.tensor(KEY))
+        assert torch.equal(hashes.sum(0), content_hashes(*tensors))
+        assert state[4:].tolist() == KEY
+
+
+@pytest.mark.interp
+def test_each_factor_is_hashed_in_its_own_dtype() -> None:
+    tensors = torch.randn(40, 60).half(), torch.randn(5, 60), torch.randn(40, 5).bfloat16()
+    assert torch.equal(content_key.content_hashes(*tensors, torch.tensor(KEY))[0].sum(0), content_hashes(*tensors))
+
+
+def test_the_key_is_as_long_as_the_cache_expects() -> None:
+    assert content_key.KEY_LENGTH == KEY_LENGTH
+
+
+@pytest.mark.interp
 def test_the_hash_tells_the_factors_apart() -> None:
     weight, a, b = torch.zeros(2, 2), torch.randn(2, 4), torch.randn(4, 2)
+    turned = a.T.contiguous(), b.T.contiguous()
     hashes = {
         int(content_key.content_hashes(weight, *factors, torch.tensor(KEY))[0].sum(0)[0])
-        for factors in ((a, b), (b, a), (a.T, b.T), (a, a), (b, b), (a.flip(0), b), (a, b.flip(1)))
+        for factors in ((a, b), (b, a), turned, (a, a), (b, b), (a.flip(0), b), (a, b.flip(1)))
     }
     assert len(hashes) == 7
 

@@ -1,17 +1,18 @@
 """The content key of a kept norm, hashed and compared on the device (law 3).
 
-    hash(t) = Σ_i mix(bits_i + (i + 1) · odd)  mod 2^64         mix: splitmix64's finalizer (public domain)
-    key     = [hash(lora_A) + 3 hash(lora_B),  hash(sample of W),  host]                             int64 [3]
+    h((low, high), p) = fold(low ^ (2p + 1) K1, high ^ (2p + 1) K2)      fold(a, b): both halves of the product, xored
+    factors           = Σ_i h(word i of lora_A, i) + Σ_i h(word i of lora_B, 2^48 + i)                       mod 2^64
+    sample            = Σ_q h((bits of the q-th sampled element of W, K3), q)
+    key               = [factors, sample, host]                                                               int64 [3]
 
-A call compares with the kept key as its first kernel finds it: another stream's call may write it meanwhile.
-A sum may be taken in any order, so programs sum their share and whoever compares adds the shares up. The sample of W
-is 2048 elements: rows spread evenly, columns by the golden ratio, so that every stretch of either has its share.
-``host`` is what the host knows: W's data pointer and version, shapes, strides, dtypes, scaling and axis.
+A word is 16 bytes of a factor's elements, taken along its smaller stride. lora_fast/content_key.py is the definition,
+which says which elements of W are sampled, and makes ``host``. A sum may be taken in any order, so programs sum their
+share and whoever compares adds the shares up. A call compares with the kept key as its first kernel finds it: another
+stream's call may write it meanwhile.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -24,32 +25,50 @@ from lora_fast.triton_kernels.target import Target, current
 KEY_LENGTH = 3
 STATE_LENGTH = 2 * KEY_LENGTH + 1  # of a call: its key, whether that differs from the kept one, the kept one
 SAMPLES = 2048
+K3 = tl.constexpr(0x8CB92BA72F3D8DD7)
 
 
 @triton.jit
-def _hash(bits, position):
-    """The share of each element in the hash; bits of any integer dtype, position its index."""
-    z = bits.to(tl.int64).to(tl.uint64) + (position + 1).to(tl.uint64) * 0x632BE59BD9B4E019
-    z ^= z >> 30
-    z *= 0xBF58476D1CE4E5B9
-    z ^= z >> 27
-    z *= 0x94D049BB133111EB
-    return z ^ (z >> 31)
+def _hash(low, high, position):
+    """The share of each word in the hash; all uint64."""
+    odd = 2 * position + 1
+    a = low ^ (odd * 0x9E3779B97F4A7C15)
+    b = high ^ (odd * 0xD1B54A32D192ED03)
+    return (a * b) ^ tl.umulhi(a, b)
+
+
+@triton.jit
+def _unsigned(bits):
+    """uint64 with zeros above the bits of an integer."""
+    width: tl.constexpr = bits.dtype.primitive_bitwidth
+    return bits.to(tl.int64).to(tl.uint64) & ((1 << width) - 1)
 
 
 @triton.jit
 def _factor_hash(
-    bits_ptr, size, columns, stride_row, stride_column, program, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
-):
+    bits_ptr, size, columns, stride_row, stride_column, position: tl.constexpr, program,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """This program's share of the hash of a matrix of ``size`` elements: blocks program, program + PROGRAMS, …"""
-    total = tl.zeros([BLOCK], dtype=tl.uint64)
-    for start in range(program * BLOCK, size, PROGRAMS * BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        row = (index // columns).to(tl.int64)
-        column = (index % columns).to(tl.int64)
-        mask = index < size
-        bits = tl.load(bits_ptr + row * stride_row + column * stride_column, mask=mask, other=0)
-        total += tl.where(mask, _hash(bits, index), 0)
+    width: tl.constexpr = bits_ptr.dtype.element_ty.primitive_bitwidth
+    in_half: tl.constexpr = 64 // width
+    words: tl.constexpr = BLOCK // (2 * in_half)
+    total = tl.zeros([words], dtype=tl.uint64)
+    for start in range(program * words, tl.cdiv(size, 2 * in_half), PROGRAMS * words):
+        word = start + tl.arange(0, words)
+        half = 2 * word[:, None] + tl.arange(0, 2)[None, :]  # [words, 2]
+        if width == 64:  # adjacent
+            halves = tl.load(bits_ptr + half, mask=half < size, other=0).to(tl.uint64)
+        else:
+            element = tl.arange(0, in_half)[None, None, :]
+            index = half[:, :, None] * in_half + element  # [words, 2, in_half]
+            row = (index // columns).to(tl.int64)
+            column = (index % columns).to(tl.int64)
+            bits = tl.load(bits_ptr + row * stride_row + column * stride_column, mask=index < size, other=0)
+            halves = tl.sum(_unsigned(bits) << (element * width).to(tl.uint64), axis=2)
+        low, high = tl.split(halves)
+        hashes = _hash(low, high, position + word.to(tl.uint64))
+        total += tl.where(2 * in_half * word < size, hashes, 0)
     return tl.sum(total, axis=0)
 
 
@@ -66,8 +85,8 @@ def content_key_kernel(
     if program == 0:
         for part in tl.static_range(3):
             tl.store(state_ptr + 4 + part, tl.load(kept_key_ptr + part))
-    factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, program, PROGRAMS, BLOCK)
-    factors += 3 * _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, program, PROGRAMS, BLOCK)
+    factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, 0, program, PROGRAMS, BLOCK)
+    factors += _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, 1 << 48, program, PROGRAMS, BLOCK)
     tl.store(hashes_ptr + 2 * program, factors.to(tl.int64))
     q = program.to(tl.int64) * (SAMPLES // PROGRAMS) + tl.arange(0, SAMPLES // PROGRAMS)
     elements = tl.cast(N, tl.int64) * K
@@ -76,7 +95,7 @@ def content_key_kernel(
     column = tl.where(small, q % K, ((q * 0x9E3779B1 & 0xFFFFFFFF) * K) >> 32)
     mask = q < elements
     bits = tl.load(w_ptr + row * stride_w_n + column * stride_w_k, mask=mask, other=0)
-    sample = tl.sum(tl.where(mask, _hash(bits, q), 0), axis=0)
+    sample = tl.sum(tl.where(mask, _hash(_unsigned(bits), K3, q.to(tl.uint64)), 0), axis=0)
     tl.store(hashes_ptr + 2 * program + 1, sample.to(tl.int64))
 
 
@@ -105,7 +124,7 @@ class Config:
 
 
 def content_key_config(target: Target) -> Config:
-    """About 60 integer instructions for each 8 bytes: 12.6 MB of factors (8192², rank 384) take 4 µs on 128
+    """About 60 integer instructions for each 16 bytes: 12.6 MB of factors (8192², rank 384) take 4 µs on 128
     multiprocessors (predicted), 1/20 of the norm; more programs would make the comparison longer."""
     if target.backend == "interpreter":
         return Config(PROGRAMS=2, BLOCK=1 << 15, num_warps=4)
@@ -116,9 +135,11 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 def _factor_bits(factor: Tensor) -> Tensor:
-    """The factor as a matrix of integers; contiguous ones as one row of 8-byte words."""
-    if factor.is_contiguous() and factor.numel() * factor.element_size() % 8 == 0 and factor.data_ptr() % 8 == 0:
+    """The factor as a matrix of integers whose rows make words: of adjacent ones, 8-byte numbers in one row."""
+    if factor.is_contiguous() and factor.numel() * factor.element_size() % 16 == 0 and factor.data_ptr() % 8 == 0:
         return factor.view(1, -1).view(torch.int64)
+    if factor.stride(0) < factor.stride(1):
+        return _factor_bits(factor.T)
     return factor.view(_BITS[factor.element_size()])
 
 
@@ -137,10 +158,3 @@ def content_hashes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, kept_key: Ten
         PROGRAMS=config.PROGRAMS, BLOCK=config.BLOCK, SAMPLES=SAMPLES, num_warps=config.num_warps,
     )  # fmt: skip
     return hashes, state
-
-
-def host_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, version: int) -> int:
-    """A signed 64-bit number of this process, of what the host knows without looking at the device."""
-    form = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in (weight, lora_A, lora_B))
-    # the float's bits: hash(-1.0) == hash(-2.0)
-    return hash((weight.data_ptr(), version, form, struct.pack("<d", scaling), axis))

@@ -42,13 +42,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.constants import remembered
-from lora_fast.triton_kernels.content_key import (
-    KEY_LENGTH,
-    content_hashes,
-    content_key_config,
-    host_key,
-    is_changed,
-)
+from lora_fast.triton_kernels.content_key import KEY_LENGTH, content_hashes, content_key_config, is_changed
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
 
 
@@ -286,12 +280,13 @@ def weight_norm_kept(
     axis: str,
     kept_norm: Tensor,
     kept_key: Tensor,
-    version: int,
+    host_key: int,
 ) -> Tensor:
-    """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [≥ 3] says that nothing changed, else
-    computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay looks."""
+    """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [KEY_LENGTH] says that nothing changed,
+    else computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay
+    looks. ``host_key``: what the host knows of the inputs, a signed 64-bit number."""
     hashes, state = content_hashes(weight, lora_A, lora_B, kept_key)
-    kept = Kept(kept_norm, hashes, host_key(weight, lora_A, lora_B, scaling, axis, version), state)
+    kept = Kept(kept_norm, hashes, host_key, state)
     norm = _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), kept)
-    kept_key[:KEY_LENGTH].copy_(state[:KEY_LENGTH])
+    kept_key.copy_(state[:KEY_LENGTH])
     return norm

@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "packed.h"
+#include "parallel.h"
 
 namespace lora_fast {
 
@@ -52,22 +53,80 @@ struct PackedAdapter {
   PackedPanels q;
 };
 
-template <class T>
-struct WeightTile {
-  T* data;
-  int64_t stride;
+// A range of V's tiles: blocks of kTileRows rows by blocks of kTileCols columns, end excluded.
+struct TileRange {
+  int64_t row_begin, row_end, col_begin, col_end;
 };
 
-// The tile of W at (i, j): in place where its columns are adjacent, gathered into buffer otherwise.
-template <class T>
-LORA_FAST_INLINE WeightTile<T> weight_tile(const AdaptedWeight& v, int64_t i, int64_t j, int64_t rows,
-                                           int64_t cols, T* buffer) {
-  T* w = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
-  if (v.col_stride == 1) return {w, v.row_stride};
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; ++c) buffer[r * kTileCols + c] = w[r * v.row_stride + c * v.col_stride];
+inline int64_t row_blocks(const AdaptedWeight& v) {
+  return round_up(v.rows, kTileRows) / kTileRows;
+}
+inline int64_t col_blocks(const AdaptedWeight& v) {
+  return round_up(v.cols, kTileCols) / kTileCols;
+}
+
+// Into how many chunks the row blocks are divided, by what is worth a thread.
+inline int64_t row_chunks(const AdaptedWeight& v, int64_t least_elements) {
+  return chunk_count(row_blocks(v), std::max<int64_t>(1, least_elements / (kTileRows * v.cols)));
+}
+
+// V at (i, j): W's elements, in place where they are adjacent in whole strips and else gathered, zero to the
+// end of their strip, and P Q's, as far.
+template <class F, class T>
+struct AdaptedTile {
+  int64_t i, j, rows, cols;
+  Vec<F> scaling;
+  T* w;
+  int64_t stride;  // of w
+  bool gathered;
+  F* update;  // [rows][kTileCols], in the order of strips; the caller's to write over
+
+  // the strip of V at column k of row r
+  LORA_FAST_INLINE Strip<F> strip(int64_t r, int64_t k) const {
+    const Strip<F> x = load_strip<F>(w + r * stride + k), u = load_packed(update + r * kTileCols + k);
+    return {x.even + scaling * u.even, x.odd + scaling * u.odd};
   }
-  return {buffer, kTileCols};
+};
+
+// to[0], to[to_stride], ... = from[0], from[from_stride], ...
+template <class T>
+LORA_FAST_INLINE void copy_line(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t n) {
+  if (to_stride == 1 && from_stride == 1) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+    return;
+  }
+  for (int64_t k = 0; k < n; ++k) to[k * to_stride] = from[k * from_stride];
+}
+
+// f(tile) for each of the range, row by row. f is compiled for the caller's instruction set: always inline.
+template <class F, class T, class Function>
+LORA_FAST_INLINE void for_each_tile(const AdaptedWeight& v, const PackedAdapter& adapter,
+                                    const TileRange& range, const Function& f) {
+  alignas(64) F update[kTileRows * kTileCols];
+  alignas(64) T gathered[kTileRows * kTileCols];
+  const Vec<F> scaling = splat(static_cast<F>(v.scaling));
+  for (int64_t i = range.row_begin * kTileRows; i < std::min(v.rows, range.row_end * kTileRows);
+       i += kTileRows) {
+    const int64_t rows = std::min(kTileRows, v.rows - i);
+    for (int64_t j = range.col_begin * kTileCols; j < std::min(v.cols, range.col_end * kTileCols);
+         j += kTileCols) {
+      const int64_t cols = std::min(kTileCols, v.cols - j);
+      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), update, rows, cols);
+      T* w = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
+      int64_t stride = v.row_stride;
+      const bool gather = v.col_stride != 1 || cols % kStrip != 0;
+      if (gather) {
+        for (int64_t r = 0; r < rows; ++r) {
+          T* line = gathered + r * kTileCols;
+          std::fill(line + cols / kStrip * kStrip, line + round_up(cols, kStrip), T{});
+          copy_line(line, 1, w + r * v.row_stride, v.col_stride, cols);
+        }
+        w = gathered;
+        stride = kTileCols;
+      }
+      f(AdaptedTile<F, T>{i, j, rows, cols, scaling, w, stride, gather, update});
+    }
+  }
 }
 
 }  // namespace lora_fast

@@ -1,17 +1,18 @@
-// A short key of everything that the norm depends on: all bits of the factors, a sample of W and where it
-// lies.
+// The key of a kept norm, as lora_fast/content_key.py defines it.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 
 #include "../checks.h"
+#include "../include/lora_fast/content_hash.h"
 
 namespace lora_fast {
 
 struct ContentKey {
-  uint64_t factors, sample, address, version, form, scale;
+  uint64_t factors, sample, host;
 };
+static_assert(sizeof(ContentKey) == kKeyLength * sizeof(int64_t));
 
 // The sample is left 0.
 ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,

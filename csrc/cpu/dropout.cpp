@@ -1,6 +1,5 @@
 // out = x / (1 - p) where kept, 0 elsewhere; what is kept depends on seed, row and column alone.
-#include <cmath>
-
+#include "../include/lora_fast/dropout_mask.h"
 #include "ops.h"
 #include "parallel.h"
 #include "rank_tile.h"
@@ -13,42 +12,29 @@ struct Dropout {
   void* out;
   ScalarType dtype;
   int64_t rows, cols;
-  uint64_t seed, threshold;
+  uint64_t seed;
+  uint32_t threshold;
   double scale;
 };
 
-uint32_t mix(uint32_t z) {
-  z ^= z >> 16;
-  z *= 0x85EBCA6Bu;
-  z ^= z >> 13;
-  z *= 0xC2B2AE35u;
-  return z ^ (z >> 16);
-}
-
 // x where the columns k are kept, 0 elsewhere
 template <class F>
-LORA_FAST_INLINE Vec<F> drop(Vec<F> x, u32x16 k, uint32_t r1, uint32_t r2, uint32_t threshold) {
-  u32x16 z = k + r1;
-  z ^= z >> 16;
-  z *= 0x85EBCA6Bu;
-  z ^= r2;
-  z ^= z >> 13;
-  z *= 0xC2B2AE35u;
-  z ^= z >> 16;
+LORA_FAST_INLINE Vec<F> drop(Vec<F> x, u32x16 k, const RowMask& mask, uint32_t threshold) {
+  const u32x16 word = mask.word(k);
   if constexpr (sizeof(F) == 8) {
     using u64x16 = uint64_t __attribute__((vector_size(128)));
-    return __builtin_convertvector(z, u64x16) >= threshold ? x : Vec<F>{};
+    return __builtin_convertvector(word, u64x16) >= threshold ? x : Vec<F>{};
   } else {
-    return z >= threshold ? x : Vec<F>{};
+    return word >= threshold ? x : Vec<F>{};
   }
 }
 
 template <class F, class T>
-LORA_FAST_INLINE void drop_row(const Dropout& op, int64_t row, uint32_t r1, uint32_t r2) {
+LORA_FAST_INLINE void drop_row(const Dropout& op, int64_t row) {
   const T* x = static_cast<const T*>(op.x) + row * op.cols;
   T* out = static_cast<T*>(op.out) + row * op.cols;
   const Vec<F> scale = splat(static_cast<F>(op.scale));
-  const uint32_t threshold = static_cast<uint32_t>(op.threshold);
+  const RowMask mask(op.seed, static_cast<uint64_t>(row));
   u32x16 even = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, odd = even + kLanes;
   if (kDealt<T>) {
     even *= 2;
@@ -58,18 +44,15 @@ LORA_FAST_INLINE void drop_row(const Dropout& op, int64_t row, uint32_t r1, uint
     const uint32_t first = static_cast<uint32_t>(k);
     const Strip<F> in = load_strip_n<F>(x + k, op.cols - k);
     store_strip_n<F>(out + k,
-                     {drop<F>(in.even * scale, even + first, r1, r2, threshold),
-                      drop<F>(in.odd * scale, odd + first, r1, r2, threshold)},
+                     {drop<F>(in.even * scale, even + first, mask, op.threshold),
+                      drop<F>(in.odd * scale, odd + first, mask, op.threshold)},
                      op.cols - k);
   }
 }
 
 LORA_FAST_CLONES void drop_rows(const Dropout& op, int64_t begin, int64_t end) {
-  const uint32_t lo = static_cast<uint32_t>(op.seed), hi = static_cast<uint32_t>(op.seed >> 32);
   for (int64_t row = begin; row < end; ++row) {
-    const uint32_t r1 = mix(lo + static_cast<uint32_t>(row) * 0x9E3779B9u);
-    const uint32_t r2 = mix(hi ^ mix(r1 + static_cast<uint32_t>(row >> 32)));
-    LORA_FAST_BY_DTYPE(op.dtype, T, drop_row<Compute<T>, T>(op, row, r1, r2))
+    LORA_FAST_BY_DTYPE(op.dtype, T, drop_row<Compute<T>, T>(op, row))
   }
 }
 
@@ -90,7 +73,7 @@ Tensor cpu::dropout(Tensor x, Tensor seed, double p) {
              size[0],
              size[1],
              static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-             static_cast<uint64_t>(std::floor(p * 4294967296.0)),
+             dropout_threshold(p),
              1 / (1 - p)};
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, op.cols));
   for_chunks(chunk_count(op.rows, grain), op.rows,

@@ -21,7 +21,8 @@
 #define LORA_FAST_HAS_AMX 0
 #endif
 
-#define LORA_FAST_INLINE inline __attribute__((always_inline))
+#define LORA_FAST_ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
+#define LORA_FAST_INLINE inline LORA_FAST_ALWAYS_INLINE
 
 namespace lora_fast {
 

@@ -1,7 +1,6 @@
 // W ← (W + s B A) ⊙ gain, in place, tile by tile, each element rounded once.
 #include "adapted_weight.h"
 #include "ops.h"
-#include "parallel.h"
 
 namespace lora_fast {
 namespace {
@@ -10,34 +9,22 @@ namespace {
 template <class F, class T>
 LORA_FAST_INLINE void merge(const AdaptedWeight& v, const PackedAdapter& adapter, const F* row_gain,
                             const F* col_gain, int64_t begin, int64_t end) {
-  alignas(64) F c[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  const Vec<F> s = splat(static_cast<F>(v.scaling));
-  for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, v.rows - i);
-    for (int64_t j = 0; j < v.cols; j += kTileCols) {
-      const int64_t cols = std::min(kTileCols, v.cols - j);
-      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
-      const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec<F> row = splat(row_gain != nullptr ? row_gain[i + r] : F{1});
-        for (int64_t k = 0; k < cols; k += kStrip) {
-          T* out = w.data + r * w.stride + k;
-          const Strip<F> x = load_strip_n<F>(out, cols - k), update = load_packed(c + r * kTileCols + k);
-          Strip<F> gain{row, row};
-          if (col_gain != nullptr) gain = load_packed(col_gain + j + k);
-          store_strip_n<F>(out, {(x.even + s * update.even) * gain.even, (x.odd + s * update.odd) * gain.odd},
-                           cols - k);
-        }
-      }
-      if (v.col_stride == 1) continue;
-      T* out = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t k = 0; k < cols; ++k)
-          out[r * v.row_stride + k * v.col_stride] = gathered[r * kTileCols + k];
+  const TileRange range{begin, end, 0, col_blocks(v)};
+  for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const Vec<F> row = splat(row_gain != nullptr ? row_gain[tile.i + r] : F{1});
+      for (int64_t k = 0; k < tile.cols; k += kStrip) {
+        const Strip<F> x = tile.strip(r, k);
+        Strip<F> gain{row, row};
+        if (col_gain != nullptr) gain = load_packed(col_gain + tile.j + k);
+        store_strip<F>(tile.w + r * tile.stride + k, {x.even * gain.even, x.odd * gain.odd});
       }
     }
-  }
+    if (!tile.gathered) return;
+    T* out = static_cast<T*>(v.data) + tile.i * v.row_stride + tile.j * v.col_stride;
+    for (int64_t r = 0; r < tile.rows; ++r)
+      copy_line(out + r * v.row_stride, v.col_stride, tile.w + r * tile.stride, 1, tile.cols);
+  });
 }
 
 LORA_FAST_CLONES void merge_float(const AdaptedWeight& v, const PackedAdapter& adapter, const void* row_gain,
@@ -69,9 +56,7 @@ void cpu::merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
   if (gain) factor.emplace(*gain, v.wide, !by_rows && is_dealt(v.dtype));
   const void* row_gain = factor && by_rows ? factor->data() : nullptr;
   const void* col_gain = factor && !by_rows ? factor->data() : nullptr;
-  const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
-  const int64_t grain = std::max<int64_t>(1, 65536 / (kTileRows * v.cols));
-  for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+  for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
     const AmxScope scope(adapter.layout.amx, adapter.layout.step);
     (v.wide ? merge_double : merge_float)(v, adapter, row_gain, col_gain, begin, end);
   });

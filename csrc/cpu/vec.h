@@ -230,7 +230,7 @@ LORA_FAST_INLINE void transpose_words(const void* rows, int64_t row_bytes, u32x1
     std::memcpy(&out[i], p + i * row_bytes, 32);
     std::memcpy(reinterpret_cast<char*>(&out[i]) + 32, p + (i + 8) * row_bytes, 32);
   }
-  const auto exchange = [](u32x16& a, u32x16& b, auto step) __attribute__((always_inline)) {
+  const auto exchange = [](u32x16& a, u32x16& b, auto step) LORA_FAST_ALWAYS_INLINE {
     const u32x16 x = a, y = b;
     if constexpr (step == 1) {
       a = __builtin_shufflevector(x, y, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);

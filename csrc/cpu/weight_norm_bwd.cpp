@@ -3,7 +3,6 @@
 // the work along the axis that they do not sum over, so that no thread needs partial sums of its own.
 #include "adapted_weight.h"
 #include "ops.h"
-#include "parallel.h"
 
 namespace lora_fast {
 namespace {
@@ -15,22 +14,17 @@ struct NormGrad {
   bool by_rows;
 };
 
-// c [rows][kTileCols] = dV at (i, j), zero past cols, in the order of strips
+// dV in the place of P Q's elements: zero too past the tile's columns to the end of their strip
 template <class F, class T>
-LORA_FAST_INLINE void grad_tile(const NormGrad& g, int64_t i, int64_t j, int64_t rows, int64_t cols, F* c,
-                                T* gathered) {
+LORA_FAST_INLINE void make_grad(const NormGrad& g, const AdaptedTile<F, T>& tile) {
   const F* coefficients = static_cast<const F*>(g.coefficients);
-  const Vec<F> s = splat(static_cast<F>(g.v.scaling));
-  rank_tile(g.adapter.layout, g.adapter.p.at(i), g.adapter.q.at(j), c, rows, cols);
-  const WeightTile<T> w = weight_tile(g.v, i, j, rows, cols, gathered);
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vec<F> row = splat(g.by_rows ? coefficients[i + r] : F{1});
-    for (int64_t k = 0; k < cols; k += kStrip) {
-      F* out = c + r * kTileCols + k;
-      const Strip<F> x = load_strip_n<F>(w.data + r * w.stride + k, cols - k), update = load_packed(out);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const Vec<F> row = splat(g.by_rows ? coefficients[tile.i + r] : F{1});
+    for (int64_t k = 0; k < tile.cols; k += kStrip) {
+      const Strip<F> x = tile.strip(r, k);
       Strip<F> scale{row, row};
-      if (!g.by_rows) scale = load_packed(coefficients + j + k);
-      store_packed<F>(out, {(x.even + s * update.even) * scale.even, (x.odd + s * update.odd) * scale.odd});
+      if (!g.by_rows) scale = load_packed(coefficients + tile.j + k);
+      store_packed<F>(tile.update + r * kTileCols + k, {x.even * scale.even, x.odd * scale.odd});
     }
   }
 }
@@ -39,34 +33,24 @@ LORA_FAST_INLINE void grad_tile(const NormGrad& g, int64_t i, int64_t j, int64_t
 template <class F, class T>
 LORA_FAST_INLINE void grad_p(const NormGrad& g, const F* q_rows, int64_t width, F* out, int64_t begin,
                              int64_t end) {
-  alignas(64) F c[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  for (int64_t i = begin * kTileRows; i < std::min(g.v.rows, end * kTileRows); i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, g.v.rows - i);
-    for (int64_t j = 0; j < g.v.cols; j += kTileCols) {
-      const int64_t cols = std::min(kTileCols, g.v.cols - j);
-      grad_tile<F, T>(g, i, j, rows, cols, c, gathered);
-      gemm_tile(c, kTileCols, 1, q_rows + j * width, width, out + i * width, width, rows, width,
-                round_up(cols, kStrip), j > 0);
-    }
-  }
+  const TileRange range{begin, end, 0, col_blocks(g.v)};
+  for_each_tile<F, T>(g.v, g.adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
+    make_grad(g, tile);
+    gemm_tile(tile.update, kTileCols, 1, q_rows + tile.j * width, width, out + tile.i * width, width,
+              tile.rows, width, round_up(tile.cols, kStrip), tile.j > 0);
+  });
 }
 
 // out [R][width] += Pᵀ dV over the column blocks [begin, end); p_rows [rows][depth] is P
 template <class F, class T>
 LORA_FAST_INLINE void grad_q(const NormGrad& g, const F* p_rows, int64_t depth, F* out, int64_t width,
                              int64_t begin, int64_t end) {
-  alignas(64) F c[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  for (int64_t i = 0; i < g.v.rows; i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, g.v.rows - i);
-    for (int64_t j = begin * kTileCols; j < std::min(g.v.cols, end * kTileCols); j += kTileCols) {
-      const int64_t cols = std::min(kTileCols, g.v.cols - j);
-      grad_tile<F, T>(g, i, j, rows, cols, c, gathered);
-      gemm_tile(p_rows + i * depth, 1, depth, c, kTileCols, out + j, width, g.v.rank, round_up(cols, kStrip),
-                rows, i > 0);
-    }
-  }
+  const TileRange range{0, row_blocks(g.v), begin, end};
+  for_each_tile<F, T>(g.v, g.adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
+    make_grad(g, tile);
+    gemm_tile(p_rows + tile.i * depth, 1, depth, tile.update, kTileCols, out + tile.j, width, g.v.rank,
+              round_up(tile.cols, kStrip), tile.rows, tile.i > 0);
+  });
 }
 
 LORA_FAST_CLONES void grad_p_float(const NormGrad& g, const void* q_rows, int64_t width, void* out,
@@ -147,9 +131,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     pack_rows_into(q_rows.data(), v.q, plain_rows(v, width), v.wide, 0, v.cols);
     std::fill(q_rows.data() + v.cols * width, q_rows.data() + padded * width, F{});
     if (tiles.dealt) deal_rows(q_rows.data(), v.cols, width);
-    const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kTileRows * v.cols));
-    for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    for_chunks(row_chunks(v, 32768), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(tiles.amx, tiles.step);
       (v.wide ? grad_p_double : grad_p_float)(g, q_rows.data(), width, out.data(), begin, end);
     });
@@ -159,7 +141,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     const int64_t width = round_up(v.cols, kStrip);
     Scratch<F> p_rows(v.rows * v.rank), out(v.rank * width);
     pack_rows_into(p_rows.data(), v.p, plain_rows(v, v.rank), v.wide, 0, v.rows);
-    const int64_t blocks = round_up(v.cols, kTileCols) / kTileCols;
+    const int64_t blocks = col_blocks(v);
     const int64_t grain = std::max<int64_t>(1, 32768 / (kTileCols * v.rows));
     for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(tiles.amx, tiles.step);

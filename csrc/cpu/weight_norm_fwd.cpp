@@ -3,7 +3,6 @@
 
 #include "norm_of_line.h"
 #include "ops.h"
-#include "parallel.h"
 
 namespace lora_fast {
 namespace {
@@ -17,89 +16,56 @@ LORA_FAST_INLINE void prefetch_next(const T* w) {
   for (int64_t k = 0; k < kTileCols; k += kLine) __builtin_prefetch(w + kTileCols + k, 0, 2);
 }
 
-template <class F, class T>
-LORA_FAST_INLINE Strip<F> strip_of(const T* w, const F* c, Vec<F> s, int64_t cols) {
-  const Strip<F> x = load_strip_n<F>(w, cols), update = load_packed(c);
-  return {x.even + s * update.even, x.odd + s * update.odd};
+template <class F>
+LORA_FAST_INLINE void add_squares(Strip<F>& sums, const Strip<F>& x) {
+  sums.even += x.even * x.even;
+  sums.odd += x.odd * x.odd;
 }
 
 // squares[i] for the blocks of kTileRows rows in [begin, end)
 template <class F, class T>
 LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
                                   int64_t begin, int64_t end) {
-  alignas(64) F c[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  const Vec<F> s = splat(static_cast<F>(v.scaling));
-  for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, v.rows - i);
-    alignas(64) F sums[kTileRows * kLanes] = {};
-    for (int64_t j = 0; j < v.cols; j += kTileCols) {
-      const int64_t cols = std::min(kTileCols, v.cols - j);
-      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
-      const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* w_row = w.data + r * w.stride;
-        const F* c_row = c + r * kTileCols;
-        prefetch_next(w_row);
-        Vec<F> even{}, odd{};
-        if (cols == kTileCols) {
+  alignas(64) F sums[kTileRows * kLanes];
+  const TileRange range{begin, end, 0, col_blocks(v)};
+  for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
+    if (tile.j == 0) std::fill(sums, sums + kTileRows * kLanes, F{});
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      prefetch_next(tile.w + r * tile.stride);
+      Strip<F> own{};
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < kTileCols; k += kStrip) {
-            const Strip<F> x = strip_of(w_row + k, c_row + k, s, kStrip);
-            even += x.even * x.even;
-            odd += x.odd * x.odd;
-          }
-        } else {
-          for (int64_t k = 0; k < cols; k += kStrip) {
-            const Strip<F> x = strip_of(w_row + k, c_row + k, s, cols - k);
-            even += x.even * x.even;
-            odd += x.odd * x.odd;
-          }
-        }
-        F* sum = sums + r * kLanes;
-        store<F>(sum, load<F>(sum) + (even + odd));
-      }
+      for (int64_t k = 0; k < tile.cols; k += kStrip) add_squares(own, tile.strip(r, k));
+      F* sum = sums + r * kLanes;
+      store<F>(sum, load<F>(sum) + (own.even + own.odd));
     }
-    for (int64_t r = 0; r < rows; ++r) squares[i + r] = sum_lanes<F>(load<F>(sums + r * kLanes));
-  }
+    if (tile.j + tile.cols < v.cols) return;
+    for (int64_t r = 0; r < tile.rows; ++r) squares[tile.i + r] = sum_lanes<F>(load<F>(sums + r * kLanes));
+  });
 }
 
 // sums[j] += the squares of the same rows; sums [cols rounded up to kTileCols], in the order of strips
 template <class F, class T>
 LORA_FAST_INLINE void square_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
                                      int64_t begin, int64_t end) {
-  alignas(64) F c[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  const Vec<F> s = splat(static_cast<F>(v.scaling));
   constexpr int64_t kStrips = kTileCols / kStrip;
-  for (int64_t i = begin * kTileRows; i < std::min(v.rows, end * kTileRows); i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, v.rows - i);
-    for (int64_t j = 0; j < v.cols; j += kTileCols) {
-      const int64_t cols = std::min(kTileCols, v.cols - j);
-      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), c, rows, cols);
-      const WeightTile<T> w = weight_tile(v, i, j, rows, cols, gathered);
-      Strip<F> total[kStrips] = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* w_row = w.data + r * w.stride;
-        const F* c_row = c + r * kTileCols;
-        prefetch_next(w_row);
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < kStrips; ++k) {
-          const int64_t left = cols - k * kStrip;
-          if (left <= 0) break;
-          const Strip<F> x = strip_of(w_row + k * kStrip, c_row + k * kStrip, s, left);
-          total[k].even += x.even * x.even;
-          total[k].odd += x.odd * x.odd;
-        }
-      }
+  const TileRange range{begin, end, 0, col_blocks(v)};
+  for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
+    Strip<F> total[kStrips] = {};
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      prefetch_next(tile.w + r * tile.stride);
 #pragma GCC unroll 4
       for (int64_t k = 0; k < kStrips; ++k) {
-        F* sum = sums + j + k * kStrip;
-        const Strip<F> old = load_packed(sum);
-        store_packed<F>(sum, {old.even + total[k].even, old.odd + total[k].odd});
+        if (k * kStrip >= tile.cols) break;
+        add_squares(total[k], tile.strip(r, k * kStrip));
       }
     }
-  }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kStrips; ++k) {
+      F* sum = sums + tile.j + k * kStrip;
+      const Strip<F> old = load_packed(sum);
+      store_packed<F>(sum, {old.even + total[k].even, old.odd + total[k].odd});
+    }
+  });
 }
 
 LORA_FAST_CLONES void square_rows_float(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
@@ -140,9 +106,7 @@ void write_norms(const AdaptedWeight& v, bool row, const double* squares, F* nor
 template <class F>
 void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
   Scratch<double> squares(v.rows);
-  const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
-  const int64_t grain = std::max<int64_t>(1, 65536 / (kTileRows * v.cols));
-  for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
+  for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
     {
       const AmxScope scope(adapter.layout.amx, adapter.layout.step);
       (v.wide ? square_rows_double : square_rows_float)(v, adapter, squares.data(), begin, end);
@@ -154,10 +118,9 @@ void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
 template <class F>
 void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
   const int64_t width = round_up(v.cols, kTileCols);
-  const int64_t blocks = round_up(v.rows, kTileRows) / kTileRows;
-  const int64_t chunks = chunk_count(blocks, std::max<int64_t>(1, 65536 / (kTileRows * v.cols)));
+  const int64_t chunks = row_chunks(v, 65536);
   Scratch<F> sums(chunks * width);  // one row per chunk
-  for_chunks(chunks, blocks, [&](int64_t chunk, int64_t begin, int64_t end) {
+  for_chunks(chunks, row_blocks(v), [&](int64_t chunk, int64_t begin, int64_t end) {
     F* own = sums.data() + chunk * width;
     std::fill(own, own + width, F{});
     const AmxScope scope(adapter.layout.amx, adapter.layout.step);

@@ -17,8 +17,6 @@ size_t bytes_of(const Tensor& tensor) {
 // The kept norm and its key are one thing to other threads; the norm is written before its key.
 std::mutex mutex;
 
-constexpr int64_t kKeyLength = sizeof(ContentKey) / sizeof(int64_t);
-
 void check_kept(const Tensor& kept_norm, const Tensor& kept_key, const Tensor& norm) {
   check_wide(kept_norm, "kept_norm", norm.size(0));
   check_contiguous(kept_norm, "kept_norm");

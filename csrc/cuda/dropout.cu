@@ -1,7 +1,5 @@
 #include <lora_fast/dropout.cuh>
 
-#include <cmath>
-
 #include "binding.h"
 #include "ops.h"
 
@@ -26,7 +24,7 @@ Tensor dropout(Tensor x, Tensor seed, double p) {
                         whole.rows,
                         whole.cols,
                         static_cast<const int64_t*>(seed.const_data_ptr()),
-                        static_cast<uint32_t>(std::floor(p * 4294967296.0)),
+                        dropout_threshold(p),
                         static_cast<float>(1 / (1 - p))};
     check_launch(dropout(op, device.stream()), kName);
   });

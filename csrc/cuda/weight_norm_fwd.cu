@@ -1,5 +1,6 @@
 #include <lora_fast/weight_norm.cuh>
 
+#include "../host_key.h"
 #include "binding.h"
 #include "ops.h"
 
@@ -24,43 +25,23 @@ void enqueue(const Operand& weight, const Operand& lora_A, const Operand& lora_B
   });
 }
 
-Bits bits_of(const Tensor& tensor) {
-  const int64_t width = static_cast<int64_t>(tensor.element_size());
+// The lines along dimension 1 - outer.
+Bits bits_of(const Tensor& tensor, int outer) {
   return {tensor.const_data_ptr(),
-          tensor.size(0),
-          tensor.size(1),
-          tensor.stride(0),
-          tensor.stride(1),
-          static_cast<int>(width),
-          tensor.is_contiguous() && is_aligned(tensor.const_data_ptr()) && tensor.numel() * width % 16 == 0};
+          tensor.size(outer),
+          tensor.size(1 - outer),
+          tensor.stride(outer),
+          tensor.stride(1 - outer),
+          static_cast<int>(tensor.element_size()),
+          false};
 }
 
-// splitmix64's step
-uint64_t mixed(uint64_t hash, uint64_t word) {
-  uint64_t z = (hash ^ word) + 0x9E3779B97F4A7C15u;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  return z ^ (z >> 31);
-}
-
-// What the host knows of the norm's inputs: W's pointer and version, all forms, the scaling and the axis.
-void set_host_key(Kept& kept, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                  double scaling, bool per_output, int64_t version) {
-  uint64_t form = 0;
-  for (const Tensor* tensor : {&weight, &lora_A, &lora_B}) {
-    form = mixed(form, static_cast<uint64_t>(tensor->scalar_type()));
-    for (int64_t d = 0; d < 2; ++d) {
-      form = mixed(form, static_cast<uint64_t>(tensor->size(d)));
-      form = mixed(form, static_cast<uint64_t>(tensor->stride(d)));
-    }
-  }
-  uint64_t bits = 0;
-  static_assert(sizeof(bits) == sizeof(scaling));
-  memcpy(&bits, &scaling, sizeof(bits));
-  kept.host_key[0] = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
-  kept.host_key[1] = static_cast<uint64_t>(version);
-  kept.host_key[2] = form;
-  kept.host_key[3] = mixed(bits, per_output ? 1 : 0);
+// In the order in which a factor's elements make words.
+Bits factor_bits(const Tensor& tensor) {
+  Bits bits = bits_of(tensor, tensor.stride(0) < tensor.stride(1) ? 1 : 0);
+  bits.vector = bits.col_stride == 1 && bits.row_stride == bits.cols && is_aligned(bits.data) &&
+                tensor.numel() * bits.width % kWordBytes == 0;
+  return bits;
 }
 
 }  // namespace
@@ -90,18 +71,18 @@ Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
   if (weight.numel() == 0) return torch::stable::zero_(norm);
   const OnDevice device(weight, kName);
 
-  const Bits weight_bits = bits_of(weight), a_bits = bits_of(lora_A), b_bits = bits_of(lora_B);
+  const Bits a_bits = factor_bits(lora_A), b_bits = factor_bits(lora_B);
   const int64_t blocks = content_key_blocks(lora_A.numel() * a_bits.width + lora_B.numel() * b_bits.width);
   constexpr int64_t kState = divide_up(sizeof(KeptState), sizeof(uint64_t));
   Tensor shared = empty(weight, {kState + kKeyHashes * blocks}, ScalarType::Long);
   uint64_t* words = data_of<uint64_t>(shared);
   KeptState* state = reinterpret_cast<KeptState*>(words);
   uint64_t *hashes = words + kState, *key = data_of<uint64_t>(kept_key);
-  check_launch(content_key({weight_bits, a_bits, b_bits, key, state, hashes}, blocks, device.stream()),
+  check_launch(content_key({bits_of(weight, 0), a_bits, b_bits, key, state, hashes}, blocks, device.stream()),
                kName);
 
-  Kept kept{data_of<float>(kept_norm), key, {}, hashes, blocks, state};
-  set_host_key(kept, weight, lora_A, lora_B, scaling, per_output, version);
+  const uint64_t host = host_key(weight, lora_A, lora_B, scaling, per_output, version);
+  const Kept kept{data_of<float>(kept_norm), key, host, hashes, blocks, state};
   enqueue(w, a, b, scaling, per_output, norm, kept, kName, device.stream());
   return norm;
 }

@@ -11,11 +11,12 @@ import itertools
 
 import pytest
 import torch
+from content_key_cases import LAYOUTS as KEY_LAYOUTS, key_cases
 from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends.cuda import ops as cuda_ops, plan as cuda_plan
-from lora_fast.norm_cache import KEY_LENGTH
+from lora_fast.content_key import KEY_LENGTH, content_hashes
 from lora_fast.testing import dropout_mask
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -97,6 +98,15 @@ def test_weight_norm_kept(per_output: bool) -> None:
     check_renewed()
     lora_A, lora_B = laid_out(lora_A, "shifted"), laid_out(lora_B, "strided")
     check_renewed()
+
+
+@pytest.mark.parametrize("layout", KEY_LAYOUTS)
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+def test_the_content_key(dtype: torch.dtype, layout: str) -> None:
+    for weight, lora_A, lora_B in key_cases(dtype, layout):
+        kept_norm, kept_key = torch.zeros(weight.shape[0]), torch.full((KEY_LENGTH,), -2)
+        ops.weight_norm_kept(weight, lora_A, lora_B, 0.7, True, kept_norm, kept_key, 0)
+        assert torch.equal(kept_key[:2], content_hashes(weight, lora_A, lora_B))
 
 
 def test_weight_norm_kept_beside_another_stream(host: ctypes.CDLL) -> None:

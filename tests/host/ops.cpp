@@ -1,8 +1,6 @@
 // The CUDA kernels, compiled for the CPU by device.cuh, under their names in the library: in a process that
 // has not loaded lora_fast._C, whose place they take.
-#include "../../csrc/cuda/ops.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../../csrc/cuda/table.h"
 
 #include <lora_fast/device.cuh>
 
@@ -48,16 +46,6 @@ void lora_fast_host_give_streams(bool give) {
 }
 }
 
-namespace lora_fast {
-
 STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
-  m.impl("weight_norm_fwd", TORCH_BOX(&cuda::weight_norm_fwd));
-  m.impl("weight_norm_kept", TORCH_BOX(&cuda::weight_norm_kept));
-  m.impl("lora_compose_fwd", TORCH_BOX(&cuda::lora_compose_fwd));
-  m.impl("lora_gain_bwd", TORCH_BOX(&cuda::lora_gain_bwd));
-  m.impl("lora_linear_small_fwd", TORCH_BOX(&cuda::lora_linear_small_fwd));
-  m.impl("dropout", TORCH_BOX(&cuda::dropout));
-  m.impl("merge_weight", TORCH_BOX(&cuda::merge_weight));
+  lora_fast::cuda::implement(m);
 }
-
-}  // namespace lora_fast

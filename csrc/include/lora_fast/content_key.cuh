@@ -1,5 +1,4 @@
-// The key of a kept norm, hashed and compared on the device: all bits of lora_A and lora_B and a sample of W,
-// in two sums of 64-bit hashes of words with their positions; the rest of the key is the host's.
+// The key of a kept norm, as lora_fast/content_key.py defines it, hashed and compared on the device.
 //
 //   1. content_key_kernel  partial sums of each block, and a copy of the kept key
 //   2. begin_kept          in every block of the kernel that computes: adds them, compares with the copy
@@ -8,12 +7,12 @@
 // Another stream may write the kept key at any time; with the copy all blocks of a kernel decide alike.
 #pragma once
 
+#include <lora_fast/content_hash.h>
+
 #include <lora_fast/element.cuh>
 
 namespace lora_fast::cuda {
 
-constexpr int kKeyLength = 6, kKeyHashes = 2;
-constexpr int kKeySamples = 2048;
 constexpr int kKeyThreads = 256;
 constexpr int64_t kKeyBlocks = 128;  // at most: every block of the norm adds them up
 
@@ -26,13 +25,13 @@ struct KeptState {
 struct Kept {
   float* norm;    // null: nothing is kept
   uint64_t* key;  // [kKeyLength]
-  uint64_t host_key[kKeyLength - kKeyHashes];
+  uint64_t host_key;
   const uint64_t* hashes;  // [blocks, kKeyHashes]
   int64_t blocks;
   KeptState* state;
 };
 
-// A matrix's bits. `vector`: all of it adjacent, in whole 16-byte words.
+// A matrix's bits. `vector`: all of it adjacent and aligned, in whole words.
 struct Bits {
   const void* data;
   int64_t rows, cols, row_stride, col_stride;
@@ -47,74 +46,55 @@ struct ContentKey {
   uint64_t* hashes;  // [gridDim.x, kKeyHashes]
 };
 
-// Both halves of the 128-bit product: every bit of a and b reaches every bit of the result.
-__device__ inline uint64_t fold(uint64_t a, uint64_t b) {
-  return a * b ^ __umul64hi(a, b);
-}
-
-__device__ inline uint64_t hash_word(uint64_t low, uint64_t high, uint64_t position) {
-  return fold(low ^ (2 * position + 1) * 0x9E3779B97F4A7C15u,
-              high ^ (2 * position + 1) * 0xD1B54A32D192ED03u);
-}
-
 __device__ inline uint64_t bits_at(const Bits& bits, int64_t row, int64_t col) {
   const int64_t at = row * bits.row_stride + col * bits.col_stride;
   return bits.width == 2 ? static_cast<const uint16_t*>(bits.data)[at]
                          : static_cast<const uint32_t*>(bits.data)[at];
 }
 
-// This thread's part of the hash of all elements, their positions counted from `start`.
-__device__ inline uint64_t hash_bits(const Bits& bits, uint64_t start) {
+// This thread's part of the hash of all words, their positions counted from `start`.
+__device__ inline uint64_t hash_factor(const Bits& bits, uint64_t start) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kKeyThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kKeyThreads;
+  const int64_t elements = bits.rows * bits.cols;
   uint64_t hash = 0;
-  if (bits.vector) {
-    const int64_t words = bits.rows * bits.cols * bits.width / 16;
-    for (int64_t at = thread; at < words; at += threads) {
-      const uint4 word = static_cast<const uint4*>(bits.data)[at];
-      hash += hash_word(static_cast<uint64_t>(word.y) << 32 | word.x,
-                        static_cast<uint64_t>(word.w) << 32 | word.z, start + at);
+  for (int64_t word = thread; word < divide_up(elements * bits.width, kWordBytes); word += threads) {
+    uint64_t low = 0, high = 0;
+    if (bits.vector) {
+      const uint4 whole = static_cast<const uint4*>(bits.data)[word];
+      low = static_cast<uint64_t>(whole.y) << 32 | whole.x;
+      high = static_cast<uint64_t>(whole.w) << 32 | whole.z;
+    } else {
+      const int in_half = 8 / bits.width;
+      const int64_t first = word * 2 * in_half;
+      int64_t row = first / bits.cols, col = first % bits.cols;
+      for (int k = 0; k < 2 * in_half && row < bits.rows; ++k) {
+        (k < in_half ? low : high) |= bits_at(bits, row, col) << k % in_half * 8 * bits.width;
+        if (++col == bits.cols) {
+          col = 0;
+          ++row;
+        }
+      }
     }
-    return hash;
+    hash += hash_word(low, high, start + word);
   }
-  for (int64_t at = thread; at < bits.rows * bits.cols; at += threads)
-    hash += hash_word(bits_at(bits, at / bits.cols, at % bits.cols), 0x8CB92BA72F3D8DD7u, start + at);
   return hash;
 }
 
-// Rows in order and evenly, columns by the golden ratio: every stretch of rows and of columns has its share.
 __device__ inline uint64_t hash_sample(const Bits& bits) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kKeyThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kKeyThreads;
-  const bool all = bits.rows * bits.cols <= kKeySamples;
-  const int64_t count = all ? bits.rows * bits.cols : kKeySamples;
+  const Sampling sampling(bits.rows, bits.cols);
   uint64_t hash = 0;
-  for (int64_t at = thread; at < count; at += threads) {
-    const int64_t row = all ? at / bits.cols : (2 * at + 1) * bits.rows / (2 * kKeySamples);
-    const int64_t col = all ? at % bits.cols
-                            : static_cast<int64_t>(__umul64hi(0x9E3779B97F4A7C15u * static_cast<uint64_t>(at),
-                                                              static_cast<uint64_t>(bits.cols)));
-    hash += hash_word(bits_at(bits, row, col), 0x8CB92BA72F3D8DD7u, at);
-  }
+  for (int64_t q = thread; q < sampling.count(); q += threads)
+    hash += hash_word(bits_at(bits, sampling.row(q), sampling.col(q)), kLoneHigh, q);
   return hash;
-}
-
-// The sum over the block's threads, in every thread; shared memory [threads / 32].
-__device__ inline uint64_t sum_of_block(uint64_t x, uint64_t* shared, int threads) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  uint64_t sum = 0;
-  for (int warp = 0; warp < threads / 32; ++warp) sum += shared[warp];
-  return sum;
 }
 
 static LORA_FAST_KERNEL(kKeyThreads, 2) content_key_kernel(ContentKey op) {
   uint64_t* shared = reinterpret_cast<uint64_t*>(shared_memory());
-  constexpr uint64_t kApart = uint64_t{1} << 48;  // lora_B's positions, from lora_A's
   const uint64_t factors =
-      sum_of_block(hash_bits(op.lora_A, 0) + hash_bits(op.lora_B, kApart), shared, kKeyThreads);
+      sum_of_block(hash_factor(op.lora_A, 0) + hash_factor(op.lora_B, kLoraBPosition), shared, kKeyThreads);
   const uint64_t sample = sum_of_block(hash_sample(op.weight), shared, kKeyThreads);
   if (threadIdx.x == 0) {
     op.hashes[kKeyHashes * blockIdx.x] = factors;
@@ -124,7 +104,7 @@ static LORA_FAST_KERNEL(kKeyThreads, 2) content_key_kernel(ContentKey op) {
 }
 
 inline int64_t content_key_blocks(int64_t factor_bytes) {
-  const int64_t blocks = divide_up(factor_bytes, 16 * kKeyThreads);
+  const int64_t blocks = divide_up(factor_bytes, kWordBytes * kKeyThreads);
   return blocks < 1 ? 1 : blocks < kKeyBlocks ? blocks : kKeyBlocks;
 }
 
@@ -140,7 +120,7 @@ __device__ inline bool begin_kept(const Kept& kept, int threads) {
   for (int64_t block = threadIdx.x; block < kept.blocks; block += threads)
     for (int k = 0; k < kKeyHashes; ++k) key[k] += kept.hashes[kKeyHashes * block + k];
   for (int k = 0; k < kKeyHashes; ++k) key[k] = sum_of_block(key[k], shared, threads);
-  for (int k = kKeyHashes; k < kKeyLength; ++k) key[k] = kept.host_key[k - kKeyHashes];
+  key[kKeyHashes] = kept.host_key;
   bool changed = false;
   for (int k = 0; k < kKeyLength; ++k) changed |= key[k] != kept.state->former[k];
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {

@@ -2,6 +2,8 @@
 // read on the device.
 #pragma once
 
+#include <lora_fast/dropout_mask.h>
+
 #include <lora_fast/element.cuh>
 
 namespace lora_fast::cuda {
@@ -18,38 +20,16 @@ struct Dropout {
 
 constexpr int kDropoutThreads = 256;
 
-__device__ inline uint32_t mix(uint32_t z) {
-  z ^= z >> 16;
-  z *= 0x85EBCA6Bu;
-  z ^= z >> 13;
-  z *= 0xC2B2AE35u;
-  return z ^ (z >> 16);
-}
-
-__device__ inline bool is_kept(uint32_t col, uint32_t r1, uint32_t r2, uint32_t threshold) {
-  uint32_t z = col + r1;
-  z ^= z >> 16;
-  z *= 0x85EBCA6Bu;
-  z ^= r2;
-  z ^= z >> 13;
-  z *= 0xC2B2AE35u;
-  z ^= z >> 16;
-  return z >= threshold;
-}
-
 // kColumns: of a thread, Vector<T>::kSize (cols a multiple of it) or 1. Each block takes one row.
 template <class T, int kColumns>
 LORA_FAST_KERNEL(kDropoutThreads, 2)
 dropout_kernel(Dropout<T> op) {
   const int64_t row = blockIdx.x;
-  const uint64_t seed = static_cast<uint64_t>(*op.seed);
-  const uint32_t r1 = mix(static_cast<uint32_t>(seed) + static_cast<uint32_t>(row) * 0x9E3779B9u);
-  const uint32_t r2 = mix(static_cast<uint32_t>(seed >> 32) ^ mix(r1 + static_cast<uint32_t>(row >> 32)));
+  const RowMask mask(static_cast<uint64_t>(*op.seed), static_cast<uint64_t>(row));
   const T* x = op.x + row * op.cols;
   T* out = op.out + row * op.cols;
   const auto drop = [&](T value, int64_t col) {
-    return rounded<T>(is_kept(static_cast<uint32_t>(col), r1, r2, op.threshold) ? widen(value) * op.scale
-                                                                                : 0.0f);
+    return rounded<T>(mask.word(static_cast<uint32_t>(col)) >= op.threshold ? widen(value) * op.scale : 0.0f);
   };
   for (int64_t col = threadIdx.x * kColumns; col < op.cols; col += kDropoutThreads * kColumns) {
     if constexpr (kColumns == 1) {

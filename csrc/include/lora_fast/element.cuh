@@ -77,9 +77,16 @@ __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-__device__ inline double sum_of_warp(double x) {
+// The sum over the block's threads, in every thread; shared memory [threads / 32].
+template <class T>
+__device__ T sum_of_block(T x, T* shared, int threads) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
-  return x;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = 0;
+  for (int warp = 0; warp < threads / 32; ++warp) sum += shared[warp];
+  return sum;
 }
 
 }  // namespace lora_fast::cuda

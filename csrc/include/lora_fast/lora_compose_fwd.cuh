@@ -41,44 +41,23 @@ lora_compose_fwd_kernel(Compose<T> op) {
           biases[threadIdx.x] =
               op.bias != nullptr && at < product.cols ? element(op.bias, op.bias_dtype, at) : 0;
         }
-    // tile: base, then v where it is kept, then out; a lane touches its own elements only
-#pragma unroll
-        for (int i = 0; i < Part::kRowBlocks; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            T* own = tile + Part::row(i, half) * kBaseStride<T> + Part::col(0);
-#pragma unroll
-            for (int j = 0; j < Part::kColBlocks; ++j) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float& v = c.at[i][j][2 * half + e];
-                v = widen(own[8 * j + e]) + product.scaling * v;
-                if (op.kept.data != nullptr) own[8 * j + e] = rounded<T>(v);
-              }
-            }
-          }
-        }
+        // tile: base, then v where it is kept, then out; a lane touches its own elements only
+        Part::for_each([&](int i, int half, int j, int e) {
+          T& own = tile[Part::place(i, half, j, e)];
+          float& v = c.at[i][j][2 * half + e];
+          v = widen(own) + product.scaling * v;
+          if (op.kept.data != nullptr) own = rounded<T>(v);
+        });
         __syncthreads();
         if (op.kept.data != nullptr) {
           store_tile(tile, op.kept, product.rows, product.cols, row, col);
           __syncthreads();
         }
-#pragma unroll
-        for (int i = 0; i < Part::kRowBlocks; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            T* own = tile + Part::row(i, half) * kBaseStride<T> + Part::col(0);
-#pragma unroll
-            for (int j = 0; j < Part::kColBlocks; ++j) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int at = Part::col(j) + e;
-                const float gain = gains[op.gain_per_row ? Part::row(i, half) : at];
-                own[8 * j + e] = rounded<T>(gain * c.at[i][j][2 * half + e] + biases[at]);
-              }
-            }
-          }
-        }
+        Part::for_each([&](int i, int half, int j, int e) {
+          const int at = Part::col(j) + e;
+          const float gain = gains[op.gain_per_row ? Part::row(i, half) : at];
+          tile[Part::place(i, half, j, e)] = rounded<T>(gain * c.at[i][j][2 * half + e] + biases[at]);
+        });
         __syncthreads();
         store_tile(tile, op.out, product.rows, product.cols, row, col);
       });

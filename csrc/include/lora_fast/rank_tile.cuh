@@ -113,6 +113,23 @@ struct Fragment {
   __device__ static int warp_col() { return threadIdx.x / 32 % 2 * (kTileCols<T> / 2); }
   __device__ static int row(int i, int half) { return warp_row() + 16 * i + 8 * half + lane() / 4; }
   __device__ static int col(int j) { return warp_col() + 8 * j + lane() % 4 * 2; }
+  // of at[i][j][2 * half + e] in base's tile
+  __device__ static int place(int i, int half, int j, int e) {
+    return row(i, half) * kBaseStride<T> + col(j) + e;
+  }
+
+  // f(i, half, j, e) for each element, which the compiler knows apart.
+  template <class Function>
+  __device__ static void for_each(Function&& f) {
+#pragma unroll
+    for (int i = 0; i < kRowBlocks; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kColBlocks; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) f(i, half, j, e);
+  }
 
   __device__ void clear() {
     for (auto& rows : at)

@@ -48,21 +48,11 @@ weight_norm_tiles(WeightNorm<T> op) {
       op.weight, op.product, walk, [&](const Part& c, const T* tile, int64_t, int64_t) {
         float own[kSums] =
             {};  // apart from the total, so that its rounding errors stay those of few additions
-#pragma unroll
-        for (int i = 0; i < Part::kRowBlocks; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const T* row = tile + Part::row(i, half) * kBaseStride<T>;
-#pragma unroll
-            for (int j = 0; j < Part::kColBlocks; ++j) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float v = widen(row[Part::col(j) + e]) + op.product.scaling * c.at[i][j][2 * half + e];
-                own[by_rows ? 2 * i + half : 2 * j + e] += v * v;
-              }
-            }
-          }
-        }
+        Part::for_each([&](int i, int half, int j, int e) {
+          const float v =
+              widen(tile[Part::place(i, half, j, e)]) + op.product.scaling * c.at[i][j][2 * half + e];
+          own[by_rows ? 2 * i + half : 2 * j + e] += v * v;
+        });
 #pragma unroll
         for (int k = 0; k < kSums; ++k) sums[k] += own[k];
       });
@@ -87,7 +77,7 @@ weight_norm_tiles(WeightNorm<T> op) {
   }
 }
 
-// Σ v² over one line of V, in double by the whole block; the result is thread 0's.
+// Σ v² over one line of V, in double by the whole block.
 template <class T>
 __device__ double squares_of_line(const WeightNorm<T>& op, bool by_rows, int64_t line, double* shared) {
   const RankProduct& product = op.product;
@@ -104,13 +94,7 @@ __device__ double squares_of_line(const WeightNorm<T>& op, bool by_rows, int64_t
     const double v = w + product.scaling * update;
     squares += v * v;
   }
-  squares = sum_of_warp(squares);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = squares;
-  __syncthreads();
-  double sum = 0;
-  for (int warp = 0; warp < kFinishThreads / 32; ++warp) sum += shared[warp];
-  return sum;
+  return sum_of_block(squares, shared, kFinishThreads);
 }
 
 template <class T, bool by_rows>

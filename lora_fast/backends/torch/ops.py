@@ -7,7 +7,6 @@ cancels. Work on activations goes in chunks of tokens, in float32 (float64 for f
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +16,7 @@ from lora_fast import calls, norm_cache
 from lora_fast.backends import dora
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan
+from lora_fast.content_key import content_key
 from lora_fast.dtypes import accumulate_dtype
 
 CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
@@ -102,37 +102,6 @@ def _norm_of_parts(norms: Iterator[Tensor]) -> Tensor:
     return functools.reduce(
         lambda total, part: _scaled_norm(torch.stack((total, part)), 0), (part for part in waiting if part is not None)
     )
-
-
-def content_key(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
-    """int64 [KEY_LENGTH]: everything that the norm depends on (law 3 of docs/design.md)."""
-    layout = hash((weight.shape, weight.stride(), weight.dtype, lora_A.shape, lora_A.dtype, lora_B.dtype, axis))
-    adapter = _bit_hash(lora_A) * 3 + _bit_hash(lora_B)
-    # the bits: Python hashes -1.0 and -2.0 alike
-    (scaling_bits,) = struct.unpack("<q", struct.pack("<d", scaling))
-    host = torch.tensor([weight.data_ptr(), weight._version, layout, scaling_bits])
-    return torch.cat([torch.stack([adapter, _bit_hash(_sample(weight))]), host])
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """About two thousand elements, spread over all rows and columns."""
-    rows, columns = weight.shape
-    step = torch.arange(min(2048, rows * columns), device=weight.device)
-    return weight[step * 0x9E3779B1 % rows, step * 0x85EBCA77 % columns]
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bit_hash(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bits, in order: the sum of a mix of each element with its position."""
-    bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).reshape(-1).to(torch.int64)
-    z = torch.arange(bits.numel(), device=bits.device).mul_(0x632BE59BD9B4E019).add_(bits)
-    for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):  # splitmix64's, as signed numbers
-        z ^= (z >> 30) & 0x3FFFFFFFF
-        z *= multiplier
-    z ^= (z >> 31) & 0x1FFFFFFFF
-    return z.sum()
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:

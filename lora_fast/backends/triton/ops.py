@@ -15,6 +15,7 @@ from lora_fast import calls
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients
 from lora_fast.backends.plan import Plan
+from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
     lora_A_grad,
@@ -37,7 +38,8 @@ def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
             return weight_norm.weight_norm_fwd(*factors)
         assert call.kept_norm is not None
         assert call.kept_key is not None
-        return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
+        host = host_key(*factors, call.weight._version)
+        return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, host)
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -175,9 +175,6 @@ inline unsigned atomicAdd(unsigned* at, unsigned x) {
   *at += x;
   return former;
 }
-inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
-}
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int lanes) {
   return lora_fast::host::show(x)((threadIdx.x % 32) ^ lanes);
