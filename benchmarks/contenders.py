@@ -336,8 +336,8 @@ def _peft(dora: bool, float32_adapters: bool) -> Callable[[LayerInputs], Layer]:
     return build
 
 
-class _Cached(nn.Module):
-    """A PEFT layer with PEFT's own cache of B@A and the norm, which works in evaluation only."""
+class _Around(nn.Module):
+    """A layer with something done around it."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -348,10 +348,17 @@ class _Cached(nn.Module):
         return self.layer.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class _Cached(_Around):
+    """A PEFT layer with PEFT's own cache of B@A and the norm, which works in evaluation only."""
+
+    def forward(self, x: Tensor) -> Tensor:
         from peft.helpers import DoraCaching
 
         with DoraCaching():
-            return self.layer(x)
+            return super().forward(x)
 
 
 def _peft_cached(inputs: LayerInputs) -> Layer:
@@ -388,23 +395,12 @@ def _frozen_norms(inputs: LayerInputs) -> Layer:
     return Layer(_FrozenNorms(built.module), built.trained)
 
 
-class _FrozenNorms(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    @property
-    def weight(self) -> Tensor:
-        return self.layer.weight  # type: ignore[return-value]
-
+class _FrozenNorms(_Around):
     def train(self, mode: bool = True) -> _FrozenNorms:
         super().train(mode)
         if not mode:
             lora_fast.freeze_norms(self.layer)
         return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def _ours(dora: bool, backend: BackendName) -> Callable[[LayerInputs], Layer]:

@@ -26,15 +26,13 @@ from torch import Tensor
 from lora_fast import backends, functional, reference
 from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
+from lora_fast.dtypes import FLOATS, UP_TO_FLOAT32
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count
 
 FORMS = ("lora", "output", "output-full", "input")  # dora_linear by its axis; "-full": the gradient through the norm
-DTYPES = {
-    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = {"cpu": FLOATS, "cuda": UP_TO_FLOAT32}
 # No whole tiles. A vector of N or K has numbers enough for the budget in four draws.
 SMALL = Case((13,), 264, 280, 5)
 # On a GPU one size for each path that the kernels have: fused and cuBLAS's products, ranks below and above the limits.

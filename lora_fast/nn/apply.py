@@ -15,6 +15,7 @@ from torch import nn
 from lora_fast import backends
 from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
+from lora_fast.checks import check_axis
 from lora_fast.nn import checks, tied
 from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.names import Place, places, unwrapped
@@ -77,7 +78,7 @@ def apply(
     alpha = checks.check_alpha(alpha)
     checks.check_dropout(dropout)
     checks.check_adapter_dtype(adapter_dtype)
-    checks.check_norm_axis(norm_axis)
+    check_axis(norm_axis, "norm_axis")
     backends.check_name(backend)
     if scaling not in SCALINGS:
         raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(map(repr, SCALINGS))}")

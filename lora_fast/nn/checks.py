@@ -7,14 +7,13 @@ import numbers
 import warnings
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from lora_fast.dtypes import FLOATS
 from lora_fast.nn import hooks
 from lora_fast.nn.names import Place, wrapped_attribute
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 
 
@@ -47,7 +46,7 @@ def check_linear(linear: Any, name: str = "linear") -> None:
                 "quantised (bitsandbytes, torchao), distributed (DTensor) and computed (weight_norm, pruning) weights "
                 "are not supported"
             )
-        if parameter.dtype not in DTYPES:
+        if parameter.dtype not in FLOATS:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
     if linear.weight.shape != (linear.out_features, linear.in_features):
         raise TypeError(
@@ -110,15 +109,5 @@ def check_dropout(dropout: Any) -> float:
 
 
 def check_adapter_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"adapter_dtype: got {dtype!r}, expected {_DTYPE_NAMES}, or None for the linear's")
-
-
-def check_norm_axis(norm_axis: Any) -> None:
-    if norm_axis not in ("output", "input"):
-        raise ValueError(f"norm_axis: got {norm_axis!r}, expected 'output' or 'input'")
-
-
-def magnitude_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any is float64, else float32: the dtype of norm, gain and magnitude (law 1 of docs/design.md)."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

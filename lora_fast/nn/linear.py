@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_fast import backends, functional
 from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
+from lora_fast.checks import check_axis
+from lora_fast.dtypes import accumulate_dtype
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer
@@ -326,13 +328,13 @@ class LinearWithDoRA(AdaptedLinear):
         adapter_dtype: torch.dtype | None = None,
         backend: BackendName = "auto",
     ) -> None:
-        checks.check_norm_axis(norm_axis)
+        check_axis(norm_axis, "norm_axis")
         super().__init__(linear, rank, alpha, dropout, adapter_dtype, backend)
         self.norm_axis = norm_axis
         self.detach_norm = detach_norm
         self.norm_reuse = norm_reuse
         size = linear.out_features if norm_axis == "output" else linear.in_features
-        dtype = checks.magnitude_dtype(linear.weight, self.lora_A)
+        dtype = accumulate_dtype(linear.weight, self.lora_A)
         self.magnitude = nn.Parameter(linear.weight.new_empty(size, dtype=dtype))
         self._kept_norm = NormCache()
         self._frozen_gain: Tensor | None = None
@@ -417,7 +419,7 @@ class LinearWithDoRA(AdaptedLinear):
         weight = self.weight
         if self.norm_reuse and not weight.is_meta:
             # now, because torch.compile cannot make the tensors that keep the norm
-            dtype = checks.magnitude_dtype(weight, self.lora_A, self.lora_B)
+            dtype = accumulate_dtype(weight, self.lora_A, self.lora_B)
             self._kept_norm.of(weight).prepare(self.magnitude.shape[0], dtype, weight.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from lora_fast.backends import extension
 from lora_fast.backends.registry import Backend
+from lora_fast.dtypes import FLOATS
 
 
 class _Cpu(Backend):
@@ -16,4 +15,4 @@ class _Cpu(Backend):
         return device_type == "cpu"
 
 
-BACKEND = _Cpu(__name__, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+BACKEND = _Cpu(__name__, FLOATS)

@@ -6,6 +6,7 @@ import torch
 
 from lora_fast.backends import extension
 from lora_fast.backends.registry import Backend
+from lora_fast.dtypes import UP_TO_FLOAT32
 
 # What the runtime says of a kernel that this device or driver does not run.
 _LAUNCH_FAILURES = (
@@ -38,4 +39,4 @@ class _Cuda(Backend):
         return isinstance(error, RuntimeError) and any(text in str(error) for text in _LAUNCH_FAILURES)
 
 
-BACKEND = _Cuda(__name__, (torch.float32, torch.bfloat16, torch.float16))
+BACKEND = _Cuda(__name__, UP_TO_FLOAT32)

@@ -8,6 +8,7 @@ import importlib
 import torch
 
 from lora_fast.backends.registry import Backend
+from lora_fast.dtypes import UP_TO_FLOAT32
 
 _NOT_OF_THE_LAUNCH = (
     "out of memory",
@@ -51,4 +52,4 @@ def _interpreting() -> bool:
     return importlib.import_module("lora_fast.triton_kernels.target").interpreting()
 
 
-BACKEND = _Triton(__name__, (torch.float32, torch.bfloat16, torch.float16))
+BACKEND = _Triton(__name__, UP_TO_FLOAT32)
