@@ -230,9 +230,9 @@ def gpu_status() -> str:
     ]
     text = (
         f"On the device, DoRA's {step['title']}, took {ours / frozen:.2f} times as long as the frozen linear's, and "
-        f"PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python launches "
-        f"its kernels one by one, and a PEFT model of four small layers took {min(eager):.1f} to {max(eager):.1f} times "
-        "as long as PEFT's LoRA."
+        f"PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python "
+        "launches its kernels one by one, and a PEFT model of four small layers took "
+        f"{min(eager):.1f} to {max(eager):.1f} times as long as PEFT's LoRA."
     )
     return textwrap.fill(text, 128) + "\n"
 
