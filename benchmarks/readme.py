@@ -71,33 +71,29 @@ def _conditions(results: dict[str, Any]) -> str:
 def summary() -> str:
     """The README's table: lora_fast's DoRA beside the frozen linear and PEFT, in time and memory."""
     files = {name: read(name) for name, *_ in SUMMARY}
-    (conditions,) = {_conditions(results) for results in files.values()}
-    links = ", ".join(f"[{name}](benchmarks/results/{RESULTS.name}/{name})" for name in files)
+    links: dict[str, list[str]] = {}
+    for name, results in files.items():
+        links.setdefault(_conditions(results), []).append(f"[{name}](benchmarks/results/{RESULTS.name}/{name})")
     lines = []
     for name, start, prefix, contenders in SUMMARY:
         row = next(row for row in files[name]["rows"] if row["title"].startswith(start))
-        records = [row["records"][contender] if contender else None for contender in contenders]
-        fastest = min(record["median_ms"] for record in records[1:] if record and _completed(record))
-        cells = [_summary_cell(record) for record in records]
-        for index, record in enumerate(records):
-            if index and record and record["median_ms"] == fastest:
-                cells[index] = f"**{cells[index]}**"
+        records = [row["records"].get(contender, {}) for contender in contenders]
+        completed = [record for record in records[1:] if record.get("outcome", "completed") == "completed"]
+        fastest = min(completed, key=lambda record: record["median_ms"])
+        cells = (f"**{_cell(record)}**" if record is fastest else _cell(record) for record in records)
         lines.append([prefix + row["title"], *cells])
-    headings = ["", "frozen linear", "lora_fast DoRA", "PEFT LoRA", "PEFT DoRA"]
-    return f"{conditions}: {links}\n\n{table(headings, lines)}"
+    origins = "; ".join(f"{conditions}: {', '.join(those)}" for conditions, those in links.items())
+    return f"{origins}\n\n{table(['', 'frozen linear', 'lora_fast DoRA', 'PEFT LoRA', 'PEFT DoRA'], lines)}"
 
 
-def _completed(record: dict[str, Any]) -> bool:
-    return record.get("outcome", "completed") == "completed"
-
-
-def _summary_cell(record: dict[str, Any] | None) -> str:
-    if record is None:
+def _cell(record: dict[str, Any]) -> str:
+    """Time and, in brackets, memory."""
+    if not record:
         return ""
-    milliseconds, peak = record["median_ms"], record.get("peak_bytes")
-    time = f"{digits(milliseconds / 1e3)} s" if milliseconds >= 1e3 else f"{digits(milliseconds)} ms"
-    if not _completed(record):
-        return f"out of memory ({time} a step)"
+    ms, peak = record["median_ms"], record.get("peak_bytes") or 0
+    time = f"{digits(ms / 1e3)} s" if ms >= 1e3 else f"{digits(ms)} ms"
+    if record.get("outcome", "completed") != "completed":
+        return f"{record['outcome']} ({time} a step)"
     return f"{time} ({f'{peak / GIB:.2f} GiB' if peak >= GIB else f'{digits(peak / 2**20)} MiB'})"
 
 
