@@ -225,8 +225,8 @@ def gpu_status() -> str:
         if name.startswith("accelerated")
     ]
     text = (
-        f"On the device, DoRA's {step['title']}, took {ours / frozen:.2f} times as long as the frozen linear's, and "
-        f"PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python "
+        f"On the device, one DoRA layer ({step['title']}) took {ours / frozen:.2f} times as long as the frozen linear, "
+        f"and PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python "
         "launches its kernels one by one, and a PEFT model of four small layers took "
         f"{min(eager):.1f} to {max(eager):.1f} times as long as PEFT's LoRA."
     )

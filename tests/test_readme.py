@@ -81,4 +81,4 @@ def test_the_readme_states_the_figures_of_the_gpu() -> None:
     status = " ".join(readme.gpu_status().split())
     step = next(row for row in readme._gpu_results()["rows"] if row["title"].startswith("training step"))["records"]
     ratio = step["lora_fast DoRA"]["median_ms"] / step["frozen linear"]["median_ms"]
-    assert f"took {ratio:.2f} times as long as the frozen linear's" in status
+    assert f"took {ratio:.2f} times as long as the frozen linear," in status
