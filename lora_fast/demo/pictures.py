@@ -96,7 +96,7 @@ def times(rows: Sequence[Row]) -> Figure:
         panel.set(xscale="log", xlim=(0.5, limit))
         panel.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         panel.set_title(f"{row.case.tokens} token{'s'[: row.case.tokens > 1]}", fontsize=10)
-    panels[-1].set_xlabel("time of one call as a multiple of the frozen linear layer's (logarithmic)")
+    panels[-1].set_xlabel("time as a multiple of the frozen linear layer's (logarithmic)")
     figure.suptitle(f"{rows[0].case.mode.capitalize()}, {rows[0].case.size}", x=0.02, ha="left")
     return figure
 
