@@ -73,7 +73,7 @@ $(GPU)/.installed: $(NATIVE) $(wildcard lora_fast/*.py triton_kernels/*.py)
 bench: setup
 	$(BIN)/lora-fast bench $(BENCH)
 
-# For the repository: this device's results, and the README's pictures from them. Needs an idle machine.
+# For the repository: this device's results, and the pages' figures and pictures from them. Needs an idle machine.
 bench-results: setup
 	results=benchmarks/results/$$($(BIN)/python -c 'from lora_fast.benchmarks.report import device_slug; print(device_slug())') && \
 	$(BIN)/lora-fast bench --json $$results/bench.json --csv $$results/bench.csv && \

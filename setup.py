@@ -29,6 +29,14 @@ MINIMUM_TORCH = (2, 10)
 # Of TORCH_CUDA_ARCH_LIST, unset: what this CUDA toolkit knows of these. The PTX is for what comes after them.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 MINIMUM_ARCH = 8  # the first with bfloat16 on its tensor cores
+# Modules that no command of lora-fast runs, but pytest and make in the source tree. They are in no wheel.
+SOURCE_TREE_ONLY = {
+    "lora_fast.benchmarks": {
+        *("bench_layer", "bench_peft", "test_ops", "readme"),
+        *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
+    },
+    "lora_fast.triton_kernels": {"aot", "prewarm"},
+}
 
 
 class BuildRefused(SystemExit):
@@ -189,6 +197,11 @@ def record(package: Path, kind: str, reason: str) -> None:
 
 
 class BuildPy(build_py):
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """(package, module, file) of each module of a package; an editable install has all of them."""
+        left_out = set() if getattr(self, "editable_mode", False) else SOURCE_TREE_ONLY.get(package, set())
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] not in left_out]
+
     def run(self) -> None:
         super().run()
         editable = getattr(self, "editable_mode", False)

@@ -52,7 +52,9 @@ def add_commands(commands: Any) -> None:
     )
     report.add_argument("files", nargs="*", type=Path, metavar="FILE", help="result files (default: bench.json)")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    report.add_argument("--pictures", type=Path, metavar="DIR", help="also write the README's pictures there, as SVG")
+    report.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="also write the pictures of docs/benchmarks.md there, as SVG"
+    )
     report.set_defaults(run=_guarded(_report, report))
 
 

@@ -1,4 +1,4 @@
-"""python -m lora_fast.benchmarks.readme: the figures in README.md and docs/benchmarks.md, from committed result files.
+"""python -m lora_fast.benchmarks.readme: the figures in README.md and docs, from committed result files.
 
 What stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` is replaced. A test holds the pages to
 the files.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
 )
 GIB = 2**30
+# Of the README's table: the file, the start of the row's title, what is put before it, and the records of the frozen
+# linear, lora_fast's DoRA, PEFT's LoRA and PEFT's DoRA. One row in which PEFT's LoRA is faster is there on purpose.
+_LAYER = ("frozen linear", "lora_fast DoRA", "PEFT LoRA", "PEFT DoRA")
+_PEFT = (None, "accelerated DoRA", "PEFT LoRA", "PEFT DoRA")
+_T0_3B = (None, "lora_fast DoRA, accelerate", "PEFT LoRA, fp32 adapters", "PEFT DoRA, fp32 adapters")
+SUMMARY = (
+    ("bench.json", "layer, inference, 16 tokens", "", _LAYER),
+    ("bench.json", "layer, training step, 512 tokens, 4096×4096 bfloat16, rank 16", "", _LAYER),
+    ("bench.json", "layer, training step, 512 tokens, 4096×4096 bfloat16, rank 384", "", _LAYER),
+    ("peft.json", "training step with the optimizer step, 16 tokens", "PEFT model of four layers, ", _PEFT),
+    ("t0-3b.json", "T0-3B, training step, 4×128 tokens and 4×32 targets, bfloat16, rank 16", "", _T0_3B),
+)
 OURS = re.compile(r"lora_fast (LoRA|DoRA)$")  # what auto takes; the backends by name are contenders of their own
 
 
@@ -45,14 +58,47 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def origin(results: dict[str, Any], name: str) -> str:
+    link = f"benchmarks/results/{RESULTS.name}/{name}"
+    return f"{_conditions(results)}: [{link}](../{link})\n"
+
+
+def _conditions(results: dict[str, Any]) -> str:
     versions = results["versions"]
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "peft") if versions.get(package))
-    link = f"benchmarks/results/{RESULTS.name}/{name}"
-    return f"{results['device']}, {results['threads']} threads, {packages}, {results['date'][:10]}: [{link}]({link})\n"
+    return f"{results['device']}, {results['threads']} threads, {packages}, {results['date'][:10]}"
+
+
+def summary() -> str:
+    """The README's table: lora_fast's DoRA beside the frozen linear and PEFT, in time and memory."""
+    files = {name: read(name) for name, *_ in SUMMARY}
+    links: dict[str, list[str]] = {}
+    for name, results in files.items():
+        links.setdefault(_conditions(results), []).append(f"[{name}](benchmarks/results/{RESULTS.name}/{name})")
+    lines = []
+    for name, start, prefix, contenders in SUMMARY:
+        row = next(row for row in files[name]["rows"] if row["title"].startswith(start))
+        records = [row["records"].get(contender, {}) for contender in contenders]
+        completed = [record for record in records[1:] if record.get("outcome", "completed") == "completed"]
+        fastest = min(completed, key=lambda record: record["median_ms"])
+        cells = (f"**{_cell(record)}**" if record is fastest else _cell(record) for record in records)
+        lines.append([prefix + row["title"], *cells])
+    origins = "; ".join(f"{conditions}: {', '.join(those)}" for conditions, those in links.items())
+    return f"{origins}\n\n{table(['', 'frozen linear', 'lora_fast DoRA', 'PEFT LoRA', 'PEFT DoRA'], lines)}"
+
+
+def _cell(record: dict[str, Any]) -> str:
+    """Time and, in brackets, memory."""
+    if not record:
+        return ""
+    ms, peak = record["median_ms"], record.get("peak_bytes") or 0
+    time = f"{digits(ms / 1e3)} s" if ms >= 1e3 else f"{digits(ms)} ms"
+    if record.get("outcome", "completed") != "completed":
+        return f"{record['outcome']} ({time} a step)"
+    return f"{time} ({f'{peak / GIB:.2f} GiB' if peak >= GIB else f'{digits(peak / 2**20)} MiB'})"
 
 
 def layer() -> str:
-    """One layer: each contender in units of the frozen linear, then every aim."""
+    """One layer: each contender in units of the frozen linear, then every target."""
     results = read("layer.json")
     steps = [row for row in results["rows"] if row["dtype"] == "bfloat16" and row["mode"] != "weight_norm"]
     columns = sorted({(row["mode"], row["tokens"]) for row in steps})
@@ -74,11 +120,11 @@ def layer() -> str:
 
 
 def bars_lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Every bar of the rows as a line: what was measured, and the aim."""
+    """Every bar of the rows as a line: what was measured, and the target."""
     return table(
-        ["case", "measured as", "", "aim"],
+        ["case", "measured as", "", "target"],
         (
-            [_subject(row) + row["title"], bar["what"], digits(bar["measured"]), _aim(bar)]
+            [_subject(row) + row["title"], bar["what"], digits(bar["measured"]), _target(bar)]
             for row in rows
             for bar in row["bars"]
         ),
@@ -90,7 +136,7 @@ def _subject(row: dict[str, Any]) -> str:
 
 
 def peft() -> str:
-    """A PEFT model before and after acceleration: time and memory in units of PEFT's LoRA, then every aim."""
+    """A PEFT model before and after acceleration: time and memory in units of PEFT's LoRA, then every target."""
     results = read("peft.json")
     rows = results["rows"]
 
@@ -103,14 +149,10 @@ def peft() -> str:
         ["", *(row["title"] for row in rows)],
         ([name, *(cell(row, name) for row in rows)] for name in rows[0]["records"]),
     )
-    return f"{_from_docs(origin(results, 'peft.json'))}\n{first}\n{bars_lines(rows)}"
+    return f"{origin(results, 'peft.json')}\n{first}\n{bars_lines(rows)}"
 
 
-def _from_docs(link: str) -> str:
-    return link.replace("(benchmarks/", "(../benchmarks/")
-
-
-def _aim(bar: dict[str, Any]) -> str:
+def _target(bar: dict[str, Any]) -> str:
     return bound(bar) if bar["met"] else f"{bound(bar)}, **missed**"
 
 
@@ -147,7 +189,7 @@ def losses() -> str:
     """Every row of the suite in which a peer that computes the same is faster than what lora_fast takes by itself."""
     results = read("bench.json")
     rows = list(_losses(results["rows"]))
-    return f"{_from_docs(origin(results, 'bench.json'))}\n" + table(
+    return f"{origin(results, 'bench.json')}\n" + table(
         ["row", "lora_fast", "", "a peer", "", "ratio"], rows or [["none", "", "", "", "", ""]]
     )
 
@@ -168,6 +210,29 @@ def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
                     yield [row["title"], name, next(times), peer, next(times), digits(ratio)]
 
 
+def gpu_status() -> str:
+    """Two sentences for the README: one layer's step on the device, and a model called eagerly."""
+    results = _gpu_results()
+    step = next(row for row in results["rows"] if row["title"].startswith("training step"))
+    frozen, ours, theirs = (
+        step["records"][name]["median_ms"] for name in ("frozen linear", "lora_fast DoRA", "PEFT LoRA")
+    )
+    eager = [
+        record["median_ms"] / row["records"]["PEFT LoRA"]["median_ms"]
+        for row in results["rows"]
+        if row["title"].startswith("PEFT model")
+        for name, record in row["records"].items()
+        if name.startswith("accelerated")
+    ]
+    text = (
+        f"On the device, one DoRA layer ({step['title']}) took {ours / frozen:.2f} times as long as the frozen linear, "
+        f"and PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python "
+        "launches its kernels one by one, and a PEFT model of four small layers took "
+        f"{min(eager):.1f} to {max(eager):.1f} times as long as PEFT's LoRA."
+    )
+    return textwrap.fill(text, 128) + "\n"
+
+
 def gpu() -> str:
     """One layer on a GPU: each contender in units of the frozen linear."""
     results = _gpu_results()
@@ -181,7 +246,7 @@ def gpu_settings() -> str:
     rows = [row for row in _layer_rows(results) if row.get("setting")]
     if not rows:
         return "The committed results are from before these rows.\n"
-    return f"{_from_docs(_gpu_origin(results))}\n{_frozen_units(rows, _setting_column)}"
+    return f"{_gpu_origin(results)}\n{_frozen_units(rows, _setting_column)}"
 
 
 def _layer_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -218,7 +283,7 @@ def _frozen_units(rows: list[dict[str, Any]], column: Callable[[dict[str, Any]],
 def gpu_bars() -> str:
     """Every bar of the GPU benchmark."""
     results = _gpu_results()
-    return f"{_from_docs(_gpu_origin(results))}\n{bars_lines(results['rows'])}"
+    return f"{_gpu_origin(results)}\n{bars_lines(results['rows'])}"
 
 
 def gpu_kernels() -> str:
@@ -233,7 +298,7 @@ def gpu_kernels() -> str:
         total[0] += entry["calls"]
         total[1] += entry["us"]
     rows = [[kernel, f"{calls:g}", f"{us:.1f}"] for kernel, (calls, us) in merged.items()]
-    return f"{_from_docs(_gpu_origin(results))}\n" + table(["kernel", "calls", "µs"], rows)
+    return f"{_gpu_origin(results)}\n" + table(["kernel", "calls", "µs"], rows)
 
 
 def _kernel(name: str) -> str:
@@ -253,10 +318,12 @@ def _gpu_origin(results: dict[str, Any]) -> str:
     versions = results["versions"]
     packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "triton", "peft"))
     link = f"benchmarks/results/{GPU_RESULTS.name}/first.json"
-    return f"{results['device']}, {packages}, {results['date'][:10]}: [{link}]({link})\n"
+    return f"{results['device']}, {packages}, {results['date'][:10]}: [{link}](../{link})\n"
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "gpu-status": gpu_status,
     "layer": layer,
     "peft": peft,
     "t0-3b": t0_3b,

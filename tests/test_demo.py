@@ -21,8 +21,13 @@ pytest.importorskip("matplotlib", reason="the demo extra is not installed")
 pytest.importorskip("rich", reason="the demo extra is not installed")
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 
+from rich.console import Console
+
 from lora_fast.benchmarks.registry import FROZEN
-from lora_fast.demo import finetune, layers, report
+from lora_fast.benchmarks.runner import Record
+from lora_fast.demo import compare_models, digits, finetune, layers, models, models_report, report
+
+_METHODS = (digits.LORA, digits.DORA, digits.DORA_INPUT)
 
 
 def test_data_set_is_deterministic_and_stratified() -> None:
@@ -132,13 +137,41 @@ def test_report(result: report.Result, tmp_path: Path) -> None:
         assert row["records"]["lora_fast DoRA"]["peak_bytes"] > 0
 
 
+def test_no_rule_of_the_page_breaks_words(result: report.Result, tmp_path: Path) -> None:
+    """A table in a narrow window scrolls; `overflow-wrap: anywhere` would shrink its columns to single letters."""
+    page = report.write(tmp_path, result)[0].read_text("utf-8")
+    style, body = page.split("</style>")
+    assert not re.search(r"overflow-wrap:\s*anywhere|word-break:\s*break|hyphens:\s*auto", page)
+    assert re.search(r"\.short \{[^}]*white-space: nowrap", style)
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", style)
+    verdicts = re.findall(r'<td class="([^"]*)">(?:met|missed)</td>', body)
+    assert len(verdicts) == len(result.checks())
+    assert all("short" in classes.split() for classes in verdicts)
+    assert body.count("<table") == body.count('<div class="scroll"><table')
+
+
+def test_the_tables_of_models_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every word and number is whole in 80 columns."""
+    record = Record(123.4, 120.0, 130.0, 10, 12 * 2**20)
+    case = next(case for case in models.CASES if case.only_linears)
+    names = (compare_models.PEFT, compare_models.ACCELERATED, compare_models.APPLIED)
+    row = compare_models.ModelRow(case, {name: compare_models.Way(record, 26.2913, 7e-8, 3e-7, 36) for name in names})
+    codes = (digits.FROM_SCRATCH, digits.PEFT, digits.ACCELERATED, digits.OURS)
+    scores = [digits.Score(method, code, 0.458, [2.1155]) for method in _METHODS for code in codes]
+    models_report.show(Console(width=80), scores, [row])
+    text = capsys.readouterr().out
+    assert "…" not in text
+    for name in (*names, *codes, "implementation", "26.2913", "3e-07", "2.1155", "accuracy", case.name):
+        assert name in text
+
+
 def test_a_disagreement_fails_the_demo_and_shows(result: report.Result, tmp_path: Path) -> None:
     assert result.correct
     comparison = result.comparison
     off = dataclasses.replace(comparison.fast, losses=[1.01 * loss for loss in comparison.fast.losses])
     wrong = dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=off))
     assert not wrong.correct
-    assert 'class="missed">missed' in report.write(tmp_path, wrong)[0].read_text("utf-8")
+    assert 'missed">missed' in report.write(tmp_path, wrong)[0].read_text("utf-8")
     worse = dataclasses.replace(comparison.fast, accuracy=comparison.reference.accuracy + 0.02)
     assert not dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=worse)).correct
 

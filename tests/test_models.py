@@ -77,4 +77,4 @@ def test_the_rows_are_shown_and_written(
 
     monkeypatch.setitem(compare_models.BARS, torch.float32, (math.nan, math.nan))
     assert cli.main(["demo", "--models", "--quick", "--output", str(tmp_path)]) == 1
-    assert "the ways do not agree" in capsys.readouterr().out
+    assert "PEFT and lora_fast do not agree" in capsys.readouterr().out

@@ -39,6 +39,44 @@ for warning in caught:
     print(f"{warning.category.__name__}: {warning.message}")
 """
 
+# As setup.py has it, by file.
+SOURCE_TREE_ONLY = {
+    *(
+        f"lora_fast/benchmarks/{name}.py"
+        for name in (
+            *("bench_layer", "bench_peft", "test_ops", "readme"),
+            *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
+        )
+    ),
+    *(f"lora_fast/triton_kernels/{name}.py" for name in ("aot", "prewarm")),
+}
+# Of each command what it cannot do without, and what is read beside Python.
+WHAT_USERS_RUN = {
+    *(f"lora_fast/{name}" for name in ("cli.py", "check.py", "merge_checkpoint.py", "testing.py", "py.typed")),
+    *(f"lora_fast/benchmarks/{name}.py" for name in ("command", "bench", "suite", "check_command", "commit", "gpu")),
+    *(f"lora_fast/benchmarks/{name}" for name in ("t0_3b.py", "t0_3b_child.py", "page.py", "report.html.j2")),
+    *(f"lora_fast/demo/{name}" for name in ("__init__.py", "finetune.py", "models.py", "report.py", "report.html.j2")),
+    "lora_fast/triton_kernels/constants.json",
+}
+COMMANDS = """
+import importlib, pkgutil
+import lora_fast
+from lora_fast import cli
+for module in pkgutil.walk_packages(lora_fast.__path__, "lora_fast."):
+    if module.name != "lora_fast.__main__":
+        importlib.import_module(module.name)
+for command in ("check", "demo", "bench", "report", "merge"):
+    try:
+        cli.main([command, "--help"])
+    except SystemExit as done:
+        assert done.code == 0, command
+assert cli.main(["info"]) == 0
+bench = ["bench", "--quick", "--only", "weight_norm", "--budget", "0.01", "--json", "quick.json"]
+assert cli.main(bench) == 0
+assert cli.main(["report", "quick.json"]) == 0
+print(lora_fast.__file__)
+"""
+
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LORA_FAST_BUILD": "", **variables}
@@ -69,8 +107,8 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def use(wheel: Path, folder: Path) -> list[str]:
-    """The warnings of the first use of an installed wheel."""
+def run_installed(wheel: Path, folder: Path, code: str) -> tuple[Path, list[str]]:
+    """Runs ``code`` in ``folder`` with the wheel installed: where that is, and the lines that ``code`` printed."""
     target = folder / "installed"
     succeed(
         *(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel),
@@ -78,7 +116,12 @@ def use(wheel: Path, folder: Path) -> list[str]:
     )
     # -S: an editable install's import hook would lend its lora_fast._C; torch is found through PYTHONPATH
     path = os.pathsep.join((str(target), sysconfig.get_path("purelib")))
-    where, *warned = succeed(sys.executable, "-S", "-c", USE, cwd=folder, PYTHONPATH=path).splitlines()
+    return target, succeed(sys.executable, "-S", "-c", code, cwd=folder, PYTHONPATH=path).splitlines()
+
+
+def use(wheel: Path, folder: Path) -> list[str]:
+    """The warnings of the first use of an installed wheel."""
+    target, (where, *warned) = run_installed(wheel, folder, USE)
     assert Path(where).is_relative_to(target)
     return warned
 
@@ -147,16 +190,36 @@ def test_the_wheel_holds_one_top_level_package(pure_wheel: Path) -> None:
     assert {Path(name).suffix for name in others} <= {".py", ".typed", ".j2"}
 
 
-def test_the_wheel_holds_every_module(pure_wheel: Path) -> None:
-    folders = {"lora_fast": ROOT / "lora_fast", "lora_fast/benchmarks": ROOT / "benchmarks"}
-    here = {
+def modules(folder: Path, package: str) -> set[str]:
+    """The files of a package as a wheel names them."""
+    return {
         f"{package}/{path.relative_to(folder)}"
-        for package, folder in folders.items()
         for path in folder.rglob("*")
-        if path.suffix in {".py", ".typed", ".j2"}
+        if path.suffix in {".py", ".typed", ".j2"} and path.name != "_build.py"
     }
-    assert here - {"lora_fast/_build.py"} <= set(zipfile.ZipFile(pure_wheel).namelist())
-    assert "lora_fast/py.typed" in here
+
+
+def test_the_wheel_holds_what_users_run_and_nothing_else(pure_wheel: Path) -> None:
+    """A module is in a wheel unless SOURCE_TREE_ONLY names it, which only make and pytest run."""
+    names = set(zipfile.ZipFile(pure_wheel).namelist())
+    here = modules(ROOT / "lora_fast", "lora_fast") | modules(ROOT / "benchmarks", "lora_fast/benchmarks")
+    here |= modules(ROOT / "triton_kernels", "lora_fast/triton_kernels")
+    assert here >= SOURCE_TREE_ONLY
+    assert here - SOURCE_TREE_ONLY <= names
+    assert names & SOURCE_TREE_ONLY == set()
+    assert names >= WHAT_USERS_RUN
+    others = names - here - {"lora_fast/_build.py", "lora_fast/triton_kernels/constants.json"}
+    assert {name.split("/")[0] for name in others} == {f"lora_fast-{lora_fast.__version__}.dist-info"}
+
+
+def test_every_command_runs_from_a_wheel(pure_wheel: Path, tmp_path: Path) -> None:
+    """Without the source tree: each module is imported, so that none misses one that was left out."""
+    pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
+    pytest.importorskip("transformers", reason="the demo extra is not installed")
+    target, said = run_installed(pure_wheel, tmp_path, COMMANDS)
+    assert said[-1] == str(target / "lora_fast" / "__init__.py")
+    assert (tmp_path / "quick.json").is_file()
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_metadata(pure_wheel: Path) -> None:

@@ -14,7 +14,9 @@ from lora_fast.benchmarks import readme
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -31,9 +33,19 @@ def test_the_examples_run(page: Path) -> None:
         exec(compile(code, str(page), "exec"), namespace)
 
 
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = HEADING.findall(FENCED.sub("", text))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    missing = [to for to in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / to).exists()]
+    missing = []
+    for file, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        to = page.parent / file if file else page
+        if not to.exists() or (anchor and anchor not in anchors(to.read_text(encoding="utf-8"))):
+            missing.append(f"{file}#{anchor}")
     assert missing == []
 
 
@@ -50,7 +62,23 @@ def test_the_figures_are_those_of_the_committed_results(page: Path) -> None:
 
 
 def test_a_figure_that_was_changed_by_hand_is_seen() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     changed = text.replace("| frozen linear | 1.00", "| frozen linear | 0.99")
     assert changed != text
     assert readme.render(changed) == text
+
+
+def test_the_readmes_table_is_five_rows_with_one_in_which_peft_is_faster() -> None:
+    _, _, *rows = [line for line in readme.summary().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert len(cells) == 5
+    fastest = {column for _, *times in cells for column, time in enumerate(times) if time.startswith("**")}
+    assert fastest == {1, 2}  # lora_fast's DoRA, PEFT's LoRA
+    assert all(sum(time.startswith("**") for time in times) == 1 for times in cells)
+
+
+def test_the_readme_states_the_figures_of_the_gpu() -> None:
+    status = " ".join(readme.gpu_status().split())
+    step = next(row for row in readme._gpu_results()["rows"] if row["title"].startswith("training step"))["records"]
+    ratio = step["lora_fast DoRA"]["median_ms"] / step["frozen linear"]["median_ms"]
+    assert f"took {ratio:.2f} times as long as the frozen linear," in status

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import reference
+from lora_fast.calls import Axis
 
 RANK, ALPHA = 4, 8.0
 HIDDEN = (128, 256)  # the articles'
@@ -49,7 +50,7 @@ class Score:
 class FromScratch(nn.Module):
     """The articles' layers, dense: LinearWithLoRA, and LinearWithDoRAMerged with the norm along ``axis``."""
 
-    def __init__(self, linear: nn.Linear, formula: str, axis: str = "output", detach_norm: bool = True) -> None:
+    def __init__(self, linear: nn.Linear, formula: str, axis: Axis = "output", detach_norm: bool = True) -> None:
         super().__init__()
         self.linear, self.formula, self.axis, self.detach_norm = linear, formula, axis, detach_norm
         self.lora_A = nn.Parameter(linear.weight.new_empty(RANK, linear.in_features))
@@ -155,7 +156,7 @@ def _methods() -> list[tuple[str, str, Callable[[nn.Module], nn.Module]]]:
     ]
 
 
-def _from_scratch(model: nn.Module, formula: str, axis: str = "output", detach_norm: bool = True) -> nn.Module:
+def _from_scratch(model: nn.Module, formula: str, axis: Axis = "output", detach_norm: bool = True) -> nn.Module:
     for name, layer in list(model.named_children()):
         if isinstance(layer, nn.Linear):
             setattr(model, name, FromScratch(layer.requires_grad_(False), formula, axis, detach_norm))

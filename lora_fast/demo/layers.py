@@ -43,12 +43,10 @@ def compare(cases: list[Case], *, on_progress: Callable[[str, float], None]) -> 
         layers, left_out = layer.build(case.contenders, inputs)
         for half, (mode, make) in enumerate(((INFERENCE, layer.inference), (STEP, layer.training_step))):
             steps = {name: make(built, inputs) for name, built in layers.items()}
-            records = measure(
-                steps,
-                budget_s=0.3,
-                min_rounds=3,
-                warm_up=1,
-                on_progress=lambda fraction, half=half: report((half + fraction) / 2),
-            )
+
+            def on_progress(fraction: float, half: int = half) -> None:
+                report((half + fraction) / 2)
+
+            records = measure(steps, budget_s=0.3, min_rounds=3, warm_up=1, on_progress=on_progress)
             rows.append(Row(replace(case, mode=mode), records, left_out))
     return rows

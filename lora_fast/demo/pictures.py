@@ -47,7 +47,7 @@ def _as_data(draw: Callable[_P, Figure]) -> Callable[_P, str]:
 
 @_as_data
 def losses(comparison: Comparison) -> Figure:
-    """Both loss curves, and below them their difference beside the noise and the bar."""
+    """Both loss curves, and below them their difference beside the noise and the limit."""
     figure = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
     reference, fast = comparison.reference.losses, comparison.fast.losses
@@ -71,7 +71,7 @@ def losses(comparison: Comparison) -> Figure:
         shown = [max(value, SMALLEST) for value in values]
         suffix = " (exactly 0)" if not any(values) else ""
         bottom.plot(range(1, len(shown) + 1), shown, color=colour, linewidth=1.2, label=label + suffix)
-    bottom.hlines(LOSS_BAR, 1, min(COMPARED_STEPS, len(fast)), color="#b3261e", linestyle="--", label="bar")
+    bottom.hlines(LOSS_BAR, 1, min(COMPARED_STEPS, len(fast)), color="#b3261e", linestyle="--", label="limit")
     bottom.set(
         title="Relative difference from the reference's loss",
         xlabel="step",
@@ -96,7 +96,7 @@ def times(rows: Sequence[Row]) -> Figure:
         panel.set(xscale="log", xlim=(0.5, limit))
         panel.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         panel.set_title(f"{row.case.tokens} token{'s'[: row.case.tokens > 1]}", fontsize=10)
-    panels[-1].set_xlabel("time of one call in units of the frozen linear's (logarithmic)")
+    panels[-1].set_xlabel("time as a multiple of the frozen linear layer's (logarithmic)")
     figure.suptitle(f"{rows[0].case.mode.capitalize()}, {rows[0].case.size}", x=0.02, ha="left")
     return figure
 
