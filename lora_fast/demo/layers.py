@@ -44,9 +44,9 @@ def compare(cases: list[Case], *, on_progress: Callable[[str, float], None]) -> 
         for half, (mode, make) in enumerate(((INFERENCE, layer.inference), (STEP, layer.training_step))):
             steps = {name: make(built, inputs) for name, built in layers.items()}
 
-            def on_progress(fraction: float, half: int = half) -> None:
+            def part(fraction: float, half: int = half) -> None:
                 report((half + fraction) / 2)
 
-            records = measure(steps, budget_s=0.3, min_rounds=3, warm_up=1, on_progress=on_progress)
+            records = measure(steps, budget_s=0.3, min_rounds=3, warm_up=1, on_progress=part)
             rows.append(Row(replace(case, mode=mode), records, left_out))
     return rows
