@@ -40,7 +40,7 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     gain = call.gain
     if gain is None:
         gain = call.weight.new_ones(call.weight.shape[0], dtype=torch.float32)
-    return _native_fwd(native, call, gain)
+    return native_fwd(native, call, gain, _wide(call.bias))
 
 
 def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
@@ -69,19 +69,19 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     if "y, norm" not in plan.steps:
         return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
-    magnitude, kept_norm, kept_key = call.magnitude.float(), call.kept_norm, call.kept_key
+    vectors, kept_norm, kept_key = (call.magnitude.float(), _wide(call.bias), norm), call.kept_norm, call.kept_key
     # In training to make the norm costs less than to tell whether a kept one holds. Without a version (inference mode)
     # the key says nothing.
     if kept_norm is None or kept_key is None or call.keep == "product" or call.weight.is_inference():
         kept_norm = kept_key = None
     if plan.kernel("y, norm") == "dora_linear_small_fwd":
         version = -1 if kept_key is None else call.weight._version
-        return *_native_fwd(_c.dora_linear_small_fwd, call, magnitude, norm, kept_norm, kept_key, version), norm
+        return *native_fwd(_c.dora_linear_small_fwd, call, *vectors, kept_norm, kept_key, version), norm
     if kept_norm is None:
-        return *_native_fwd(_c.dora_linear_fwd, call, magnitude, norm, False), norm
+        return *native_fwd(_c.dora_linear_fwd, call, *vectors, False), norm
     key = _c.content_key(call.weight, call.lora_A, call.lora_B, call.scaling, True, call.weight._version)
     known = _c.load_kept_norm(kept_norm, kept_key, key, norm)
-    forward = _native_fwd(_c.dora_linear_fwd, call, magnitude, norm, known)
+    forward = native_fwd(_c.dora_linear_fwd, call, *vectors, known)
     if not known:
         _c.keep_norm(kept_norm, kept_key, key, norm)
     return *forward, norm
@@ -91,28 +91,23 @@ def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
 
 
-def _native_fwd(
+def native_fwd(
     native: Callable[..., Tensor],
     call: calls.LoraLinear | calls.DoraLinear,
     gain: Tensor,
+    bias: Tensor | None,
     *norm: Tensor | bool | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, product, h) by a native forward, which takes ``gain`` (or the magnitude) and ``norm`` as they are."""
+    """(y, product, h) by a native forward, which takes ``gain`` (or the magnitude), ``bias`` and ``norm`` so."""
     y = call.x.new_empty(call.x.shape[0], call.weight.shape[0])
     product = torch.empty_like(y) if call.keep == "product" else None
-    h = native(
-        call.x.contiguous(),
-        call.weight,
-        call.lora_A.contiguous(),
-        call.lora_B.contiguous(),
-        call.scaling,
-        gain.contiguous(),
-        None if call.bias is None else call.bias.float().contiguous(),
-        y,
-        product,
-        *norm,
-    )
+    factors = call.lora_A.contiguous(), call.lora_B.contiguous(), call.scaling
+    h = native(call.x.contiguous(), call.weight, *factors, gain.contiguous(), bias, y, product, *norm)
     return y, y.new_empty(0) if product is None else product, h
+
+
+def _wide(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
 
 
 def _float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import dora
-from lora_fast.backends.cpu.ops import merge_weight, weight_norm_fwd
+from lora_fast.backends.cpu.ops import merge_weight, native_fwd, weight_norm_fwd
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch.ops import weight_norm_bwd
@@ -19,20 +19,7 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     if plan.kernel("y") != "lora_linear_small_fwd":
         return _passes.lora_linear_fwd(call, plan)
     assert call.gain is not None
-    y = call.x.new_empty(call.x.shape[0], call.weight.shape[0])
-    product = torch.empty_like(y) if call.keep == "product" else None
-    h = _c.lora_linear_small_fwd(
-        call.x.contiguous(),
-        call.weight,
-        call.lora_A.contiguous(),
-        call.lora_B.contiguous(),
-        call.scaling,
-        call.gain.contiguous(),
-        None if call.bias is None else call.bias.contiguous(),
-        y,
-        product,
-    )
-    return y, y.new_empty(0) if product is None else product, h
+    return native_fwd(_c.lora_linear_small_fwd, call, call.gain, None if call.bias is None else call.bias.contiguous())
 
 
 def _compose(
