@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from types import ModuleType
 
 import torch
 
@@ -53,13 +54,23 @@ for _schema in _SCHEMAS:
 
 
 @functools.cache
+def _module() -> ModuleType:
+    return importlib.import_module("lora_fast._C")
+
+
+def amx_enabled() -> bool:
+    """Whether the CPU's kernels use AMX: the processor has it, and no test has turned it off."""
+    return _module().amx_enabled()
+
+
+@functools.cache
 def status() -> tuple[bool, str, dict]:
     """``(loaded, reason, build_info)`` of the extension; never raises.
 
     ``reason`` says why it is missing, or "loaded"; ``build_info`` is what the extension says of itself.
     """
     try:
-        return True, "loaded", importlib.import_module("lora_fast._C").build_info()
+        return True, "loaded", _module().build_info()
     except Exception as error:  # a broken binary raises anything from ImportError to OSError; it is reported
         return False, _why_missing(error), {}
 

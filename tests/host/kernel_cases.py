@@ -224,14 +224,14 @@ def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
 
 def test_few_tokens_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: a linear of 16 tokens is the small kernels', one of 17 is not."""
-    calls = []
-    monkeypatch.setattr(cuda_ops._passes, "lora_linear_fwd", lambda call, plan: calls.append(call.x.shape[0]))
+    by_passes = []
+    monkeypatch.setattr(cuda_ops._passes, "lora_linear_fwd", lambda call, plan: by_passes.append(call.x.shape[0]))
     weight, lora_A, lora_B = adapter(32, 64, 4, bf16, bf16)
     for tokens in (1, 16, 17):
         x = torch.randn(tokens, 64, dtype=bf16)
         call = calls.LoraLinear(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, "nothing")
         cuda_ops.lora_linear_fwd(call, cuda_plan.lora_linear_fwd(call))
-    assert calls == [17]
+    assert by_passes == [17]
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)

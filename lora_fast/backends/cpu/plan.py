@@ -12,7 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_fast import _C, calls
+from lora_fast import calls
+from lora_fast.backends.extension import amx_enabled
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
 
@@ -119,7 +120,7 @@ def _projects(call: Linear) -> bool:
         and call.x.dtype == torch.bfloat16
         and call.lora_A.dtype in ADAPTER_DTYPES
         and call.lora_A.shape[1] % TILE == 0
-        and _C.amx_enabled()
+        and amx_enabled()
     )
 
 
@@ -146,5 +147,5 @@ def _in_tiles(call: Linear | LinearGrad, dtype: torch.dtype) -> bool:
         and weight.stride(1) == 1
         and weight.shape[0] % TILE == 0
         and weight.shape[1] % TILE == 0
-        and _C.amx_enabled()
+        and amx_enabled()
     )
