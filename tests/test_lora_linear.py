@@ -378,3 +378,16 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         ops.lora_compose_bwd.default, (inputs.grad_y, *compose, inputs.base, "product", *asked, backend)
     )
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_opcheck_of_float64_adapters(detach_norm: bool, backend64: str) -> None:
+    """The fakes tell Inductor how to read what the ops give: a wrong dtype there is a wrong gradient."""
+    inputs = make_inputs(Case((7,), 12, 10, 2))
+    factors, magnitude = (
+        (inputs.weight, inputs.lora_A.double(), inputs.lora_B.double(), 0.7),
+        inputs.magnitude["output"],
+    )
+    saved = (magnitude, "output", 0.0, None, inputs.base, inputs.h, "product")
+    gradient = (inputs.grad_y, inputs.x, *factors, *saved, *[True] * 5, magnitude.double(), detach_norm)
+    torch.library.opcheck(torch.ops.lora_fast.dora_linear_bwd.default, (*gradient, backend64))
