@@ -391,3 +391,14 @@ def test_opcheck_of_float64_adapters(detach_norm: bool, backend64: str) -> None:
     saved = (magnitude, "output", 0.0, None, inputs.base, inputs.h, "product")
     gradient = (inputs.grad_y, inputs.x, *factors, *saved, *[True] * 5, magnitude.double(), detach_norm)
     torch.library.opcheck(torch.ops.lora_fast.dora_linear_bwd.default, (*gradient, backend64))
+
+
+def test_opcheck_of_transposed_inputs(backend: str) -> None:
+    """What the ops give is contiguous, as their fakes say, whatever the inputs' strides."""
+    inputs, seed = make_inputs(Case((7,), 12, 10, 2)), draw_seed(torch.get_default_device())
+    x, lora_A, lora_B = (tensor.T.contiguous().T for tensor in (inputs.x, inputs.lora_A, inputs.lora_B))
+    norm = inputs.magnitude["output"]
+    gradient = (norm, norm, inputs.weight, lora_A, lora_B, 0.7, "output", True, True)
+    torch.library.opcheck(torch.ops.lora_fast.weight_norm_bwd.default, (*gradient, backend))
+    for p in (0.3, 1.0):
+        torch.library.opcheck(torch.ops.lora_fast.dropout.default, (x, seed, p, backend))
