@@ -84,8 +84,9 @@ def weight_norm(
     checks.check_axis(axis)
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
-    norm = WeightNormFunction.apply if _wants_grad(lora_A, lora_B) else _ops.weight_norm_fwd
-    return norm(*call, resolved(backend))
+    if _recorded(lora_A, lora_B):
+        return WeightNormFunction.apply(*call, resolved(backend))[0]
+    return _ops.weight_norm_fwd(*call, resolved(backend))
 
 
 def lora_linear(
