@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_fast import (
-    calls,
-    ops,  # noqa: F401  (defines torch.ops.lora_fast)
-)
+from lora_fast import calls, ops
 
 _ops = torch.ops.lora_fast
 
@@ -27,7 +24,8 @@ class WeightNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        norm = _ops.weight_norm_fwd(*inputs)
+        *fields, backend = inputs
+        norm = ops.weight_norm(calls.WeightNorm(*fields), backend)
         return norm.clone(), norm
 
     @staticmethod

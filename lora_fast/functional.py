@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fast import calls, checks
+from lora_fast import calls, checks, ops
 from lora_fast.autograd import (
     DoraLinearFunction,
     DropoutFunction,
@@ -86,7 +86,7 @@ def weight_norm(
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
     if _recorded(lora_A, lora_B):
         return WeightNormFunction.apply(*call, resolved(backend))[0]
-    return _ops.weight_norm_fwd(*call, resolved(backend))
+    return ops.weight_norm(call, resolved(backend))
 
 
 def lora_linear(

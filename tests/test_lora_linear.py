@@ -355,8 +355,8 @@ def test_opcheck(backend: str) -> None:
         linear, gradient = (x, weight, bias, A, B, 0.7), (inputs.grad_y, x, *factors)
         saved = (0.3, seed, product, inputs.h, keep)
         calls = [
-            (ops.weight_norm_fwd, (*factors, axis, None, None)),
-            (ops.weight_norm_fwd, (*factors, axis, *kept)),
+            (ops.weight_norm_fwd, (*factors, axis)),
+            (ops.weight_norm_kept, (*factors, axis, *kept)),
             (ops.weight_norm_bwd, (norm, norm, *factors, axis, True, True)),
             (ops.lora_linear_fwd, (*linear, gain, axis, 0.3, seed, keep)),
             (ops.lora_linear_bwd, (*gradient, gain, axis, *saved, *asked)),

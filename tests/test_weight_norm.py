@@ -198,6 +198,17 @@ def test_forward_mode_raises_instead_of_losing_the_derivative(backend: str) -> N
         )
 
 
+@pytest.mark.parametrize("keeps", [False, True], ids=["alone", "kept"])
+def test_inductor_compiles_it(keeps: bool, backend: str) -> None:
+    inputs, kept = make_inputs(Case((2,), 24, 40, 3)), NormCache() if keeps else None
+    gradients = []
+    for wrap in (lambda function: function, torch.compile):
+        lora_A, lora_B = inputs.lora_A.clone().requires_grad_(), inputs.lora_B.clone().requires_grad_()
+        function = wrap(lambda A, B: functional.weight_norm(inputs.weight, A, B, 0.7, kept=kept, backend=backend))
+        gradients.append(torch.autograd.grad(function(lora_A, lora_B).sum(), (lora_A, lora_B)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_kept_norm_of_another_scaling_is_not_taken(backend: str) -> None:
     """-1 and -2: Python hashes them alike."""
     inputs, kept = make_inputs(Case((2,), 24, 40, 3)), NormCache()
