@@ -402,3 +402,14 @@ def test_opcheck_of_transposed_inputs(backend: str) -> None:
     torch.library.opcheck(torch.ops.lora_fast.weight_norm_bwd.default, (*gradient, backend))
     for p in (0.3, 1.0):
         torch.library.opcheck(torch.ops.lora_fast.dropout.default, (x, seed, p, backend))
+
+
+def test_a_compiled_function_takes_other_scalings(backend: str) -> None:
+    """The second makes torch.compile hold it as a symbol, as layers of several scalings do that share one forward."""
+    inputs = make_inputs(Case((7,), 12, 10, 2))
+    factors = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
+    compiled = torch.compile(
+        lambda scaling: functional.lora_linear(*factors, scaling, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for scaling in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(compiled(scaling), functional.lora_linear(*factors, scaling, backend=backend))
