@@ -49,7 +49,9 @@ class Score:
 class FromScratch(nn.Module):
     """The articles' layers, dense: LinearWithLoRA, and LinearWithDoRAMerged with the norm along ``axis``."""
 
-    def __init__(self, linear: nn.Linear, formula: str, axis: str = "output", detach_norm: bool = True) -> None:
+    def __init__(
+        self, linear: nn.Linear, formula: str, axis: reference.Axis = "output", detach_norm: bool = True
+    ) -> None:
         super().__init__()
         self.linear, self.formula, self.axis, self.detach_norm = linear, formula, axis, detach_norm
         self.lora_A = nn.Parameter(linear.weight.new_empty(RANK, linear.in_features))
@@ -155,7 +157,9 @@ def _methods() -> list[tuple[str, str, Callable[[nn.Module], nn.Module]]]:
     ]
 
 
-def _from_scratch(model: nn.Module, formula: str, axis: str = "output", detach_norm: bool = True) -> nn.Module:
+def _from_scratch(
+    model: nn.Module, formula: str, axis: reference.Axis = "output", detach_norm: bool = True
+) -> nn.Module:
     for name, layer in list(model.named_children()):
         if isinstance(layer, nn.Linear):
             setattr(model, name, FromScratch(layer.requires_grad_(False), formula, axis, detach_norm))
