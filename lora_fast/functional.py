@@ -82,11 +82,12 @@ def weight_norm(
     checks.check_adapter(weight, lora_A, lora_B, scaling)
     checks.check_frozen(weight)
     checks.check_axis(axis)
+    name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
     if _recorded(lora_A, lora_B):
-        return WeightNormFunction.apply(*call, resolved(backend))[0]
-    return ops.weight_norm(call, resolved(backend))
+        return WeightNormFunction.apply(*call, name)[0]
+    return ops.weight_norm(call, name)
 
 
 def lora_linear(
@@ -177,11 +178,12 @@ def dora_linear(
         return _lora_linear(calls.LoraLinear(*given, *_dropout(dropout_p, seed), "nothing"), backend)
     given = (x, weight, _as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
     keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
+    name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
-        return DoraLinearFunction.apply(*call, detach_norm, resolved(backend))[0]
-    return _ops.dora_linear_fwd(*call, resolved(backend))[0]
+        return DoraLinearFunction.apply(*call, detach_norm, name)[0]
+    return _ops.dora_linear_fwd(*call, name)[0]
 
 
 def lora_compose(
