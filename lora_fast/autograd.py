@@ -14,31 +14,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_fast import (
-    calls,
-    ops,  # noqa: F401  (defines torch.ops.lora_fast)
-)
+from lora_fast import calls, ops
 
 _ops = torch.ops.lora_fast
 
 
 class WeightNormFunction(torch.autograd.Function):
-    """norm = ‖W + s lora_B lora_A‖, with gradients to lora_A and lora_B."""
+    """norm = ‖W + s lora_B lora_A‖, with gradients to lora_A and lora_B; and the copy that backward reads."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _ops.weight_norm_fwd(*inputs)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        *fields, backend = inputs
+        norm = ops.weight_norm(calls.WeightNorm(*fields), backend)
+        return norm.clone(), norm
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *fields, ctx.backend = inputs
         call = calls.WeightNorm(*fields)
+        _, norm = output
+        ctx.mark_non_differentiable(norm)
+        ctx.set_materialize_grads(False)
         ctx.scaling, ctx.axis = call.scaling, call.axis
-        ctx.save_for_backward(output, call.weight, call.lora_A, call.lora_B)
+        ctx.save_for_backward(norm, call.weight, call.lora_A, call.lora_B)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        if grad is None:
+            return (None,) * 8
         _, need_A, need_B, *_ = ctx.needs_input_grad
         grad_A, grad_B = _ops.weight_norm_bwd(
             grad, *ctx.saved_tensors, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend

@@ -27,8 +27,8 @@ class WeightNorm(NamedTuple):
     lora_B: Tensor
     scaling: float
     axis: Axis
-    kept_norm: Tensor | None
-    kept_key: Tensor | None
+    kept_norm: Tensor | None = None
+    kept_key: Tensor | None = None
 
 
 class WeightNormGrad(NamedTuple):

@@ -47,7 +47,7 @@ def check_device(name: str, value: Tensor, device: torch.device, of: str) -> Non
 def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Python float")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite takes no number that torch.compile holds symbolic
         raise ValueError(f"{name}: got {value}, expected a finite number")
 
 

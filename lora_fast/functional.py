@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fast import calls, checks
+from lora_fast import calls, checks, ops
 from lora_fast.autograd import (
     DoraLinearFunction,
     DropoutFunction,
@@ -82,10 +82,12 @@ def weight_norm(
     checks.check_adapter(weight, lora_A, lora_B, scaling)
     checks.check_frozen(weight)
     checks.check_axis(axis)
+    name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
-    norm = WeightNormFunction.apply if _wants_grad(lora_A, lora_B) else _ops.weight_norm_fwd
-    return norm(*call, resolved(backend))
+    if _recorded(lora_A, lora_B):
+        return WeightNormFunction.apply(*call, name)[0]
+    return ops.weight_norm(call, name)
 
 
 def lora_linear(
@@ -176,11 +178,12 @@ def dora_linear(
         return _lora_linear(calls.LoraLinear(*given, *_dropout(dropout_p, seed), "nothing"), backend)
     given = (x, weight, _as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
     keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
+    name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
-        return DoraLinearFunction.apply(*call, detach_norm, resolved(backend))[0]
-    return _ops.dora_linear_fwd(*call, resolved(backend))[0]
+        return DoraLinearFunction.apply(*call, detach_norm, name)[0]
+    return _ops.dora_linear_fwd(*call, name)[0]
 
 
 def lora_compose(

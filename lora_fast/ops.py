@@ -22,11 +22,13 @@ from lora_fast.dtypes import accumulate_dtype
 _library = torch.library.Library("lora_fast", "DEF")
 
 
-def _define(call_type: Any, schema: str, rows: tuple[str, ...] = (), row_outputs: int = 0) -> Callable:
+def _define(
+    call_type: Any, schema: str, rows: tuple[str, ...] = (), row_outputs: int = 0, op: str | None = None
+) -> Callable:
     """Define ``schema``, whose kernel runs a call of ``call_type``, and register the decorated function as its fake.
 
-    Of an op on activations the arguments ``rows``, and as many of the first outputs as ``row_outputs``, are [..., C] in
-    the schema and [T, C] below it.
+    ``op`` is its name in the backends, where that is another one. Of an op on activations the arguments ``rows``, and
+    as many of the first outputs as ``row_outputs``, are [..., C] in the schema and [T, C] below it.
     """
     name = schema[: schema.index("(")]
     row_fields = [call_type._fields.index(field) for field in rows]
@@ -43,7 +45,7 @@ def _define(call_type: Any, schema: str, rows: tuple[str, ...] = (), row_outputs
             for i in row_fields:
                 fields[i] = None if fields[i] is None else fields[i].reshape(-1, fields[i].shape[-1])
         with _outside_autocast(first):
-            outputs = registry.run(name, call_type(*fields), backend)
+            outputs = registry.run(op or name, call_type(*fields), backend)
         if leading is not None:
             for output in outputs[:row_outputs] if isinstance(outputs, tuple) else (outputs,):
                 _lead(output, leading)
@@ -75,11 +77,28 @@ def _outside_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 @_define(
     calls.WeightNorm,
-    "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
-    "Tensor(a!)? kept_norm, Tensor(b!)? kept_key, str backend) -> Tensor norm",
+    "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, str backend) -> Tensor norm",
 )
 def _weight_norm_fwd(call: calls.WeightNorm) -> Tensor:
     return _norm_like(call)
+
+
+@_define(
+    calls.WeightNorm,
+    "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
+    "Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm",
+    op="weight_norm_fwd",
+)
+def _weight_norm_kept(call: calls.WeightNorm) -> Tensor:
+    return _norm_like(call)
+
+
+def weight_norm(call: calls.WeightNorm, backend: str) -> Tensor:
+    """One of the two: Inductor (torch 2.13) fails on an op of one output if the tensors that it may write are None."""
+    *factors, kept_norm, kept_key = call
+    if kept_norm is None or kept_key is None:
+        return torch.ops.lora_fast.weight_norm_fwd(*factors, backend)
+    return torch.ops.lora_fast.weight_norm_kept(*factors, kept_norm, kept_key, backend)
 
 
 @_define(

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,14 +78,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_no_meaning(item: pytest.Item) -> bool:
-    """A GPU's backends refuse float64, and the interpreter takes only what is quick."""
+    """A backend refuses the dtypes that it does not compute in, and the interpreter takes only what is quick."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") not in ("triton", "cuda"):
+    name, case = parameters.get("backend"), parameters.get("case")
+    if name not in backends.NAMES:
         return False
-    case = parameters.get("case")
-    if case is not None and case.dtype == torch.float64:
+    dtypes = backends.get(name).dtypes
+    if case is not None and dtypes is not None and case.dtype not in dtypes:
         return True
-    return INTERPRETING and not _is_quick_to_interpret(parameters, item.originalname)
+    return INTERPRETING and name in ("triton", "cuda") and not _is_quick_to_interpret(parameters, item.originalname)
 
 
 def _is_quick_to_interpret(parameters: dict, test: str) -> bool:
@@ -103,11 +105,20 @@ def _is_quick_to_interpret(parameters: dict, test: str) -> bool:
     return parameters.get("p") != 0.1 and not (case is None and parameters.get("layout") == "transposed")
 
 
-HOST = ("torch", pytest.param("cpu", marks=pytest.mark.native))
+# The backends of the list for which nothing below says where and when they are tested.
+OTHERS = [name for name in backends.NAMES if name not in ("torch", "cpu", "triton", "cuda")]
+
+
+def _others(device_type: str) -> list[str]:
+    return [name for name in OTHERS if backends.is_present(name) and backends.get(name).takes(device_type)]
+
+
+HOST = ("torch", pytest.param("cpu", marks=pytest.mark.native), *_others("cpu"))
 # name, what it lacks here, marks
 DEVICE = (
     ("triton", _no_triton(), pytest.mark.interp),
     ("cuda", _no_cuda_kernels(), pytest.mark.gpu),
+    *((f"{name} on a GPU", None, pytest.mark.gpu) for name in _others("cuda") if torch.cuda.is_available()),
     ("torch on a GPU", None if torch.cuda.is_available() else "no GPU", pytest.mark.gpu),
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
@@ -160,7 +171,9 @@ def _prewarmed() -> Iterator[None]:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"not tested: {name}: {lacks}" for name, lacks, _ in DEVICE if lacks is not None]
+    others = [(name, backends.get(name).missing()) for name in OTHERS]
+    lacking = [*((name, lacks) for name, lacks, _ in DEVICE), *others]
+    return [f"not tested: {name}: {lacks}" for name, lacks in lacking if lacks is not None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -171,7 +184,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", [*HOST, *present])
     if "backend64" in metafunc.fixturenames:
-        metafunc.parametrize("backend64", [*HOST, *(param for param in present if param.id == "torch on a GPU")])
+        metafunc.parametrize("backend64", [param for param in (*HOST, *present) if _computes_in_float64(param)])
+
+
+def _computes_in_float64(param: Any) -> bool:
+    dtypes = backends.get(param if isinstance(param, str) else param.values[0]).dtypes
+    return dtypes is None or torch.float64 in dtypes
 
 
 @pytest.fixture(autouse=True)

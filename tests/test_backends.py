@@ -35,8 +35,10 @@ def norm(**options) -> Tensor:
 def _chosen_anew() -> Iterator[None]:
     """Who is a candidate is asked once in a process, and what did not launch is remembered."""
     registry._candidates.cache_clear()
+    registry._told.clear()
     yield
     registry._candidates.cache_clear()
+    registry._told.clear()
     registry._failed.clear()
 
 
@@ -94,6 +96,24 @@ def test_a_named_backend_that_is_missing_raises_with_the_reason(monkeypatch: pyt
     without_extension(monkeypatch)
     with pytest.raises(RuntimeError, match="backend 'cpu' is not available: no compiler was found"):
         norm(backend="cpu")
+
+
+@pytest.mark.parametrize("form", ["norm", "linear"])
+def test_a_backend_that_is_missing_leaves_the_kept_norm(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, lora_A, lora_B = torch.ones(4, 3), torch.ones(2, 3), torch.zeros(4, 2)
+    kept = lora_fast.NormCache()
+    functional.weight_norm(weight, lora_A, lora_B, 1.0, kept=kept, backend="torch")
+    before = kept.key
+    without_extension(monkeypatch)
+    other = weight.clone(), lora_A, lora_B
+    function, arguments = {
+        "norm": (functional.weight_norm, (*other, 1.0)),
+        "linear": (functional.dora_linear, (weight, other[0], None, *other[1:], torch.ones(4), 1.0)),
+    }[form]
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available"):
+        function(*arguments, kept=kept, backend="cpu")
+    assert before is not None
+    assert kept.key is before
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

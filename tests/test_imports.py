@@ -57,6 +57,19 @@ def test_import_brings_in_nothing_heavy() -> None:
     assert third_party <= {"torch"}
 
 
+def test_a_call_on_a_cpu_does_not_import_triton() -> None:
+    """Its import takes thirty times as long as the first call."""
+    new = run(
+        "import os, sys, json, torch, warnings\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        "warnings.simplefilter('ignore')\n"
+        "import lora_fast\n"
+        "lora_fast.functional.weight_norm(torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2), 1.0)\n"
+        "print(json.dumps('triton' in sys.modules))"
+    )
+    assert new is False
+
+
 def test_import_takes_at_most_a_tenth_of_a_second_on_top_of_torch() -> None:
     code = (
         "import json, time, torch\n"

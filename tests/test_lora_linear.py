@@ -355,8 +355,8 @@ def test_opcheck(backend: str) -> None:
         linear, gradient = (x, weight, bias, A, B, 0.7), (inputs.grad_y, x, *factors)
         saved = (0.3, seed, product, inputs.h, keep)
         calls = [
-            (ops.weight_norm_fwd, (*factors, axis, None, None)),
-            (ops.weight_norm_fwd, (*factors, axis, *kept)),
+            (ops.weight_norm_fwd, (*factors, axis)),
+            (ops.weight_norm_kept, (*factors, axis, *kept)),
             (ops.weight_norm_bwd, (norm, norm, *factors, axis, True, True)),
             (ops.lora_linear_fwd, (*linear, gain, axis, 0.3, seed, keep)),
             (ops.lora_linear_bwd, (*gradient, gain, axis, *saved, *asked)),
@@ -378,3 +378,38 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         ops.lora_compose_bwd.default, (inputs.grad_y, *compose, inputs.base, "product", *asked, backend)
     )
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_opcheck_of_float64_adapters(detach_norm: bool, backend64: str) -> None:
+    """The fakes tell Inductor how to read what the ops give: a wrong dtype there is a wrong gradient."""
+    inputs = make_inputs(Case((7,), 12, 10, 2))
+    factors, magnitude = (
+        (inputs.weight, inputs.lora_A.double(), inputs.lora_B.double(), 0.7),
+        inputs.magnitude["output"],
+    )
+    saved = (magnitude, "output", 0.0, None, inputs.base, inputs.h, "product")
+    gradient = (inputs.grad_y, inputs.x, *factors, *saved, *[True] * 5, magnitude.double(), detach_norm)
+    torch.library.opcheck(torch.ops.lora_fast.dora_linear_bwd.default, (*gradient, backend64))
+
+
+def test_opcheck_of_transposed_inputs(backend: str) -> None:
+    """What the ops give is contiguous, as their fakes say, whatever the inputs' strides."""
+    inputs, seed = make_inputs(Case((7,), 12, 10, 2)), draw_seed(torch.get_default_device())
+    x, lora_A, lora_B = (tensor.T.contiguous().T for tensor in (inputs.x, inputs.lora_A, inputs.lora_B))
+    norm = inputs.magnitude["output"]
+    gradient = (norm, norm, inputs.weight, lora_A, lora_B, 0.7, "output", True, True)
+    torch.library.opcheck(torch.ops.lora_fast.weight_norm_bwd.default, (*gradient, backend))
+    for p in (0.3, 1.0):
+        torch.library.opcheck(torch.ops.lora_fast.dropout.default, (x, seed, p, backend))
+
+
+def test_a_compiled_function_takes_other_scalings(backend: str) -> None:
+    """The second makes torch.compile hold it as a symbol, as layers of several scalings do that share one forward."""
+    inputs = make_inputs(Case((7,), 12, 10, 2))
+    factors = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B
+    compiled = torch.compile(
+        lambda scaling: functional.lora_linear(*factors, scaling, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for scaling in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(compiled(scaling), functional.lora_linear(*factors, scaling, backend=backend))

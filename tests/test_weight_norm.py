@@ -178,6 +178,37 @@ def test_zero_rows_have_a_finite_gradient(axis: str, backend: str) -> None:
     assert torch.equal(lora_B.grad, torch.zeros_like(lora_B))
 
 
+def test_the_norm_may_be_written_in_place(backend: str) -> None:
+    inputs = make_inputs(Case((2,), 24, 40, 3))
+    gradients = []
+    for change in (torch.Tensor.square, torch.Tensor.square_):
+        lora_A, lora_B = inputs.lora_A.clone().requires_grad_(), inputs.lora_B.clone().requires_grad_()
+        norm = functional.weight_norm(inputs.weight, lora_A, lora_B, 0.7, backend=backend)
+        gradients.append(torch.autograd.grad(change(norm).sum(), (lora_A, lora_B)))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_forward_mode_raises_instead_of_losing_the_derivative(backend: str) -> None:
+    inputs = make_inputs(Case((2,), 24, 40, 3))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(
+            lambda lora_A: functional.weight_norm(inputs.weight, lora_A, inputs.lora_B, 0.7, backend=backend),
+            (inputs.lora_A,),
+            (torch.ones_like(inputs.lora_A),),
+        )
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["alone", "kept"])
+def test_inductor_compiles_it(keeps: bool, backend: str) -> None:
+    inputs, kept = make_inputs(Case((2,), 24, 40, 3)), NormCache() if keeps else None
+    gradients = []
+    for wrap in (lambda function: function, torch.compile):
+        lora_A, lora_B = inputs.lora_A.clone().requires_grad_(), inputs.lora_B.clone().requires_grad_()
+        function = wrap(lambda A, B: functional.weight_norm(inputs.weight, A, B, 0.7, kept=kept, backend=backend))
+        gradients.append(torch.autograd.grad(function(lora_A, lora_B).sum(), (lora_A, lora_B)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_kept_norm_of_another_scaling_is_not_taken(backend: str) -> None:
     """-1 and -2: Python hashes them alike."""
     inputs, kept = make_inputs(Case((2,), 24, 40, 3)), NormCache()

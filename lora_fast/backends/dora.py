@@ -37,9 +37,10 @@ def dora_linear_bwd(
     grad_x, grad_A, grad_B, grad_gain, grad_bias = lora_linear_bwd(call.lora_linear(gain), plan)
     if not (call.need_magnitude or call.through_norm):
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
-    grad_magnitude = grad_gain / divisor(call.norm)
+    wide = grad_gain / divisor(call.norm)
+    grad_magnitude = wide.to(grad_gain.dtype)  # the norm may be float64 where the sums over tokens are not
     if call.through_norm:
-        grad_norm = (-gain * grad_magnitude).to(call.norm.dtype)
+        grad_norm = (-gain * wide).to(call.norm.dtype)
         through_A, through_B = weight_norm_bwd(call.weight_norm(grad_norm), plan)
         grad_A = grad_A + through_A if call.need_A else grad_A
         grad_B = grad_B + through_B if call.need_B else grad_B

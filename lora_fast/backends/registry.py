@@ -145,6 +145,9 @@ def _device_type(call: Call) -> str:
     return tensor.device.type
 
 
+_told: set[str] = set()  # of which device types the warning was given
+
+
 @functools.cache
 def _candidates(device_type: str) -> tuple[Backend, ...]:
     """What "auto" asks for tensors on such a device; warns where kernels of ours are made for it and none is there."""
@@ -152,7 +155,8 @@ def _candidates(device_type: str) -> tuple[Backend, ...]:
     absent = {backend.name: backend.missing() or backend.untried() for backend in backends}
     found = tuple(backend for backend in backends if absent[backend.name] is None)
     reasons = [reason for reason in absent.values() if reason is not None]
-    if reasons and len(found) == 1:
+    if reasons and len(found) == 1 and device_type not in _told:
+        _told.add(device_type)  # first: a warning that is raised as an error is raised once too
         warnings.warn(
             f"lora_fast runs without its compiled kernels (the extension's or Triton's), on backend {found[0].name!r}: "
             f"{reasons[0]}. `lora-fast info` gives the remedy.",

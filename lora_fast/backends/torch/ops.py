@@ -112,7 +112,7 @@ def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Ten
     c = torch.where(norm == 0, 0.0, call.grad / torch.where(norm == 0, 1.0, norm)).to(dtype)
     wide_A = lora_A.to(product)
     grad_A = torch.zeros(lora_A.shape, dtype=product, device=lora_A.device) if call.need_A else lora_A.new_empty(0)
-    grad_B = torch.empty_like(lora_B) if call.need_B else lora_B.new_empty(0)
+    grad_B = lora_B.new_empty(lora_B.shape if call.need_B else 0)
     for rows, chunk in _adapted_rows(call, dtype):
         grad_V = chunk.mul_(c[rows, None] if call.axis == "output" else c).to(product)
         if call.need_A:
@@ -211,7 +211,7 @@ def _mix(z: Tensor) -> Tensor:
 def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """x / (1 - p) where the mask keeps, else 0; x [T, K]."""
     if p == 1.0:
-        return torch.zeros_like(x)
+        return x.new_zeros(x.shape)
     return torch.where(dropout_mask(seed, (x.shape[0], x.shape[1]), p), x / (1.0 - p), 0.0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import sys
 
 import torch
 
@@ -32,7 +34,7 @@ class _Triton(Backend):
         return None if torch.version.hip is None else "nobody has run 'triton' on ROCm, where it has to be named"
 
     def takes(self, device_type: str) -> bool:
-        return device_type == "cuda" or (self.missing() is None and _interpreting())
+        return device_type == "cuda" or (_interpreting() and self.missing() is None)
 
     def is_launch_failure(self, error: Exception) -> bool:
         """Whether Triton could not compile, load or launch: whatever its own code raises, but what a kernel that ran
@@ -49,6 +51,9 @@ def _raised_in_triton(error: Exception) -> bool:
 
 
 def _interpreting() -> bool:
+    # these two ways lead to the interpreter; who takes neither, on a CPU, does not wait for Triton's import
+    if "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:
+        return False
     return importlib.import_module("lora_fast.triton_kernels.target").interpreting()
 
 
