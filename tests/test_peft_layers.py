@@ -68,7 +68,7 @@ def test_embedding(dora: bool, kind: type[nn.Embedding]) -> None:
     peft = embedding(kind, use_dora=dora, lora_dropout=0.2)  # PEFT has no dropout on embeddings
     fast = accelerated(peft)
     assert_same(fast, peft, WORDS)
-    used = {"lora_compose_fwd", "weight_norm_fwd"} if dora else {"lora_compose_fwd"}
+    used = {"lora_compose_fwd", "weight_norm_kept"} if dora else {"lora_compose_fwd"}
     assert uses_lora_fast(fast, WORDS) == used
 
 
@@ -115,7 +115,7 @@ def test_convolution(dora: bool, name: str) -> None:
     peft, x = convolution(name, use_dora=dora)
     fast = accelerated(peft)
     assert_same(fast, peft, x)
-    assert uses_lora_fast(fast, x) == ({"weight_norm_fwd"} if dora else set())
+    assert uses_lora_fast(fast, x) == ({"weight_norm_kept"} if dora else set())
 
 
 @FORMS
@@ -253,7 +253,7 @@ def test_convolutions_with_arguments_of_their_own(
     assert_same(fast.train(), peft.train(), x, around=same_masks)
     assert_same(fast.eval(), peft.eval(), x)
     ours = dora and change is not group
-    assert uses_lora_fast(fast, x) == ({"weight_norm_fwd"} if ours else set())
+    assert uses_lora_fast(fast, x) == ({"weight_norm_kept"} if ours else set())
 
 
 @FORMS
