@@ -1,14 +1,16 @@
 """The contract: each op's schema and its fake, one after the other.
 
 Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain, norm, magnitude [N] or, for axis
-"input", [K]. ``backend`` is a backend's name or "auto", which is resolved when the op runs. Outputs that were not asked
-for are empty tensors. Everything here is below autograd (:mod:`lora_fast.autograd`) and below validation
+"input", [K]; product [T, N] and h [T, R] are what a forward keeps for its backward, T tokens of all leading dimensions.
+``backend`` is a backend's name or "auto", which is resolved when the op runs. Outputs that were not asked for are empty
+tensors. Everything here is below autograd (:mod:`lora_fast.autograd`) and below validation
 (:mod:`lora_fast.functional`); below it an op's arguments travel as one object (:mod:`lora_fast.calls`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +117,7 @@ def _weight_norm_bwd(call: calls.WeightNormGrad) -> tuple[Tensor, Tensor]:
     "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
     "str axis, float dropout_p, Tensor? seed, str keep, str backend) -> (Tensor y, Tensor product, Tensor h)",
     rows=("x",),
-    row_outputs=3,
+    row_outputs=1,
 )
 def _lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     return _linear_like(call)
@@ -127,7 +129,7 @@ def _lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     "Tensor? gain, str axis, float dropout_p, Tensor? seed, Tensor? product, Tensor? h, str kept, bool need_x, "
     "bool need_A, bool need_B, bool need_gain, bool need_bias, str backend) "
     "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_gain, Tensor grad_bias)",
-    rows=("grad_y", "x", "product", "h"),
+    rows=("grad_y", "x"),
     row_outputs=1,
 )
 def _lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -140,7 +142,7 @@ def _lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor
     "Tensor magnitude, str axis, float dropout_p, Tensor? seed, str keep, Tensor(a!)? kept_norm, "
     "Tensor(b!)? kept_key, str backend) -> (Tensor y, Tensor product, Tensor h, Tensor norm)",
     rows=("x",),
-    row_outputs=3,
+    row_outputs=1,
 )
 def _dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_linear_like(call), _norm_like(call)
@@ -152,7 +154,7 @@ def _dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Te
     "Tensor magnitude, str axis, float dropout_p, Tensor? seed, Tensor? product, Tensor? h, str kept, bool need_x, "
     "bool need_A, bool need_B, bool need_magnitude, bool need_bias, Tensor norm, bool detach_norm, str backend) "
     "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude, Tensor grad_bias)",
-    rows=("grad_y", "x", "product", "h"),
+    rows=("grad_y", "x"),
     row_outputs=1,
 )
 def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -164,11 +166,11 @@ def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor
     "lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? bias, "
     "str keep, str backend) -> (Tensor y, Tensor product)",
     rows=("base", "h"),
-    row_outputs=2,
+    row_outputs=1,
 )
 def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
-    y = call.base.new_empty(call.base.shape)
-    return y, _like(y, call.keep == "product")
+    base, tokens = call.base, math.prod(call.base.shape[:-1])
+    return base.new_empty(base.shape), base.new_empty((tokens, base.shape[-1]) if call.keep == "product" else 0)
 
 
 @_define(
@@ -176,7 +178,7 @@ def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
     "lora_compose_bwd(Tensor grad_y, Tensor h, Tensor lora_B, float scaling, Tensor? gain, Tensor? product, str kept, "
     "bool need_base, bool need_h, bool need_B, bool need_gain, bool need_bias, str backend) "
     "-> (Tensor grad_base, Tensor grad_h, Tensor grad_B, Tensor grad_gain, Tensor grad_bias)",
-    rows=("grad_y", "h", "product"),
+    rows=("grad_y", "h"),
     row_outputs=2,
 )
 def _lora_compose_bwd(call: calls.LoraComposeGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -209,8 +211,9 @@ def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:
 
 def _linear_like(call: calls.LoraLinear | calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     leading = call.x.shape[:-1]
-    y = call.x.new_empty((*leading, call.weight.shape[0]))
-    return y, _like(y, call.keep == "product"), call.x.new_empty((*leading, call.lora_A.shape[0]))
+    tokens, N = math.prod(leading), call.weight.shape[0]
+    product = call.x.new_empty((tokens, N) if call.keep == "product" else 0)
+    return call.x.new_empty((*leading, N)), product, call.x.new_empty(tokens, call.lora_A.shape[0])
 
 
 def _linear_gradients_like(

@@ -351,9 +351,9 @@ def test_opcheck(backend: str) -> None:
     for axis in ("output", "input"):
         gain, norm = inputs.gain[axis], inputs.magnitude[axis]
         kept = torch.zeros_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
-        keep, product = ("product", inputs.base) if axis == "output" else ("nothing", None)
+        keep, product = ("product", inputs.base.flatten(0, 1)) if axis == "output" else ("nothing", None)
         linear, gradient = (x, weight, bias, A, B, 0.7), (inputs.grad_y, x, *factors)
-        saved = (0.3, seed, product, inputs.h, keep)
+        saved = (0.3, seed, product, inputs.h.flatten(0, 1), keep)
         calls = [
             (ops.weight_norm_fwd, (*factors, axis)),
             (ops.weight_norm_kept, (*factors, axis, *kept)),
@@ -376,7 +376,7 @@ def test_opcheck(backend: str) -> None:
     compose = (inputs.h, B, 0.7, gain)
     torch.library.opcheck(ops.lora_compose_fwd.default, (inputs.base, *compose, bias, "product", backend))
     torch.library.opcheck(
-        ops.lora_compose_bwd.default, (inputs.grad_y, *compose, inputs.base, "product", *asked, backend)
+        ops.lora_compose_bwd.default, (inputs.grad_y, *compose, inputs.base.flatten(0, 1), "product", *asked, backend)
     )
 
 
