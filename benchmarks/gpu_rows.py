@@ -15,8 +15,6 @@ import torch
 import lora_fast
 from lora_fast import backends, calls, check, functional, reference
 from lora_fast.backends import BackendName, registry
-from lora_fast.triton_kernels import constants
-from lora_fast.triton_kernels.target import current
 
 from . import contenders as c, cost, layer, norms, peft_model, report
 from .gate import WRONG, error_fault
@@ -208,13 +206,13 @@ def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
     inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
     gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
 
+    given = (x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_())
+    project = plan.lora_linear_fwd(calls.LoraLinear(*given, "output", 0.0, None, "product")).kernel("h")
+
     def forward(path: str) -> torch.Tensor:
-        last = "lora_linear_fwd" if path == "fused" else "lora_compose_fwd"
-        forced = plan.forward(constants.of(current(x.device)).gemm_rank <= size.R, last, "measured")
+        forced = plan.forward(project, "lora_linear_fwd" if path == "fused" else "lora_compose_fwd", "measured")
         with mock.patch.object(plan, "lora_linear_fwd", return_value=forced):
-            return functional.lora_linear(
-                x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_(), backend="triton"
-            )
+            return functional.lora_linear(*given, backend="triton")
 
     def specified(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.Tensor:
         weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.lora_A, inputs.lora_B))

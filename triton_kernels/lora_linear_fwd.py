@@ -215,7 +215,7 @@ def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target)
 POINTER_CONTRACTION = 1024  # (predicted)
 
 
-def fused_contraction(x: Tensor, weight: Tensor, lora_B: Tensor, has_gain_in: bool) -> int:
+def fused_contraction(x: Tensor, weight: Tensor, lora_B: Tensor, *, has_gain_in: bool) -> int:
     """The most columns of x for which this kernel is predicted, or was measured, to take no longer than cuBLAS and a
     pass. They are few without descriptors, and where it has more to do tile by tile, as to convert W under autocast."""
     target = current(x.device)

@@ -137,6 +137,7 @@ def launch_lora_project(
     seed: Tensor | None,
     out: Tensor,
     config: Config,
+    *,
     early: bool = False,
 ) -> None:
     """out [splits, M, R] ← the sums of each split; ``early`` lets a kernel start before the end, and wait for it."""

@@ -116,7 +116,7 @@ def weight_norm_bwd_config(
     return Config(tile, BLOCK_S, tiles_per_split, cdiv(tiles, tiles_per_split))
 
 
-def _grad_b(grad: Tensor, norm: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, by_row: bool) -> Tensor:
+def _grad_b(grad: Tensor, norm: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, *, by_row: bool) -> Tensor:
     """The gradient of b in V = w + s b a, [N, R] in b's dtype; grad and norm along rows or columns."""
     (N, K), R = w.shape, a.shape[0]
     config = weight_norm_bwd_config(N, K, R, a.dtype, b.dtype, current(w.device))
@@ -149,7 +149,7 @@ def weight_norm_bwd(
     grad_A, grad_B = lora_A.new_empty(0), lora_B.new_empty(0)
     if need_A:
         w, a, b = oriented(weight, lora_A, lora_B, "input")
-        grad_A = _grad_b(grad, norm, w, a, b, scaling, not by_row).T.contiguous()
+        grad_A = _grad_b(grad, norm, w, a, b, scaling, by_row=not by_row).T.contiguous()
     if need_B:
-        grad_B = _grad_b(grad, norm, weight, lora_A, lora_B, scaling, by_row)
+        grad_B = _grad_b(grad, norm, weight, lora_A, lora_B, scaling, by_row=by_row)
     return grad_A, grad_B

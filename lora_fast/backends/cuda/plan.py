@@ -36,19 +36,18 @@ merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
-    return _yielding(
-        _NORM_KEPT if may_keep_norm(call) else _NORM, _constants(call.weight.device).norm_backend != "cuda"
-    )
+    yields = _constants(call.weight.device).norm_backend != "cuda"
+    return _yielding(_NORM_KEPT if may_keep_norm(call) else _NORM, yields=yields)
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
     # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
     small = call.has_gain and call.axis == "output" and call.dropout_p == 0.0 and _in_lines(call)
-    return _yielding(_SMALL if small else _LINEAR, not _takes_few(call.x))
+    return _yielding(_SMALL if small else _LINEAR, yields=not _takes_few(call.x))
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
-    return _yielding(_LINEAR_GRAD, not _takes_few(call.grad_y))
+    return _yielding(_LINEAR_GRAD, yields=not _takes_few(call.grad_y))
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
@@ -60,7 +59,7 @@ def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     return joined(weight_norm_bwd, linear) if call.through_norm else linear
 
 
-def _yielding(plan: Plan, yields: bool) -> Plan:
+def _yielding(plan: Plan, *, yields: bool) -> Plan:
     return plan._replace(yields=True) if yields else plan
 
 

@@ -52,22 +52,22 @@ def lora_linear_fwd(call: Linear) -> Plan:
     chosen = constants.of(current(x.device))
     rank_gemm = chosen.gemm_rank <= call.lora_A.shape[0]
     plain = call.axis == "output" or not call.has_gain
-    project = rank_gemm and plain and call.dropout_p == 0.0
+    project = LINEAR if rank_gemm and plain and call.dropout_p == 0.0 else "lora_project"
     if not call.has_gain:
         return forward(project, "addmm_" if rank_gemm else "lora_compose_fwd", _NO_GAIN)
     if x.shape[0] <= FEW_TOKENS:
         return _FEW
     if x.dtype == torch.float32:
         return forward(project, "lora_compose_fwd", _FLOAT32)
-    if x.shape[1] <= fused.fused_contraction(x, call.weight, call.lora_B, call.axis == "input"):
+    if x.shape[1] <= fused.fused_contraction(x, call.weight, call.lora_B, has_gain_in=call.axis == "input"):
         return forward(project, "lora_linear_fwd", _FUSED)
     return forward(project, "lora_compose_fwd", _PRODUCTS)
 
 
 @functools.cache
-def forward(project_by_gemm: bool, last: str, why: str) -> Plan:
-    """h by cuBLAS or a kernel of ours; y by ``last``, after PyTorch's product or with the product in it."""
-    steps = {"h": Step(LINEAR, _GEMM) if project_by_gemm else Step("lora_project", _ALONG_RANK)}
+def forward(project: str, last: str, why: str) -> Plan:
+    """h by ``project``; y by ``last``, after PyTorch's product or with the product in it."""
+    steps = {"h": Step(project, _GEMM if project == LINEAR else _ALONG_RANK)}
     if last != "lora_linear_fwd":
         steps["base"] = Step(LINEAR, why)
     steps["y"] = Step(last, _GEMM if last == "addmm_" else _EPILOGUE if "base" in steps else why)
@@ -79,22 +79,22 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     chosen = constants.of(current(grad_y.device))
     rank_gemm = chosen.gemm_rank <= call.lora_A.shape[0]
     plain = call.dropout_p == 0.0 and (call.axis == "output" or not call.has_gain)
-    grad_A_by_gemm = rank_gemm and plain and call.lora_A.dtype == grad_y.dtype
+    grad_A = MATMUL if rank_gemm and plain and call.lora_A.dtype == grad_y.dtype else "lora_A_grad"
     if call.dropout_p > 0.0:
-        return backward(grad_A_by_gemm, "lora_input_grad", _DROPOUT)
+        return backward(grad_A, "lora_input_grad", _DROPOUT)
     last = "addmm_" if rank_gemm else "lora_compose_fwd"
     if grad_y.dtype == torch.float32:
-        return backward(grad_A_by_gemm, last, _FLOAT32)
+        return backward(grad_A, last, _FLOAT32)
     if call.weight.shape[0] <= chosen.input_grad_contraction:
-        return backward(grad_A_by_gemm, "lora_input_grad", _FUSED)
-    return backward(grad_A_by_gemm, last, _PRODUCTS)
+        return backward(grad_A, "lora_input_grad", _FUSED)
+    return backward(grad_A, last, _PRODUCTS)
 
 
 @functools.cache
-def backward(grad_A_by_gemm: bool, last: str, why: str) -> Plan:
-    """d lora_A by cuBLAS or a kernel of ours; dx by ``last``, after PyTorch's product or with the product in it."""
+def backward(grad_A: str, last: str, why: str) -> Plan:
+    """d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
     steps = {"grad_v": _GAIN_BWD}
-    steps["grad_A"] = Step(MATMUL, _GEMM) if grad_A_by_gemm else Step("lora_A_grad", _ALONG_RANK)
+    steps["grad_A"] = Step(grad_A, _GEMM if grad_A == MATMUL else _ALONG_RANK)
     if last != "lora_input_grad":
         steps["grad_base"] = Step(MATMUL, why)
     steps["grad_x"] = Step(last, _GEMM if last == "addmm_" else _EPILOGUE if "grad_base" in steps else why)
