@@ -47,9 +47,9 @@ def collect(sizes: Sequence[Size] | None = None) -> dict[str, Any]:
     loaded, reason, build = extension.status()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the extension is missing is said below, with the remedy
-        plans = {str(size): explain(size) for size in sizes or []}
+        plans = {str(size): explain(size, backend=backend) for size in sizes or []}
         for size in [] if sizes is not None else typical_sizes():
-            plans[str(size)] = explain(size, SIZED)
+            plans[str(size)] = explain(size, SIZED, backend)
     return {
         "versions": {
             "lora_fast": lora_fast.__version__,
@@ -149,7 +149,7 @@ def render(state: dict[str, Any]) -> str:
         lines.extend(f"             {step}" for step in extension["remedy"])
     lines.append(f"default    {default['name']} (from {default['from']})")
     for size, rows in state["plans"].items():
-        lines.extend(["", f'backend="auto" for {size}', ""])
+        lines.extend(["", f"backend={default['name']!r} for {size}", ""])
         lines.extend(_table(rows))
     return "\n".join(lines)
 

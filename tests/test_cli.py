@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_the_remedy_names_what_else_is_missing(missing_extension: None, monkeypa
 def test_info_says_where_the_default_backend_comes_from() -> None:
     state = json.loads(lora_fast_command("info", "--json", LORA_FAST_BACKEND="torch").stdout)
     assert state["default_backend"] == {"name": "torch", "from": "LORA_FAST_BACKEND"}
+    assert {row["backend"] for rows in state["plans"].values() for row in rows} == {"torch"}
+
+
+def test_info_says_why_a_default_backend_refuses() -> None:
+    done = lora_fast_command("info", "--size", "5", "7", "9", "3", LORA_FAST_BACKEND="cuda")
+    assert done.returncode == 0
+    assert "backend='cuda' for 5 tokens, 7×9, rank 3, bfloat16, cpu" in done.stdout
+    assert re.search(r"dora_linear_fwd +cuda +none +backend 'cuda' (is not available|cannot be used): ", done.stdout)
 
 
 def test_an_unknown_default_backend_is_one_clear_line() -> None:

@@ -61,18 +61,25 @@ def example_calls(size: Size) -> dict[str, Call]:
     }
 
 
-def explain(size: Size, ops: Collection[str] | None = None) -> list[dict[str, str]]:
-    """A row for each of ``ops`` (None: all) and each thing that it computes: op, backend, computes, kernel, because."""
+def explain(size: Size, ops: Collection[str] | None = None, backend: str = "auto") -> list[dict[str, str]]:
+    """A row for each of ``ops`` (None: all) and each thing that it computes: op, backend, computes, kernel, because.
+
+    Of a named backend that refuses a call, the row has the reason and no kernel.
+    """
     rows = []
     for op, call in example_calls(size).items():
         if ops is not None and op not in ops:
             continue
-        backend, plan = registry.plan_of(op, call)
+        try:
+            name, plan = registry.plan_of(op, call, backend)
+        except RuntimeError as refusal:
+            rows.append(_row(op, backend, "", "none", str(refusal)))
+            continue
         for computes, step in plan.steps.items():
-            rows.append(_row(op, backend, computes, step.kernel, step.why))
+            rows.append(_row(op, name, computes, step.kernel, step.why))
         if plan.where_B_is_zero is not None:
             kernels = ", ".join(step.kernel for step in plan.where_B_is_zero.steps.values())
-            rows.append(_row(op, backend, "all, if lora_B = 0", kernels, "nn.Linear's output to the bit"))
+            rows.append(_row(op, name, "all, if lora_B = 0", kernels, "nn.Linear's output to the bit"))
     return rows
 
 
