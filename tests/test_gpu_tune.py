@@ -30,7 +30,8 @@ def test_every_constant_is_swept() -> None:
 
 def test_the_documentation_counts_them() -> None:
     count = sum(len(sweep.values) * len(sweep.calls) for sweep in (make() for make in SWEEPS.values()))
-    assert f"{count:,} combinations of value and size" in (gpu_tune.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    page = (gpu_tune.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert f"{count:,} combinations of value and size" in page
 
 
 @pytest.mark.parametrize("name", sorted(SWEEPS.keys() - {"few_tokens_backend", "norm_backend"}))
