@@ -47,9 +47,9 @@ def collect(sizes: Sequence[Size] | None = None) -> dict[str, Any]:
     loaded, reason, build = extension.status()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the extension is missing is said below, with the remedy
-        plans = {str(size): explain(size, backend=backend) for size in sizes or []}
-        for size in [] if sizes is not None else typical_sizes():
-            plans[str(size)] = explain(size, SIZED, backend)
+        # one call that was asked for is shown whole, the typical ones by what depends on their size
+        shown, ops = (typical_sizes(), SIZED) if sizes is None else (sizes, None)
+        plans = {str(size): explain(size, ops, backend) for size in shown}
     return {
         "versions": {
             "lora_fast": lora_fast.__version__,

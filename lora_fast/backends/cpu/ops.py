@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_fast import calls
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
-from lora_fast.backends.plan import Plan
+from lora_fast.backends.plan import Plan, may_keep_norm
 
 _c = torch.ops.lora_fast_c
 
@@ -70,9 +70,8 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
         return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
     vectors, kept_norm, kept_key = (call.magnitude.float(), _wide(call.bias), norm), call.kept_norm, call.kept_key
-    # In training to make the norm costs less than to tell whether a kept one holds. Without a version (inference mode)
-    # the key says nothing.
-    if kept_norm is None or kept_key is None or call.keep == "product" or call.weight.is_inference():
+    # in training to make the norm costs less than to tell whether a kept one holds
+    if call.keep == "product" or not may_keep_norm(call):
         kept_norm = kept_key = None
     if plan.kernel("y, norm") == "dora_linear_small_fwd":
         version = -1 if kept_key is None else call.weight._version
