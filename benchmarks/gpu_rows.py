@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -85,7 +84,7 @@ def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict
     h, lora_B = torch.randn(T, R, dtype=torch.bfloat16), torch.randn(N, R, dtype=torch.bfloat16)
     gain = 1 + 0.1 * torch.randn(N)
     forward = calls.LoraCompose(base, h, lora_B, 0.5, gain, None, "nothing")
-    backward = calls.LoraComposeGrad(base, h, lora_B, 0.5, gain, other, "product", True, True, True, True, False)
+    backward = calls.LoraComposeGrad(base, h, lora_B, 0.5, gain, other, "base", True, True, True, True, False)
     op, call = ("lora_compose_fwd", forward) if direction == "forward" else ("lora_compose_bwd", backward)
 
     def composed(name: str) -> Step:
@@ -199,38 +198,6 @@ def peft_row(
     return result | size | {"title": title, "ops": "model", "left_out": left_out}
 
 
-def path_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
-    """Forward of a trained DoRA layer by each path that backends/triton/plan.py chooses between."""
-    plan = backends.get("triton").plan
-    N = size.N
-    inputs = c.layer_inputs(N, size.K, size.R, size.T, torch.bfloat16)
-    gain, x = 1 + 0.1 * torch.randn(N), inputs.x.detach()
-
-    given = (x, inputs.weight, None, inputs.lora_A, inputs.lora_B, 2.0, gain.requires_grad_())
-    project = plan.lora_linear_fwd(calls.LoraLinear(*given, "output", 0.0, None, "product")).kernel("h")
-
-    def forward(path: str) -> torch.Tensor:
-        forced = plan.forward(project, "lora_linear_fwd" if path == "fused" else "lora_compose_fwd", "measured")
-        with mock.patch.object(plan, "lora_linear_fwd", return_value=forced):
-            return functional.lora_linear(*given, backend="triton")
-
-    def specified(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.Tensor:
-        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.lora_A, inputs.lora_B))
-        return reference.lora_linear(x.to(dtype), weight, None, A, B, 2.0, gain, compute_dtype=compute_dtype)
-
-    with torch.no_grad():
-        truth, eager = specified(torch.float64, torch.float64), specified(x.dtype, x.dtype)
-    frozen, left_out = c.frozen_linear(inputs.weight), {}
-    steps: dict[str, Step] = {c.FROZEN.name: lambda: frozen(x)}
-    for path in ("fused", "products"):
-        if fault := error_fault("y", forward(path).detach(), eager, truth, ours=True):
-            left_out[path] = f"{WRONG}: {fault}"
-        else:
-            steps[path] = partial(forward, path)
-    records = measure(steps, budget_s)
-    return row(f"paths of forward, {size.T} tokens, {N}×{size.K}, rank {size.R}", size, FORWARD, records, [], left_out)
-
-
 def settings() -> list[Case]:
     """The step as users of PEFT train it, beside the bars and without any: each differs from their step in one thing.
 
@@ -255,12 +222,12 @@ def settings() -> list[Case]:
 def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
 
-    Counted, not measured: 35 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
-    (half a one by each of its 4 contenders), one by each of the other 15. At 0.8 s that is 28 s. What else there is for
+    Counted, not measured: 31 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
+    (half a one by each of its 4 contenders), one by each of the other 11. At 0.8 s that is 25 s. What else there is for
     an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
     50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
     and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
-    second at half of the data sheet's rate. Together about 105 s.
+    second at half of the data sheet's rate. Together about 100 s.
     """
     models = cache(peft_model.models)
     bf16, dora, peft_dora = torch.bfloat16, c.dora().name, c.PEFT_DORA_FP32.name
@@ -274,7 +241,6 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         replace(step, rank=384, at_most=1.60, faster={}),
         replace(step, rank=384, out_features=8192, in_features=8192, at_most=1.35, faster={}),
     )
-    sizes = ((8192, 4096, 4096, 16), (8192, 4096, 1024, 16), (512, 4096, 4096, 16), (8192, 8192, 8192, 384))
     graphs = (replace(infer, at_most=1.25), replace(infer, tokens=1, at_most=1.4, aim=1.15))
     # 2.5 for the step as for one layer's; the CPU's bars are far above
     peft_cases = [replace(case, faster=2.5 if case.mode == STEP else 1.0) for case in peft_model.CASES]
@@ -288,5 +254,4 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
         *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
         *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
-        *(partial(path_row, cost.Size(*size), budget_s) for size in sizes),
     ]

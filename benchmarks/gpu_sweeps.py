@@ -25,7 +25,6 @@ from lora_fast.triton_kernels import (
     lora_A_grad,
     lora_compose_fwd,
     lora_gain_bwd,
-    lora_linear_fwd,
     lora_linear_small,
     lora_project,
     weight_norm,
@@ -58,9 +57,9 @@ class Sweep:
 def sweeps() -> list[Callable[[], Sweep]]:
     """Each makes its operands on the default device."""
     return [
-        gain_bwd, gain_bwd_programs, gain_bwd_fused, gain_bwd_partials, gain_bwd_fused_rank,
+        gain_bwd, gain_bwd_programs, gain_bwd_rank,
         compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
-        norm_low, norm_middle, norm_high, described, described_group, described_contraction, input_grad_contraction,
+        norm_low, norm_middle, norm_high, input_grad_contraction,
         gemm_rank, few_tokens, few_tokens_backend, norm_backend,
     ]  # fmt: skip
 
@@ -85,42 +84,28 @@ def _blocks(
 def _gain_bwd(T: int, N: int, R: int, lora: bool = False) -> Call:
     grad_y, kept, h, B, gain = _normal(T, N), _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
     if lora:
-        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, need_h=True, need_B=True)
-    return partial(
-        lora_gain_bwd.lora_gain_bwd, grad_y, kept, gain, h, B, S, need_v=True, need_gain=True, need_h=True, need_B=True
-    )
+        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, need_B=True)
+    function = partial(lora_gain_bwd.lora_gain_bwd, from_base=True, need_v=True, need_gain=True, need_B=True)
+    return partial(function, grad_y, kept, gain, h, B, S)
 
 
-def _plain_gain_calls() -> dict[str, Call]:
-    return {f"{T}×4096, rank 384": _gain_bwd(T, 4096, 384) for T in (8192, 2048)}
-
-
-def gain_bwd() -> Sweep:
-    tiles = ((32, 128), (64, 128), (16, 256), (32, 256))
-    return Sweep("gain_bwd", list(_blocks(tiles, (0,), (4, 8), (2, 3))), _plain_gain_calls())
-
-
-def gain_bwd_programs() -> Sweep:
-    return Sweep("gain_bwd_programs", [2, 3, 4, 6, 8], _plain_gain_calls())
-
-
-def _fused_gain_calls() -> dict[str, Call]:
-    sizes = ((8192, 4096, 16), (4096, 8192, 16), (8192, 14336, 32))
+def _gain_calls() -> dict[str, Call]:
+    sizes = ((8192, 4096, 16), (2048, 4096, 16), (4096, 8192, 16), (8192, 14336, 32), (8192, 4096, 384))
     calls = {f"{T}×{N}, rank {R}": _gain_bwd(T, N, R) for T, N, R in sizes}
     return calls | {"8192×4096, rank 16, no gain": _gain_bwd(8192, 4096, 16, lora=True)}
 
 
-def gain_bwd_fused() -> Sweep:
-    tiles = ((32, 128), (64, 128), (128, 128), (64, 64), (128, 64))
-    return Sweep("gain_bwd_fused", list(_blocks(tiles, (32,), (4, 8), (1, 2, 3))), _fused_gain_calls())
+def gain_bwd() -> Sweep:
+    tiles = ((32, 128), (64, 128), (16, 256), (32, 64))
+    return Sweep("gain_bwd", list(_blocks(tiles, (32,), (4, 8), (2, 3, 4))), _gain_calls())
 
 
-def gain_bwd_partials() -> Sweep:
-    return Sweep("gain_bwd_partials", [6, 8, 16], _fused_gain_calls())
+def gain_bwd_programs() -> Sweep:
+    return Sweep("gain_bwd_programs", [2, 3, 4, 6, 8], _gain_calls())
 
 
-def gain_bwd_fused_rank() -> Sweep:
-    return Sweep("gain_bwd_fused_rank", [0, 16, 32], _fused_gain_calls())
+def gain_bwd_rank() -> Sweep:
+    return Sweep("gain_bwd_rank", [0, 16, 32], _gain_calls())
 
 
 def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> Tensor:
@@ -220,47 +205,10 @@ def norm_high() -> Sweep:
     return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), (8192, 8192, 384), (8192, 28672, 384))
 
 
-def _forward_sweep(constant: str, values: list[Any]) -> Sweep:
-    """x Wᵀ with all in its epilogue, its product kept."""
-    calls: dict[str, Call] = {}
-    others: dict[str, dict[str, Call]] = {}
-    for T, N, K, R in ((8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 8192, 8192, 384)):
-        x, W, h, B, gain = _normal(T, K), _normal(N, K), _normal(T, R), _normal(N, R), _gain(N)
-        size = f"{T}×{N}×{K}, rank {R}"
-        calls[size] = partial(lora_linear_fwd.lora_linear_fwd, x, W, None, h, B, S, gain, None, keep_product=True)
-        others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
-    return Sweep(constant, values, calls, others)
-
-
-def described() -> Sweep:
-    tiles = ((128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 128, 8))
-    values = [Block(M, N, K, warps, stages) for (M, N, warps), K, stages in product(tiles, (64,), (3, 4))]
-    return _forward_sweep("described", values)
-
-
-def described_group() -> Sweep:
-    return _forward_sweep("described_group", [4, 8, 16])
-
-
 def _plan(op: str, call: LoraLinear | LoraLinearGrad) -> Plan:
     plan = registry.planned(registry.get("triton"), op, call)
     assert isinstance(plan, Plan), plan
     return plan
-
-
-def _forward(call: LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.lora_linear_fwd(call, _plan("lora_linear_fwd", call))
-
-
-def described_contraction() -> Sweep:
-    """The forward of the backend, by the kernel of ours or by cuBLAS and a pass."""
-    calls: dict[str, Call] = {}
-    sizes = [(T, 4096, K, 16) for K in (512, 1024, 2048, 4096) for T in (512, 2048, 8192)]
-    for T, N, K, R in [*sizes, (8192, 8192, 8192, 384)]:
-        x, W, A, B, gain = _normal(T, K), _normal(N, K), _normal(R, K), _normal(N, R), _gain(N)
-        call = LoraLinear(x, W, None, A, B, S, gain, "output", 0.0, None, "product")
-        calls[f"{T}×{N}×{K}, rank {R}"] = partial(_forward, call)
-    return Sweep("described_contraction", [0, 512, 1024, 2048, 4096, ANY], calls)
 
 
 def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor) -> LoraLinearGrad:
@@ -275,17 +223,13 @@ def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor, B: Tensor)
 
 
 def input_grad_contraction() -> Sweep:
-    """dv W and the update by the kernel of ours or by cuBLAS and a pass; and by the forward's kernel, W transposed."""
+    """dv W and the update by the kernel of ours or by cuBLAS and a pass."""
     calls: dict[str, Call] = {}
-    others: dict[str, dict[str, Call]] = {}
     for T, N in product((512, 2048, 8192), (512, 1024, 2048, 4096)):
         K, R = 4096, 16
         grad_v, W, grad_h, A, B = _normal(T, N), _normal(N, K), _normal(T, R), _normal(R, K), _normal(N, R)
-        size, transposed = f"{T}×{N}×{K}, rank {R}", (grad_v, W.T, None, grad_h, A.T)
-        calls[size] = partial(_input_grad, grad_v, W, grad_h, A, B)
-        by_forward = partial(lora_linear_fwd.lora_linear_fwd, *transposed, 1.0, None, None, keep_product=False)
-        others[size] = {"the forward's kernel": by_forward}
-    return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls, others)
+        calls[f"{T}×{N}×{K}, rank {R}"] = partial(_input_grad, grad_v, W, grad_h, A, B)
+    return Sweep("input_grad_contraction", [0, 512, 1024, 2048, 4096], calls)
 
 
 def _along_the_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, grad_h: Tensor, out: Tensor) -> tuple[Tensor, ...]:
@@ -319,7 +263,7 @@ def few_tokens() -> Sweep:
     for T in (1, 4, 8, 16):
         x, W, A, B, gain = _few_operands(T)
         size, operands = f"{T} tokens, 4096×4096, rank 16", (x, W, None, A, B, S, gain)
-        calls[size] = partial(lora_linear_small.lora_linear_small_fwd, *operands, None, 0.0, None, keep_product=False)
+        calls[size] = partial(lora_linear_small.lora_linear_small_fwd, *operands, None, 0.0, None, keep_base=False)
         others[size] = {"cuBLAS, x Wᵀ alone": partial(F.linear, x, W)}
         if backends.is_present("cuda"):
             others[size]["cuda"] = partial(functional.lora_linear, *operands, backend="cuda")

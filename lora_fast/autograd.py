@@ -1,8 +1,8 @@
 """One torch.autograd.Function per op. First order only: jvp, vmap and double backward raise.
 
-Kept for backward: x and, when the gain wants a gradient, the product before gain and bias [..., N] (law 2 of
-docs/design.md); h [..., R] and the parameters besides. The output is never kept: users write it in place.
-A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply binds the
+Kept for backward: x and, when the gain wants a gradient, the product before gain and bias or the base's part of it
+[..., N] (law 2 of docs/design.md); h [..., R] and the parameters besides. The output is never kept: users write it in
+place. A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply binds the
 arguments to forward's signature at every call, which costs 50 µs for twelve named ones.
 """
 
@@ -116,8 +116,8 @@ def _save_linear(
         call.lora_B,
         vector,
         call.seed,
-        product if call.keep == "product" else None,
-        h if need_B else None,
+        product if call.keep != "nothing" else None,
+        h if need_B or call.keep == "base" else None,
         *norm,
     )
 
@@ -162,7 +162,8 @@ class LoraComposeFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scaling, ctx.kept = call.scaling, call.keep
         ctx.bias_dtype = None if call.bias is None else call.bias.dtype
-        ctx.save_for_backward(call.h, call.lora_B, call.gain, product if call.keep == "product" else None)
+        kept = {"nothing": None, "product": product, "base": call.base}[call.keep]
+        ctx.save_for_backward(call.h, call.lora_B, call.gain, kept)
 
     @staticmethod
     @once_differentiable
@@ -170,6 +171,7 @@ class LoraComposeFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 8
         h, lora_B, gain, product = ctx.saved_tensors
+        product = None if product is None else product.reshape(-1, product.shape[-1])
         need_base, need_h, need_B, _, need_gain, need_bias, *_ = ctx.needs_input_grad
         needs = need_base, need_h, need_B, need_gain, need_bias
         grad_base, grad_h, grad_B, grad_gain, grad_bias = _ops.lora_compose_bwd(

@@ -15,8 +15,9 @@ from torch import Tensor
 from lora_fast.dtypes import accumulate_dtype
 
 Axis = Literal["output", "input"]
-# What a forward keeps for the gain's gradient: the product before gain and bias, v = x Wᵀ + s h lora_Bᵀ, or nothing.
-Kept = Literal["nothing", "product"]
+# What a forward keeps for the gain's gradient: nothing, the product before gain and bias, v = x Wᵀ + s h lora_Bᵀ, or
+# the base's part of it, x Wᵀ, from which d gain = Σ_t dy ⊙ base + s rowsum((dyᵀ h) ⊙ lora_B).
+Kept = Literal["nothing", "product", "base"]
 
 
 class WeightNorm(NamedTuple):

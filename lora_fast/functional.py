@@ -27,7 +27,7 @@ from lora_fast.autograd import (
     LoraLinearFunction,
     WeightNormFunction,
 )
-from lora_fast.backends import BackendName, resolved
+from lora_fast.backends import BackendName, kept_by, resolved
 from lora_fast.calls import Axis, Kept
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import dora_gain, to_gain_dtype
@@ -177,8 +177,9 @@ def dora_linear(
         given = (x, weight, bias, lora_A, lora_B, float(scaling), gain, axis)
         return _lora_linear(calls.LoraLinear(*given, *_dropout(dropout_p, seed), "nothing"), backend)
     given = (x, weight, _as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
-    keep = _keep(axis, _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B)))
     name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
+    wants_gain = _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B))
+    keep = _keep(name, x, axis, gain_wants_grad=wants_gain)
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
@@ -205,7 +206,8 @@ def lora_compose(
         gain: [N] or None. bias: [N] or None.
 
     Returns:
-        [..., N] of base's dtype; base is not changed. Kept for backward: h and, if gain requires grad, one [..., N].
+        [..., N] of base's dtype; base is not changed. Kept for backward: h and, if gain requires grad, one [..., N]: on
+        a GPU base itself, which may then not be written in place before backward, as PyTorch checks.
     """
     checks.check_tensor("base", base)
     if base.dim() == 0 or base.shape[-1] == 0:
@@ -222,9 +224,11 @@ def lora_compose(
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
     gain, bias = _as_gain(gain, base.dtype), _as_bias(bias, base.dtype)
-    call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, _keep("output", _wants_grad(gain)))
+    name = resolved(backend)
+    keep = _keep(name, base, "output", gain_wants_grad=_wants_grad(gain))
+    call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
     compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
-    return compose(*call, resolved(backend))[0]
+    return compose(*call, name)[0]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto") -> Tensor:
@@ -272,9 +276,11 @@ def merge_weight(
 def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     """Of checked arguments, with a gain on either side."""
     x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
-    call = call._replace(gain=gain, bias=bias, keep=_keep(call.axis, _wants_grad(gain)))
+    name = resolved(backend)
+    keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
+    call = call._replace(gain=gain, bias=bias, keep=keep)
     linear = LoraLinearFunction.apply if _recorded(x, call.lora_A, call.lora_B, gain, bias) else _ops.lora_linear_fwd
-    return linear(*call, resolved(backend))[0]
+    return linear(*call, name)[0]
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
@@ -292,9 +298,11 @@ def _kept_tensors(
     return kept.of(weight).tensors(size, dtype, weight.device) or (None, None)
 
 
-def _keep(axis: Axis, gain_wants_grad: bool) -> Kept:
+def _keep(backend: str, activation: Tensor, axis: Axis, *, gain_wants_grad: bool) -> Kept:
     """What backward needs for the gain's gradient; an input's gain has it from x."""
-    return "product" if gain_wants_grad and axis == "output" else "nothing"
+    if not gain_wants_grad or axis == "input":
+        return "nothing"
+    return kept_by(backend, activation.device.type)
 
 
 def _as_gain(gain: Tensor | None, dtype: torch.dtype) -> Tensor | None:

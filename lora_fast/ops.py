@@ -1,7 +1,8 @@
 """The contract: each op's schema and its fake, one after the other.
 
 Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain, norm, magnitude [N] or, for axis
-"input", [K]; product [T, N] and h [T, R] are what a forward keeps for its backward, T tokens of all leading dimensions.
+"input", [K]; product [T, N], of the kind that ``keep`` names, and h [T, R] are what a forward keeps for its backward, T
+tokens of all leading dimensions.
 ``backend`` is a backend's name or "auto", which is resolved when the op runs. Outputs that were not asked for are empty
 tensors. Everything here is below autograd (:mod:`lora_fast.autograd`) and below validation
 (:mod:`lora_fast.functional`); below it an op's arguments travel as one object (:mod:`lora_fast.calls`).
@@ -169,6 +170,7 @@ def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor
     row_outputs=1,
 )
 def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
+    # a kept base is the call's own, which an op may not return
     base, tokens = call.base, math.prod(call.base.shape[:-1])
     return base.new_empty(base.shape), base.new_empty((tokens, base.shape[-1]) if call.keep == "product" else 0)
 
@@ -212,7 +214,7 @@ def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:
 def _linear_like(call: calls.LoraLinear | calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     leading = call.x.shape[:-1]
     tokens, N = math.prod(leading), call.weight.shape[0]
-    product = call.x.new_empty((tokens, N) if call.keep == "product" else 0)
+    product = call.x.new_empty((tokens, N) if call.keep != "nothing" else 0)
     return call.x.new_empty((*leading, N)), product, call.x.new_empty(tokens, call.lora_A.shape[0])
 
 

@@ -122,7 +122,7 @@ DEVICE = (
     ("torch on a GPU", None if torch.cuda.is_available() else "no GPU", pytest.mark.gpu),
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
-ON_EVERY_DEVICE = ("test_lora_compose", "test_lora_linear", "test_merge_weight", "test_weight_norm")
+ON_EVERY_DEVICE = ("test_kept", "test_lora_compose", "test_lora_linear", "test_merge_weight", "test_weight_norm")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

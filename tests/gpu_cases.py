@@ -18,13 +18,13 @@ from lora_fast.triton_kernels.target import Target
 
 bf16, f32 = torch.bfloat16, torch.float32
 
-SLABS = (  # where the gain's pass makes dh and d lora_B, in slabs
+CHUNKED = (  # where the gain's pass makes dyᵀ h, in chunks of rows
     Case((8192,), 4096, 4096, 16, bf16),
     Case((4096,), 8192, 1024, 16, bf16),
     Case((8192,), 14336, 1024, 32, bf16),
 )
 CONFIGURED = (
-    *SLABS,
+    *CHUNKED,
     Case((2048,), 4096, 4096, 384, bf16),
     Case((2048,), 8192, 1024, 384, bf16),
     Case((2048,), 4096, 4096, 64, bf16),
@@ -76,9 +76,6 @@ def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:
         yield Call(*sizes, *dtypes, dropout_p=case.dropout)
     elif name == "eager_inference_row":
         yield Call(arguments[0], 4096, 4096, 16)
-    elif name == "path_row":
-        size = arguments[0]
-        yield Call(size.T, size.N, size.K, size.R)
     elif name == "peft_row":
         width, wide = peft_model.WIDTH, peft_model.FEED_FORWARD
         for N, K in ((width, width), (wide, width), (width, wide)):

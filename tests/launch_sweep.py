@@ -71,8 +71,9 @@ class skipped_products(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
             return args[0].new_empty(args[0].shape[0], args[1].shape[0])
-        if function in (Tensor.__matmul__, Tensor.matmul):
-            return args[0].new_empty(args[0].shape[0], args[1].shape[1])
+        if function in (Tensor.__matmul__, Tensor.matmul, torch.mm):
+            dtype = (kwargs or {}).get("out_dtype")
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=dtype)
         if function is Tensor.addmm_:
             return args[0]
         return function(*args, **(kwargs or {}))
@@ -126,20 +127,21 @@ def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Te
     h, seed = torch.empty(call.T, call.R, dtype=call.x), torch.tensor(3) if call.dropout_p else None
     common = (lora_A, lora_B, S, gain, call.axis, call.dropout_p, seed)
     keeps = gain is not None and call.axis == "output"
-    for keep in ("nothing", "product") if keeps else ("nothing",):
+    for keep in ("nothing", "product", "base") if keeps else ("nothing",):
         for some_bias in (bias, None):
             run("lora_linear_fwd", calls.LoraLinear(x, weight, some_bias, *common, keep))
     for x_, A, B, gain_, bias_ in ((1, 1, 1, 1, 1), (1, 1, 1, 1, 0), (0, 1, 1, 1, 0), (1, 0, 0, 0, 0), (0, 1, 0, 0, 0)):
         needs = [bool(need) for need in (x_, A, B, gain_ and gain is not None, bias_)]
-        kept = ("product", torch.empty_like(grad_y)) if keeps and gain_ else ("nothing", None)
-        run("lora_linear_bwd", calls.LoraLinearGrad(grad_y, x, weight, *common, kept[1], h, kept[0], *needs))
+        for kept in ("product", "base") if keeps and gain_ else ("nothing",):
+            product = None if kept == "nothing" else torch.empty_like(grad_y)
+            run("lora_linear_bwd", calls.LoraLinearGrad(grad_y, x, weight, *common, product, h, kept, *needs))
 
 
 def make_compose(call: Call) -> None:
     lora_B, bias = torch.empty(call.N, call.R, dtype=call.adapter), torch.empty(call.N, dtype=call.x)
     base, h = torch.empty(call.T, call.N, dtype=call.x), torch.empty(call.T, call.R, dtype=call.adapter)
     for gain in (None, torch.empty(call.N)):
-        kept = "nothing" if gain is None else "product"
+        kept = "nothing" if gain is None else "base"
         run("lora_compose_fwd", calls.LoraCompose(base, h, lora_B, S, gain, bias, kept))
         product = None if gain is None else torch.empty_like(base)
         needs = (True, True, True, gain is not None, True)

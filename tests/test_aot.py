@@ -41,8 +41,6 @@ TILED = {
     "lora_compose_fwd_kernel",
     "lora_gain_bwd_kernel",
     "lora_input_grad_kernel",
-    "lora_linear_fwd_kernel",
-    "lora_linear_fwd_tma_kernel",
     "lora_project_kernel",
     "merge_weight_kernel",
     "weight_norm_bwd_kernel",

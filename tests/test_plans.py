@@ -51,10 +51,10 @@ def sizes() -> Iterator[Size]:
     yield Size(5, 16, 24, 4, torch.float16)
 
 
-def filled(size: Size) -> Iterator[tuple[str, Any]]:
+def filled(size: Size, kept: calls.Kept = "product") -> Iterator[tuple[str, Any]]:
     """A size's calls with finite contents, and variants: the other axis, dropout, the full gradient, lora_B = 0."""
     torch.manual_seed(0)
-    for op, call in explain.example_calls(size).items():
+    for op, call in explain.example_calls(size, kept).items():
         fields = [
             torch.randn_like(field) if isinstance(field, Tensor) and field.is_floating_point() else field
             for field in call
@@ -72,6 +72,10 @@ def filled(size: Size) -> Iterator[tuple[str, Any]]:
             yield op, call._replace(axis="input", magnitude=vector, keep="nothing")
         if isinstance(call, calls.DoraLinearGrad):
             yield op, call._replace(axis="input", magnitude=vector, norm=vector, kept="nothing", product=None)
+        if kept == "product" and isinstance(call, (calls.DoraLinear, calls.LoraCompose)):
+            yield op, call._replace(keep="base")
+        if kept == "product" and isinstance(call, (calls.DoraLinearGrad, calls.LoraComposeGrad)):
+            yield op, call._replace(kept="base")
 
 
 def named(plan: Plan, is_zero: bool) -> set[str]:
@@ -129,7 +133,7 @@ def launched(call: Callable[[], Any]) -> set[str]:
 
 # The kernels that a launcher launches, where they are not its name and "_kernel".
 LAUNCHES = {
-    "lora_linear_fwd": {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"},
+    "lora_gain_bwd": {"lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
     "weight_norm_fwd": {"weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
     "weight_norm_kept": {"content_key_kernel", "weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
@@ -153,20 +157,18 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
             wanted = set().union(*(LAUNCHES.get(kernel, {f"{kernel}_kernel"}) for kernel in kernels))
             ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}
             found = launched(lambda op=op, call=call, plan=plan: getattr(triton.ops, op)(call, plan))
-            besides = {"sum_partials_kernel", "lora_gain_bwd_kernel", "dropout_kernel"}
-            either = {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"}
-            assert ours - either <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
+            besides = {"sum_partials_kernel", "lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel", "dropout_kernel"}
+            assert ours <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
             assert found <= ours | besides, (op, found - ours)
             seen |= kernels
-    assert {"lora_linear_fwd", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
+    assert {"lora_project", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
 
 
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
+@pytest.mark.parametrize(("axis", "keep"), [("output", "product"), ("output", "base"), ("input", "nothing")])
+def test_a_backward_reads_what_any_forward_kept(axis: str, keep: calls.Kept) -> None:
     """A fall-back between a forward and its backward changes nothing; float32, all pairs of backends that are here."""
     inputs = make_inputs(Case((40,), 64, 96, 16))
     there = [name for name in backends.NAMES if backends.is_present(name) and backends.get(name).takes("cpu")]
-    keep = "product" if axis == "output" else "nothing"
     magnitude = inputs.magnitude[axis]
     factors = (inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling)
     given = (inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.scaling, magnitude)
@@ -174,7 +176,7 @@ def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
     results = []
     for first, second in itertools.product(there, there):
         _, product, h, norm = registry.run("dora_linear_fwd", forward, first)
-        saved = (0.0, None, product if keep == "product" else None, h, keep)
+        saved = (0.0, None, None if keep == "nothing" else product, h, keep)
         needs = (True,) * 5
         backward = calls.DoraLinearGrad(inputs.grad_y, inputs.x, *factors, magnitude, axis, *saved, *needs, norm, False)
         results.append(registry.run("dora_linear_bwd", backward, second))
@@ -186,8 +188,8 @@ def test_a_backward_reads_what_any_forward_kept(axis: str) -> None:
 def test_a_backward_refuses_what_it_cannot_read(backend: str) -> None:
     for op, call in explain.example_calls(Size(3, 4, 5, 2, torch.float32)).items():
         if "kept" in call._fields:
-            with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used: .* read 'base'"):
-                registry.run(op, call._replace(kept="base"), backend)
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot be used: .* read 'everything'"):
+                registry.run(op, call._replace(kept="everything"), backend)
 
 
 def test_an_exported_graph_resolves_its_backend_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,31 +36,54 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 def of_gain(grad_y: Tensor, product: Tensor, gain: Tensor, h: Tensor, lora_B: Tensor) -> list[Tensor]:
     grad_v = grad_y * gain.to(grad_y.dtype)
-    sums = [(grad_y * product).sum(0), grad_y.sum(0)]
-    return [grad_v, *sums, S * (grad_v @ lora_B.to(grad_v.dtype)), grad_v.T @ (S * h)]
+    return [grad_v, (grad_y * product).sum(0), grad_y.sum(0), grad_v.T @ (S * h)]
+
+
+def of_gain_from_base(grad_y: Tensor, base: Tensor, gain: Tensor, h: Tensor, lora_B: Tensor) -> list[Tensor]:
+    return of_gain(grad_y, base + S * h @ lora_B.to(h.dtype).T, gain, h, lora_B)
+
+
+def of_gain_in_two_sums(grad_y: Tensor, base: Tensor, gain: Tensor, h: Tensor, lora_B: Tensor) -> list[Tensor]:
+    """The same in the kernel's order."""
+    grad_v, _, grad_bias, grad_B = of_gain(grad_y, base, gain, h, lora_B)
+    grad_gain = (grad_y * base).sum(0) + S * ((grad_y.T @ h) * lora_B.to(h.dtype)).sum(1)
+    return [grad_v, grad_gain, grad_bias, grad_B]
 
 
 GAIN_CONFIGS = {
     "own": None,
-    "groups and chunks": gain_bwd.Config(32, 32, 32, 2, 3, 4, 1),
-    "slabs of one block": gain_bwd.Config(64, 64, 32, 1, 1, 4, 1),
-    "products": gain_bwd.Config(32, 64, 0, 1, 3, 4, 1),
+    "many chunks": gain_bwd.Config(32, 32, 32, 3, 4, 1, 16),
+    "more chunks than are added at once": gain_bwd.Config(16, 64, 32, 20, 4, 1, 32),
+    "one chunk": gain_bwd.Config(64, 64, 32, 1, 4, 1, 64),
 }
-ALL = dict.fromkeys(("need_v", "need_gain", "need_bias", "need_h", "need_B"), True)  # in the order of the results
+PRODUCT = gain_bwd.Config(32, 64, 0, 3, 4, 1, 32)  # dyᵀ h by PyTorch's product
+ALL = dict.fromkeys(("need_v", "need_gain", "need_bias", "need_B"), True)  # in the order of the results
+
+
+@pytest.fixture(autouse=True)
+def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has products of another dtype than their operands' on a GPU only."""
+    if not torch.cuda.is_available():
+        product = torch.mm
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
 
 
 @pytest.mark.interp
 @DTYPES
-@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
-def test_gain_bwd_against_float64(config: gain_bwd.Config | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("from_base", [False, True], ids=["product", "base"])
+@pytest.mark.parametrize("config", [*GAIN_CONFIGS.values(), PRODUCT], ids=[*GAIN_CONFIGS, "product"])
+def test_gain_bwd_against_float64(config: gain_bwd.Config | None, from_base: bool, dtype: torch.dtype) -> None:
+    formula = of_gain_from_base if from_base else of_gain
+
     def draw(_: int) -> Draw:
-        inputs = [normal(100, 130, dtype=dtype), normal(100, 130, dtype=dtype), 1 + 0.2 * normal(130)]
-        inputs += [normal(100, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
+        inputs = [normal(150, 130, dtype=dtype), normal(150, 130, dtype=dtype), 1 + 0.2 * normal(130)]
+        inputs += [normal(150, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
         with poisoned_memory():
-            actual = gain_bwd.lora_gain_bwd(*inputs, S, **ALL, config=config)
-        truth = of_gain(*(tensor.double() for tensor in inputs))
-        eager = of_gain(*(tensor.to(dtype) for tensor in inputs))
-        return named(("dv", "dgain", "dbias", "dh", "dB"), actual, truth, eager)
+            actual = gain_bwd.lora_gain_bwd(*inputs, S, **ALL, from_base=from_base, config=config)
+        truth = formula(*(tensor.double() for tensor in inputs))
+        rounded = [tensor.to(dtype) for tensor in inputs]
+        eagers = [formula(*rounded)] + [of_gain_in_two_sums(*rounded)] * from_base
+        return named(("dv", "dgain", "dbias", "dB"), actual, truth, *eagers)
 
     hold_to_budget(dtype, draw)
 
@@ -74,23 +97,64 @@ def test_gain_bwd_of_any_strides(layout: str, config: gain_bwd.Config | None) ->
         grad_y = torch.ones(()).expand(70, 90)
         given = (grad_y, product, gain, h, lora_B)
     else:
-        given = (laid_out(grad_y, layout), product, gain, laid_out(h, layout), laid_out(lora_B, layout))
-    actual = gain_bwd.lora_gain_bwd(*given, S, **ALL, config=config)
-    for result, expected in zip(actual, of_gain(grad_y, product, gain, h, lora_B), strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        given = (
+            laid_out(grad_y, layout),
+            laid_out(product, layout),
+            gain,
+            laid_out(h, layout),
+            laid_out(lora_B, layout),
+        )
+    for from_base, formula in ((False, of_gain), (True, of_gain_from_base)):
+        actual = gain_bwd.lora_gain_bwd(*given, S, **ALL, from_base=from_base, config=config)
+        for result, expected in zip(actual, formula(grad_y, product, gain, h, lora_B), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.interp
 @pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
-@pytest.mark.parametrize("alone", range(5))
-def test_gain_bwd_of_one_gradient(alone: int, config: gain_bwd.Config | None) -> None:
+@pytest.mark.parametrize("from_base", [False, True], ids=["product", "base"])
+@pytest.mark.parametrize("alone", range(4))
+def test_gain_bwd_of_one_gradient(alone: int, from_base: bool, config: gain_bwd.Config | None) -> None:
     inputs = normal(70, 90), normal(70, 90), normal(90), normal(70, 20), normal(90, 20)
-    needs = [index == alone for index in range(5)]
-    present = [True, needs[1], True, needs[4], needs[3] or needs[4]]
-    given = [tensor if wanted else None for tensor, wanted in zip(inputs, present, strict=True)]
-    actual = gain_bwd.lora_gain_bwd(*given, S, **dict(zip(ALL, needs, strict=True)), config=config)
+    needs = [index == alone for index in range(4)]
+    has_rank = needs[3] or (from_base and needs[1])
+    given = [inputs[0], inputs[1] if needs[1] else None, inputs[2], *(i if has_rank else None for i in inputs[3:])]
+    actual = gain_bwd.lora_gain_bwd(*given, S, **dict(zip(ALL, needs, strict=True)), from_base=from_base, config=config)
     assert [result.numel() > 0 for result in actual] == needs
-    torch.testing.assert_close(actual[alone], of_gain(*inputs)[alone], rtol=1e-4, atol=1e-4)
+    expected = (of_gain_from_base if from_base else of_gain)(*inputs)[alone]
+    torch.testing.assert_close(actual[alone], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("columns", [20, 64, 131], ids=["own", "padded", "padded by several blocks"])
+@pytest.mark.parametrize("has_gain", [True, False], ids=["gain", "no gain"])
+@DTYPES
+def test_grad_h(dtype: torch.dtype, has_gain: bool, columns: int) -> None:
+    """Beside dv in one matrix, with zeros up to its last column."""
+    grad_v, lora_B, gain = normal(100, 130, dtype=dtype), normal(130, 20, dtype=dtype), 1 + 0.2 * normal(130)
+
+    def formula(to: torch.dtype) -> tuple[Tensor]:
+        scaled = grad_v.to(to) * gain.to(to) if has_gain else grad_v.to(to)
+        return (S * (scaled @ lora_B.to(to)),)
+
+    both = torch.full((100, 130 + columns), torch.nan, dtype=dtype)
+    with poisoned_memory():
+        grad_h = gain_bwd.lora_grad_h(grad_v, lora_B, S, gain if has_gain else None, both[:, 130:])
+    assert torch.equal(grad_h, both[:, 130:])
+    assert torch.equal(grad_h[:, 20:], torch.zeros(100, columns - 20, dtype=dtype))
+    results = named(("dh",), (grad_h[:, :20].contiguous(),), formula(torch.float64), formula(dtype))
+    hold_to_budget(dtype, lambda _: results)
+    assert torch.equal(gain_bwd.lora_grad_h(grad_v, lora_B, S, gain if has_gain else None), grad_h[:, :20])
+
+
+@pytest.mark.interp
+def test_gain_bwd_writes_dv_beside_other_columns() -> None:
+    grad_y, gain = normal(70, 90), normal(90)
+    both = torch.full((70, 96), torch.nan)
+    grad_v, *_ = gain_bwd.lora_gain_bwd(grad_y, None, gain, None, None, S, need_v=True, grad_v=both[:, :90])
+    assert grad_v.data_ptr() == both.data_ptr()
+    torch.testing.assert_close(both[:, :90], grad_y * gain)
+    assert both[:, 90:].isnan().all()
 
 
 @pytest.mark.interp
@@ -100,7 +164,7 @@ def test_gain_bwd_without_a_gain() -> None:
     for config in GAIN_CONFIGS.values():
         actual = gain_bwd.lora_gain_bwd(grad_y, None, None, h, lora_B, S, **{**ALL, "need_gain": False}, config=config)
         assert actual[0].numel() == 0
-        for index in (2, 3, 4):
+        for index in (2, 3):
             torch.testing.assert_close(actual[index], expected[index], rtol=1e-4, atol=1e-4)
 
 
@@ -231,8 +295,8 @@ def test_A_grad_of_any_strides(config: A_grad.Config | None) -> None:
 @pytest.mark.interp
 def test_no_tokens() -> None:
     empty, gain, lora_B = torch.empty(0, 8), torch.ones(8), normal(8, 4)
-    _, *sums, grad_h, grad_B = gain_bwd.lora_gain_bwd(empty, empty, gain, torch.empty(0, 4), lora_B, S, **ALL)
-    assert grad_h.shape == (0, 4)
+    _, *sums, grad_B = gain_bwd.lora_gain_bwd(empty, empty, gain, torch.empty(0, 4), lora_B, S, **ALL)
+    assert gain_bwd.lora_grad_h(empty, lora_B, S).shape == (0, 4)
     assert all(torch.equal(total, torch.zeros_like(total)) for total in (*sums, grad_B))
     grad_x, grad_gain = input_grad.lora_input_grad(
         empty,
@@ -269,16 +333,13 @@ SIZES = [
 
 @TARGETS
 def test_partials_of_the_gain_pass(target) -> None:
-    """dh and dlora_B are in the pass only with partials under 1/8 of grad_y's bytes; the sums' are always few."""
+    """They stay under 1/8 of grad_y's bytes, where there is more than one chunk."""
     for M, N, R in SIZES:
         config = gain_bwd.lora_gain_bwd_config(M, N, R, torch.bfloat16, True, target)
         chunks = -(-M // config.rows_per_chunk(M))
-        groups = -(-N // (config.BLOCK_N * config.column_blocks))
-        if config.BLOCK_R > 0:
-            assert 4 * M * R * groups + 4 * N * (R + 2) * chunks < 2 * M * N / 8
-            assert groups * chunks >= target.sms // 2
-        else:
-            assert chunks == 1 or 4 * 2 * N * chunks <= 2 * M * N / 8
+        sums = 2 + (R if config.BLOCK_R > 0 else 0)
+        assert chunks == 1 or 4 * N * sums * chunks <= 2 * M * N / 8
+        assert config.BLOCK_R == 0 or config.BLOCK_R >= R
     fused = gain_bwd.lora_gain_bwd_config(8192, 4096, 16, torch.bfloat16, True, target)
     products = gain_bwd.lora_gain_bwd_config(8192, 4096, 384, torch.bfloat16, True, target)
     assert fused.BLOCK_R == 16

@@ -1,9 +1,7 @@
 """The Triton kernels of forward: what the shared cases do not reach. Split sums, several tiles and rank blocks,
-descriptors beside pointers, strides between columns of NaN, and the configurations for real sizes."""
+strides between columns of NaN, and the configurations for real sizes."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from lora_fast.triton_kernels import (
     dropout,
     lora_A_grad,
     lora_compose_fwd,
-    lora_linear_fwd,
     lora_linear_small,
     lora_project,
 )
@@ -65,6 +62,12 @@ def linear(x, W, bias, A, B, gain, gain_in, mask, dense: bool = False) -> tuple[
     return y if bias is None else y + bias, v, h
 
 
+def of_base(x, W, bias, A, B, gain, gain_in, dropped, **options):
+    """What the kernel for few tokens gives: y, the base product, h."""
+    y, _, h = linear(x, W, bias, A, B, gain, gain_in, dropped, **options)
+    return y, x @ W.T, h
+
+
 def operands(M: int, N: int, K: int, R: int, form: str, dtype: torch.dtype, adapter: torch.dtype | None = None):
     gain, gain_in = (1 + 0.2 * normal(size) if form == name else None for name, size in (("gain", N), ("gain_in", K)))
     scale = max(K, 1) ** -0.5
@@ -103,35 +106,6 @@ def test_project_in_splits_and_tiles(splits: int, p: float, dtype: torch.dtype, 
 
 
 @pytest.mark.interp
-@FORMS
-@pytest.mark.parametrize(
-    ("descriptors", "dtype"),
-    [
-        *(("", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-        *((of, dtype) for of in ("plain", "transposed") for dtype in (torch.bfloat16, torch.float16)),
-    ],
-    ids=str,
-)
-def test_linear_in_tiles(descriptors: str, form: str, dtype: torch.dtype, monkeypatch) -> None:
-    """Through descriptors 16-bit operands alone: a GPU would multiply float32 tiles in TF32."""
-    M, N, K, R = 70, 136, 72, 40
-    config = lora_linear_fwd.Config(bool(descriptors), 32, 32, 32, 16, 4, 1, GROUP_M=2)
-    monkeypatch.setattr(lora_linear_fwd, "lora_linear_fwd_config", lambda *_: config)
-    x, W, bias, A, B, gain, gain_in = operands(M, N, K, R, form, dtype)
-    h = lora_project.lora_project(x, A, gain_in, 0.0, None)
-    expected = truth_and_eagers(linear, x, W, bias, A, B, gain, gain_in, None)
-    if not descriptors:
-        x, W = surrounded(x), W.T.contiguous().T
-    if descriptors == "transposed":
-        W, B = W.T.contiguous().T, B.T.contiguous().T
-    with poisoned_memory():
-        y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, keep_product=form == "gain")
-    count = 2 if form == "gain" else 1
-    one = named(*(values[:count] for values in (("y", "product"), (y, product), *expected)))
-    hold_to_budget(dtype, lambda _: one)
-
-
-@pytest.mark.interp
 @DTYPES
 @FORMS
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -142,13 +116,13 @@ def test_few_tokens(sizes: tuple[int, int, int, int], p: float, form: str, dtype
     def draw(_: int) -> Draw:
         # among more rows: PyTorch multiplies few with sums in many lanes, a yardstick that no matrix product meets
         x, W, bias, A, B, gain, gain_in = operands(32, *sizes[1:], form, dtype)
-        expected = truth_and_eagers(linear, x, W, bias, A, B, gain, gain_in, scaled_mask((32, K), p))
+        expected = truth_and_eagers(of_base, x, W, bias, A, B, gain, gain_in, scaled_mask((32, K), p))
         with poisoned_memory():
             small = (surrounded(x[:M]), surrounded(W), bias, A, B, S, gain, gain_in, p, torch.tensor(SEED))
-            actual = lora_linear_small.lora_linear_small_fwd(*small, keep_product=form == "gain")
+            actual = lora_linear_small.lora_linear_small_fwd(*small, keep_base=form == "gain")
         wanted = slice(None) if form == "gain" else slice(None, None, 2)
         few = [[value[:M] for value in values] for values in expected]
-        return named(*(values[wanted] for values in (("y", "product", "h"), actual, *few)))
+        return named(*(values[wanted] for values in (("y", "base", "h"), actual, *few)))
 
     hold_to_budget(dtype, draw)
 
@@ -158,7 +132,7 @@ def test_few_tokens_refuse_many() -> None:
     arguments = operands(17, 4, 8, 2, "gain", torch.float32)
     x, W, bias, A, B, gain, _ = arguments
     with pytest.raises(ValueError, match="x: got 17 tokens, expected at most 16"):
-        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_product=False)
+        lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_base=False)
 
 
 @pytest.mark.interp
@@ -187,8 +161,8 @@ def test_compose_in_tiles(adapter: torch.dtype | None, in_place: bool, dtype: to
 def test_nothing_to_do() -> None:
     x, W, bias, A, B, gain, _ = operands(0, 5, 4, 2, "gain", torch.float32)
     h = lora_project.lora_project(x, A, None, 0.0, None)
-    y, product = lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, None, keep_product=True)
-    small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_product=True)
+    y, product = torch.empty(0, 5), torch.empty(0, 5)
+    small = lora_linear_small.lora_linear_small_fwd(x, W, bias, A, B, S, gain, None, 0.0, None, keep_base=True)
     lora_compose_fwd.lora_compose_fwd(y, h, B, S, gain, bias, y, product)
     assert [tuple(t.shape) for t in (h, y, product, *small)] == [(0, 2), (0, 5), (0, 5), (0, 5), (0, 5), (0, 2)]
 
@@ -202,16 +176,14 @@ def test_no_columns_or_no_rows_of_the_weight(form: str) -> None:
             for N, K in ((0, 4), (5, 0)):
                 x, W, bias, A, B, gain, gain_in = operands(T, N, K, 2, form, torch.float32)
                 h = lora_project.lora_project(x, A, gain_in, 0.0, None)
-                results = [(*lora_linear_fwd.lora_linear_fwd(x, W, bias, h, B, S, gain, gain_in, keep_product=True), h)]
+                projected = [h]
                 if T <= constants.FEW_TOKENS:
-                    results += [
-                        lora_linear_small.lora_linear_small_fwd(
-                            x, W, bias, A, B, S, gain, gain_in, 0, None, keep_product=True
-                        )
-                    ]
-                for y, product, h in results:
+                    small = (x, W, bias, A, B, S, gain, gain_in, 0.0, None)
+                    y, base, h = lora_linear_small.lora_linear_small_fwd(*small, keep_base=True)
                     assert torch.equal(y, bias.expand(T, N))
-                    assert torch.equal(product, torch.zeros(T, N))
+                    assert torch.equal(base, torch.zeros(T, N))
+                    projected.append(h)
+                for h in projected:
                     torch.testing.assert_close(h, (x if gain_in is None else x * gain_in) @ A.T)
                 grad_A = lora_A_grad.lora_A_grad(normal(T, 2), x, gain_in, 0.0, None, torch.float32)
                 assert grad_A.shape == (2, K)
@@ -235,12 +207,7 @@ def test_the_parts_of_h_cover_every_column(M: int, R: int, target) -> None:
 
 
 @TARGETS
-def test_big_products_take_big_tiles_and_few_tokens_many_programs(target) -> None:
-    big = lora_linear_fwd.lora_linear_fwd_config(8192, 4096, 4096, 16, 2, 2, True, target)
-    assert big.descriptors == (target.arch >= 90)
-    assert ((128, 256) if big.descriptors else (128, 128)) == (big.BLOCK_M, big.BLOCK_N)
-    unaligned = lora_linear_fwd.lora_linear_fwd_config(8192, 4096, 4096, 16, 2, 2, False, target)
-    assert unaligned == replace(unaligned, descriptors=False, BLOCK_M=64, BLOCK_N=64)
+def test_few_tokens_take_many_programs(target) -> None:
     small = lora_linear_small.lora_linear_small_config(16, 4096, 4096, 16, 2, 2, target)
     assert 0.85 * target.sms <= 4096 // small.BLOCK_N
     assert small.overlap == (target.arch >= 90)

@@ -62,22 +62,17 @@ class Constants:
     "Low" is a rank up to 64, "high" one above; of the norm "low" is up to 32 and "middle" up to 64.
     """
 
-    described_contraction: int = 1024  # up to which x Wᵀ with all in its epilogue, through descriptors, is taken
     input_grad_contraction: int = 1024  # up to which dv W with the update in its epilogue is
     gemm_rank: int = 128  # from which products along the rank that nothing is fused with are cuBLAS's
     few_tokens_backend: GpuBackend = "cuda"  # or "triton", where both are there
     norm_backend: GpuBackend = "triton"
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
     few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)
-    described: Block = Block(128, 256, 64, 8, 4)  # the largest tile of x Wᵀ; its rank: columns of x at a time
-    described_group: int = 8  # rows of tiles that go together
     compose_low: Block = Block(64, 128, 64, 8, 2)
     compose_high: Block = Block(128, 128, 64, 8, 2)
-    gain_bwd: Block = Block(32, 128, 0, 4, 2)  # without the products along the rank
+    gain_bwd: Block = Block(32, 128, 32, 4, 2)
     gain_bwd_programs: int = 4  # on a multiprocessor
-    gain_bwd_fused: Block = Block(64, 128, 32, 8, 3)
-    gain_bwd_fused_rank: int = 32  # up to which dh and d lora_B are made in the pass
-    gain_bwd_partials: int = 8  # whose bytes are 1 / so much of grad_y's at most
+    gain_bwd_rank: int = 32  # up to which grad_yᵀ h is made in the pass
     A_grad_low: Block = Block(64, 64, 64, 4, 3)  # of x
     A_grad_programs: int = 2  # on a multiprocessor
     project_low: Block = Block(64, 128, 16, 4, 4)  # of x, up to rank 16

@@ -24,10 +24,10 @@ from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of
 
 @triton.jit
 def lora_linear_small_fwd_kernel(
-    x_ptr, W_ptr, parts_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, product_ptr, h_ptr,
+    x_ptr, W_ptr, parts_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
     M, N, K, R, splits, scaling,
     stride_x_m, stride_x_k, stride_w_n, stride_w_k,
-    HAS_GAIN: tl.constexpr, HAS_GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_PRODUCT: tl.constexpr,
+    HAS_GAIN: tl.constexpr, HAS_GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_BASE: tl.constexpr,
     WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +49,10 @@ def lora_linear_small_fwd_kernel(
         x_ptrs += BLOCK_K * stride_x_k
         W_ptrs += BLOCK_K * stride_w_k
 
+    offs_y = offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if KEEP_BASE:
+        tl.store(base_ptr + offs_y, acc.to(base_ptr.dtype.element_ty), mask=mask)
     if WAIT:
         tl.extra.cuda.gdc_wait()
     update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -67,10 +71,6 @@ def lora_linear_small_fwd_kernel(
         update = dot_add(h, tl.trans(B.to(h.dtype)), update)
     acc += update * scaling
 
-    offs_y = offs_m[:, None] * N + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    if KEEP_PRODUCT:
-        tl.store(product_ptr + offs_y, acc.to(product_ptr.dtype.element_ty), mask=mask)
     if HAS_GAIN:
         acc *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_BIAS:
@@ -139,16 +139,16 @@ def lora_linear_small_fwd(
     dropout_p: float,
     seed: Tensor | None,
     *,
-    keep_product: bool,
+    keep_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [M, N], product [M, N] or empty, h [M, R]) in x's dtype; ValueError for more than 16 tokens."""
+    """(y [M, N], x Wᵀ [M, N] or empty, h [M, R]) in x's dtype; ValueError for more than 16 tokens."""
     (M, K), (N, R) = x.shape, lora_B.shape
     if M > FEW_TOKENS:
         raise ValueError(f"x: got {M} tokens, expected at most {FEW_TOKENS}")
     y, h = x.new_empty(M, N), x.new_empty(M, R)
-    product = x.new_empty((M, N) if keep_product else 0)
+    base = x.new_empty((M, N) if keep_base else 0)
     if M == 0:
-        return y, product, h
+        return y, base, h
     c = lora_linear_small_config(M, N, K, R, x.element_size(), weight.element_size(), current(x.device))
     splits = c.project.splits(K)
     parts = x.new_empty(splits, M, R, dtype=torch.float32)
@@ -157,11 +157,11 @@ def lora_linear_small_fwd(
     overlap = {"launch_pdl": True} if c.overlap else {}
     # the first program writes h, also where N is 0
     lora_linear_small_fwd_kernel[(max(1, cdiv(N, c.BLOCK_N)),)](
-        x, weight, parts, lora_B, gain, gain_in, bias, y, product if keep_product else None, h,
+        x, weight, parts, lora_B, gain, gain_in, bias, y, base if keep_base else None, h,
         M, N, K, R, splits, scaling, *x.stride(), *weight.stride(),
         HAS_GAIN=gain is not None, HAS_GAIN_IN=gain_in is not None, HAS_BIAS=bias is not None,
-        KEEP_PRODUCT=keep_product, WAIT=c.overlap,
+        KEEP_BASE=keep_base, WAIT=c.overlap,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_R, SPLITS=c.SPLITS,
         num_warps=c.num_warps, num_stages=c.num_stages, **overlap,
     )  # fmt: skip
-    return y, product, h
+    return y, base, h

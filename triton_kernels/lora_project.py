@@ -1,7 +1,7 @@
-"""h = drop(x ⊙ gain_in) lora_Aᵀ: the adapter's first product.
+"""h = s drop(x ⊙ gain_in) lora_Aᵀ: the adapter's first product, and with lora_Bᵀ for lora_A its gradient, dh.
 
-x [M, K] of any strides, lora_A [R, K], gain_in float32 [K] or None, h [M, R] in x's dtype. x ⊙ gain_in is rounded to
-x's dtype, as the frozen product sees it; dropout's 1/(1-p) multiplies the float32 sum, and so rounds nothing twice.
+x [M, K] and lora_A [R, K] of any strides, gain_in float32 [K] or None, h [M, R] in x's dtype. x ⊙ gain_in is rounded to
+x's dtype, as the frozen product sees it; s and dropout's 1/(1-p) multiply the float32 sum, and so round nothing twice.
 Where there are too few tiles for the GPU, the K loop is split and a second launch adds the parts in a fixed order.
 Source: LoRA, arXiv 2106.09685, eq. 3; DoRA with one norm per column for gain_in.
 """
@@ -25,13 +25,14 @@ from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, 
 @triton.jit(do_not_specialize=["threshold"])
 def lora_project_kernel(
     x_ptr, A_ptr, gain_ptr, seed_ptr, out_ptr,
-    M, K, R,
-    stride_x_m, stride_x_k,
-    split_k, threshold: tl.int64, keep_scale,
+    M, K, R, columns,
+    stride_x_m, stride_x_k, stride_a_r, stride_a_k, stride_out_m,
+    split_k, threshold: tl.int64, scale,
     HAS_GAIN: tl.constexpr, HAS_DROPOUT: tl.constexpr, LAUNCH_DEPENDENTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = Σ over the s-th ``split_k`` columns; out [splits, M, R], or h itself where there is one split."""
+    """out[s] = Σ over the s-th ``split_k`` columns; out [splits, M, R], or h itself where there is one split, of
+    ``columns``, R or more, the others zero."""
     if LAUNCH_DEPENDENTS:  # the next kernel may start; it waits for this one before it reads out
         tl.extra.cuda.gdc_launch_dependents()
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,8 +40,9 @@ def lora_project_kernel(
     start = tl.program_id(2) * split_k
     offs_k = start + tl.arange(0, BLOCK_K)
     mask_m, mask_r = offs_m < M, offs_r < R
+    offs_a = offs_r.to(tl.int64)[:, None] * stride_a_r
     x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
-    A_ptrs = A_ptr + offs_r[:, None] * K + offs_k[None, :]
+    A_ptrs = A_ptr + offs_a + offs_k.to(tl.int64)[None, :] * stride_a_k
     if HAS_DROPOUT:
         seed_lo, seed_hi = dropout_seed(seed_ptr)
 
@@ -57,11 +59,15 @@ def lora_project_kernel(
             x = tl.where(dropout_keep(seed_lo, seed_hi, offs_m[:, None], offs_k[None, :], threshold), x, 0.0)
         acc = dot_add(x, tl.trans(A.to(x.dtype)), acc)
         x_ptrs += BLOCK_K * stride_x_k
-        A_ptrs += BLOCK_K
-    if HAS_DROPOUT:
-        acc *= keep_scale
-    out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
+        A_ptrs += BLOCK_K * stride_a_k
+    acc *= scale
+    out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + offs_m[:, None]) * stride_out_m + offs_r[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        zeros = tl.zeros((BLOCK_M, BLOCK_R), out_ptr.dtype.element_ty)
+        for column in range(0, columns - R, BLOCK_R):
+            mask = mask_m[:, None] & (column + tl.arange(0, BLOCK_R) < columns - R)[None, :]
+            tl.store(out_ptrs + (R - offs_r + column + tl.arange(0, BLOCK_R))[None, :], zeros, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -138,28 +144,53 @@ def launch_lora_project(
     out: Tensor,
     config: Config,
     *,
+    scaling: float = 1.0,
     early: bool = False,
 ) -> None:
-    """out [splits, M, R] ← the sums of each split; ``early`` lets a kernel start before the end, and wait for it."""
-    (M, K), R = x.shape, lora_A.shape[0]
+    """out [splits, M, columns] ← the sums of each split, zero in columns from R on; rows may be further apart.
+
+    ``early`` lets a kernel start before the end, and wait for it.
+    """
+    (M, K), R, columns = x.shape, lora_A.shape[0], out.shape[-1]
     threshold, keep_scale = dropout_arguments(dropout_p)
     lora_project_kernel[config.grid(M, K, R)](
-        x, lora_A, gain_in, seed if dropout_p > 0.0 else None, out, M, K, R, *x.stride(),
-        config.split_k, threshold, keep_scale,
+        x, lora_A, gain_in, seed if dropout_p > 0.0 else None, out,
+        M, K, R, columns, *x.stride(), *lora_A.stride(), out.stride(-2),
+        config.split_k, threshold, scaling * keep_scale,
         HAS_GAIN=gain_in is not None, HAS_DROPOUT=dropout_p > 0.0, LAUNCH_DEPENDENTS=early,
         BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def lora_project(x: Tensor, lora_A: Tensor, gain_in: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """h [M, R] in x's dtype; x [M, K] of any strides, lora_A [R, K] of any floating dtype, gain_in float32 [K]."""
+def lora_project(
+    x: Tensor,
+    lora_A: Tensor,
+    gain_in: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scaling: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """h [M, R] in x's dtype; x [M, K] of any strides, lora_A [R, K] of any floating dtype, gain_in float32 [K].
+
+    ``out`` [M, columns], R or more of them, takes h and zeros after it; its rows may be further apart.
+    """
     (M, K), R = x.shape, lora_A.shape[0]
     if M * R == 0:
-        return x.new_empty(M, R)
-    lora_A = lora_A.contiguous()
-    vectors = has_vectors(x, lora_A)
+        return x.new_empty(M, R) if out is None else out.zero_()
+    if 1 not in lora_A.stride():
+        lora_A = lora_A.contiguous()
+    vectors = has_vectors(x, lora_A if lora_A.stride(1) == 1 else lora_A.T)
     config = lora_project_config(M, K, R, x.element_size(), lora_A.element_size(), vectors, current(x.device))
+    if out is not None and config.splits(K) == 1:
+        launch_lora_project(x, lora_A, gain_in, dropout_p, seed, out, config, scaling=scaling)
+        return out
     parts = new_partials(config.splits(K), (M, R), x.dtype, x.device)
-    launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, config)
-    return sum_partials(parts, x.dtype)
+    launch_lora_project(x, lora_A, gain_in, dropout_p, seed, parts, config, scaling=scaling)
+    h = sum_partials(parts, x.dtype)
+    if out is None:
+        return h
+    out[:, R:] = 0
+    out[:, :R] = h
+    return out

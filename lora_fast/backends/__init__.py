@@ -8,7 +8,7 @@ from lora_fast.backends.default import (
     set_backend,
     use_backend,
 )
-from lora_fast.backends.registry import NAMES, BackendName, check_name, get, is_present, plan_of
+from lora_fast.backends.registry import NAMES, BackendName, check_name, get, is_present, kept_by, plan_of
 
 __all__ = [
     "NAMES",
@@ -19,6 +19,7 @@ __all__ = [
     "default_backend_source",
     "get",
     "is_present",
+    "kept_by",
     "plan_of",
     "resolved",
     "set_backend",

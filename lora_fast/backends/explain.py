@@ -31,8 +31,11 @@ class Size:
         return f"{tokens}, {self.N}×{self.K}, rank {self.R}, {str(self.dtype).removeprefix('torch.')}, {self.device}"
 
 
-def example_calls(size: Size) -> dict[str, Call]:
-    """One call of each op, by its name: everything asked for, the norm detached, no dropout; contents are arbitrary."""
+def example_calls(size: Size, kept: Kept = "product") -> dict[str, Call]:
+    """One call of each op, by its name: everything asked for, the norm detached, no dropout; contents are arbitrary.
+
+    ``kept``: for the gain's gradient.
+    """
     T, N, K, R = size.T, size.N, size.K, size.R
 
     def empty(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
@@ -45,17 +48,17 @@ def example_calls(size: Size) -> dict[str, Call]:
     factors, undropped = (weight, lora_A, lora_B, 1.0), (axis, 0.0, None)
     linear, grad = (x, weight, bias, lora_A, lora_B, 1.0), (y, x, *factors)
     nothing: tuple[None, Tensor, Kept] = (None, h, "nothing")
-    product: tuple[Tensor, Tensor, Kept] = (y, h, "product")
+    product: tuple[Tensor, Tensor, Kept] = (y, h, kept)
     needed = (True, True, True, True, True)
     return {
         "weight_norm_fwd": calls.WeightNorm(*factors, axis, None, None),
         "weight_norm_bwd": calls.WeightNormGrad(vector, vector, *factors, axis, True, True),
         "lora_linear_fwd": calls.LoraLinear(*linear, None, *undropped, "nothing"),
         "lora_linear_bwd": calls.LoraLinearGrad(*grad, None, *undropped, *nothing, True, True, True, False, True),
-        "dora_linear_fwd": calls.DoraLinear(*linear, vector, *undropped, "product", None, None),
+        "dora_linear_fwd": calls.DoraLinear(*linear, vector, *undropped, kept, None, None),
         "dora_linear_bwd": calls.DoraLinearGrad(*grad, vector, *undropped, *product, *needed, vector, True),
-        "lora_compose_fwd": calls.LoraCompose(y, h, lora_B, 1.0, vector, bias, "product"),
-        "lora_compose_bwd": calls.LoraComposeGrad(y, h, lora_B, 1.0, vector, y, "product", *needed),
+        "lora_compose_fwd": calls.LoraCompose(y, h, lora_B, 1.0, vector, bias, kept),
+        "lora_compose_bwd": calls.LoraComposeGrad(y, h, lora_B, 1.0, vector, y, kept, *needed),
         "dropout": calls.Dropout(x, seed, 0.1),
         "merge_weight": calls.MergeWeight(*factors, vector, axis),
     }
@@ -67,7 +70,8 @@ def explain(size: Size, ops: Collection[str] | None = None, backend: str = "auto
     Of a named backend that refuses a call, the row has the reason and no kernel.
     """
     rows = []
-    for op, call in example_calls(size).items():
+    kept = registry.kept_by(backend, torch.device(size.device).type)
+    for op, call in example_calls(size, kept).items():
         if ops is not None and op not in ops:
             continue
         try:

@@ -1,8 +1,10 @@
 """lora_linear and lora_compose as products with W, x and the adapter, with a backend's passes around them.
 
-    forward   base = x Wᵀ      h = drop(x) Aᵀ      y = gain ⊙ (base + s h Bᵀ) + bias
+    forward   base = x Wᵀ      h = drop(x) Aᵀ      v = base + s h Bᵀ       y = gain ⊙ v + bias
     backward  dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v  dbias = Σ_t dy
               dh = s dv B      dB = dvᵀ (s h)      dA = dhᵀ drop(x)        dx = dv W + drop(dh A)
+
+Where forward kept base instead of v, dgain = Σ_t dy ⊙ base + s rowsum((dyᵀ h) ⊙ B).
 
 With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
 Activations are [T, features]. The products are PyTorch's, or a kernel's that the backend's plan names for the steps
@@ -11,7 +13,7 @@ Activations are [T, features]. The products are PyTorch's, or a kernel's that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -20,9 +22,12 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends.plan import Plan
+from lora_fast.dtypes import accumulate_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LINEAR, MATMUL = "F.linear", "torch.matmul"  # PyTorch's products, as steps name them
+CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
+SMALLEST_CHUNK = 1 << 14  # below this the cost of the calls dominates
 
 
 class GainBackward(Protocol):
@@ -38,6 +43,14 @@ class GainBackward(Protocol):
         need_gain: bool,
         need_bias: bool,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def token_chunks(tokens: int, width: int) -> Iterator[slice]:
+    """A quarter of the tokens, within [SMALLEST_CHUNK, 4 CHUNK] elements: in float32 half of what all are in 16 bits"""
+    elements = min(max(tokens * width // 4, SMALLEST_CHUNK), 4 * CHUNK)
+    step = max(1, elements // max(width, 1))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
 
 
 class Passes:
@@ -73,9 +86,12 @@ class Passes:
             y = self.linears[plan.kernel("base")](x, weight, None if bias is None else bias.to(x.dtype))
             self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
             return y, y.new_empty(0), h
-        y = self.linears[plan.kernel("base")](x, weight, None)
-        product = torch.empty_like(y) if call.keep == "product" else None
-        self.compose(y, h, call.lora_B, call.scaling, gain, bias, y, product)
+        base = self.linears[plan.kernel("base")](x, weight, None)
+        y = torch.empty_like(base) if call.keep == "base" else base
+        product = torch.empty_like(base) if call.keep == "product" else None
+        self.compose(base, h, call.lora_B, call.scaling, gain, bias, y, product)
+        if call.keep == "base":
+            product = base
         return y, y.new_empty(0) if product is None else product, h
 
     def lora_linear_bwd(self, call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
@@ -93,6 +109,8 @@ class Passes:
         )
         grad_v = grad_y if gain is None else grad_v
         grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
+        if call.kept == "base" and call.need_gain:
+            grad_gain += _update_of_gain(call)
         if call.need_B:
             assert call.h is not None
             grad_B = grad_v.new_empty(call.lora_B.shape)
@@ -112,7 +130,7 @@ class Passes:
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
 
     def lora_compose_fwd(self, call: calls.LoraCompose, plan: Plan) -> tuple[Tensor, Tensor]:
-        base, h, lora_B, scaling, gain, bias, keep = call
+        base, h, lora_B, scaling, gain, bias, keep = call  # a base that is kept is in the caller's hands already
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
         product = torch.empty_like(y) if keep == "product" else None
         self.compose(base.contiguous(), h, lora_B, scaling, gain, bias, y, product)
@@ -122,7 +140,7 @@ class Passes:
         grad_y, gain = call.grad_y, call.gain
         grad_base, grad_gain, grad_bias = self.gain_bwd(
             grad_y,
-            call.product,
+            None if call.product is None else call.product.contiguous(),
             gain,
             need_scaled=call.need_base or call.need_h or call.need_B,
             need_gain=call.need_gain,
@@ -133,6 +151,8 @@ class Passes:
         if call.need_h:
             grad_h = grad_v @ _scaled(call.lora_B, call.scaling, grad_v.dtype)
             grad_h = grad_h.to(call.h.dtype)
+        if call.kept == "base" and call.need_gain:
+            grad_gain += _update_of_gain(call)
         if call.need_B:
             grad_B = (grad_v.T @ (call.h.to(grad_v.dtype) * call.scaling)).to(call.lora_B.dtype)
         if not call.need_base:
@@ -159,6 +179,25 @@ class Passes:
             return grad_x.add_(self._dropped(grad_h @ call.lora_A.to(grad_h.dtype), call))
         self.compose(grad_x, grad_h, call.lora_A.T, 1.0, None, None, grad_x, None)
         return grad_x
+
+
+def _update_of_gain(call: calls.LoraLinearGrad | calls.LoraComposeGrad) -> Tensor:
+    """s rowsum((dyᵀ h) ⊙ B): what the sum over base lacks of the gain's gradient"""
+    assert call.h is not None
+    sums = _contraction(call.grad_y, call.h)
+    return (sums * call.lora_B).sum(1).mul_(call.scaling).to(accumulate_dtype(call.grad_y))
+
+
+def _contraction(grad_y: Tensor, h: Tensor) -> Tensor:
+    """grad_yᵀ h [N, R], not rounded to 16 bits: its columns are summed further."""
+    if grad_y.dtype.itemsize > 2:
+        return grad_y.T @ h.to(grad_y.dtype)
+    if grad_y.is_cuda:
+        return torch.mm(grad_y.T, h.to(grad_y.dtype), out_dtype=torch.float32)
+    sums = torch.zeros(grad_y.shape[1], h.shape[1], dtype=torch.float32, device=grad_y.device)
+    for tokens in token_chunks(*grad_y.shape):
+        sums.addmm_(grad_y[tokens].float().T, h[tokens].float())
+    return sums
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ class Backend:
     """What the registry asks of a backend before it loads ``plan`` and ``ops``."""
 
     reads: tuple[Kept, ...] = get_args(Kept)  # that a forward may have kept: another kind would give wrong gradients
+    keeps: Kept = "product"  # for the gain's gradient, where the choice is its own
 
     def __init__(self, package: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
         self.name = package.rpartition(".")[2]
@@ -138,6 +139,16 @@ def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
         return Refusal(f"its backward does not read {kept!r}, which the forward kept")
     answer = getattr(backend.plan, op)
     return answer if isinstance(answer, Plan) else answer(call)
+
+
+@torch.compiler.assume_constant_result
+def kept_by(name: str, device_type: str) -> Kept:
+    """What forwards keep for the gain's gradient, where the named backend or "auto" takes tensors on such a device.
+
+    It is told before the op runs, because the graphs that torch.compile and export make have it in them; another
+    backend that runs them there keeps and reads it too, in the way that it has.
+    """
+    return (_candidates(device_type)[0] if name == "auto" else get(name)).keeps
 
 
 def _device_type(call: Call) -> str:

@@ -2,7 +2,8 @@
 
 PyTorch makes the products, and passes of ours come around them (:mod:`lora_fast.backends.passes`). On a processor with
 AMX, for sizes of whole tiles, bfloat16 products are made here with those passes in them, DoRA's norm too, and float32
-products of three bfloat16 parts. Measured on Intel Xeons with AMX, 2 threads.
+products of three bfloat16 parts. Measured on Intel Xeons with AMX, 2 threads. In these products the sums begin with the
+update, so that what they can keep is the product, not the base's part of it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
-    native = _native(call)
+    native = _native(call) and call.keep != "base"
     if native and call.has_gain:
         return _FEW_FWD if _is_small(call) else _TILES_FWD
     h = Step("project_small", _FEW) if _projects(call) else _TORCH
@@ -74,7 +75,7 @@ def _passes(base: Step, h: Step) -> Plan:
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
-    if _native(call):
+    if _native(call) and call.kept != "base":
         return _FEW_BWD if _is_small(call) else _TILES_BWD
     if call.grad_y.shape[0] <= SMALL_TOKENS and call.dropout_p == 0.0 and _in_tiles(call, torch.bfloat16):
         return _passes_grad(Step("input_grad_small", _FEW))
@@ -87,7 +88,7 @@ def _passes_grad(product: Step) -> Plan:
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
-    if call.lora_A.shape[0] <= FUSED_RANK and _native(call):
+    if call.lora_A.shape[0] <= FUSED_RANK and _native(call) and call.keep != "base":
         return _FEW_DORA if call.x.shape[0] <= SMALL_TOKENS else _TILES_DORA
     return joined(weight_norm_fwd(call), lora_linear_fwd(call))
 

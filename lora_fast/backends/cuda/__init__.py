@@ -21,6 +21,8 @@ _LAUNCH_FAILURES = (
 
 
 class _Cuda(Backend):
+    keeps = "base"
+
     def missing(self) -> str | None:
         loaded, reason, build = extension.status()
         if not loaded:

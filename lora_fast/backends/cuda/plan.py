@@ -42,7 +42,8 @@ def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
 
 def lora_linear_fwd(call: Linear) -> Plan:
     # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
-    small = call.has_gain and call.axis == "output" and call.dropout_p == 0.0 and _in_lines(call)
+    small = call.has_gain and call.axis == "output" and call.dropout_p == 0.0 and call.keep == "nothing"
+    small = small and _in_lines(call)
     return _yielding(_SMALL if small else _LINEAR, yields=not _takes_few(call.x))
 
 

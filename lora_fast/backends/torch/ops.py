@@ -14,13 +14,11 @@ from torch import Tensor
 
 from lora_fast import calls, norm_cache
 from lora_fast.backends import dora
-from lora_fast.backends.passes import Gradients, Passes
+from lora_fast.backends.passes import CHUNK, SMALLEST_CHUNK, Gradients, Passes, token_chunks
 from lora_fast.backends.plan import Plan
 from lora_fast.content_key import content_key
 from lora_fast.dtypes import accumulate_dtype
 
-CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
-SMALLEST_CHUNK = 1 << 14  # below this the cost of the calls dominates
 _UINT32 = 0xFFFFFFFF
 
 
@@ -34,14 +32,6 @@ def _chunk_rows(weight: Tensor) -> int:
     rows, columns = weight.shape
     elements = min(max(rows * columns // 128, SMALLEST_CHUNK), CHUNK)
     return max(1, min(elements // max(columns, 1), rows))
-
-
-def _token_chunks(tokens: int, width: int) -> Iterator[slice]:
-    """A quarter of the tokens, within [SMALLEST_CHUNK, 4 CHUNK] elements: in float32 half of what all are in 16 bits"""
-    elements = min(max(tokens * width // 4, SMALLEST_CHUNK), 4 * CHUNK)
-    step = max(1, elements // max(width, 1))
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))
 
 
 def _adapted_rows(
@@ -147,7 +137,7 @@ def compose(
     dtype = accumulate_dtype(base)
     lora_B = lora_B.to(dtype)
     gain, bias = (None if vector is None else vector.to(dtype) for vector in (gain, bias))
-    for tokens in _token_chunks(*base.shape):
+    for tokens in token_chunks(*base.shape):
         v = base[tokens].to(dtype, copy=True).addmm_(h[tokens].to(dtype), lora_B.T, alpha=scaling)
         if product is not None:
             product[tokens] = v
@@ -168,7 +158,7 @@ def gain_bwd(
     scaled = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_scaled else grad.new_empty(0)
     grad_gain = grad.new_zeros(width if need_gain else 0, dtype=dtype)
     grad_bias = grad.new_zeros(width if need_bias else 0, dtype=dtype)
-    for tokens in _token_chunks(*grad.shape):
+    for tokens in token_chunks(*grad.shape):
         if need_scaled:
             assert gain is not None
             scaled[tokens] = grad[tokens].to(dtype, copy=True).mul_(gain.to(dtype))

@@ -22,6 +22,8 @@ _NOT_OF_THE_LAUNCH = (
 
 
 class _Triton(Backend):
+    keeps = "base"
+
     @functools.cache  # noqa: B019 (there is one such object, for as long as the process)
     def missing(self) -> str | None:
         try:

@@ -22,7 +22,6 @@ from lora_fast.triton_kernels import (
     lora_compose_fwd as compose,
     lora_gain_bwd,
     lora_input_grad,
-    lora_linear_fwd as linear,
     lora_linear_small as small,
     lora_project,
     merge_weight as merge,
@@ -56,18 +55,12 @@ def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:
 def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, lora_A, lora_B, scaling, _, _, dropout_p, seed, keep = call
     gain, gain_in = _sides(call)
-    keep_product = keep == "product"
     with _on_device_of(x):
         if plan.kernel("y") == "lora_linear_small_fwd":
             return small.lora_linear_small_fwd(
-                x, weight, bias, lora_A, lora_B, scaling, gain, gain_in, dropout_p, seed, keep_product=keep_product
+                x, weight, bias, lora_A, lora_B, scaling, gain, gain_in, dropout_p, seed, keep_base=keep == "base"
             )
         h = project(call, plan)
-        if plan.kernel("y") == "lora_linear_fwd":
-            y, product = linear.lora_linear_fwd(
-                x, weight, bias, h, lora_B, scaling, gain, gain_in, keep_product=keep_product
-            )
-            return y, product, h
         if gain_in is not None:
             x = _scaled_input(x, gain_in)
         # under autocast W is cast as nn.Linear's is
@@ -76,10 +69,13 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
             y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
             add_update(y, h, lora_B, scaling, plan.kernel("y"))
             return y, y.new_empty(0), h
-        y = F.linear(x, weight)
-        product_ = torch.empty_like(y) if keep_product else None
-        compose.lora_compose_fwd(y, h, lora_B, scaling, gain, bias, y, product_)
-        return y, y.new_empty(0) if product_ is None else product_, h
+        base = F.linear(x, weight)
+        y = torch.empty_like(base) if keep == "base" else base
+        product = torch.empty_like(base) if keep == "product" else None
+        compose.lora_compose_fwd(base, h, lora_B, scaling, gain, bias, y, product)
+        if keep == "base":
+            product = base
+        return y, y.new_empty(0) if product is None else product, h
 
 
 def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
@@ -87,23 +83,25 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     gain, gain_in = _sides(call)
     need_gain_in = gain_in is not None and call.need_gain
     need_input = call.need_x or need_gain_in
+    need_h = need_input or call.need_A
     with _on_device_of(grad_y):
-        grad_v, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
+        grad_v, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
             grad_y,
             call.product,
             gain,
             call.h,
             call.lora_B,
             call.scaling,
-            need_v=need_input,
+            from_base=call.kept == "base",
+            need_v=need_input or (need_h and plan.kernel("grad_h") == MATMUL),
             need_gain=gain is not None and call.need_gain,
             need_bias=call.need_bias,
-            need_h=need_input or call.need_A,
             need_B=call.need_B,
         )
         if gain is None:
             grad_v = grad_y
-        grad_x, grad_A = grad_y.new_empty(0), grad_y.new_empty(0)
+        grad_x, grad_A = grad_y.new_empty(0), call.lora_A.new_empty(0)
+        grad_h = h_grad(call, plan, grad_v) if need_h else grad_y.new_empty(0)
         if call.need_A:
             grad_A = A_grad(call, plan, grad_h)
         if need_input:
@@ -123,21 +121,25 @@ def lora_compose_fwd(call: calls.LoraCompose, plan: Plan) -> tuple[Tensor, Tenso
 
 
 def lora_compose_bwd(call: calls.LoraComposeGrad, plan: Plan) -> Gradients:
-    with _on_device_of(call.grad_y):
-        grad_base, grad_gain, grad_bias, grad_h, grad_B = lora_gain_bwd.lora_gain_bwd(
-            call.grad_y,
+    grad_y = call.grad_y
+    with _on_device_of(grad_y):
+        grad_base, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
+            grad_y,
             call.product,
             call.gain,
             call.h,
             call.lora_B,
             call.scaling,
-            need_v=call.need_base,
+            from_base=call.kept == "base",
+            need_v=call.need_base or (call.need_h and plan.kernel("grad_h") == MATMUL),
             need_gain=call.gain is not None and call.need_gain,
             need_bias=call.need_bias,
-            need_h=call.need_h,
             need_B=call.need_B,
         )
-    return grad_base, grad_h.to(call.h.dtype), grad_B, grad_gain, grad_bias
+        grad_h = call.h.new_empty(0)
+        if call.need_h:
+            grad_h = h_grad(call, plan, grad_y if call.gain is None else grad_base).to(call.h.dtype)
+    return grad_base if call.need_base else grad_y.new_empty(0), grad_h, grad_B, grad_gain, grad_bias
 
 
 def dropout(call: calls.Dropout, plan: Plan) -> Tensor:
@@ -184,6 +186,17 @@ def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: 
         compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
 
 
+def h_grad(call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor) -> Tensor:
+    """dh = s dv lora_B; ``grad_v`` is empty where nothing else needs it, and the kernel scales grad_y as it reads it"""
+    grad_y = call.grad_y
+    if plan.kernel("grad_h") == MATMUL:
+        grad_h = grad_y.new_empty(grad_y.shape[0], call.lora_B.shape[1])
+        return grad_h.addmm_(grad_v, call.lora_B.to(grad_y.dtype), beta=0, alpha=call.scaling)
+    if grad_v.numel() == grad_y.numel():
+        return lora_gain_bwd.lora_grad_h(grad_v, call.lora_B, call.scaling)
+    return lora_gain_bwd.lora_grad_h(grad_y, call.lora_B, call.scaling, call.gain)
+
+
 def A_grad(call: calls.LoraLinearGrad, plan: Plan, grad_h: Tensor) -> Tensor:
     """dhᵀ drop(x ⊙ gain_in), rounded once to lora_A's dtype"""
     assert call.x is not None
@@ -205,5 +218,4 @@ def input_grad(call: calls.LoraLinearGrad, plan: Plan, grad_v: Tensor, grad_h: T
     add_update(grad_x, grad_h, lora_A.T, 1.0, plan.kernel("grad_x"))
     if gain_in is None:
         return grad_x, grad_x.new_empty(0)
-    x = None if x is None else x.contiguous()
     return lora_gain_bwd.lora_gain_bwd(grad_x, x, gain_in, None, None, 1.0, need_v=True, need_gain=need_gain)[:2]

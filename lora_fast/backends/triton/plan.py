@@ -5,28 +5,31 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
-from lora_fast.triton_kernels import constants, lora_linear_fwd as fused
+from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 from lora_fast.triton_kernels.target import current
 
-# Whether a kernel of ours takes the product, or cuBLAS and a pass over the output after it. Where tensor descriptors
-# bring the operands, ours: DoRA's forward on an H200 takes 408 µs with it and 420 with cuBLAS at 8192 × 4096 × 4096,
-# rank 16, 1642 and 1748 at 8192³, rank 384, 41 and 41 at 512 × 4096 × 4096. Elsewhere (predicted) the pass reads and
-# writes 4 bytes an element in 16 bits: 1.0 ps at 4 TB/s. The product is 2 K FLOPs an element: at 990 TFLOPS, of which
-# cuBLAS reaches 70% and a plain Triton kernel 55%, ours costs K · 0.79 fs more. They meet at K = 1270.
+# Whether a kernel of ours takes the product dv W, or cuBLAS and a pass over the output after it (predicted): the pass
+# reads and writes 4 bytes an element in 16 bits, 1.0 ps at 4 TB/s. The product is 2 N FLOPs an element: at 990 TFLOPS,
+# of which cuBLAS reaches 70% and a plain Triton kernel 55%, ours costs N · 0.79 fs more. They meet at N = 1270. x Wᵀ is
+# cuBLAS's, since it is what training keeps. On an H200 a product with update, gain and bias in its epilogue took 408 µs
+# at 8192 × 4096 × 4096, cuBLAS 345, and a pass from base to y, which moves two tensors, takes 40 (predicted from 0.79
+# of a copy's bandwidth, which was measured).
 #
-# Products along the rank that nothing is fused with (h, d lora_A, an update without a gain) are 2 R FLOPs an element of
-# what they read, 2 or 4 bytes: above rank 200 the tensor cores decide, which cuBLAS keeps 70% busy, plain Triton
-# kernels 55%, and less at 8192 × 4096, rank 384: 192 tiles of 128 × 128 are 1.5 turns of 132 multiprocessors. Three
-# such products of a step at that size: 45 µs each against 65 to 85 (predicted).
+# Products along the rank that nothing is fused with (h, dh, d lora_A, an update without a gain) are 2 R FLOPs an
+# element of what they read, 2 or 4 bytes: above rank 200 the tensor cores decide, which cuBLAS keeps 70% busy, plain
+# Triton kernels 55%, and less at 8192 × 4096, rank 384: 192 tiles of 128 × 128 are 1.5 turns of 132 multiprocessors.
+# Three such products of a step at that size: 45 µs each against 65 to 85 (predicted).
 _ONE_READ = "one read of W, s BA on the tensor cores; dense B@A moves W's bytes seven times"
 _NO_GAIN = "without a gain the product is PyTorch's: lora_B = 0 gives nn.Linear's output to the bit"
 _FLOAT32 = "float32 products follow PyTorch's TF32 setting, in cuBLAS"
 _FUSED = "the pass over the output that is saved outweighs cuBLAS's lead in the product"
+_KEPT = "cuBLAS's product is what training keeps, and one pass makes y of it"
 _PRODUCTS = "cuBLAS's lead in a product of so many columns outweighs one pass over the output"
 _DROPOUT = "dropout in the epilogue; apart it takes six passes over [T, K]"
 _EPILOGUE = "update, gain and bias in one pass after the product"
@@ -36,9 +39,8 @@ _FEW = Plan({"y": Step("lora_linear_small_fwd", "W's bytes bound it: W is read o
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
 weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", _ONE_READ)})
-_GAIN_BWD = Step("lora_gain_bwd", "dv, dh, d lora_B and the sums of the gain and the bias in one pass over dy")
+_GAIN_BWD = Step("lora_gain_bwd", "dv, d lora_B and the sums of the gain and the bias in one pass over dy")
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
-lora_compose_bwd = Plan({"grad_v": _GAIN_BWD})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
 
@@ -55,23 +57,20 @@ def lora_linear_fwd(call: Linear) -> Plan:
     project = LINEAR if rank_gemm and plain and call.dropout_p == 0.0 else "lora_project"
     if not call.has_gain:
         return forward(project, "addmm_" if rank_gemm else "lora_compose_fwd", _NO_GAIN)
-    if x.shape[0] <= FEW_TOKENS:
+    # the kernel for few tokens has base before it has the product
+    if x.shape[0] <= FEW_TOKENS and call.keep != "product":
         return _FEW
-    if x.dtype == torch.float32:
-        return forward(project, "lora_compose_fwd", _FLOAT32)
-    if x.shape[1] <= fused.fused_contraction(x, call.weight, call.lora_B, has_gain_in=call.axis == "input"):
-        return forward(project, "lora_linear_fwd", _FUSED)
-    return forward(project, "lora_compose_fwd", _PRODUCTS)
+    return forward(project, "lora_compose_fwd", _FLOAT32 if x.dtype == torch.float32 else _KEPT)
 
 
 @functools.cache
 def forward(project: str, last: str, why: str) -> Plan:
-    """h by ``project``; y by ``last``, after PyTorch's product or with the product in it."""
-    steps = {"h": Step(project, _GEMM if project == LINEAR else _ALONG_RANK)}
-    if last != "lora_linear_fwd":
-        steps["base"] = Step(LINEAR, why)
-    steps["y"] = Step(last, _GEMM if last == "addmm_" else _EPILOGUE if "base" in steps else why)
-    return Plan(steps)
+    """h by ``project``; y by ``last``, after PyTorch's product."""
+    h, y = (
+        Step(project, _GEMM if project == LINEAR else _ALONG_RANK),
+        Step(last, _GEMM if last == "addmm_" else _EPILOGUE),
+    )
+    return Plan({"h": h, "base": Step(LINEAR, why), "y": y})
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
@@ -80,20 +79,33 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     rank_gemm = chosen.gemm_rank <= call.lora_A.shape[0]
     plain = call.dropout_p == 0.0 and (call.axis == "output" or not call.has_gain)
     grad_A = MATMUL if rank_gemm and plain and call.lora_A.dtype == grad_y.dtype else "lora_A_grad"
+    grad_h = _grad_h(call).kernel
     if call.dropout_p > 0.0:
-        return backward(grad_A, "lora_input_grad", _DROPOUT)
+        return backward(grad_h, grad_A, "lora_input_grad", _DROPOUT)
     last = "addmm_" if rank_gemm else "lora_compose_fwd"
     if grad_y.dtype == torch.float32:
-        return backward(grad_A, last, _FLOAT32)
+        return backward(grad_h, grad_A, last, _FLOAT32)
     if call.weight.shape[0] <= chosen.input_grad_contraction:
-        return backward(grad_A, "lora_input_grad", _FUSED)
-    return backward(grad_A, last, _PRODUCTS)
+        return backward(grad_h, grad_A, "lora_input_grad", _FUSED)
+    return backward(grad_h, grad_A, last, _PRODUCTS)
+
+
+def lora_compose_bwd(call: calls.LoraComposeGrad) -> Plan:
+    return Plan({"grad_v": _GAIN_BWD, "grad_h": _grad_h(call)})
+
+
+def _grad_h(call: LinearGrad | calls.LoraComposeGrad) -> Step:
+    """dh = s dv lora_B; float32's dots run outside the tensor cores."""
+    grad_y: Tensor = call.grad_y
+    if grad_y.dtype == torch.float32 or constants.of(current(grad_y.device)).gemm_rank <= call.lora_B.shape[1]:
+        return Step(MATMUL, _GEMM)
+    return Step("lora_project", _ALONG_RANK)
 
 
 @functools.cache
-def backward(grad_A: str, last: str, why: str) -> Plan:
-    """d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
-    steps = {"grad_v": _GAIN_BWD}
+def backward(grad_h: str, grad_A: str, last: str, why: str) -> Plan:
+    """dh by ``grad_h``, d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
+    steps = {"grad_v": _GAIN_BWD, "grad_h": Step(grad_h, _GEMM if grad_h == MATMUL else _ALONG_RANK)}
     steps["grad_A"] = Step(grad_A, _GEMM if grad_A == MATMUL else _ALONG_RANK)
     if last != "lora_input_grad":
         steps["grad_base"] = Step(MATMUL, why)
