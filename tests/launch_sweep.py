@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fast import calls
+from lora_fast import calls, stacked
 from lora_fast.backends import registry
 from lora_fast.backends.triton import ops
 from lora_fast.content_key import KEY_LENGTH
@@ -34,7 +35,8 @@ class Call:
     adapter: torch.dtype = bf16
     axis: str = "output"
     dropout_p: float = 0.0
-    weight_layout: str = "contiguous"  # "transposed": a Conv1D's; "sliced": of a larger one; "long": strides
+    # "transposed": a Conv1D's; "sliced": of a larger one; "long": strides; "stacked": with room for lora_A below it
+    weight_layout: str = "contiguous"
 
 
 def sweep() -> Iterator[Call]:
@@ -63,6 +65,7 @@ def sweep() -> Iterator[Call]:
                     yield Call(T, N, K, R, axis=axis, dropout_p=0.1)
     for R in (16, 384):
         yield Call(16, 64, 64, R, weight_layout="long")
+        yield Call(8192, 4096, 1024, R, weight_layout="stacked")
 
 
 class skipped_products(TorchFunctionMode):
@@ -84,6 +87,12 @@ def _weight(call: Call) -> Tensor:
         return torch.empty(call.K, call.N, dtype=call.weight).T
     if call.weight_layout == "sliced":
         return torch.empty(call.N, 2 * call.K + 1, dtype=call.weight)[:, 1 : call.K + 1]
+    if call.weight_layout == "stacked":
+        weight = nn.Parameter(torch.empty(call.N, call.K, dtype=call.weight), requires_grad=False)
+        with mock.patch.object(stacked, "DEVICES", ("cpu", "cuda")):
+            stacked.stack(weight, call.R)
+        assert stacked.find(weight) is not None
+        return weight
     if call.weight_layout == "long":
         return torch.empty(call.N, 1 << 23, dtype=call.weight)[:, : call.K]
     return torch.empty(call.N, call.K, dtype=call.weight)

@@ -63,6 +63,7 @@ class Constants:
     """
 
     input_grad_contraction: int = 1024  # up to which dv W with the update in its epilogue is
+    stacked_tokens: int = 1024  # from which dx and the update are one product, where lora_A has room below W
     gemm_rank: int = 128  # from which products along the rank that nothing is fused with are cuBLAS's
     few_tokens_backend: GpuBackend = "cuda"  # or "triton", where both are there
     norm_backend: GpuBackend = "triton"

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_fast import stacked
+
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
 OLDEST, NEWEST = (0, 18), (0, 21)
 COMPUTE_DTYPES = ("activation", "adapter")
@@ -61,7 +63,9 @@ class Report:
         return "\n".join((head, *([self.note] if self.note else []), *(f"  {layer}" for layer in self.layers)))
 
 
-def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reuse: bool = True) -> Report:
+def accelerate(
+    model: nn.Module, *, compute_dtype: str = "activation", norm_reuse: bool = True, stack_weights: bool = True
+) -> Report:
     """Let lora_fast run the LoRA and DoRA layers that PEFT put into ``model``, in place.
 
     Parameters, their names, ``state_dict`` and saved files stay as they are, and so does the function, but for the
@@ -74,6 +78,8 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
         compute_dtype: of the adapters' products: "activation", that of x, with float32 accumulation, while parameters,
             gradients and the norm keep the adapter's dtype; or "adapter", as PEFT computes.
         norm_reuse: keep DoRA's norm until something that it depends on changed (:func:`lora_fast.invalidate_norms`).
+        stack_weights: on a GPU, keep the weights of DoRA's linears in memory that has rows for lora_A below them, so
+            that backward takes one pass over x's gradient less (docs/modules.md). :func:`restore` undoes it.
 
     Returns:
         A :class:`Report`; ``print`` it.
@@ -110,9 +116,11 @@ def accelerate(model: nn.Module, *, compute_dtype: str = "activation", norm_reus
         reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None
         reason = reason or _untouchable(layer) or _take(layer)
         if reason is None:
-            state = vars(layer).setdefault(peft_layers.STATE, peft_layers.State(compute_dtype, norm_reuse))
-            state.compute_dtype, state.norm_reuse = compute_dtype, norm_reuse
-            layer.prepare_norms()
+            state = vars(layer).setdefault(
+                peft_layers.STATE, peft_layers.State(compute_dtype, norm_reuse, stack_weights)
+            )
+            state.compute_dtype, state.norm_reuse, state.stack_weights = compute_dtype, norm_reuse, stack_weights
+            layer.prepare()
         reports.append(_describe(name, layer, reason, within_fsdp=id(layer) in within_fsdp))
     return Report(tuple(reports), version, compute_dtype)
 
@@ -143,6 +151,8 @@ def restore(model: nn.Module) -> None:
     for (_, layer), original in zip(accelerated, originals, strict=True):
         _set_class(layer, original)
         delattr(layer, peft_layers.STATE)
+        if type(layer.base_layer) is nn.Linear:
+            stacked.unstack(layer.base_layer.weight)
 
 
 def _peft_version() -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import functional
+from lora_fast import functional, stacked
 from lora_fast.backends import ForwardDefault
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.integrations import fsdp, peft_names
@@ -35,6 +35,7 @@ class State:
 
     compute_dtype: str  # "activation" or "adapter"
     norm_reuse: bool
+    stack_weights: bool
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
 
@@ -131,12 +132,14 @@ class FastLayer(nn.Module, LoraLayer):
             state.kept[name] = NormCache()
         return state.kept.get(name)
 
-    def prepare_norms(self) -> None:
-        """Make what holds the norms ahead of ``torch.compile``, which cannot make it while it traces."""
+    def prepare(self) -> None:
+        """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         if peft_names.layer_obstacle(self) is not None:
             return
         for name in peft_names.available(self):
             if peft_names.is_dora(self, name) and peft_names.adapter_obstacle(self, name) is None:
+                if self._lora_fast.stack_weights and type(self.base_layer) is nn.Linear:
+                    stacked.stack(self.base_layer.weight, peft_names.adapter(self, name).lora_A.shape[0])
                 weight, lora_A, lora_B = self._matrices(peft_names.adapter(self, name))
                 if kept := self._kept(name):
                     kept.tensors(weight.shape[0], accumulate_dtype(weight, lora_A, lora_B), weight.device)
@@ -144,20 +147,20 @@ class FastLayer(nn.Module, LoraLayer):
     def invalidate_norm(self) -> None:
         """Forget the kept norms; see :func:`lora_fast.invalidate_norms`."""
         self._lora_fast.kept.clear()
-        self.prepare_norms()
+        self.prepare()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)
-        self.prepare_norms()
+        self.prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.prepare_norms()
+        self.prepare()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.prepare_norms()
+        self.prepare()
 
 
 class FastLinear(FastLayer, Linear):

@@ -43,6 +43,7 @@ def apply(
     norm_axis: Axis = "output",
     detach_norm: bool = True,
     norm_reuse: bool = True,
+    stack_weight: bool = True,
     adapter_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
 ) -> nn.Module:
@@ -52,7 +53,8 @@ def apply(
     yours to release: ``model.classifier.requires_grad_(True)``, and to hand to the optimizer.
 
     Args:
-        rank, alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend: as in :class:`LinearWithDoRA`.
+        rank, alpha, dropout, norm_axis, detach_norm, norm_reuse, stack_weight, adapter_dtype, backend: as in
+            :class:`LinearWithDoRA`.
         targets: as in PEFT, by the names that the model has without wrappers (torch.compile, checkpoint_wrapper) in it
             or around it. "all-linear": every linear but the output head (transformers' ``get_output_embeddings()``,
             and the ``score`` or ``classifier`` of its sequence classification models). Names: each the whole name of a
@@ -97,7 +99,16 @@ def apply(
             layer: AdaptedLinear
             if dora:
                 layer = LinearWithDoRA(
-                    linear, rank, effective_alpha, dropout, norm_axis, detach_norm, norm_reuse, adapter_dtype, backend
+                    linear,
+                    rank,
+                    effective_alpha,
+                    dropout,
+                    norm_axis,
+                    detach_norm,
+                    norm_reuse,
+                    adapter_dtype,
+                    backend,
+                    stack_weight,
                 )
             else:
                 layer = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)

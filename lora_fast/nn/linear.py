@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import backends, functional
+from lora_fast import backends, functional, stacked
 from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
 from lora_fast.checks import check_axis
@@ -301,6 +301,8 @@ class LinearWithDoRA(AdaptedLinear):
         detach_norm: the norm is a constant for the gradient (the paper's section 4.3, and PEFT); False: full gradient.
         norm_reuse: keep the last norm and compute it again when something that it depends on changed, which is seen
             from the content (see :func:`lora_fast.invalidate_norms` for the one exception).
+        stack_weight: on a GPU, keep W in memory that has rows for lora_A below it, so that backward takes one pass over
+            x's gradient less (:mod:`lora_fast.stacked`); for norm_axis="output".
 
     Parameters: those of :class:`LinearWithLoRA`, and ``magnitude``, [out] for "output" or [in] for "input", float32
     (float64 for a float64 linear), which starts as W's norm, so that the gain is 1. ``.to(bfloat16)`` and ``.half()``
@@ -327,12 +329,14 @@ class LinearWithDoRA(AdaptedLinear):
         norm_reuse: bool = True,
         adapter_dtype: torch.dtype | None = None,
         backend: BackendName = "auto",
+        stack_weight: bool = True,
     ) -> None:
         check_axis(norm_axis, "norm_axis")
         super().__init__(linear, rank, alpha, dropout, adapter_dtype, backend)
         self.norm_axis = norm_axis
         self.detach_norm = detach_norm
         self.norm_reuse = norm_reuse
+        self.stack_weight = stack_weight
         size = linear.out_features if norm_axis == "output" else linear.in_features
         dtype = accumulate_dtype(linear.weight, self.lora_A)
         self.magnitude = nn.Parameter(linear.weight.new_empty(size, dtype=dtype))
@@ -340,8 +344,8 @@ class LinearWithDoRA(AdaptedLinear):
         self._frozen_gain: Tensor | None = None
         self.register_load_state_dict_post_hook(_after_load)
         self.reset_parameters()
-        self._forget_norm()
         linear.requires_grad_(False)
+        self._prepare_weight()
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
@@ -356,6 +360,8 @@ class LinearWithDoRA(AdaptedLinear):
             text += ", detach_norm=False"
         if not self.norm_reuse:
             text += ", norm_reuse=False"
+        if not self.stack_weight:
+            text += ", stack_weight=False"
         return text + (", frozen norm" if self._frozen_gain is not None else "")
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
@@ -410,22 +416,24 @@ class LinearWithDoRA(AdaptedLinear):
 
     def invalidate_norm(self) -> None:
         """Forget the kept norm; a frozen one is computed anew."""
-        self._forget_norm()
+        self._prepare_weight()
         if self._frozen_gain is not None and not self.is_merged:
             self.freeze_norm()
 
-    def _forget_norm(self) -> None:
+    def _prepare_weight(self) -> None:
+        """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
+        if self.stack_weight and self.norm_axis == "output":
+            stacked.stack(self.weight, self.rank)
         self._kept_norm.clear()
         weight = self.weight
         if self.norm_reuse and not weight.is_meta:
-            # now, because torch.compile cannot make the tensors that keep the norm
             dtype = accumulate_dtype(weight, self.lora_A, self.lora_B)
             self._kept_norm.of(weight).prepare(self.magnitude.shape[0], dtype, weight.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, which carries no kept norm."""
         super().__setstate__(state)
-        self._forget_norm()
+        self._prepare_weight()
 
     def _kept(self) -> NormCache | None:
         # a trace can't see that an offloaded weight lies in new memory

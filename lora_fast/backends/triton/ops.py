@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import calls
+from lora_fast import calls, stacked
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients
 from lora_fast.backends.plan import Plan
+from lora_fast.backends.triton.plan import STACKED
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -85,6 +86,7 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     need_input = call.need_x or need_gain_in
     need_h = need_input or call.need_A
     with _on_device_of(grad_y):
+        both = dv_and_dh(call, plan)
         grad_v, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
             grad_y,
             call.product,
@@ -97,15 +99,16 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
             need_gain=gain is not None and call.need_gain,
             need_bias=call.need_bias,
             need_B=call.need_B,
+            grad_v=None if both is None else both[:, : grad_y.shape[1]],
         )
         if gain is None:
             grad_v = grad_y
         grad_x, grad_A = grad_y.new_empty(0), call.lora_A.new_empty(0)
-        grad_h = h_grad(call, plan, grad_v) if need_h else grad_y.new_empty(0)
+        grad_h = h_grad(call, plan, grad_v, both) if need_h else grad_y.new_empty(0)
         if call.need_A:
             grad_A = A_grad(call, plan, grad_h)
         if need_input:
-            grad_x, grad_gain_in = input_grad(call, plan, grad_v, grad_h)
+            grad_x, grad_gain_in = input_grad(call, plan, grad_v, grad_h, both)
             grad_gain = grad_gain_in if need_gain_in else grad_gain
             grad_x = grad_x if call.need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
@@ -186,15 +189,27 @@ def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: 
         compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
 
 
-def h_grad(call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor) -> Tensor:
-    """dh = s dv lora_B; ``grad_v`` is empty where nothing else needs it, and the kernel scales grad_y as it reads it"""
-    grad_y = call.grad_y
+def dv_and_dh(call: calls.LoraLinearGrad, plan: Plan) -> Tensor | None:
+    """Memory for [dv | dh], where dx is one product of both; columns of zeros follow dh."""
+    if plan.kernel("grad_x") != STACKED or (stack := stacked.find(call.weight)) is None:
+        return None
+    return call.grad_y.new_empty(call.grad_y.shape[0], stack.shape[0])
+
+
+def h_grad(
+    call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor, both: Tensor | None = None
+) -> Tensor:
+    """dh = s dv lora_B, in ``both`` if that is given; ``grad_v`` is empty where nothing else needs it, and the kernel
+    scales grad_y as it reads it"""
+    grad_y, (N, R) = call.grad_y, call.lora_B.shape
+    out = None if both is None else both[:, N:]
     if plan.kernel("grad_h") == MATMUL:
-        grad_h = grad_y.new_empty(grad_y.shape[0], call.lora_B.shape[1])
+        grad_h = grad_y.new_empty(grad_y.shape[0], R) if out is None else out[:, :R]
+        if out is not None:
+            out[:, R:].zero_()
         return grad_h.addmm_(grad_v, call.lora_B.to(grad_y.dtype), beta=0, alpha=call.scaling)
-    if grad_v.numel() == grad_y.numel():
-        return lora_gain_bwd.lora_grad_h(grad_v, call.lora_B, call.scaling)
-    return lora_gain_bwd.lora_grad_h(grad_y, call.lora_B, call.scaling, call.gain)
+    source, gain = (grad_v, None) if grad_v.numel() == grad_y.numel() else (grad_y, call.gain)
+    return lora_gain_bwd.lora_grad_h(source, call.lora_B, call.scaling, gain, out)[:, :R]
 
 
 def A_grad(call: calls.LoraLinearGrad, plan: Plan, grad_h: Tensor) -> Tensor:
@@ -206,16 +221,23 @@ def A_grad(call: calls.LoraLinearGrad, plan: Plan, grad_h: Tensor) -> Tensor:
     return lora_A_grad.lora_A_grad(grad_h, call.x, gain_in, call.dropout_p, call.seed, call.lora_A.dtype)
 
 
-def input_grad(call: calls.LoraLinearGrad, plan: Plan, grad_v: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx, d gain_in), of dv W + drop(dh lora_A)"""
+def input_grad(
+    call: calls.LoraLinearGrad, plan: Plan, grad_v: Tensor, grad_h: Tensor, both: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx, d gain_in), of dv W + drop(dh lora_A); ``both``: [dv | dh]"""
     weight, lora_A, x, gain_in = call.weight, call.lora_A, call.x, _sides(call)[1]
+    if both is not None and (stack := stacked.find(weight)) is not None:
+        product = stack.product(both, lora_A)
+        if product is not None:
+            return product, product.new_empty(0)
     need_gain = gain_in is not None and call.need_gain
     if plan.kernel("grad_x") == "lora_input_grad":
         return lora_input_grad.lora_input_grad(
             grad_v, weight, grad_h, lora_A, call.dropout_p, call.seed, gain_in, x, need_gain_in=need_gain
         )
     grad_x = grad_v @ weight.to(grad_v.dtype)
-    add_update(grad_x, grad_h, lora_A.T, 1.0, plan.kernel("grad_x"))
+    update = plan.kernel("grad_x")
+    add_update(grad_x, grad_h, lora_A.T, 1.0, "lora_compose_fwd" if update == STACKED else update)
     if gain_in is None:
         return grad_x, grad_x.new_empty(0)
     return lora_gain_bwd.lora_gain_bwd(grad_x, x, gain_in, None, None, 1.0, need_v=True, need_gain=need_gain)[:2]

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_fast import calls
+from lora_fast import calls, stacked
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
@@ -31,11 +31,13 @@ _FLOAT32 = "float32 products follow PyTorch's TF32 setting, in cuBLAS"
 _FUSED = "the pass over the output that is saved outweighs cuBLAS's lead in the product"
 _KEPT = "cuBLAS's product is what training keeps, and one pass makes y of it"
 _PRODUCTS = "cuBLAS's lead in a product of so many columns outweighs one pass over the output"
+_STACKED = "[dv | dh] [W; lora_A]: no pass after cuBLAS's product; while another adapter has the rows, as without them"
 _DROPOUT = "dropout in the epilogue; apart it takes six passes over [T, K]"
 _EPILOGUE = "update, gain and bias in one pass after the product"
 _ALONG_RANK = "the activation is read once, dropout and an input's gain on the way"
 _GEMM = "at this rank the tensor cores decide, which cuBLAS keeps busier"
 _FEW = Plan({"y": Step("lora_linear_small_fwd", "W's bytes bound it: W is read once, by at most two launches")})
+STACKED = "torch.matmul, stacked"
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
 weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", _ONE_READ)})
@@ -82,12 +84,20 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     grad_h = _grad_h(call).kernel
     if call.dropout_p > 0.0:
         return backward(grad_h, grad_A, "lora_input_grad", _DROPOUT)
+    if _is_stacked(call) and grad_y.shape[0] >= chosen.stacked_tokens:
+        return backward(grad_h, grad_A, STACKED, _STACKED)
     last = "addmm_" if rank_gemm else "lora_compose_fwd"
     if grad_y.dtype == torch.float32:
         return backward(grad_h, grad_A, last, _FLOAT32)
     if call.weight.shape[0] <= chosen.input_grad_contraction:
         return backward(grad_h, grad_A, "lora_input_grad", _FUSED)
     return backward(grad_h, grad_A, last, _PRODUCTS)
+
+
+def _is_stacked(call: LinearGrad) -> bool:
+    """Whether W has room for lora_A below it, and dv is in memory of ours: the gain has made it."""
+    found = stacked.find(call.weight) if call.need_x and call.has_gain and call.axis == "output" else None
+    return found is not None and call.lora_A.shape[0] <= found.rows and call.weight.dtype == call.grad_y.dtype
 
 
 def lora_compose_bwd(call: calls.LoraComposeGrad) -> Plan:
@@ -107,7 +117,7 @@ def backward(grad_h: str, grad_A: str, last: str, why: str) -> Plan:
     """dh by ``grad_h``, d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
     steps = {"grad_v": _GAIN_BWD, "grad_h": Step(grad_h, _GEMM if grad_h == MATMUL else _ALONG_RANK)}
     steps["grad_A"] = Step(grad_A, _GEMM if grad_A == MATMUL else _ALONG_RANK)
-    if last != "lora_input_grad":
+    if last not in ("lora_input_grad", STACKED):
         steps["grad_base"] = Step(MATMUL, why)
     steps["grad_x"] = Step(last, _GEMM if last == "addmm_" else _EPILOGUE if "grad_base" in steps else why)
     return Plan(steps)
