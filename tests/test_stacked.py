@@ -346,14 +346,14 @@ def test_each_gradient_alone(products: list[bool]) -> None:
 
 @pytest.mark.interp
 @pytest.mark.parametrize("change", ["dropout", "lora", "input", "dtype", "no x"])
-def test_where_the_product_is_not_taken(change: str, products: list[bool]) -> None:
+def test_where_the_product_is_not_taken(change: str, products: list[bool], device: torch.device) -> None:
     inputs = with_room(make_inputs(Case((33,), 520, 72, 16)))
     form = change if change in ("lora", "input") else "output"
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors_of(inputs, form).items()}
-    options = {"dropout_p": 0.5, "seed": functional.draw_seed("cpu")} if change == "dropout" else {}
+    options = {"dropout_p": 0.5, "seed": functional.draw_seed(device)} if change == "dropout" else {}
     if change == "no x":
         tensors["x"].requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=change == "dtype"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=change == "dtype"):
         y = call(functional, inputs, form, backend="triton", **options)(**tensors)
         y.backward(inputs.grad_y.to(y.dtype))
     assert products == []

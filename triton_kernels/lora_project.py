@@ -25,14 +25,14 @@ from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, 
 @triton.jit(do_not_specialize=["threshold"])
 def lora_project_kernel(
     x_ptr, A_ptr, gain_ptr, seed_ptr, out_ptr,
-    M, K, R, columns,
+    M, K, R, padding,
     stride_x_m, stride_x_k, stride_a_r, stride_a_k, stride_out_m,
     split_k, threshold: tl.int64, scale,
-    HAS_GAIN: tl.constexpr, HAS_DROPOUT: tl.constexpr, LAUNCH_DEPENDENTS: tl.constexpr,
+    HAS_GAIN: tl.constexpr, HAS_DROPOUT: tl.constexpr, LAUNCH_DEPENDENTS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = Σ over the s-th ``split_k`` columns; out [splits, M, R], or h itself where there is one split, of
-    ``columns``, R or more, the others zero."""
+    """out[s] = Σ over the s-th ``split_k`` columns; out [splits, M, R], or h itself where there is one split, with as
+    many columns of zeros after it as ``padding`` says."""
     if LAUNCH_DEPENDENTS:  # the next kernel may start; it waits for this one before it reads out
         tl.extra.cuda.gdc_launch_dependents()
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,11 +63,12 @@ def lora_project_kernel(
     acc *= scale
     out_ptrs = out_ptr + (tl.program_id(2).to(tl.int64) * M + offs_m[:, None]) * stride_out_m + offs_r[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        zeros = tl.zeros((BLOCK_M, BLOCK_R), out_ptr.dtype.element_ty)
-        for column in range(0, columns - R, BLOCK_R):
-            mask = mask_m[:, None] & (column + tl.arange(0, BLOCK_R) < columns - R)[None, :]
-            tl.store(out_ptrs + (R - offs_r + column + tl.arange(0, BLOCK_R))[None, :], zeros, mask=mask)
+    if PADDED:  # noqa: SIM102 (known to the compiler)
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            zeros = tl.zeros((BLOCK_M, BLOCK_R), out_ptr.dtype.element_ty)
+            for column in range(0, padding, BLOCK_R):
+                mask = mask_m[:, None] & (column + tl.arange(0, BLOCK_R) < padding)[None, :]
+                tl.store(out_ptrs + (R - offs_r + column + tl.arange(0, BLOCK_R))[None, :], zeros, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,14 @@ def launch_lora_project(
 
     ``early`` lets a kernel start before the end, and wait for it.
     """
-    (M, K), R, columns = x.shape, lora_A.shape[0], out.shape[-1]
+    (M, K), R = x.shape, lora_A.shape[0]
+    padding = out.shape[-1] - R
     threshold, keep_scale = dropout_arguments(dropout_p)
     lora_project_kernel[config.grid(M, K, R)](
         x, lora_A, gain_in, seed if dropout_p > 0.0 else None, out,
-        M, K, R, columns, *x.stride(), *lora_A.stride(), out.stride(-2),
+        M, K, R, padding, *x.stride(), *lora_A.stride(), out.stride(-2),
         config.split_k, threshold, scaling * keep_scale,
-        HAS_GAIN=gain_in is not None, HAS_DROPOUT=dropout_p > 0.0, LAUNCH_DEPENDENTS=early,
+        HAS_GAIN=gain_in is not None, HAS_DROPOUT=dropout_p > 0.0, LAUNCH_DEPENDENTS=early, PADDED=padding > 0,
         BLOCK_M=config.BLOCK_M, BLOCK_R=config.BLOCK_R, BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -36,6 +36,7 @@ _DROPOUT = "dropout in the epilogue; apart it takes six passes over [T, K]"
 _EPILOGUE = "update, gain and bias in one pass after the product"
 _ALONG_RANK = "the activation is read once, dropout and an input's gain on the way"
 _GEMM = "at this rank the tensor cores decide, which cuBLAS keeps busier"
+_RAGGED = "float32, or rows that do not come in 16-byte pieces"
 _FEW = Plan({"y": Step("lora_linear_small_fwd", "W's bytes bound it: W is read once, by at most two launches")})
 STACKED = "torch.matmul, stacked"
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
@@ -81,7 +82,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     rank_gemm = chosen.gemm_rank <= call.lora_A.shape[0]
     plain = call.dropout_p == 0.0 and (call.axis == "output" or not call.has_gain)
     grad_A = MATMUL if rank_gemm and plain and call.lora_A.dtype == grad_y.dtype else "lora_A_grad"
-    grad_h = _grad_h(call).kernel
+    grad_h = _grad_h(call)
     if call.dropout_p > 0.0:
         return backward(grad_h, grad_A, "lora_input_grad", _DROPOUT)
     if _is_stacked(call) and grad_y.shape[0] >= chosen.stacked_tokens:
@@ -105,17 +106,19 @@ def lora_compose_bwd(call: calls.LoraComposeGrad) -> Plan:
 
 
 def _grad_h(call: LinearGrad | calls.LoraComposeGrad) -> Step:
-    """dh = s dv lora_B; float32's dots run outside the tensor cores."""
+    """dh = s dv lora_B; float32's dots run outside the tensor cores, and elements of ragged rows come one by one."""
     grad_y: Tensor = call.grad_y
-    if grad_y.dtype == torch.float32 or constants.of(current(grad_y.device)).gemm_rank <= call.lora_B.shape[1]:
+    if grad_y.dtype == torch.float32 or grad_y.shape[1] % 16 != 0:
+        return Step(MATMUL, _RAGGED)
+    if constants.of(current(grad_y.device)).gemm_rank <= call.lora_B.shape[1]:
         return Step(MATMUL, _GEMM)
     return Step("lora_project", _ALONG_RANK)
 
 
 @functools.cache
-def backward(grad_h: str, grad_A: str, last: str, why: str) -> Plan:
-    """dh by ``grad_h``, d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
-    steps = {"grad_v": _GAIN_BWD, "grad_h": Step(grad_h, _GEMM if grad_h == MATMUL else _ALONG_RANK)}
+def backward(grad_h: Step, grad_A: str, last: str, why: str) -> Plan:
+    """dh by that step, d lora_A by ``grad_A``; dx by ``last``, after PyTorch's product or with the product in it."""
+    steps = {"grad_v": _GAIN_BWD, "grad_h": grad_h}
     steps["grad_A"] = Step(grad_A, _GEMM if grad_A == MATMUL else _ALONG_RANK)
     if last not in ("lora_input_grad", STACKED):
         steps["grad_base"] = Step(MATMUL, why)
