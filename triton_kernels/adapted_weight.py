@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.triton_kernels.launch import Tiles
 from lora_fast.triton_kernels.target import Target, next_power_of_2
 
 
@@ -165,11 +165,11 @@ def arguments(
     a: Any = lora_A
     b: Any = lora_B
     if tile.DESCRIPTORS and transposed:
-        a = TensorDescriptor.from_tensor(lora_A.T, [tile.BLOCK_K, tile.BLOCK_R])
-        b = TensorDescriptor.from_tensor(lora_B.T, [tile.BLOCK_R, tile.BLOCK_N])
+        a = Tiles.of(lora_A.T, [tile.BLOCK_K, tile.BLOCK_R])
+        b = Tiles.of(lora_B.T, [tile.BLOCK_R, tile.BLOCK_N])
     elif tile.DESCRIPTORS:
-        a = TensorDescriptor.from_tensor(lora_A, [tile.BLOCK_R, tile.BLOCK_K])
-        b = TensorDescriptor.from_tensor(lora_B, [tile.BLOCK_N, tile.BLOCK_R])
+        a = Tiles.of(lora_A, [tile.BLOCK_R, tile.BLOCK_K])
+        b = Tiles.of(lora_B, [tile.BLOCK_N, tile.BLOCK_R])
     strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride())
     constexprs = tile.constexprs(lora_A.shape[0], transposed=transposed, wide=has_long_strides(weight, lora_A, lora_B))
     return [weight, a, b], [N, K, lora_A.shape[0], scaling, *strides], constexprs

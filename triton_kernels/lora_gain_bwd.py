@@ -16,18 +16,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, rank_block
 
 
-@triton.jit
+@jit
 def lora_gain_bwd_kernel(
     grad_y_ptr, product_ptr, gain_ptr, h_ptr, lora_B_ptr,
     grad_v_ptr, grad_gain_ptr, grad_bias_ptr, grad_h_ptr, grad_B_ptr,

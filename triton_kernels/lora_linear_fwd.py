@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import Tiles, jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
@@ -49,7 +49,7 @@ def _scaled_input(x, gain_in_ptr, offs_k, K):
     return (x.to(tl.float32) * gain_in[None, :]).to(x.dtype)
 
 
-@triton.jit
+@jit
 def lora_linear_fwd_kernel(
     x_ptr, W_ptr, h_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, product_ptr,
     M, N, K, R, scaling,
@@ -95,7 +95,7 @@ def lora_linear_fwd_kernel(
     tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def lora_linear_fwd_tma_kernel(
     x_desc, W_desc, h_desc, B_desc, gain_ptr, gain_in_ptr, bias_ptr, y_desc, product_desc,
     M, N, K, R, scaling,
@@ -259,10 +259,10 @@ def lora_linear_fwd(
     if c.descriptors:
         w_transposed, b_transposed = not _aligned(weight), not _aligned(lora_B)
 
-        def tiles(tensor: Tensor, rows: int, columns: int, transposed: bool = False) -> TensorDescriptor:
+        def tiles(tensor: Tensor, rows: int, columns: int, transposed: bool = False) -> Tiles:
             if transposed:
-                return TensorDescriptor.from_tensor(tensor.T, [columns, rows])
-            return TensorDescriptor.from_tensor(tensor, [rows, columns])
+                return Tiles.of(tensor.T, [columns, rows])
+            return Tiles.of(tensor, [rows, columns])
 
         lora_linear_fwd_tma_kernel[grid](
             tiles(x, c.BLOCK_M, c.BLOCK_K), tiles(weight, c.BLOCK_N, c.BLOCK_K, w_transposed),

@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import constants, lora_project
 from lora_fast.triton_kernels.constants import FEW_TOKENS, remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
-@triton.jit
+@jit
 def lora_linear_small_fwd_kernel(
     x_ptr, W_ptr, parts_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, product_ptr, h_ptr,
     M, N, K, R, splits, scaling,
