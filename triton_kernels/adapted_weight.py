@@ -149,9 +149,10 @@ def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether both factors, or the transposes of both, are what a tensor descriptor takes: 16-byte lines."""
 
     def lines(tensor: Tensor, inner: int) -> bool:
-        step = tensor.stride(1 - inner) * tensor.element_size()
-        apart = tensor.stride(1 - inner) >= tensor.shape[inner]
-        return tensor.stride(inner) == 1 and apart and step % 16 == 0 and tensor.data_ptr() % 16 == 0
+        strides = tensor.stride()
+        step = strides[1 - inner]
+        apart = step >= tensor.shape[inner] and step * tensor.element_size() % 16 == 0
+        return strides[inner] == 1 and apart and tensor.data_ptr() % 16 == 0
 
     return any(lines(lora_A, inner) and lines(lora_B, inner) for inner in (0, 1))
 
