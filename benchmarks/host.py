@@ -5,10 +5,10 @@
 lora_fast's layers run on the backend "triton" at their real size, on CPU tensors, for a GPU that is pretended: a launch
 comes as far as the launcher of the compiled kernel, which returns at once, and a product of PyTorch's is an allocation.
 The layers beside them are computed, on tensors so small that computing takes next to nothing. A step of lora_fast's is
-split into parts, each measured by itself:
+split into parts:
 
 - dispatch: empty ops and an empty autograd Function of the same signatures, which allocate the same results;
-- launches: the same launches made again;
+- launches: by how much a step is longer than one whose launches do nothing;
 - operators: the same calls of PyTorch's functions that give a tensor made again, on the CPU and so computed there;
 - our Python: what is left.
 
@@ -22,7 +22,7 @@ import itertools
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -90,9 +90,9 @@ class Counts(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.launches: list[Callable[[], Any]] = []
         self.operators: list[Callable[[], Any]] = []
         self.products = 0
+        self.launches = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -106,9 +106,6 @@ class Counts(TorchFunctionMode):
             return product(*args, **kwargs)
 
         return noted
-
-    def note_launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
-        self.launches.append(lambda: kernel[grid](*args, **settings))
 
 
 class OpCalls(TorchDispatchMode):
@@ -148,7 +145,7 @@ def _products(noted: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -
         yield
 
 
-def _nothing(*_: Any) -> None: ...
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _takes_all(device_type: str) -> bool:
@@ -168,12 +165,24 @@ def stubbed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Within it ``kernel[grid](...)`` of our kernels does nothing at all."""
+    from lora_fast.triton_kernels.lora_compose_fwd import lora_compose_fwd_kernel
+
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        return _nothing
+
+    with mock.patch.object(type(lora_compose_fwd_kernel), "__getitem__", launch):
+        yield
+
+
 def counted(step: Step) -> Counts:
     """Of one step of a layer that is stubbed, within :func:`stubbed`."""
     from triton.runtime.jit import JITFunction
 
-    def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        counts.note_launch(kernel, *args, **kwargs)
+    def launch(*_: Any, **__: Any) -> None:
+        counts.launches += 1
 
     def run(*args: Any) -> Any:
         with counts:  # a mode is not in force within the ops that it sees
@@ -257,7 +266,8 @@ def _empty_op(call: Call) -> Any:
 
 
 Key = tuple[str, str]  # a subject and what is timed
-PARTS = ("dispatch", "launching", "operating")
+NO_LAUNCHES = "step without launches"
+PARTS = ("dispatch", "launches", "operators")
 
 
 @dataclass(frozen=True)
@@ -293,15 +303,19 @@ def rows(tokens: int, rounds: int, subjects: Iterable[Subject] = SUBJECTS) -> It
             counts[name] = {}
             if subject.stubbed:
                 found = counted(steps[name, "step"])
-                parts = dispatch_alone(found.calls), in_turn(found.launches), in_turn(found.operators)
-                steps |= {(name, part): step for part, step in zip(PARTS, parts, strict=True)}
-                numbers = len(found.launches), found.products, len(found.operators)
-                counts[name] = dict(zip(("launches", "products", "operators"), numbers, strict=True))
+                steps[name, "dispatch"] = dispatch_alone(found.calls)
+                steps[name, "operators"] = in_turn(found.operators)
+                steps[name, NO_LAUNCHES] = steps[name, "step"]
+                counts[name] = {
+                    "launches": found.launches, "products": found.products, "operators": len(found.operators),
+                }  # fmt: skip
         times = medians(steps, rounds)
     for subject in present:
-        name = subject.name
-        parts_ = {part: times[name, part] for part in PARTS if (name, part) in times}
-        yield Row(name, times[name, "forward"], times[name, "step"], counts[name], parts_)
+        found_ = {what: time for (name, what), time in times.items() if name == subject.name}
+        if NO_LAUNCHES in found_:
+            found_["launches"] = found_["step"] - found_[NO_LAUNCHES]
+        parts = {part: found_[part] for part in PARTS if part in found_}
+        yield Row(subject.name, found_["forward"], found_["step"], counts[subject.name], parts)
 
 
 def in_turn(calls: Sequence[Callable[[], Any]]) -> Step:
@@ -316,14 +330,15 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> Step:
 def medians(steps: dict[Key, Step], rounds: int) -> dict[Key, float]:
     """Microseconds of one call each, from rounds in which all take turns."""
 
-    def repeated(step: Step) -> Step:
+    def repeated(what: str, step: Step) -> Step:
         def calls() -> None:
-            for _ in range(CALLS):
-                step()
+            with without_launches() if what == NO_LAUNCHES else nullcontext():
+                for _ in range(CALLS):
+                    step()
 
         return calls
 
-    together = {str(key): repeated(step) for key, step in steps.items()}
+    together = {str(key): repeated(key[1], step) for key, step in steps.items()}
     for step in together.values():
         step()  # what is done once is not counted
     samples = alternate(together, dict.fromkeys(together, rounds))
@@ -350,9 +365,9 @@ def _split(row: Row) -> tuple[str, ...]:
     launches, operators = row.counts["launches"], row.counts["operators"]
     return (
         digits(row.parts["dispatch"]),
-        f"{launches}: {digits(row.parts['launching'])}",
-        digits(row.parts["launching"] / launches),
-        f"{operators}: {digits(row.parts['operating'])}",
+        f"{launches}: {digits(row.parts['launches'])}",
+        digits(row.parts["launches"] / launches),
+        f"{operators}: {digits(row.parts['operators'])}",
         str(row.counts["products"]),
         digits(row.python),
     )

@@ -48,7 +48,7 @@ def test_a_step_is_split_into_what_it_calls() -> None:
     assert rows["nn.Linear"].counts == rows["nn.Linear"].parts == {}
     for row in (kept, frozen, lora):
         assert set(row.parts) == set(host.PARTS)
-        assert all(part > 0 for part in row.parts.values())
+        assert row.parts["dispatch"] > 0 < row.parts["operators"]  # launches are a difference, with its noise
         assert row.python == row.step - sum(row.parts.values())
     # of which the key, the norm and its finish are the norm's
     assert kept.counts["launches"] == frozen.counts["launches"] + 3
