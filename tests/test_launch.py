@@ -339,13 +339,13 @@ def test_no_more_are_kept_than_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(form.kept) <= 3
 
 
-@pytest.mark.parametrize("release", ["3.5.1", "3.7.0", "3.60.0", "4.0"])
+@pytest.mark.parametrize("release", ["3.5.1", "3.10.0", "3.60.0", "4.0"])
 def test_another_release_of_triton_launches_by_itself(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(triton, "__version__", release)
     assert type(jit(copy_kernel.fn)) is JITFunction
 
 
-@pytest.mark.parametrize("release", ["3.6.0", "3.9.0+git"])
+@pytest.mark.parametrize("release", ["3.6.0", "3.7.1", "3.8.0", "3.9.0+git"])
 def test_known_releases(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     monkeypatch.setattr(triton, "__version__", release)
     assert type(jit(copy_kernel.fn)) is Kernel

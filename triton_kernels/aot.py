@@ -131,17 +131,23 @@ def stubbed(target: Target, launcher: Callable[..., None]) -> Iterator[None]:
     def compiled(self: JITFunction, key: str, _: Any, device: Any, *__: Any, **___: Any) -> CompiledKernel:
         kernel = CompiledKernel.__new__(CompiledKernel)
         kernel.name, kernel.src, kernel.metadata = self.__name__, None, SimpleNamespace(target=driver.target)
-        kernel.module, kernel._module_pid = True, None  # as one that is loaded, by nobody who would unload it
+        kernel.module = True  # as one that is loaded
         kernel.function, kernel.packed_metadata, kernel._run = self.__name__, (), launcher
         self.device_caches[device][0][key] = kernel
+        kernels.append(kernel)
         return kernel
 
+    kernels: list[CompiledKernel] = []
     driver = _Driver(target, object())  # a device of its own, so that no kernel is found compiled afterwards
     with ExitStack() as stack:
         stack.enter_context(pretended(target))
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
-        yield
+        try:
+            yield
+        finally:
+            for kernel in kernels:
+                kernel.module = None  # nothing is to be unloaded
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

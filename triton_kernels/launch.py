@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_fast.triton_kernels.target import interpreting
 
 # Of Triton: what their launches specialise on, and what the launchers of their compiled kernels take, was read.
-KNOWN_RELEASES = ("3.6", "3.9")
+KNOWN_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 MOST_KEPT = 1024  # launches of a kernel: of sizes and strides, tokens among them
 
 _OWN_KEY = (int, float, bool, str, NoneType)  # types of constexprs and options that a key takes as they are
