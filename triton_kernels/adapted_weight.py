@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.triton_kernels.launch import Tiles
 from lora_fast.triton_kernels.target import Target, next_power_of_2
 
 
@@ -149,9 +149,10 @@ def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether both factors, or the transposes of both, are what a tensor descriptor takes: 16-byte lines."""
 
     def lines(tensor: Tensor, inner: int) -> bool:
-        step = tensor.stride(1 - inner) * tensor.element_size()
-        apart = tensor.stride(1 - inner) >= tensor.shape[inner]
-        return tensor.stride(inner) == 1 and apart and step % 16 == 0 and tensor.data_ptr() % 16 == 0
+        strides = tensor.stride()
+        step = strides[1 - inner]
+        apart = step >= tensor.shape[inner] and step * tensor.element_size() % 16 == 0
+        return strides[inner] == 1 and apart and tensor.data_ptr() % 16 == 0
 
     return any(lines(lora_A, inner) and lines(lora_B, inner) for inner in (0, 1))
 
@@ -165,11 +166,11 @@ def arguments(
     a: Any = lora_A
     b: Any = lora_B
     if tile.DESCRIPTORS and transposed:
-        a = TensorDescriptor.from_tensor(lora_A.T, [tile.BLOCK_K, tile.BLOCK_R])
-        b = TensorDescriptor.from_tensor(lora_B.T, [tile.BLOCK_R, tile.BLOCK_N])
+        a = Tiles.of(lora_A.T, [tile.BLOCK_K, tile.BLOCK_R])
+        b = Tiles.of(lora_B.T, [tile.BLOCK_R, tile.BLOCK_N])
     elif tile.DESCRIPTORS:
-        a = TensorDescriptor.from_tensor(lora_A, [tile.BLOCK_R, tile.BLOCK_K])
-        b = TensorDescriptor.from_tensor(lora_B, [tile.BLOCK_N, tile.BLOCK_R])
+        a = Tiles.of(lora_A, [tile.BLOCK_R, tile.BLOCK_K])
+        b = Tiles.of(lora_B, [tile.BLOCK_N, tile.BLOCK_R])
     strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride())
     constexprs = tile.constexprs(lora_A.shape[0], transposed=transposed, wide=has_long_strides(weight, lora_A, lora_B))
     return [weight, a, b], [N, K, lora_A.shape[0], scaling, *strides], constexprs

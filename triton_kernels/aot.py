@@ -15,17 +15,17 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from . import __path__ as _folders
@@ -77,11 +77,12 @@ class Launch:
 class _Driver:
     """Answers what a launch asks before it compiles."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, device: Any = None) -> None:
         self.target = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+        self.device = self.target if device is None else device
 
     def get_current_device(self) -> Any:
-        return self.target  # kernels keep what they know by device
+        return self.device  # kernels keep what they know by device
 
     def get_current_stream(self, _device: Any) -> int:
         return 0
@@ -117,6 +118,36 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
         yield launches
+
+
+@contextmanager
+def stubbed(target: Target, launcher: Callable[..., None]) -> Iterator[None]:
+    """Within it nothing is compiled, and a launch comes as far as the launcher of a compiled kernel, which this one is.
+
+    It takes the grid's three sizes, the stream, the function, its metadata, three that are for hooks, and the kernel's
+    arguments.
+    """
+
+    def compiled(self: JITFunction, key: str, _: Any, device: Any, *__: Any, **___: Any) -> CompiledKernel:
+        kernel = CompiledKernel.__new__(CompiledKernel)
+        kernel.name, kernel.src, kernel.metadata = self.__name__, None, SimpleNamespace(target=driver.target)
+        kernel.module = True  # as one that is loaded
+        kernel.function, kernel.packed_metadata, kernel._run = self.__name__, (), launcher
+        self.device_caches[device][0][key] = kernel
+        kernels.append(kernel)
+        return kernel
+
+    kernels: list[CompiledKernel] = []
+    driver = _Driver(target, object())  # a device of its own, so that no kernel is found compiled afterwards
+    with ExitStack() as stack:
+        stack.enter_context(pretended(target))
+        stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+        try:
+            yield
+        finally:
+            for kernel in kernels:
+                kernel.module = None  # nothing is to be unloaded
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

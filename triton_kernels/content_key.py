@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, current
 
 KEY_LENGTH = 3
@@ -72,7 +73,7 @@ def _factor_hash(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@jit
 def content_key_kernel(
     hashes_ptr, state_ptr, kept_key_ptr, a_ptr, b_ptr, w_ptr,
     size_a, columns_a, stride_a_row, stride_a_column,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2
 
 
@@ -52,7 +53,7 @@ def dropout_keep(seed_lo, seed_hi, offs_t, offs_k, threshold):
     return z.to(tl.int64) >= threshold  # at p = 1 the threshold is 2^32, past uint32
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@jit(do_not_specialize=["threshold"])
 def dropout_kernel(
     x_ptr, out_ptr, seed_ptr,
     M, K,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,11 +17,12 @@ from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@jit(do_not_specialize=["threshold"])
 def lora_A_grad_kernel(
     grad_h_ptr, x_ptr, gain_ptr, seed_ptr, grad_A_ptr,
     M, K, R, rows_per_split,

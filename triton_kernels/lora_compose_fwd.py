@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, next_power_of_2, rank_block
 
 
-@triton.jit
+@jit
 def lora_compose_fwd_kernel(
     base_ptr, h_ptr, B_ptr, gain_ptr, bias_ptr, out_ptr, product_ptr,
     M, N, R, scaling,

@@ -26,11 +26,12 @@ from torch import Tensor
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.lora_project import lora_project
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, rank_block
 
 
-@triton.jit
+@jit
 def lora_gain_bwd_kernel(
     grad_y_ptr, product_ptr, gain_ptr, h_ptr, grad_v_ptr, gain_sums_ptr, bias_sums_ptr, rank_sums_ptr,
     M, N, R, rows_per_chunk,
@@ -101,7 +102,7 @@ def _sum_of_chunks(sums_ptr, offs, mask, size, chunks, BLOCK_N: tl.constexpr, BL
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@jit
 def lora_gain_bwd_finish_kernel(
     gain_sums_ptr, bias_sums_ptr, rank_sums_ptr, lora_B_ptr, gain_ptr, grad_gain_ptr, grad_bias_ptr, grad_B_ptr,
     N, R, scaling, chunks, rank_chunks, stride_lora_B_n, stride_lora_B_r,

@@ -13,19 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
 from lora_fast.triton_kernels.dropout import dropout_arguments, dropout_keep, dropout_seed
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.lora_gain_bwd import lora_gain_bwd
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@jit(do_not_specialize=["threshold"])
 def lora_input_grad_kernel(
     grad_v_ptr, weight_ptr, grad_h_ptr, lora_A_ptr, seed_ptr, gain_ptr, x_ptr,
     grad_x_ptr, grad_gain_ptr,

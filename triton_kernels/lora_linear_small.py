@@ -3,7 +3,7 @@
 The first sums h = drop(x ⊙ gain_in) lora_Aᵀ in parts, each over some columns of x; the second reads W once, adds the
 parts of h in a fixed order, and finishes y. On sm_90 and later the second starts while the first runs, and waits for it
 only after its K loop (programmatic dependent launch), so that h costs next to nothing beside W.
-Arguments as in lora_project and lora_linear_fwd; x [M, K] with M <= 16.
+Arguments as in lora_project and lora_compose_fwd; x [M, K] with M <= 16, weight [N, K].
 Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
 """
 
@@ -12,17 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels import constants, lora_project
 from lora_fast.triton_kernels.constants import FEW_TOKENS, remembered
 from lora_fast.triton_kernels.dot_add import dot_add
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
 
 
-@triton.jit
+@jit
 def lora_linear_small_fwd_kernel(
     x_ptr, W_ptr, parts_ptr, B_ptr, gain_ptr, gain_in_ptr, bias_ptr, y_ptr, base_ptr, h_ptr,
     M, N, K, R, splits, scaling,

@@ -7,7 +7,6 @@ for axis "output", [K] for "input", or None for 1. Reads and writes W once, 4NK 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,10 +18,11 @@ from lora_fast.triton_kernels.adapted_weight import (
     float32_precision,
     interpreted_tile,
 )
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current
 
 
-@triton.jit
+@jit
 def merge_weight_kernel(
     gain_ptr, w_ptr, a_ref, b_ref,
     N, K, R, scaling,

@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2
 
 
-@triton.jit
+@jit
 def sum_partials_kernel(
     partials_ptr, out_ptr,
     S, width, scaling,

@@ -58,13 +58,11 @@ def rank_block(R: int, most: int = 64) -> int:
 def has_vectors(*matrices: Tensor) -> bool:
     """Whether Triton reads the rows of all in 16-byte pieces. Else elements come one by one, each with an address and a
     mask in registers, and tiles must be small."""
-    return all(
-        matrix.stride(1) == 1
-        and matrix.stride(0) % 16 == 0
-        and matrix.shape[1] % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-        for matrix in matrices
-    )
+    for matrix in matrices:
+        row, column = matrix.stride()
+        if column != 1 or row % 16 != 0 or matrix.shape[1] % 16 != 0 or matrix.data_ptr() % 16 != 0:
+            return False
+    return True
 
 
 # Read once, as Triton does when it decorates a kernel; each reading is a look into the environment.

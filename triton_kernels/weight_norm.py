@@ -43,10 +43,11 @@ from lora_fast.triton_kernels.adapted_weight import (
 )
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.content_key import KEY_LENGTH, content_hashes, content_key_config, is_changed
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
 
 
-@triton.jit(do_not_specialize=["host_key"])
+@jit(do_not_specialize=["host_key"])
 def weight_norm_fwd_kernel(
     sums_ptr, w_ptr, a_ref, b_ref,
     hashes_ptr, state_ptr, host_key: tl.int64,
@@ -84,7 +85,7 @@ def _power_of_two(field):
     return (field << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def weight_norm_finish_kernel(
     norm_ptr, sums_ptr, kept_norm_ptr, state_ptr, w_ptr, a_ref, b_ref,
     splits,

@@ -27,6 +27,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.constants import remembered
+from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.sum_partials import new_partials, sum_partials
 from lora_fast.triton_kernels.target import Target, cdiv, current, rank_block
 
@@ -40,7 +41,7 @@ def _coefficient(grad_ptr, norm_ptr, offs, mask):
     return tl.where(norm == 0.0, 0.0, 0.25 * grad / (0.25 * tl.where(norm == 0.0, 1.0, norm)))
 
 
-@triton.jit
+@jit
 def weight_norm_bwd_kernel(
     out_ptr, grad_ptr, norm_ptr, w_ptr, a_ref, b_ref,
     N, K, R, scaling,
