@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fast import backends, functional
+from lora_fast import backends, functional, stacked
 from lora_fast.backends import registry
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.triton import ops
@@ -59,7 +59,7 @@ def sweeps() -> list[Callable[[], Sweep]]:
     return [
         gain_bwd, gain_bwd_programs, gain_bwd_rank,
         compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
-        norm_low, norm_middle, norm_high, input_grad_contraction,
+        norm_low, norm_middle, norm_high, stacked_tokens, input_grad_contraction,
         gemm_rank, few_tokens, few_tokens_backend, norm_backend,
     ]  # fmt: skip
 
@@ -220,6 +220,25 @@ def _grad_call(grad_y: Tensor, x: Tensor | None, W: Tensor, A: Tensor, B: Tensor
 def _input_grad(grad_v: Tensor, W: Tensor, grad_h: Tensor, A: Tensor, B: Tensor) -> Tensor:
     call = _grad_call(grad_v, None, W, A, B)
     return ops.input_grad(call, _plan("lora_linear_bwd", call), grad_v, grad_h)[0]
+
+
+def _backward(call: LoraLinearGrad) -> tuple[Tensor, ...]:
+    return ops.lora_linear_bwd(call, _plan("lora_linear_bwd", call))
+
+
+def stacked_tokens() -> Sweep:
+    """dx with its update as one product with [W; lora_A], or by cuBLAS and a pass; the whole backward of DoRA."""
+    calls: dict[str, Call] = {}
+    needs = (True, True, True, True, False)
+    for (N, K, R), T in product(((4096, 4096, 16), (1024, 4096, 16), (4096, 4096, 384)), (256, 512, 1024, 2048, 8192)):
+        W = nn.Parameter(_normal(N, K), requires_grad=False)
+        stacked.stack(W, R)
+        factors, kept = (W, _normal(R, K), _normal(N, R), S), (_normal(T, N), _normal(T, R))
+        call = LoraLinearGrad(
+            _normal(T, N), _normal(T, K), *factors, _gain(N), "output", 0.0, None, *kept, "base", *needs
+        )
+        calls[f"{T}×{N}×{K}, rank {R}"] = partial(_backward, call)
+    return Sweep("stacked_tokens", [256, 512, 1024, 2048, 4096, ANY], calls)
 
 
 def input_grad_contraction() -> Sweep:
