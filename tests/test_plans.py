@@ -17,6 +17,7 @@ from lora_fast import backends, calls, functional
 from lora_fast.backends import explain, registry
 from lora_fast.backends.explain import Size
 from lora_fast.backends.plan import Plan
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.testing import Case, make_inputs
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
@@ -159,6 +160,28 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
             assert found <= ours | besides, (op, found - ours)
             seen |= kernels
     assert {"lora_linear_fwd", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("keep", "rank", "expected"),
+    [
+        ("product", 16, "weight_norm_fwd"),
+        ("product", 64, "weight_norm_fwd"),
+        ("product", 65, "weight_norm_kept"),
+        ("nothing", 16, "weight_norm_kept"),
+    ],
+)
+def test_the_triton_backend_makes_no_key_where_training_renews_the_norm(keep: str, rank: int, expected: str) -> None:
+    """Nor is one looked at: what is kept there stays for the calls that look."""
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    call = explain.example_calls(Size(17, 64, 96, rank, torch.bfloat16))["dora_linear_fwd"]
+    kept = torch.empty(64), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+    with target.pretended(target.SM90):
+        plan = registry.planned(backends.get("triton"), "dora_linear_fwd", call._replace(keep=keep))
+        assert plan.kernel("norm") == "weight_norm_fwd"
+        kept_call = call._replace(keep=keep, kept_norm=kept[0], kept_key=kept[1])
+        plan = registry.planned(backends.get("triton"), "dora_linear_fwd", kept_call)
+    assert plan.kernel("norm") == expected
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from content_key_cases import LAYOUTS, key_cases
@@ -12,10 +14,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 from lora_fast import norm_cache, reference
 from lora_fast.content_key import KEY_LENGTH, content_hashes, host_key
+from lora_fast.gain import dora_gain
 from lora_fast.testing import Case, Inputs, make_inputs, poisoned_memory
 from lora_fast.triton_kernels import content_key, merge_weight, weight_norm, weight_norm_bwd
 from lora_fast.triton_kernels.adapted_weight import Tile, can_describe
-from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target
+from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target, interpreting
 
 AXES = ("output", "input")
 EPS = torch.finfo(torch.float32).eps
@@ -33,7 +36,7 @@ def assert_right(norm: Tensor, truth: Tensor) -> None:
 
 def norm_of(inputs: Inputs, axis: str) -> Tensor:
     with poisoned_memory():
-        return weight_norm.weight_norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, axis)
+        return weight_norm.weight_norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, axis)[0]
 
 
 @pytest.fixture
@@ -111,7 +114,27 @@ def test_strides_past_32_bits() -> None:
     assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [f32, bf16, f16, torch.float64])
+def test_the_gain_is_that_of_its_definition(dtype: torch.dtype) -> None:
+    """To the bit, of a magnitude of any dtype and strides; 0 where the norm is 0, whatever is not finite comes out."""
+    inputs = make_inputs(Case((1,), 70, 101, 5))
+    for row in (7, 69):
+        inputs.weight[row], inputs.lora_B[row] = 0.0, 0.0
+    inputs.weight[33, 100], inputs.weight[34, 100] = torch.inf, torch.nan
+    magnitude = torch.stack([inputs.magnitude["output"].to(dtype)] * 2, dim=1)[:, 0]
+    magnitude[40], magnitude[41], magnitude[42] = torch.inf, torch.nan, -0.5
+    factors = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, "output"
+    with poisoned_memory():
+        norm, gain = weight_norm.weight_norm_fwd(*factors, magnitude)
+    assert gain.dtype == torch.float32
+    assert gain[[7, 33, 69]].tolist() == [0, 0, 0]
+    torch.testing.assert_close(gain, dora_gain(magnitude, norm), rtol=0, atol=0, equal_nan=True)
+
+
 KEY = [-2] * KEY_LENGTH
+MARK = 4096.0  # a norm that no case has
 
 
 class Kept:
@@ -127,16 +150,17 @@ class Kept:
         axis, norm, key = axis or self.axis, self.cache.norm, self.cache.key
         assert norm is not None
         assert key is not None
-        norm.fill_(-1.0)
+        norm.fill_(MARK)
         i = self.inputs
         with poisoned_memory():
-            out = weight_norm.weight_norm_kept(
+            out, gain = weight_norm.weight_norm_kept(
                 i.weight, i.lora_A, i.lora_B, scaling, axis, norm, key,
-                host_key(i.weight, i.lora_A, i.lora_B, scaling, axis, i.weight._version),
+                host_key(i.weight, i.lora_A, i.lora_B, scaling, axis, i.weight._version), i.magnitude[axis],
             )  # fmt: skip
+        assert torch.equal(gain, dora_gain(i.magnitude[axis], out))
         assert out.data_ptr() != norm.data_ptr()
         assert torch.equal(out, norm)
-        if bool((out == -1.0).all()):
+        if bool((out == MARK).all()):
             return True
         truth = reference.weight_norm(i.weight.double(), i.lora_A, i.lora_B, scaling, axis=axis)
         assert_right(out, truth)
@@ -198,6 +222,63 @@ def test_another_stream_that_keeps_its_norm_meanwhile_is_not_seen(monkeypatch: p
     assert not kept.is_reused()
 
 
+def recorded_stores(monkeypatch: pytest.MonkeyPatch, **tensors: Tensor) -> list[str]:
+    """Grows, in the interpreter, by the name of each tensor that a kernel's store reaches."""
+    # of which triton 3.6 asks for an older numpy than a GPU's tests need
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    order: list[str] = []
+    write = InterpreterBuilder.create_masked_store
+
+    def recorded(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        for name, tensor in tensors.items():
+            offsets = pointers.data.astype(np.int64) - tensor.data_ptr()
+            if ((offsets >= 0) & (offsets < tensor.nbytes) & mask.data).any():
+                order.append(name)
+        return write(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", recorded)
+    return order
+
+
+@pytest.mark.interp
+@pytest.mark.skipif(not interpreting(), reason="looks into the interpreter")
+@pytest.mark.usefixtures("small_tiles")
+def test_the_key_is_written_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last of five programs, after all norms; a call that changes nothing writes neither."""
+    kept = Kept(make_inputs(Case((1,), 70, 50, 3)), "output")
+    with monkeypatch.context() as patch:
+        order = recorded_stores(patch, norm=kept.cache.norm, key=kept.cache.key)
+        assert not kept.is_reused()
+        assert order == ["norm"] * 5 + ["key"] * KEY_LENGTH
+        assert kept.is_reused()
+        kept.inputs.lora_B.data[0, 0] += 1.0
+        assert not kept.is_reused()  # the programs are counted anew
+        assert order == (["norm"] * 5 + ["key"] * KEY_LENGTH) * 2
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+def test_no_key_before_the_last_program_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another stream sees while a program is still at work: norms that have no key yet."""
+    kept = Kept(make_inputs(Case((1,), 70, 50, 3)), "output")
+    finish = weight_norm.weight_norm_finish_kernel
+
+    class AllButTheLast:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return finish[(grid[0] - 1,)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_norm, "weight_norm_finish_kernel", AllButTheLast())
+        i, cache = kept.inputs, kept.cache
+        weight_norm.weight_norm_kept(i.weight, i.lora_A, i.lora_B, 0.7, "output", cache.norm, cache.key, 1)
+        assert cache.key.tolist() == KEY
+        assert cache.norm[:64].all()
+        assert not cache.norm[64:].any()
+    assert not kept.is_reused()
+    assert kept.is_reused()
+
+
 @pytest.mark.interp
 @pytest.mark.parametrize("size", [(1, 1), (3, 5000), (5000, 3), (700, 900)], ids=str)
 def test_the_sample_reaches_all_of_the_weight(size: tuple[int, int]) -> None:
@@ -221,7 +302,7 @@ def test_the_hashes_are_those_of_the_definition(dtype: torch.dtype, layout: str)
     for tensors in key_cases(dtype, layout):
         hashes, state = content_key.content_hashes(*tensors, torch.tensor(KEY))
         assert torch.equal(hashes.sum(0), content_hashes(*tensors))
-        assert state[4:].tolist() == KEY
+        assert state[4:].tolist() == [*KEY, 0]
 
 
 @pytest.mark.interp

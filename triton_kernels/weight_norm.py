@@ -4,8 +4,9 @@
 
 W [N, K], lora_A [R, K], lora_B [N, R] of any strides, in bfloat16, float16 or float32, mixed as you like; n float32.
 Two launches: sums of squares of each line over a share of the columns, [splits, N] float32 (at most 1 MB, or 4 bytes
-a line), then their sums and roots. A line whose sum is out of float32's range is looked at again there, scaled by its
-largest element, so norms are right from 1e-38 to 3e38; a NaN or Inf comes out.
+a line), then their sums and roots, with DoRA's gain m / n, for which PyTorch would launch two more. A line whose sum is
+out of float32's range is looked at again there, scaled by its largest element, so norms are right from 1e-38 to 3e38; a
+NaN or Inf comes out.
 
 Direct or factored, counted for N = K = 8192 in bfloat16 on an H200 (memory 4.8 TB/s, L2 to the multiprocessors 7 TB/s,
 600 TFLOPS kept up); µs for each of them, predicted:
@@ -42,7 +43,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.constants import remembered
-from lora_fast.triton_kernels.content_key import KEY_LENGTH, content_hashes, content_key_config, is_changed
+from lora_fast.triton_kernels.content_key import content_hashes, content_key_config, is_changed, keep_key
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
 
 
@@ -85,23 +86,18 @@ def _power_of_two(field):
 
 
 @triton.jit
-def weight_norm_finish_kernel(
-    norm_ptr, sums_ptr, kept_norm_ptr, state_ptr, w_ptr, a_ref, b_ref,
-    splits,
+def _norm_of_sums(
+    sums_ptr, w_ptr, a_ref, b_ref,
+    splits, n0,
     N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-    KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """norm = sqrt(Σ_splits sums), by a scaled look where the sum is out of range; on KEPT from or to kept_norm."""
-    n0 = tl.program_id(0) * BLOCK_N
+    """sqrt(Σ_splits sums) [BLOCK_N] of the lines from n0 on, by a scaled look where the sum is out of range."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no state_ptr)
-        if tl.load(state_ptr + 3) == 0:  # unchanged
-            tl.store(norm_ptr + offs_n, tl.load(kept_norm_ptr + offs_n, mask=mask_n), mask=mask_n)
-            return
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
@@ -128,9 +124,47 @@ def weight_norm_finish_kernel(
             total = total * shrink * shrink + tl.sum(v * v, axis=1)
         unit = _power_of_two(field)
         norm = tl.where(unsure, unit * tl.sqrt_rn(total), norm)
+    return norm
+
+
+@triton.jit
+def _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, norm, offs_n, mask_n, HAS_GAIN: tl.constexpr):
+    """norm, and on HAS_GAIN magnitude / norm, rounded as lora_fast/gain.py rounds it: 0 where the norm is 0."""
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+    if HAS_GAIN:
+        magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        divisor = tl.where(norm == 0.0, float("inf"), norm)
+        tl.store(gain_ptr + offs_n, tl.div_rn(magnitude, divisor), mask=mask_n)
+
+
+@triton.jit
+def weight_norm_finish_kernel(
+    norm_ptr, gain_ptr, sums_ptr, magnitude_ptr, kept_norm_ptr, kept_key_ptr, state_ptr, w_ptr, a_ref, b_ref,
+    splits,
+    N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    HAS_GAIN: tl.constexpr, KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """norm of sums [splits, N] and its gain; on KEPT the norm comes from kept_norm or goes there, its key after it."""
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no state_ptr)
+        if tl.load(state_ptr + 3) == 0:  # unchanged
+            kept = tl.load(kept_norm_ptr + offs_n, mask=mask_n, other=0.0)
+            _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, kept, offs_n, mask_n, HAS_GAIN)
+            return
+    norm = _norm_of_sums(
+        sums_ptr, w_ptr, a_ref, b_ref, splits, n0, N, K, R, scaling,
+        stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+        BLOCK_S, PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, norm, offs_n, mask_n, HAS_GAIN)
     if KEPT:
         tl.store(kept_norm_ptr + offs_n, norm, mask=mask_n)
+        keep_key(kept_key_ptr, state_ptr, tl.cdiv(N, BLOCK_N))
 
 
 @dataclass(frozen=True)
@@ -223,9 +257,10 @@ def weight_norm_config(
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept norm, and the key of now: its hashes on the device, what the host knows, and where it is compared."""
+    """What is kept, and the key of now: its hashes on the device, what the host knows, and where it is compared."""
 
     norm: Tensor
+    key: Tensor
     hashes: Tensor
     host_key: int
     state: Tensor  # int64 [STATE_LENGTH]
@@ -239,14 +274,22 @@ def _access(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
 
 
 def _launch(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, target: Target, kept: Kept | None
-) -> Tensor:
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    magnitude: Tensor | None,
+    kept: Kept | None,
+) -> tuple[Tensor, Tensor]:
+    target = current(weight.device)
     w, a, b = oriented(weight, lora_A, lora_B, axis)
     N, K = w.shape
     config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), _access(w, a, b), target)
     tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
     sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
+    gain = norm.new_empty(0 if magnitude is None else N)
     key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
     weight_norm_fwd_kernel[(cdiv(N, config.tile.BLOCK_N), config.splits)](
         sums, *tensors, *key, *numbers, config.tiles_per_split,
@@ -255,21 +298,25 @@ def _launch(
     )  # fmt: skip
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
+    keeps = (None, None, None) if kept is None else (kept.norm, kept.key, kept.state)
     weight_norm_finish_kernel[(cdiv(N, finish.BLOCK_N),)](
-        norm, sums, None if kept is None else kept.norm, None if kept is None else kept.state, *tensors,
+        norm, gain, sums, None if magnitude is None else magnitude.contiguous(), *keeps, *tensors,
         config.splits, *numbers,
-        KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
+        HAS_GAIN=magnitude is not None, KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
         num_warps=finish.num_warps, num_stages=finish.num_stages,
     )  # fmt: skip
-    return norm
+    return norm, gain
 
 
 BLOCK_S = 8  # splits added at once
 
 
-def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
-    """norm float32, [N] for axis "output", [K] for "input"."""
-    return _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), None)
+def weight_norm_fwd(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, magnitude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(norm, gain = magnitude / norm) float32, [N] for axis "output", [K] for "input"; gain is empty without a
+    magnitude, which may be of any float dtype."""
+    return _launch(weight, lora_A, lora_B, scaling, axis, magnitude, None)
 
 
 def weight_norm_kept(
@@ -281,12 +328,11 @@ def weight_norm_kept(
     kept_norm: Tensor,
     kept_key: Tensor,
     host_key: int,
-) -> Tensor:
-    """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [KEY_LENGTH] says that nothing changed,
-    else computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay
-    looks. ``host_key``: what the host knows of the inputs, a signed 64-bit number."""
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same with a fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [KEY_LENGTH] says that
+    nothing changed, else computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph
+    every replay looks. ``host_key``: what the host knows of the inputs, a signed 64-bit number."""
     hashes, state = content_hashes(weight, lora_A, lora_B, kept_key)
-    kept = Kept(kept_norm, hashes, host_key, state)
-    norm = _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), kept)
-    kept_key.copy_(state[:KEY_LENGTH])
-    return norm
+    kept = Kept(kept_norm, kept_key, hashes, host_key, state)
+    return _launch(weight, lora_A, lora_B, scaling, axis, magnitude, kept)
