@@ -60,7 +60,8 @@ def sweeps() -> list[Callable[[], Sweep]]:
     return [
         gain_bwd, gain_bwd_programs, gain_bwd_fused, gain_bwd_partials, gain_bwd_fused_rank,
         compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
-        norm_low, norm_middle, norm_high, described, described_group, described_contraction, input_grad_contraction,
+        norm_low, norm_middle, norm_high, norm_flattened,
+        described, described_group, described_contraction, input_grad_contraction,
         gemm_rank, few_tokens, few_tokens_backend, norm_backend,
     ]  # fmt: skip
 
@@ -193,7 +194,7 @@ def A_grad_programs() -> Sweep:
     return Sweep("A_grad_programs", [1, 2, 3, 4], *_A_grad_calls())
 
 
-def _norm_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+def _norm_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
     for N, K, R in sizes:
@@ -215,9 +216,16 @@ def norm_middle() -> Sweep:
     return _norm_sweep("norm_middle", list(_blocks(_NORM_TILES, (64,), (4, 8), (2, 3, 4))), (4096, 4096, 64))
 
 
+_HIGH_NORMS = ((8192, 8192, 384), (8192, 28672, 384))
+
+
 def norm_high() -> Sweep:
     tiles = ((128, 256), (128, 128), (64, 256), (256, 128))
-    return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), (8192, 8192, 384), (8192, 28672, 384))
+    return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), *_HIGH_NORMS)
+
+
+def norm_flattened() -> Sweep:
+    return _norm_sweep("norm_flattened", [True, False], (4096, 4096, 128), *_HIGH_NORMS)
 
 
 def _forward_sweep(constant: str, values: list[Any]) -> Sweep:

@@ -48,6 +48,7 @@ TILED = {
     "merge_weight_kernel",
     "weight_norm_bwd_kernel",
     "weight_norm_fwd_kernel",
+    "weight_norm_fwd_tma_kernel",
 }
 
 

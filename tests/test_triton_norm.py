@@ -79,18 +79,31 @@ def test_a_line_out_of_range_among_splits() -> None:
 
 @pytest.mark.interp
 @pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("parts", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, bf16])
-def test_factors_through_descriptors(dtype: torch.dtype, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sm_90 and newer take for 16-bit factors; the last tiles stick out of both."""
-    tile = Tile(32, 64, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
-    monkeypatch.setattr(weight_norm, "weight_norm_tile", lambda *_: tile)
-    monkeypatch.setattr(weight_norm, "finish_tile", lambda *_: replace(tile, DESCRIPTORS=False))
-    weight_norm.weight_norm_config.cache_clear()
-    try:
-        inputs = make_inputs(Case((1,), 72, 104, 48, dtype))
-        assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
-    finally:
-        weight_norm.weight_norm_config.cache_clear()
+def test_factors_through_descriptors(
+    dtype: torch.dtype, parts: int, axis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sm_90 and newer take for 16-bit factors, W among them or not; the last tiles stick out of all."""
+    tile = Tile(32, 32, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
+    config = weight_norm.Config(tile, replace(tile, DESCRIPTORS=False), 2, 2, weight_parts=parts)
+    monkeypatch.setattr(weight_norm, "weight_norm_config", lambda *_: config)
+    inputs = make_inputs(Case((1,), 104, 104, 48, dtype))
+    assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
+    kept = Kept(inputs, axis)
+    assert not kept.is_reused()
+    assert kept.is_reused()
+
+
+@pytest.mark.interp
+def test_no_descriptor_of_a_weight_without_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointers then bring it."""
+    tile = Tile(32, 32, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
+    config = weight_norm.Config(tile, replace(tile, DESCRIPTORS=False), 2, 2, weight_parts=1)
+    monkeypatch.setattr(weight_norm, "weight_norm_config", lambda *_: config)
+    inputs = make_inputs(Case((1,), 104, 104, 48, bf16))
+    inputs.weight = inputs.weight[:1].expand(104, 104)
+    assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
 @pytest.mark.interp
@@ -377,6 +390,22 @@ def test_splits_cover_the_columns_and_stay_small(N: int, K: int, R: int, target:
     assert config.splits == 1 or config.splits * N * 4 <= 1 << 20
     partials = weight_norm_bwd.weight_norm_bwd_config(N, K, R, bf16, bf16, target).splits
     assert partials == 1 or 8 * partials * R <= K
+
+
+@pytest.mark.parametrize("target", [SM90, SM100], ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [bf16, f32])
+@pytest.mark.parametrize("rank", [65, 384])
+def test_the_parts_of_a_tile_of_the_weight_fit_beside_the_factors(
+    rank: int, dtype: torch.dtype, target: Target
+) -> None:
+    for N, K in ((768, 768), (8192, 8192)):
+        config = weight_norm.weight_norm_config(N, K, rank, (dtype, bf16, bf16), "descriptors", target)
+        tile = config.tile
+        stages = (tile.BLOCK_N + tile.BLOCK_K) * tile.BLOCK_R * 2 * tile.num_stages
+        part = tile.BLOCK_N * tile.BLOCK_K * dtype.itemsize // config.weight_parts
+        assert stages + part < target.shared_memory
+        by_pointers = weight_norm.weight_norm_config(N, K, rank, (dtype, bf16, bf16), "vectors", target)
+        assert by_pointers.weight_parts == 0
 
 
 def test_few_rows_fill_the_multiprocessors() -> None:

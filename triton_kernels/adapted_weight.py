@@ -34,7 +34,7 @@ def _rank_step(a_ptrs, b_ptrs, mask_n, mask_k, mask_r, acc, PRECISION: tl.conste
 
 
 @triton.jit
-def _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
+def described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         b = b_ref.load([r, row]).T
         a = a_ref.load([column, r]).T
@@ -75,10 +75,10 @@ def adapted_tile(
         row = n0.to(tl.int32)
         column = k0.to(tl.int32)
         if ONE_STEP:
-            acc = _described_step(a_ref, b_ref, row, column, 0, acc, TRANSPOSED)
+            acc = described_step(a_ref, b_ref, row, column, 0, acc, TRANSPOSED)
         else:
             for r in range(0, R, BLOCK_R):
-                acc = _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED)
+                acc = described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED)
     else:
         a_base = a_ref + k0 * stride_a_k
         b_base = b_ref + n0 * stride_b_n
@@ -145,15 +145,16 @@ def has_long_strides(*tensors: Tensor) -> bool:
     return any(256 * sum(tensor.stride()) >= 1 << 31 for tensor in tensors)
 
 
+def has_lines(matrix: Tensor, inner: int) -> bool:
+    """Whether a tensor descriptor takes the matrix with the dimension ``inner`` last: 16-byte lines."""
+    step = matrix.stride(1 - inner) * matrix.element_size()
+    apart = matrix.stride(1 - inner) >= matrix.shape[inner]
+    return matrix.stride(inner) == 1 and apart and step % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether both factors, or the transposes of both, are what a tensor descriptor takes: 16-byte lines."""
-
-    def lines(tensor: Tensor, inner: int) -> bool:
-        step = tensor.stride(1 - inner) * tensor.element_size()
-        apart = tensor.stride(1 - inner) >= tensor.shape[inner]
-        return tensor.stride(inner) == 1 and apart and step % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-    return any(lines(lora_A, inner) and lines(lora_B, inner) for inner in (0, 1))
+    """Whether both factors, or the transposes of both, are what a tensor descriptor takes."""
+    return any(has_lines(lora_A, inner) and has_lines(lora_B, inner) for inner in (0, 1))
 
 
 def arguments(

@@ -84,6 +84,9 @@ class Constants:
     norm_low: Block = Block(64, 128, 32, 4, 2)
     norm_middle: Block = Block(64, 128, 64, 4, 2)
     norm_high: Block = Block(128, 256, 64, 8, 4)
+    norm_flattened: bool = (
+        True  # whether rank blocks of one tile come while another's squares are summed, above "middle"
+    )
 
 
 FEW_TOKENS = 16  # the rows of the smallest tile of tensor cores: up to so many, W's bytes are the time

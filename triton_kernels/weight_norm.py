@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.adapted_weight import (
@@ -36,8 +37,10 @@ from lora_fast.triton_kernels.adapted_weight import (
     adapted_tile,
     arguments,
     can_describe,
+    described_step,
     exact_products,
     float32_precision,
+    has_lines,
     has_long_strides,
     interpreted_tile,
     oriented,
@@ -76,6 +79,53 @@ def weight_norm_fwd_kernel(
         )  # fmt: skip
         sums += tl.sum(v * v, axis=1)
     offs_n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(sums_ptr + tl.cast(split, tl.int64) * N + offs_n, sums, mask=offs_n < N)
+
+
+@triton.jit
+def _described_weight(w_desc, row, column, TRANSPOSED: tl.constexpr):
+    w = w_desc.load([column, row]).T if TRANSPOSED else w_desc.load([row, column])
+    return w.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["host_key"])
+def weight_norm_fwd_tma_kernel(
+    sums_ptr, w_desc, a_desc, b_desc,
+    hashes_ptr, state_ptr, host_key: tl.int64,
+    N, K, R, scaling,
+    tiles_per_split,
+    KEPT: tl.constexpr, PROGRAMS: tl.constexpr, TRANSPOSED: tl.constexpr, W_TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same where several blocks of the rank make a tile, and descriptors bring W too, in ``PARTS`` of a tile.
+
+    One loop goes over the rank blocks of all tiles: the next tile's are on their way while W is added and squared.
+    """
+    row_block = tl.program_id(0)
+    split = tl.program_id(1)
+    if KEPT:
+        first = (row_block == 0) & (split == 0)
+        if not is_changed(hashes_ptr, state_ptr, host_key, first, PROGRAMS):
+            return
+    row = row_block * BLOCK_N
+    start = split * tiles_per_split
+    COLUMNS: tl.constexpr = BLOCK_K // PARTS
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for tile in tl.range(start, tl.minimum(start + tiles_per_split, tl.cdiv(K, BLOCK_K)), flatten=True):
+        column = tile * BLOCK_K
+        acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for r in tl.range(0, R, BLOCK_R):
+            acc = described_step(a_desc, b_desc, row, column, r, acc, TRANSPOSED)
+        # W comes last: asked for at the start it would fill registers all the while
+        if PARTS == 1:
+            v = _described_weight(w_desc, row, column, W_TRANSPOSED) + scaling * acc
+            sums += tl.sum(v * v, axis=1)
+        else:
+            halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, COLUMNS)), (0, 2, 1)))
+            for i in tl.static_range(2):
+                v = _described_weight(w_desc, row, column + i * COLUMNS, W_TRANSPOSED) + scaling * halves[i]
+                sums += tl.sum(v * v, axis=1)
+    offs_n = row + tl.arange(0, BLOCK_N)
     tl.store(sums_ptr + tl.cast(split, tl.int64) * N + offs_n, sums, mask=offs_n < N)
 
 
@@ -173,12 +223,20 @@ class Config:
     finish: Tile
     tiles_per_split: int
     splits: int
+    weight_parts: int = 0
 
 
 def weight_norm_tile(
     N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], access: str, target: Target
 ) -> Tile:
     """Bytes from L2 to the multiprocessors (about 31 a clock on each) decide at high rank, bytes of W at low rank.
+
+    At rank 384 a tile of 128 × 256 reads 352 KB, W included: 11,600 clocks, in which the tensor cores work for 6,100.
+    An H200 takes 11,800 for each further tile (126 µs for 16 of them, 395 for 56, at 1.755 GHz).
+    Holding lora_B's 96 KB would leave 256 KB a tile of that size, but not with Triton's pipeline (3.6 and 3.9): beside
+    them lora_A's columns have room for two buffers of 64, and the next columns are asked for when the last product of
+    these has ended, so that the whole transfer is exposed; with the sums taken one tile later ptxas serializes wgmma,
+    as it does for 192 rows in two products, 288 KB. So lora_B is read again, and nothing waits between tiles.
 
     Each product of 2 · BLOCK_N · BLOCK_K · R FLOP reads (BLOCK_N + BLOCK_K) · R · 2 bytes: at the tensor cores' full
     rate 64 bytes a clock for 128 × 128 and 48 for 128 × 256, whose sums fill half the registers, W's tile a quarter.
@@ -214,6 +272,19 @@ def weight_norm_tile(
 
 def _tile(block: constants.Block, BLOCK_R: int, descriptors: bool = False) -> Tile:
     return Tile(block.rows, block.columns, BLOCK_R, block.num_warps, block.num_stages, DESCRIPTORS=descriptors)
+
+
+def weight_parts(tile: Tile, R: int, weight_bytes: int, target: Target) -> int:
+    """In how many parts a descriptor brings a tile of W, 0 where pointers bring it.
+
+    One where it fits beside the factors' stages, else two. Compiled for sm_90, 128 × 256 of 16 bits take 208 registers
+    with 3 stages and one part, 157 with 4 and two, neither spilling; W by pointers takes 254.
+    """
+    if not (tile.DESCRIPTORS and R > tile.BLOCK_R and constants.of(target).norm_flattened):
+        return 0
+    stages = (tile.BLOCK_N + tile.BLOCK_K) * tile.BLOCK_R * 2 * tile.num_stages
+    whole = stages + tile.BLOCK_N * tile.BLOCK_K * weight_bytes
+    return 1 if whole + 1024 <= target.shared_memory else 2
 
 
 def finish_tile(tile: Tile, target: Target) -> Tile:
@@ -252,6 +323,7 @@ def weight_norm_config(
         finish=finish_tile(tile, target),
         tiles_per_split=tiles_per_split,
         splits=cdiv(cdiv(K, tile.BLOCK_K), tiles_per_split),
+        weight_parts=weight_parts(tile, R, dtypes[0].itemsize, target),
     )
 
 
@@ -273,6 +345,32 @@ def _access(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
     return "descriptors" if can_describe(lora_A, lora_B) and not long else "vectors"
 
 
+def _launch_sums(
+    sums: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, config: Config, kept: Kept | None, target: Target
+) -> None:
+    (N, K), tile = w.shape, config.tile
+    grid = (cdiv(N, tile.BLOCK_N), config.splits)
+    (_, *factors), numbers, constexprs = arguments(tile, w, a, b, scaling)
+    key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
+    settings = {
+        "KEPT": kept is not None, "PROGRAMS": content_key_config(target).PROGRAMS,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if config.weight_parts and (has_lines(w, 0) or has_lines(w, 1)):
+        lines, block = (w, [tile.BLOCK_N, tile.BLOCK_K // config.weight_parts])
+        if transposed := not has_lines(w, 1):
+            lines, block = w.T, block[::-1]
+        weight_norm_fwd_tma_kernel[grid](
+            sums, TensorDescriptor.from_tensor(lines, block), *factors, *key, N, K, a.shape[0], scaling,
+            config.tiles_per_split, TRANSPOSED=constexprs["TRANSPOSED"], W_TRANSPOSED=transposed,
+            PARTS=config.weight_parts, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, BLOCK_R=tile.BLOCK_R, **settings,
+        )  # fmt: skip
+        return
+    weight_norm_fwd_kernel[grid](
+        sums, w, *factors, *key, *numbers, config.tiles_per_split, NUM_STAGES=tile.num_stages, **constexprs, **settings
+    )
+
+
 def _launch(
     weight: Tensor,
     lora_A: Tensor,
@@ -286,16 +384,10 @@ def _launch(
     w, a, b = oriented(weight, lora_A, lora_B, axis)
     N, K = w.shape
     config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), _access(w, a, b), target)
-    tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
     sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
     gain = norm.new_empty(0 if magnitude is None else N)
-    key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
-    weight_norm_fwd_kernel[(cdiv(N, config.tile.BLOCK_N), config.splits)](
-        sums, *tensors, *key, *numbers, config.tiles_per_split,
-        KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, NUM_STAGES=config.tile.num_stages,
-        **constexprs, num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
-    )  # fmt: skip
+    _launch_sums(sums, w, a, b, scaling, config, kept, target)
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
     keeps = (None, None, None) if kept is None else (kept.norm, kept.key, kept.state)
