@@ -59,7 +59,7 @@ def sweeps() -> list[Callable[[], Sweep]]:
     """Each makes its operands on the default device."""
     return [
         gain_bwd, gain_bwd_programs, gain_bwd_fused, gain_bwd_partials, gain_bwd_fused_rank,
-        compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
+        compose_low, compose_high, compose_described, compose_pointer_rank, project_low, A_grad_low, A_grad_programs,
         norm_low, norm_middle, norm_high, norm_flattened,
         described, described_group, described_contraction, input_grad_contraction,
         gemm_rank, few_tokens, few_tokens_backend, norm_backend,
@@ -129,7 +129,7 @@ def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> T
     return out
 
 
-def _compose_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+def _compose_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
     before: dict[str, Call] = {}
@@ -149,13 +149,35 @@ def compose_low() -> Sweep:
 
 
 def compose_high() -> Sweep:
+    """Of the pointers' kernel, at a number of tokens that leaves it too few tiles for the descriptors'."""
     tiles = ((64, 128), (128, 128), (32, 256), (128, 64))
     values = [
         block
         for block in _blocks(tiles, (32, 64), (4, 8), (2, 3, 4))
         if (block.rows + block.columns) * block.rank * 2 * block.num_stages <= SHARED_MEMORY
     ]
-    return _compose_sweep("compose_high", values, (8192, 4096, 384), (8192, 8192, 384))
+    return _compose_sweep("compose_high", values, (512, 4096, 384))
+
+
+_HIGH_COMPOSITIONS = ((8192, 4096, 384), (8192, 8192, 384), (8192, 8192, 128))
+
+
+def compose_described() -> Sweep:
+    tiles = ((256, 128), (128, 256), (128, 128))
+    values = [
+        block
+        for block in _blocks(tiles, (64,), (4, 8), (2, 3, 4))
+        if block.rows * block.columns <= 4096 * block.num_warps  # 128 sums of a thread
+        # the stages of h and lora_B, base's half and out's
+        and 2 * ((block.rows + block.columns) * block.rank * block.num_stages + block.rows * block.columns) <= 215_000
+    ]
+    return _compose_sweep("compose_described", values, *_HIGH_COMPOSITIONS)
+
+
+def compose_pointer_rank() -> Sweep:
+    """The kernels of descriptors and of pointers beside each other."""
+    sizes = ((8192, 8192, 16), (8192, 4096, 64), *_HIGH_COMPOSITIONS)
+    return _compose_sweep("compose_pointer_rank", [0, 16, 64, 128, ANY], *sizes)
 
 
 def project_low() -> Sweep:

@@ -63,6 +63,7 @@ def sweep() -> Iterator[Call]:
                     yield Call(T, N, K, R, axis=axis, dropout_p=0.1)
     for R in (16, 384):
         yield Call(16, 64, 64, R, weight_layout="long")
+    yield Call(8192, 4096, 4096, 96)  # an update of dx through descriptors
 
 
 class skipped_products(TorchFunctionMode):

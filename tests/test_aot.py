@@ -40,6 +40,7 @@ KERNELS = sorted(name for module in aot.modules() for name, _ in aot.jit_functio
 TILED = {
     "lora_A_grad_kernel",
     "lora_compose_fwd_kernel",
+    "lora_compose_fwd_tma_kernel",
     "lora_gain_bwd_kernel",
     "lora_input_grad_kernel",
     "lora_linear_fwd_kernel",

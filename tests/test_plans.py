@@ -131,6 +131,7 @@ def launched(call: Callable[[], Any]) -> set[str]:
 NORM = {"weight_norm_fwd_kernel", "weight_norm_fwd_tma_kernel"}
 # The kernels that a launcher launches, where they are not its name and "_kernel".
 LAUNCHES = {
+    "lora_compose_fwd": {"lora_compose_fwd_kernel", "lora_compose_fwd_tma_kernel"},
     "lora_linear_fwd": {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
     "weight_norm_fwd": {*NORM, "weight_norm_finish_kernel"},
@@ -156,7 +157,7 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
             ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}
             found = launched(lambda op=op, call=call, plan=plan: getattr(triton.ops, op)(call, plan))
             besides = {"sum_partials_kernel", "lora_gain_bwd_kernel", "dropout_kernel"}
-            either = {"lora_linear_fwd_kernel", "lora_linear_fwd_tma_kernel"} | NORM
+            either = LAUNCHES["lora_linear_fwd"] | LAUNCHES["lora_compose_fwd"] | NORM
             assert ours - either <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
             assert found <= ours | besides, (op, found - ours)
             seen |= kernels

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_fast.triton_kernels.target import Target, next_power_of_2
+from lora_fast.triton_kernels.target import Target, has_lines, next_power_of_2
 
 
 @triton.jit
@@ -143,13 +143,6 @@ def exact_products(a_dtype: torch.dtype, b_dtype: torch.dtype) -> bool:
 def has_long_strides(*tensors: Tensor) -> bool:
     """Whether offsets within a tile of up to 256 × 256 pass 32 bits."""
     return any(256 * sum(tensor.stride()) >= 1 << 31 for tensor in tensors)
-
-
-def has_lines(matrix: Tensor, inner: int) -> bool:
-    """Whether a tensor descriptor takes the matrix with the dimension ``inner`` last: 16-byte lines."""
-    step = matrix.stride(1 - inner) * matrix.element_size()
-    apart = matrix.stride(1 - inner) >= matrix.shape[inner]
-    return matrix.stride(inner) == 1 and apart and step % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:

@@ -72,7 +72,9 @@ class Constants:
     described: Block = Block(128, 256, 64, 8, 4)  # the largest tile of x Wᵀ; its rank: columns of x at a time
     described_group: int = 8  # rows of tiles that go together
     compose_low: Block = Block(64, 128, 64, 8, 2)
-    compose_high: Block = Block(128, 128, 64, 8, 2)
+    compose_high: Block = Block(128, 128, 64, 8, 2)  # by pointers
+    compose_described: Block = Block(256, 128, 64, 8, 3)
+    compose_pointer_rank: int = 64  # up to which pointers bring the operands, above it descriptors
     gain_bwd: Block = Block(32, 128, 0, 4, 2)  # without the products along the rank
     gain_bwd_programs: int = 4  # on a multiprocessor
     gain_bwd_fused: Block = Block(64, 128, 32, 8, 3)

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.dot_add import dot_add
-from lora_fast.triton_kernels.target import Target, cdiv, current, next_power_of_2, rank_block
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_lines, next_power_of_2, rank_block
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 
 
 @triton.jit
-def _gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
+def gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr):
     mask_n = offs_n < N
     if HAS_GAIN:
         acc *= tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
@@ -91,7 +91,7 @@ def lora_linear_fwd_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     if KEEP_PRODUCT:
         tl.store(product_ptr + offs_y, acc.to(product_ptr.dtype.element_ty), mask=mask)
-    acc = _gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN, HAS_BIAS)
+    acc = gain_and_bias(acc, gain_ptr, bias_ptr, offs_n, N, HAS_GAIN, HAS_BIAS)
     tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +133,7 @@ def lora_linear_fwd_tma_kernel(
         half = halves[i]  # [BLOCK_M, HALF]
         if KEEP_PRODUCT:
             product_desc.store([m, n + i * HALF], half.to(product_desc.dtype))
-        half = _gain_and_bias(half, gain_ptr, bias_ptr, n + i * HALF + tl.arange(0, HALF), N, HAS_GAIN, HAS_BIAS)
+        half = gain_and_bias(half, gain_ptr, bias_ptr, n + i * HALF + tl.arange(0, HALF), N, HAS_GAIN, HAS_BIAS)
         y_desc.store([m, n + i * HALF], half.to(y_desc.dtype))
 
 
@@ -190,14 +190,6 @@ def lora_linear_fwd_config(
     return Config(descriptors, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, num_warps, num_stages, chosen.described_group)
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether a descriptor can describe the matrix: contiguous rows apart, every one at a multiple of 16 bytes."""
-    row, column = tensor.stride()
-    return (
-        column == 1 and row >= tensor.shape[1] and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-    )
-
-
 def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target) -> bool:
     """Whether the tensor memory accelerator brings all operands; of W and of lora_B one orientation is enough."""
     return (
@@ -206,9 +198,9 @@ def takes_descriptors(x: Tensor, weight: Tensor, lora_B: Tensor, target: Target)
         and x.element_size() == 2
         and weight.shape[0] * x.element_size() % 16 == 0  # a row of y
         and lora_B.shape[1] * x.element_size() % 16 == 0  # of h
-        and _aligned(x)
-        and (_aligned(weight) or _aligned(weight.T))
-        and (_aligned(lora_B) or _aligned(lora_B.T))
+        and has_lines(x)
+        and (has_lines(weight) or has_lines(weight, 0))
+        and (has_lines(lora_B) or has_lines(lora_B, 0))
     )
 
 
@@ -247,7 +239,7 @@ def lora_linear_fwd(
     described = takes_descriptors(x, weight, lora_B, target)
     if not described:
         lora_B = lora_B.contiguous()
-    aligned = described or all(map(_aligned, (x, weight, h, lora_B, y)))
+    aligned = described or all(map(has_lines, (x, weight, h, lora_B, y)))
     c = lora_linear_fwd_config(M, N, K, R, x.element_size(), weight.element_size(), aligned, target)
     flags = {
         "HAS_GAIN": gain is not None, "HAS_GAIN_IN": gain_in is not None, "HAS_BIAS": bias is not None,
@@ -257,7 +249,7 @@ def lora_linear_fwd(
     grid = (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)
     kept = product if keep_product else None
     if c.descriptors:
-        w_transposed, b_transposed = not _aligned(weight), not _aligned(lora_B)
+        w_transposed, b_transposed = not has_lines(weight), not has_lines(lora_B)
 
         def tiles(tensor: Tensor, rows: int, columns: int, transposed: bool = False) -> TensorDescriptor:
             if transposed:

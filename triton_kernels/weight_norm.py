@@ -40,14 +40,13 @@ from lora_fast.triton_kernels.adapted_weight import (
     described_step,
     exact_products,
     float32_precision,
-    has_lines,
     has_long_strides,
     interpreted_tile,
     oriented,
 )
 from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.content_key import content_hashes, content_key_config, is_changed, keep_key
-from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_lines, has_vectors
 
 
 @triton.jit(do_not_specialize=["host_key"])
@@ -356,9 +355,9 @@ def _launch_sums(
         "KEPT": kept is not None, "PROGRAMS": content_key_config(target).PROGRAMS,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
-    if config.weight_parts and (has_lines(w, 0) or has_lines(w, 1)):
+    if config.weight_parts and (has_lines(w) or has_lines(w, 0)):
         lines, block = (w, [tile.BLOCK_N, tile.BLOCK_K // config.weight_parts])
-        if transposed := not has_lines(w, 1):
+        if transposed := not has_lines(w):
             lines, block = w.T, block[::-1]
         weight_norm_fwd_tma_kernel[grid](
             sums, TensorDescriptor.from_tensor(lines, block), *factors, *key, N, K, a.shape[0], scaling,
