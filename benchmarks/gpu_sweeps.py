@@ -129,6 +129,13 @@ def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> T
     return out
 
 
+def _addmm_and_pass(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> Tensor:
+    """The product along the rank by cuBLAS, onto base, and composition without one for the gain."""
+    torch.addmm(base, h, B.T, alpha=S, out=out)
+    lora_compose_fwd.lora_compose_fwd(out, h[:, :0], B[:, :0], S, gain, None, out, None)
+    return out
+
+
 def _compose_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
@@ -137,7 +144,8 @@ def _compose_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int
         base, h, B, gain = _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
         out, size = torch.empty_like(base), f"{T}×{N}, rank {R}"
         calls[size] = partial(_compose, base, h, B, gain, out)
-        others[size] = {"copy": partial(out.copy_, base)}
+        by_cublas = partial(_addmm_and_pass, base, h, B, gain, torch.empty_like(base))
+        others[size] = {"copy": partial(out.copy_, base), "cuBLAS's addmm and a pass": by_cublas}
         before[size] = partial(out.fill_, torch.nan)
     return Sweep(constant, values, calls, others, before)
 

@@ -184,6 +184,14 @@ def test_compose_in_tiles(adapter: torch.dtype | None, in_place: bool, dtype: to
 
 
 @pytest.mark.interp
+def test_compose_without_a_rank() -> None:
+    base, gain, bias = normal(70, 131, dtype=torch.bfloat16), normal(131), normal(131, dtype=torch.bfloat16)
+    none, out = normal(131, 0, dtype=torch.bfloat16), torch.full_like(base, torch.nan)
+    lora_compose_fwd.lora_compose_fwd(base, none[:70], none, S, gain, bias, out, None)
+    torch.testing.assert_close(out, (base.float() * gain + bias.float()).bfloat16())
+
+
+@pytest.mark.interp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("of", ["plain", "transposed", "float32", "no gain"])

@@ -147,10 +147,12 @@ def described_config(M: int, N: int, R: int, target: Target) -> DescribedConfig 
     """For operands that descriptors take; None where pointers are predicted to be as fast, or the tiles are too few.
 
     Bytes from L2 to the multiprocessors, about 31 a clock on each, are the time above rank 64: 2R/BLOCK_M + 2R/BLOCK_N
-    and 2 of base for an element. At 8192² and rank 384 they are 131 µs with 128 × 128 and 103 with 256 × 128 or
-    128 × 256 (predicted), memory's bytes 63; by pointers, one program of 128 × 128 on a multiprocessor, an H200 takes
-    219. Compiled for sm_90, 256 × 128 takes 210 to 242 registers and spills none. With one tile a program, 128 × 256
-    makes ptxas serialize wgmma.
+    and 2 of base for an element. At 8192² and rank 384 that is 131 µs with 128 × 128 and 103 with 256 × 128 or
+    128 × 256 (predicted), where a copy takes 63; by pointers, one program of 128 × 128 on a multiprocessor, an H200
+    takes 219. cuBLAS's product onto base and a pass for the gain are two copies and the product's own time, some 160
+    (predicted); `make gpu-tune` times them beside this.
+    Compiled for sm_90, 256 × 128 takes 157 to 242 registers, 128 × 256 up to 255, and neither spills. With one tile a
+    program and no loop over tiles, 128 × 256 makes ptxas serialize wgmma.
     """
     chosen = constants.of(target)
     block = chosen.compose_described
