@@ -12,7 +12,7 @@ from content_key_cases import LAYOUTS, key_cases
 from torch import Tensor
 
 pytest.importorskip("triton")
-from lora_fast import norm_cache, reference
+from lora_fast import functional, norm_cache, reference
 from lora_fast.content_key import KEY_LENGTH, content_hashes, host_key
 from lora_fast.gain import dora_gain
 from lora_fast.testing import Case, Inputs, make_inputs, poisoned_memory
@@ -214,6 +214,26 @@ def test_the_axis_is_part_of_the_key() -> None:
     assert not kept.is_reused()
     assert not kept.is_reused(axis="input")
     assert not kept.is_reused(axis="output")
+
+
+@pytest.mark.interp
+def test_training_leaves_alone_what_inference_keeps() -> None:
+    inputs, kept = make_inputs(Case((3,), 24, 40, 3)), norm_cache.NormCache()
+    magnitude = inputs.magnitude["output"].requires_grad_()
+
+    def forward() -> Tensor:
+        factors = inputs.weight, None, inputs.lora_A, inputs.lora_B, magnitude, 0.7
+        return functional.dora_linear(inputs.x, *factors, kept=kept, backend="triton")
+
+    in_training = forward()
+    assert kept.key.tolist() == KEY
+    with torch.no_grad():
+        torch.testing.assert_close(forward(), in_training)
+        key = kept.key.clone()
+        assert key.tolist() != KEY
+    inputs.lora_B.add_(1.0)
+    forward()
+    assert torch.equal(kept.key, key)
 
 
 @pytest.mark.interp
