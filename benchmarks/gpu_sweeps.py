@@ -58,8 +58,8 @@ def sweeps() -> list[Callable[[], Sweep]]:
     """Each makes its operands on the default device."""
     return [
         gain_bwd, gain_bwd_programs, gain_bwd_rank,
-        compose_low, compose_high, project_low, A_grad_low, A_grad_programs,
-        norm_low, norm_middle, norm_high, stacked_tokens, input_grad_contraction,
+        compose_low, compose_high, compose_described, compose_pointer_rank, project_low, A_grad_low, A_grad_programs,
+        norm_low, norm_middle, norm_high, norm_flattened, stacked_tokens, input_grad_contraction,
         gemm_rank, few_tokens, few_tokens_backend, norm_backend,
     ]  # fmt: skip
 
@@ -113,7 +113,14 @@ def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> T
     return out
 
 
-def _compose_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+def _addmm_and_pass(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> Tensor:
+    """The product along the rank by cuBLAS, onto base, and composition without one for the gain."""
+    torch.addmm(base, h, B.T, alpha=S, out=out)
+    lora_compose_fwd.lora_compose_fwd(out, h[:, :0], B[:, :0], S, gain, None, out, None)
+    return out
+
+
+def _compose_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
     before: dict[str, Call] = {}
@@ -121,7 +128,8 @@ def _compose_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, i
         base, h, B, gain = _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
         out, size = torch.empty_like(base), f"{T}×{N}, rank {R}"
         calls[size] = partial(_compose, base, h, B, gain, out)
-        others[size] = {"copy": partial(out.copy_, base)}
+        by_cublas = partial(_addmm_and_pass, base, h, B, gain, torch.empty_like(base))
+        others[size] = {"copy": partial(out.copy_, base), "cuBLAS's addmm and a pass": by_cublas}
         before[size] = partial(out.fill_, torch.nan)
     return Sweep(constant, values, calls, others, before)
 
@@ -133,13 +141,35 @@ def compose_low() -> Sweep:
 
 
 def compose_high() -> Sweep:
+    """Of the pointers' kernel, at a number of tokens that leaves it too few tiles for the descriptors'."""
     tiles = ((64, 128), (128, 128), (32, 256), (128, 64))
     values = [
         block
         for block in _blocks(tiles, (32, 64), (4, 8), (2, 3, 4))
         if (block.rows + block.columns) * block.rank * 2 * block.num_stages <= SHARED_MEMORY
     ]
-    return _compose_sweep("compose_high", values, (8192, 4096, 384), (8192, 8192, 384))
+    return _compose_sweep("compose_high", values, (512, 4096, 384))
+
+
+_HIGH_COMPOSITIONS = ((8192, 4096, 384), (8192, 8192, 384), (8192, 8192, 128))
+
+
+def compose_described() -> Sweep:
+    tiles = ((256, 128), (128, 256), (128, 128))
+    values = [
+        block
+        for block in _blocks(tiles, (64,), (4, 8), (2, 3, 4))
+        if block.rows * block.columns <= 4096 * block.num_warps  # 128 sums of a thread
+        # the stages of h and lora_B, base's half and out's
+        and 2 * ((block.rows + block.columns) * block.rank * block.num_stages + block.rows * block.columns) <= 215_000
+    ]
+    return _compose_sweep("compose_described", values, *_HIGH_COMPOSITIONS)
+
+
+def compose_pointer_rank() -> Sweep:
+    """The kernels of descriptors and of pointers beside each other."""
+    sizes = ((8192, 8192, 16), (8192, 4096, 64), *_HIGH_COMPOSITIONS)
+    return _compose_sweep("compose_pointer_rank", [0, 16, 64, 128, ANY], *sizes)
 
 
 def project_low() -> Sweep:
@@ -178,7 +208,7 @@ def A_grad_programs() -> Sweep:
     return Sweep("A_grad_programs", [1, 2, 3, 4], *_A_grad_calls())
 
 
-def _norm_sweep(constant: str, values: list[Block], *sizes: tuple[int, int, int]) -> Sweep:
+def _norm_sweep(constant: str, values: list[Any], *sizes: tuple[int, int, int]) -> Sweep:
     calls: dict[str, Call] = {}
     others: dict[str, dict[str, Call]] = {}
     for N, K, R in sizes:
@@ -200,9 +230,16 @@ def norm_middle() -> Sweep:
     return _norm_sweep("norm_middle", list(_blocks(_NORM_TILES, (64,), (4, 8), (2, 3, 4))), (4096, 4096, 64))
 
 
+_HIGH_NORMS = ((8192, 8192, 384), (8192, 28672, 384))
+
+
 def norm_high() -> Sweep:
     tiles = ((128, 256), (128, 128), (64, 256), (256, 128))
-    return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), (8192, 8192, 384), (8192, 28672, 384))
+    return _norm_sweep("norm_high", list(_blocks(tiles, (64,), (8,), (2, 3, 4))), *_HIGH_NORMS)
+
+
+def norm_flattened() -> Sweep:
+    return _norm_sweep("norm_flattened", [True, False], (4096, 4096, 128), *_HIGH_NORMS)
 
 
 def _plan(op: str, call: LoraLinear | LoraLinearGrad) -> Plan:

@@ -66,6 +66,7 @@ def sweep() -> Iterator[Call]:
     for R in (16, 384):
         yield Call(16, 64, 64, R, weight_layout="long")
         yield Call(8192, 4096, 1024, R, weight_layout="stacked")
+    yield Call(8192, 4096, 4096, 96)  # an update of dx through descriptors
 
 
 class skipped_products(TorchFunctionMode):
@@ -126,7 +127,10 @@ def make_norm(call: Call) -> Tensor:
     factors = (*_layer(call), S, call.axis)
     norm = run("weight_norm_fwd", calls.WeightNorm(*factors, None, None))
     kept = torch.empty_like(norm), torch.zeros(KEY_LENGTH, dtype=torch.int64)
-    run("weight_norm_fwd", calls.WeightNorm(*factors, *kept))
+    kept_call = calls.WeightNorm(*factors, *kept)
+    run("weight_norm_fwd", kept_call)
+    plan = registry.planned(registry.get("triton"), "weight_norm_fwd", kept_call)
+    ops.norm_and_gain(kept_call, plan, norm.to(call.adapter))
     run("weight_norm_bwd", calls.WeightNormGrad(torch.empty_like(norm), norm, *factors, True, True))
     return norm
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from launch_sweep import Call, launches, make, run, skipped_products
 
 from lora_fast import calls
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.triton_kernels import aot
 from lora_fast.triton_kernels.aot import Launch
 from lora_fast.triton_kernels.target import SM80, SM89, SM90, SM100, Target
@@ -39,12 +40,14 @@ KERNELS = sorted(name for module in aot.modules() for name, _ in aot.jit_functio
 TILED = {
     "lora_A_grad_kernel",
     "lora_compose_fwd_kernel",
+    "lora_compose_fwd_tma_kernel",
     "lora_gain_bwd_kernel",
     "lora_input_grad_kernel",
     "lora_project_kernel",
     "merge_weight_kernel",
     "weight_norm_bwd_kernel",
     "weight_norm_fwd_kernel",
+    "weight_norm_fwd_tma_kernel",
 }
 
 
@@ -187,6 +190,23 @@ def test_few_tokens_with_a_known_gain_take_two_launches(tokens: int, R: int) -> 
         run("lora_linear_fwd", call)
     assert [launch.name for launch in made] == ["lora_project_kernel", "lora_linear_small_fwd_kernel"]
     assert [launch.options["launch_pdl"] for launch in made] == [False, True]
+
+
+@pytest.mark.aot
+@EACH_TARGET
+def test_the_kept_key_is_written_after_every_norm(target: Target) -> None:
+    """In machine code: the norms, the barrier, the count that releases them and acquires the others', the key."""
+    weight, lora_A, lora_B = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((256, 256), (16, 256), (256, 16)))
+    kept = torch.empty(256), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+    with aot.recorded(target) as made:
+        run("weight_norm_fwd", calls.WeightNorm(weight, lora_A, lora_B, 2.0, "output", *kept))
+    assert made[-1].name == "weight_norm_finish_kernel"
+    ptx = aot.compiled(made[-1], target).asm["ptx"]
+    steps = re.findall(r"st\.global\.b(?:32|64)|bar\.sync|atom\.global\.gpu\.acq_rel\.add\.u64", ptx)
+    count = steps.index("atom.global.gpu.acq_rel.add.u64")
+    assert steps[count - 1] == "bar.sync"
+    assert set(steps[:count]) == {"st.global.b32", "bar.sync"}  # norms are 32 bits long, the key's words 64
+    assert set(steps[count + 1 :]) == {"bar.sync", "st.global.b64"}
 
 
 def test_of_launches_that_differ_in_flags_the_extremes_are_compiled() -> None:

@@ -17,6 +17,7 @@ from lora_fast import backends, calls, functional
 from lora_fast.backends import explain, registry
 from lora_fast.backends.explain import Size
 from lora_fast.backends.plan import Plan
+from lora_fast.content_key import KEY_LENGTH
 from lora_fast.testing import Case, make_inputs
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
@@ -131,12 +132,14 @@ def launched(call: Callable[[], Any]) -> set[str]:
     return {launch.name for launch in made}
 
 
+NORM = {"weight_norm_fwd_kernel", "weight_norm_fwd_tma_kernel"}
 # The kernels that a launcher launches, where they are not its name and "_kernel".
 LAUNCHES = {
     "lora_gain_bwd": {"lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel"},
+    "lora_compose_fwd": {"lora_compose_fwd_kernel", "lora_compose_fwd_tma_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
-    "weight_norm_fwd": {"weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
-    "weight_norm_kept": {"content_key_kernel", "weight_norm_fwd_kernel", "weight_norm_finish_kernel"},
+    "weight_norm_fwd": {*NORM, "weight_norm_finish_kernel"},
+    "weight_norm_kept": {"content_key_kernel", *NORM, "weight_norm_finish_kernel"},
 }
 
 
@@ -158,10 +161,33 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
             ours = {name for name in wanted if not name.startswith(("F.", "torch.", "addmm_"))}
             found = launched(lambda op=op, call=call, plan=plan: getattr(triton.ops, op)(call, plan))
             besides = {"sum_partials_kernel", "lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel", "dropout_kernel"}
-            assert ours <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
+            either = LAUNCHES["lora_compose_fwd"] | NORM
+            assert ours - either <= found | (besides if "grad_v" in plan.steps else set()), (op, call)
             assert found <= ours | besides, (op, found - ours)
             seen |= kernels
     assert {"lora_project", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("keep", "rank", "expected"),
+    [
+        ("base", 16, "weight_norm_fwd"),
+        ("product", 64, "weight_norm_fwd"),
+        ("product", 65, "weight_norm_kept"),
+        ("nothing", 16, "weight_norm_kept"),
+    ],
+)
+def test_the_triton_backend_makes_no_key_where_training_renews_the_norm(keep: str, rank: int, expected: str) -> None:
+    """Nor is one looked at: what is kept there stays for the calls that look."""
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    call = explain.example_calls(Size(17, 64, 96, rank, torch.bfloat16))["dora_linear_fwd"]
+    kept = torch.empty(64), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+    with target.pretended(target.SM90):
+        plan = registry.planned(backends.get("triton"), "dora_linear_fwd", call._replace(keep=keep))
+        assert plan.kernel("norm") == "weight_norm_fwd"
+        kept_call = call._replace(keep=keep, kept_norm=kept[0], kept_key=kept[1])
+        plan = registry.planned(backends.get("triton"), "dora_linear_fwd", kept_call)
+    assert plan.kernel("norm") == expected
 
 
 @pytest.mark.parametrize(("axis", "keep"), [("output", "product"), ("output", "base"), ("input", "nothing")])

@@ -3,6 +3,8 @@ strides between columns of NaN, and the configurations for real sizes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +157,71 @@ def test_compose_in_tiles(adapter: torch.dtype | None, in_place: bool, dtype: to
     out, product = (base if in_place else torch.full_like(base, torch.nan)), base.new_full((M, N), torch.nan)
     lora_compose_fwd.lora_compose_fwd(base, h, B, S, gain, bias, out, product)
     hold_to_budget(dtype, lambda _: named(("out", "product"), (out, product), *expected))
+
+
+@pytest.mark.interp
+def test_compose_without_a_rank() -> None:
+    base, gain, bias = normal(70, 131, dtype=torch.bfloat16), normal(131), normal(131, dtype=torch.bfloat16)
+    none, out = normal(131, 0, dtype=torch.bfloat16), torch.full_like(base, torch.nan)
+    lora_compose_fwd.lora_compose_fwd(base, none[:70], none, S, gain, bias, out, None)
+    torch.testing.assert_close(out, (base.float() * gain + bias.float()).bfloat16())
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("of", ["plain", "transposed", "float32", "no gain"])
+def test_compose_through_descriptors(of: str, in_place: bool, dtype: torch.dtype, monkeypatch) -> None:
+    """Two programs for twelve tiles, base and out strided, the last tiles sticking out."""
+    M, N, R = 70, 136, 40
+    config = lora_compose_fwd.DescribedConfig(2, 32, 64, 16, 4, 1)
+    monkeypatch.setattr(lora_compose_fwd, "described_config", lambda *_: config)
+    monkeypatch.setattr(lora_compose_fwd, "lora_compose_fwd_config", None)  # pointers bring nothing
+    _, _, bias, _, B, gain, _ = operands(M, N, 1, R, "gain", dtype, torch.float32 if of == "float32" else None)
+    if of == "no gain":
+        gain, bias = None, None
+    base, h = normal(M, N, dtype=dtype), normal(M, R, dtype=dtype)
+
+    def formula(base, h, B, gain, bias):
+        v = base + S * (h @ B.T)
+        return v if gain is None else v * gain + bias, v
+
+    expected = truth_and_eagers(formula, base, h, B, gain, bias, formulas=({},))
+    if of == "transposed":
+        B = B.T.contiguous().T
+    base = torch.cat([base, torch.full_like(base, torch.nan)], dim=1)[:, :N]
+    out, product = (base if in_place else torch.full_like(base, torch.nan)), base.new_full((M, N), torch.nan)
+    kept = None if of == "no gain" else product
+    lora_compose_fwd.lora_compose_fwd(base, h, B, S, gain, bias, out, kept)
+    count = 1 if kept is None else 2
+    one = named(*(values[:count] for values in (("out", "product"), (out, product), *expected)))
+    hold_to_budget(dtype, lambda _: one)
+
+
+@TARGETS
+def test_composition_takes_descriptors_where_their_tiles_keep_the_device_busy(target) -> None:
+    config = lora_compose_fwd.described_config(8192, 8192, 384, target)
+    assert (config is not None) == (target.arch >= 90)
+    assert lora_compose_fwd.described_config(8192, 8192, 64, target) is None
+    assert lora_compose_fwd.described_config(256, 4096, 384, target) is None
+    if config is not None:
+        assert config.programs == target.sms
+        smaller = constants.Block(128, 128, 64, 8, 2)
+        with constants.instead(replace(constants.PREDICTED, compose_described=smaller)):
+            two = lora_compose_fwd.described_config(8192, 8192, 384, target)
+        assert two is not None
+        assert two.programs == 2 * target.sms
+
+
+def test_descriptors_take_16_bits_in_lines() -> None:
+    base, h, B, odd = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((64, 64), (64, 40), (64, 40), (64, 41)))
+    takes = lora_compose_fwd.takes_descriptors
+    assert takes(base, h, B, base, base)
+    assert takes(base, h, torch.empty(40, 64, dtype=torch.bfloat16).T, base, None)
+    assert not takes(base, odd, odd, base, None)
+    assert not takes(base, h, B, base.T, None)
+    assert not takes(base[:, 1:], h, B, base, None)
+    assert not takes(base.float(), h, B, base, None)
 
 
 @pytest.mark.interp

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from content_key_cases import LAYOUTS, key_cases
 from torch import Tensor
 
 pytest.importorskip("triton")
-from lora_fast import norm_cache, reference
+from lora_fast import functional, norm_cache, reference
 from lora_fast.content_key import KEY_LENGTH, content_hashes, host_key
+from lora_fast.gain import dora_gain
 from lora_fast.testing import Case, Inputs, make_inputs, poisoned_memory
 from lora_fast.triton_kernels import content_key, merge_weight, weight_norm, weight_norm_bwd
 from lora_fast.triton_kernels.adapted_weight import Tile, can_describe
-from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target
+from lora_fast.triton_kernels.target import SM80, SM90, SM100, Target, interpreting
 
 AXES = ("output", "input")
 EPS = torch.finfo(torch.float32).eps
@@ -33,7 +36,7 @@ def assert_right(norm: Tensor, truth: Tensor) -> None:
 
 def norm_of(inputs: Inputs, axis: str) -> Tensor:
     with poisoned_memory():
-        return weight_norm.weight_norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, axis)
+        return weight_norm.weight_norm_fwd(inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, axis)[0]
 
 
 @pytest.fixture
@@ -76,18 +79,31 @@ def test_a_line_out_of_range_among_splits() -> None:
 
 @pytest.mark.interp
 @pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("parts", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, bf16])
-def test_factors_through_descriptors(dtype: torch.dtype, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sm_90 and newer take for 16-bit factors; the last tiles stick out of both."""
-    tile = Tile(32, 64, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
-    monkeypatch.setattr(weight_norm, "weight_norm_tile", lambda *_: tile)
-    monkeypatch.setattr(weight_norm, "finish_tile", lambda *_: replace(tile, DESCRIPTORS=False))
-    weight_norm.weight_norm_config.cache_clear()
-    try:
-        inputs = make_inputs(Case((1,), 72, 104, 48, dtype))
-        assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
-    finally:
-        weight_norm.weight_norm_config.cache_clear()
+def test_factors_through_descriptors(
+    dtype: torch.dtype, parts: int, axis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sm_90 and newer take for 16-bit factors, W among them or not; the last tiles stick out of all."""
+    tile = Tile(32, 32, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
+    config = weight_norm.Config(tile, replace(tile, DESCRIPTORS=False), 2, 2, weight_parts=parts)
+    monkeypatch.setattr(weight_norm, "weight_norm_config", lambda *_: config)
+    inputs = make_inputs(Case((1,), 104, 104, 48, dtype))
+    assert_right(norm_of(inputs, axis), truth_of(inputs, axis))
+    kept = Kept(inputs, axis)
+    assert not kept.is_reused()
+    assert kept.is_reused()
+
+
+@pytest.mark.interp
+def test_no_descriptor_of_a_weight_without_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointers then bring it."""
+    tile = Tile(32, 32, 32, num_warps=4, num_stages=1, DESCRIPTORS=True)
+    config = weight_norm.Config(tile, replace(tile, DESCRIPTORS=False), 2, 2, weight_parts=1)
+    monkeypatch.setattr(weight_norm, "weight_norm_config", lambda *_: config)
+    inputs = make_inputs(Case((1,), 104, 104, 48, bf16))
+    inputs.weight = inputs.weight[:1].expand(104, 104)
+    assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
 @pytest.mark.interp
@@ -111,7 +127,27 @@ def test_strides_past_32_bits() -> None:
     assert_right(norm_of(inputs, "output"), truth_of(inputs, "output"))
 
 
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [f32, bf16, f16, torch.float64])
+def test_the_gain_is_that_of_its_definition(dtype: torch.dtype) -> None:
+    """To the bit, of a magnitude of any dtype and strides; 0 where the norm is 0, whatever is not finite comes out."""
+    inputs = make_inputs(Case((1,), 70, 101, 5))
+    for row in (7, 69):
+        inputs.weight[row], inputs.lora_B[row] = 0.0, 0.0
+    inputs.weight[33, 100], inputs.weight[34, 100] = torch.inf, torch.nan
+    magnitude = torch.stack([inputs.magnitude["output"].to(dtype)] * 2, dim=1)[:, 0]
+    magnitude[40], magnitude[41], magnitude[42] = torch.inf, torch.nan, -0.5
+    factors = inputs.weight, inputs.lora_A, inputs.lora_B, inputs.scaling, "output"
+    with poisoned_memory():
+        norm, gain = weight_norm.weight_norm_fwd(*factors, magnitude)
+    assert gain.dtype == torch.float32
+    assert gain[[7, 33, 69]].tolist() == [0, 0, 0]
+    torch.testing.assert_close(gain, dora_gain(magnitude, norm), rtol=0, atol=0, equal_nan=True)
+
+
 KEY = [-2] * KEY_LENGTH
+MARK = 4096.0  # a norm that no case has
 
 
 class Kept:
@@ -127,16 +163,17 @@ class Kept:
         axis, norm, key = axis or self.axis, self.cache.norm, self.cache.key
         assert norm is not None
         assert key is not None
-        norm.fill_(-1.0)
+        norm.fill_(MARK)
         i = self.inputs
         with poisoned_memory():
-            out = weight_norm.weight_norm_kept(
+            out, gain = weight_norm.weight_norm_kept(
                 i.weight, i.lora_A, i.lora_B, scaling, axis, norm, key,
-                host_key(i.weight, i.lora_A, i.lora_B, scaling, axis, i.weight._version),
+                host_key(i.weight, i.lora_A, i.lora_B, scaling, axis, i.weight._version), i.magnitude[axis],
             )  # fmt: skip
+        assert torch.equal(gain, dora_gain(i.magnitude[axis], out))
         assert out.data_ptr() != norm.data_ptr()
         assert torch.equal(out, norm)
-        if bool((out == -1.0).all()):
+        if bool((out == MARK).all()):
             return True
         truth = reference.weight_norm(i.weight.double(), i.lora_A, i.lora_B, scaling, axis=axis)
         assert_right(out, truth)
@@ -180,6 +217,26 @@ def test_the_axis_is_part_of_the_key() -> None:
 
 
 @pytest.mark.interp
+def test_training_leaves_alone_what_inference_keeps() -> None:
+    inputs, kept = make_inputs(Case((3,), 24, 40, 3)), norm_cache.NormCache()
+    magnitude = inputs.magnitude["output"].requires_grad_()
+
+    def forward() -> Tensor:
+        factors = inputs.weight, None, inputs.lora_A, inputs.lora_B, magnitude, 0.7
+        return functional.dora_linear(inputs.x, *factors, kept=kept, backend="triton")
+
+    in_training = forward()
+    assert kept.key.tolist() == KEY
+    with torch.no_grad():
+        torch.testing.assert_close(forward(), in_training)
+        key = kept.key.clone()
+        assert key.tolist() != KEY
+    inputs.lora_B.add_(1.0)
+    forward()
+    assert torch.equal(kept.key, key)
+
+
+@pytest.mark.interp
 def test_another_stream_that_keeps_its_norm_meanwhile_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls on one layer: all programs of a call compare with one key, or some would leave sums unwritten."""
     inputs = make_inputs(Case((1,), 40, 40, 3))
@@ -196,6 +253,63 @@ def test_another_stream_that_keeps_its_norm_meanwhile_is_not_seen(monkeypatch: p
 
     monkeypatch.setattr(weight_norm, "content_hashes", then_the_other_stream_finishes)
     assert not kept.is_reused()
+
+
+def recorded_stores(monkeypatch: pytest.MonkeyPatch, **tensors: Tensor) -> list[str]:
+    """Grows, in the interpreter, by the name of each tensor that a kernel's store reaches."""
+    # of which triton 3.6 asks for an older numpy than a GPU's tests need
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    order: list[str] = []
+    write = InterpreterBuilder.create_masked_store
+
+    def recorded(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        for name, tensor in tensors.items():
+            offsets = pointers.data.astype(np.int64) - tensor.data_ptr()
+            if ((offsets >= 0) & (offsets < tensor.nbytes) & mask.data).any():
+                order.append(name)
+        return write(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", recorded)
+    return order
+
+
+@pytest.mark.interp
+@pytest.mark.skipif(not interpreting(), reason="looks into the interpreter")
+@pytest.mark.usefixtures("small_tiles")
+def test_the_key_is_written_once_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last of five programs, after all norms; a call that changes nothing writes neither."""
+    kept = Kept(make_inputs(Case((1,), 70, 50, 3)), "output")
+    with monkeypatch.context() as patch:
+        order = recorded_stores(patch, norm=kept.cache.norm, key=kept.cache.key)
+        assert not kept.is_reused()
+        assert order == ["norm"] * 5 + ["key"] * KEY_LENGTH
+        assert kept.is_reused()
+        kept.inputs.lora_B.data[0, 0] += 1.0
+        assert not kept.is_reused()  # the programs are counted anew
+        assert order == (["norm"] * 5 + ["key"] * KEY_LENGTH) * 2
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("small_tiles")
+def test_no_key_before_the_last_program_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another stream sees while a program is still at work: norms that have no key yet."""
+    kept = Kept(make_inputs(Case((1,), 70, 50, 3)), "output")
+    finish = weight_norm.weight_norm_finish_kernel
+
+    class AllButTheLast:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return finish[(grid[0] - 1,)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_norm, "weight_norm_finish_kernel", AllButTheLast())
+        i, cache = kept.inputs, kept.cache
+        weight_norm.weight_norm_kept(i.weight, i.lora_A, i.lora_B, 0.7, "output", cache.norm, cache.key, 1)
+        assert cache.key.tolist() == KEY
+        assert cache.norm[:64].all()
+        assert not cache.norm[64:].any()
+    assert not kept.is_reused()
+    assert kept.is_reused()
 
 
 @pytest.mark.interp
@@ -221,7 +335,7 @@ def test_the_hashes_are_those_of_the_definition(dtype: torch.dtype, layout: str)
     for tensors in key_cases(dtype, layout):
         hashes, state = content_key.content_hashes(*tensors, torch.tensor(KEY))
         assert torch.equal(hashes.sum(0), content_hashes(*tensors))
-        assert state[4:].tolist() == KEY
+        assert state[4:].tolist() == [*KEY, 0]
 
 
 @pytest.mark.interp
@@ -296,6 +410,22 @@ def test_splits_cover_the_columns_and_stay_small(N: int, K: int, R: int, target:
     assert config.splits == 1 or config.splits * N * 4 <= 1 << 20
     partials = weight_norm_bwd.weight_norm_bwd_config(N, K, R, bf16, bf16, target).splits
     assert partials == 1 or 8 * partials * R <= K
+
+
+@pytest.mark.parametrize("target", [SM90, SM100], ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [bf16, f32])
+@pytest.mark.parametrize("rank", [65, 384])
+def test_the_parts_of_a_tile_of_the_weight_fit_beside_the_factors(
+    rank: int, dtype: torch.dtype, target: Target
+) -> None:
+    for N, K in ((768, 768), (8192, 8192)):
+        config = weight_norm.weight_norm_config(N, K, rank, (dtype, bf16, bf16), "descriptors", target)
+        tile = config.tile
+        stages = (tile.BLOCK_N + tile.BLOCK_K) * tile.BLOCK_R * 2 * tile.num_stages
+        part = tile.BLOCK_N * tile.BLOCK_K * dtype.itemsize // config.weight_parts
+        assert stages + part < target.shared_memory
+        by_pointers = weight_norm.weight_norm_config(N, K, rank, (dtype, bf16, bf16), "vectors", target)
+        assert by_pointers.weight_parts == 0
 
 
 def test_few_rows_fill_the_multiprocessors() -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.triton_kernels.launch import Tiles
-from lora_fast.triton_kernels.target import Target, next_power_of_2
+from lora_fast.triton_kernels.target import Target, has_lines, next_power_of_2
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _rank_step(a_ptrs, b_ptrs, mask_n, mask_k, mask_r, acc, PRECISION: tl.conste
 
 
 @triton.jit
-def _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
+def described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         b = b_ref.load([r, row]).T
         a = a_ref.load([column, r]).T
@@ -75,10 +75,10 @@ def adapted_tile(
         row = n0.to(tl.int32)
         column = k0.to(tl.int32)
         if ONE_STEP:
-            acc = _described_step(a_ref, b_ref, row, column, 0, acc, TRANSPOSED)
+            acc = described_step(a_ref, b_ref, row, column, 0, acc, TRANSPOSED)
         else:
             for r in range(0, R, BLOCK_R):
-                acc = _described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED)
+                acc = described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED)
     else:
         a_base = a_ref + k0 * stride_a_k
         b_base = b_ref + n0 * stride_b_n
@@ -146,15 +146,8 @@ def has_long_strides(*tensors: Tensor) -> bool:
 
 
 def can_describe(lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether both factors, or the transposes of both, are what a tensor descriptor takes: 16-byte lines."""
-
-    def lines(tensor: Tensor, inner: int) -> bool:
-        strides = tensor.stride()
-        step = strides[1 - inner]
-        apart = step >= tensor.shape[inner] and step * tensor.element_size() % 16 == 0
-        return strides[inner] == 1 and apart and tensor.data_ptr() % 16 == 0
-
-    return any(lines(lora_A, inner) and lines(lora_B, inner) for inner in (0, 1))
+    """Whether both factors, or the transposes of both, are what a tensor descriptor takes."""
+    return any(has_lines(lora_A, inner) and has_lines(lora_B, inner) for inner in (0, 1))
 
 
 def arguments(

@@ -70,7 +70,9 @@ class Constants:
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
     few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)
     compose_low: Block = Block(64, 128, 64, 8, 2)
-    compose_high: Block = Block(128, 128, 64, 8, 2)
+    compose_high: Block = Block(128, 128, 64, 8, 2)  # by pointers
+    compose_described: Block = Block(256, 128, 64, 8, 3)
+    compose_pointer_rank: int = 64  # up to which pointers bring the operands, above it descriptors
     gain_bwd: Block = Block(32, 128, 32, 4, 2)
     gain_bwd_programs: int = 4  # on a multiprocessor
     gain_bwd_rank: int = 32  # up to which grad_yᵀ h is made in the pass
@@ -80,6 +82,9 @@ class Constants:
     norm_low: Block = Block(64, 128, 32, 4, 2)
     norm_middle: Block = Block(64, 128, 64, 4, 2)
     norm_high: Block = Block(128, 256, 64, 8, 4)
+    norm_flattened: bool = (
+        True  # whether rank blocks of one tile come while another's squares are summed, above "middle"
+    )
 
 
 FEW_TOKENS = 16  # the rows of the smallest tile of tensor cores: up to so many, W's bytes are the time

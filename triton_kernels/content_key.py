@@ -24,7 +24,8 @@ from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.target import Target, current
 
 KEY_LENGTH = 3
-STATE_LENGTH = 2 * KEY_LENGTH + 1  # of a call: its key, whether that differs from the kept one, the kept one
+# of a call: its key, whether that differs from the kept one, the kept one, and how many programs have kept their norms
+STATE_LENGTH = 2 * KEY_LENGTH + 2
 SAMPLES = 2048
 K3 = tl.constexpr(0x8CB92BA72F3D8DD7)
 
@@ -86,6 +87,7 @@ def content_key_kernel(
     if program == 0:
         for part in tl.static_range(3):
             tl.store(state_ptr + 4 + part, tl.load(kept_key_ptr + part))
+        tl.store(state_ptr + 7, 0)
     factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, 0, program, PROGRAMS, BLOCK)
     factors += _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, 1 << 48, program, PROGRAMS, BLOCK)
     tl.store(hashes_ptr + 2 * program, factors.to(tl.int64))
@@ -115,6 +117,19 @@ def is_changed(hashes_ptr, state_ptr, host_key, writes, PROGRAMS: tl.constexpr):
         tl.store(state_ptr + 2, host_key)
         tl.store(state_ptr + 3, changed.to(tl.int64))
     return changed
+
+
+@triton.jit
+def keep_key(kept_key_ptr, state_ptr, programs):
+    """Write the key in the last of ``programs`` to come here, after what all of them have stored before.
+
+    Another stream may look at any time: the barrier puts every thread's stores before the count, which releases them
+    to the device, and acquires the other programs' before the key is written.
+    """
+    tl.debug_barrier()
+    if tl.atomic_add(state_ptr + 7, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        for part in tl.static_range(3):
+            tl.store(kept_key_ptr + part, tl.load(state_ptr + part))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,14 @@ def has_vectors(*matrices: Tensor) -> bool:
     return True
 
 
+def has_lines(matrix: Tensor, inner: int = 1) -> bool:
+    """Whether a tensor descriptor takes the matrix with the dimension ``inner`` last: adjacent elements, in lines that
+    begin at multiples of 16 bytes and do not overlap."""
+    step = matrix.stride(1 - inner)
+    apart = step >= matrix.shape[inner] and step * matrix.element_size() % 16 == 0
+    return matrix.stride(inner) == 1 and apart and matrix.data_ptr() % 16 == 0
+
+
 # Read once, as Triton does when it decorates a kernel; each reading is a look into the environment.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
 

@@ -4,8 +4,9 @@
 
 W [N, K], lora_A [R, K], lora_B [N, R] of any strides, in bfloat16, float16 or float32, mixed as you like; n float32.
 Two launches: sums of squares of each line over a share of the columns, [splits, N] float32 (at most 1 MB, or 4 bytes
-a line), then their sums and roots. A line whose sum is out of float32's range is looked at again there, scaled by its
-largest element, so norms are right from 1e-38 to 3e38; a NaN or Inf comes out.
+a line), then their sums and roots, with DoRA's gain m / n, for which PyTorch would launch two more. A line whose sum is
+out of float32's range is looked at again there, scaled by its largest element, so norms are right from 1e-38 to 3e38; a
+NaN or Inf comes out.
 
 Direct or factored, counted for N = K = 8192 in bfloat16 on an H200 (memory 4.8 TB/s, L2 to the multiprocessors 7 TB/s,
 600 TFLOPS kept up); µs for each of them, predicted:
@@ -35,6 +36,7 @@ from lora_fast.triton_kernels.adapted_weight import (
     adapted_tile,
     arguments,
     can_describe,
+    described_step,
     exact_products,
     float32_precision,
     has_long_strides,
@@ -42,9 +44,9 @@ from lora_fast.triton_kernels.adapted_weight import (
     oriented,
 )
 from lora_fast.triton_kernels.constants import remembered
-from lora_fast.triton_kernels.content_key import KEY_LENGTH, content_hashes, content_key_config, is_changed
-from lora_fast.triton_kernels.launch import jit
-from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors
+from lora_fast.triton_kernels.content_key import content_hashes, content_key_config, is_changed, keep_key
+from lora_fast.triton_kernels.launch import Tiles, jit
+from lora_fast.triton_kernels.target import Target, cdiv, current, has_lines, has_vectors
 
 
 @jit(do_not_specialize=["host_key"])
@@ -80,29 +82,71 @@ def weight_norm_fwd_kernel(
 
 
 @triton.jit
+def _described_weight(w_desc, row, column, TRANSPOSED: tl.constexpr):
+    w = w_desc.load([column, row]).T if TRANSPOSED else w_desc.load([row, column])
+    return w.to(tl.float32)
+
+
+@jit(do_not_specialize=["host_key"])
+def weight_norm_fwd_tma_kernel(
+    sums_ptr, w_desc, a_desc, b_desc,
+    hashes_ptr, state_ptr, host_key: tl.int64,
+    N, K, R, scaling,
+    tiles_per_split,
+    KEPT: tl.constexpr, PROGRAMS: tl.constexpr, TRANSPOSED: tl.constexpr, W_TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The same where several blocks of the rank make a tile, and descriptors bring W too, in ``PARTS`` of a tile.
+
+    One loop goes over the rank blocks of all tiles: the next tile's are on their way while W is added and squared.
+    """
+    row_block = tl.program_id(0)
+    split = tl.program_id(1)
+    if KEPT:
+        first = (row_block == 0) & (split == 0)
+        if not is_changed(hashes_ptr, state_ptr, host_key, first, PROGRAMS):
+            return
+    row = row_block * BLOCK_N
+    start = split * tiles_per_split
+    COLUMNS: tl.constexpr = BLOCK_K // PARTS
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for tile in tl.range(start, tl.minimum(start + tiles_per_split, tl.cdiv(K, BLOCK_K)), flatten=True):
+        column = tile * BLOCK_K
+        acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for r in tl.range(0, R, BLOCK_R):
+            acc = described_step(a_desc, b_desc, row, column, r, acc, TRANSPOSED)
+        # W comes last: asked for at the start it would fill registers all the while
+        if PARTS == 1:
+            v = _described_weight(w_desc, row, column, W_TRANSPOSED) + scaling * acc
+            sums += tl.sum(v * v, axis=1)
+        else:
+            halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, COLUMNS)), (0, 2, 1)))
+            for i in tl.static_range(2):
+                v = _described_weight(w_desc, row, column + i * COLUMNS, W_TRANSPOSED) + scaling * halves[i]
+                sums += tl.sum(v * v, axis=1)
+    offs_n = row + tl.arange(0, BLOCK_N)
+    tl.store(sums_ptr + tl.cast(split, tl.int64) * N + offs_n, sums, mask=offs_n < N)
+
+
+@triton.jit
 def _power_of_two(field):
     """2^(field - 127), exactly: field is the exponent of a float32."""
     return (field << 23).to(tl.float32, bitcast=True)
 
 
-@jit
-def weight_norm_finish_kernel(
-    norm_ptr, sums_ptr, kept_norm_ptr, state_ptr, w_ptr, a_ref, b_ref,
-    splits,
+@triton.jit
+def _norm_of_sums(
+    sums_ptr, w_ptr, a_ref, b_ref,
+    splits, n0,
     N, K, R, scaling,
     stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
-    KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """norm = sqrt(Σ_splits sums), by a scaled look where the sum is out of range; on KEPT from or to kept_norm."""
-    n0 = tl.program_id(0) * BLOCK_N
+    """sqrt(Σ_splits sums) [BLOCK_N] of the lines from n0 on, by a scaled look where the sum is out of range."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no state_ptr)
-        if tl.load(state_ptr + 3) == 0:  # unchanged
-            tl.store(norm_ptr + offs_n, tl.load(kept_norm_ptr + offs_n, mask=mask_n), mask=mask_n)
-            return
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
@@ -129,9 +173,47 @@ def weight_norm_finish_kernel(
             total = total * shrink * shrink + tl.sum(v * v, axis=1)
         unit = _power_of_two(field)
         norm = tl.where(unsure, unit * tl.sqrt_rn(total), norm)
+    return norm
+
+
+@triton.jit
+def _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, norm, offs_n, mask_n, HAS_GAIN: tl.constexpr):
+    """norm, and on HAS_GAIN magnitude / norm, rounded as lora_fast/gain.py rounds it: 0 where the norm is 0."""
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+    if HAS_GAIN:
+        magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        divisor = tl.where(norm == 0.0, float("inf"), norm)
+        tl.store(gain_ptr + offs_n, tl.div_rn(magnitude, divisor), mask=mask_n)
+
+
+@jit
+def weight_norm_finish_kernel(
+    norm_ptr, gain_ptr, sums_ptr, magnitude_ptr, kept_norm_ptr, kept_key_ptr, state_ptr, w_ptr, a_ref, b_ref,
+    splits,
+    N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    HAS_GAIN: tl.constexpr, KEPT: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """norm of sums [splits, N] and its gain; on KEPT the norm comes from kept_norm or goes there, its key after it."""
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    if KEPT:  # noqa: SIM102 (known to the compiler: without it there is no state_ptr)
+        if tl.load(state_ptr + 3) == 0:  # unchanged
+            kept = tl.load(kept_norm_ptr + offs_n, mask=mask_n, other=0.0)
+            _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, kept, offs_n, mask_n, HAS_GAIN)
+            return
+    norm = _norm_of_sums(
+        sums_ptr, w_ptr, a_ref, b_ref, splits, n0, N, K, R, scaling,
+        stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+        BLOCK_S, PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, norm, offs_n, mask_n, HAS_GAIN)
     if KEPT:
         tl.store(kept_norm_ptr + offs_n, norm, mask=mask_n)
+        keep_key(kept_key_ptr, state_ptr, tl.cdiv(N, BLOCK_N))
 
 
 @dataclass(frozen=True)
@@ -140,12 +222,20 @@ class Config:
     finish: Tile
     tiles_per_split: int
     splits: int
+    weight_parts: int = 0
 
 
 def weight_norm_tile(
     N: int, K: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], access: str, target: Target
 ) -> Tile:
     """Bytes from L2 to the multiprocessors (about 31 a clock on each) decide at high rank, bytes of W at low rank.
+
+    At rank 384 a tile of 128 × 256 reads 352 KB, W included: 11,600 clocks, in which the tensor cores work for 6,100.
+    An H200 takes 11,800 for each further tile (126 µs for 16 of them, 395 for 56, at 1.755 GHz).
+    Holding lora_B's 96 KB would leave 256 KB a tile of that size, but not with Triton's pipeline (3.6 and 3.9): beside
+    them lora_A's columns have room for two buffers of 64, and the next columns are asked for when the last product of
+    these has ended, so that the whole transfer is exposed; with the sums taken one tile later ptxas serializes wgmma,
+    as it does for 192 rows in two products, 288 KB. So lora_B is read again, and nothing waits between tiles.
 
     Each product of 2 · BLOCK_N · BLOCK_K · R FLOP reads (BLOCK_N + BLOCK_K) · R · 2 bytes: at the tensor cores' full
     rate 64 bytes a clock for 128 × 128 and 48 for 128 × 256, whose sums fill half the registers, W's tile a quarter.
@@ -181,6 +271,19 @@ def weight_norm_tile(
 
 def _tile(block: constants.Block, BLOCK_R: int, descriptors: bool = False) -> Tile:
     return Tile(block.rows, block.columns, BLOCK_R, block.num_warps, block.num_stages, DESCRIPTORS=descriptors)
+
+
+def weight_parts(tile: Tile, R: int, weight_bytes: int, target: Target) -> int:
+    """In how many parts a descriptor brings a tile of W, 0 where pointers bring it.
+
+    One where it fits beside the factors' stages, else two. Compiled for sm_90, 128 × 256 of 16 bits take 208 registers
+    with 3 stages and one part, 157 with 4 and two, neither spilling; W by pointers takes 254.
+    """
+    if not (tile.DESCRIPTORS and R > tile.BLOCK_R and constants.of(target).norm_flattened):
+        return 0
+    stages = (tile.BLOCK_N + tile.BLOCK_K) * tile.BLOCK_R * 2 * tile.num_stages
+    whole = stages + tile.BLOCK_N * tile.BLOCK_K * weight_bytes
+    return 1 if whole + 1024 <= target.shared_memory else 2
 
 
 def finish_tile(tile: Tile, target: Target) -> Tile:
@@ -219,14 +322,16 @@ def weight_norm_config(
         finish=finish_tile(tile, target),
         tiles_per_split=tiles_per_split,
         splits=cdiv(cdiv(K, tile.BLOCK_K), tiles_per_split),
+        weight_parts=weight_parts(tile, R, dtypes[0].itemsize, target),
     )
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept norm, and the key of now: its hashes on the device, what the host knows, and where it is compared."""
+    """What is kept, and the key of now: its hashes on the device, what the host knows, and where it is compared."""
 
     norm: Tensor
+    key: Tensor
     hashes: Tensor
     host_key: int
     state: Tensor  # int64 [STATE_LENGTH]
@@ -239,38 +344,70 @@ def _access(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
     return "descriptors" if can_describe(lora_A, lora_B) and not long else "vectors"
 
 
+def _launch_sums(
+    sums: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, config: Config, kept: Kept | None, target: Target
+) -> None:
+    (N, K), tile = w.shape, config.tile
+    grid = (cdiv(N, tile.BLOCK_N), config.splits)
+    (_, *factors), numbers, constexprs = arguments(tile, w, a, b, scaling)
+    key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
+    settings = {
+        "KEPT": kept is not None, "PROGRAMS": content_key_config(target).PROGRAMS,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if config.weight_parts and (has_lines(w) or has_lines(w, 0)):
+        lines, block = (w, [tile.BLOCK_N, tile.BLOCK_K // config.weight_parts])
+        if transposed := not has_lines(w):
+            lines, block = w.T, block[::-1]
+        weight_norm_fwd_tma_kernel[grid](
+            sums, Tiles.of(lines, block), *factors, *key, N, K, a.shape[0], scaling,
+            config.tiles_per_split, TRANSPOSED=constexprs["TRANSPOSED"], W_TRANSPOSED=transposed,
+            PARTS=config.weight_parts, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, BLOCK_R=tile.BLOCK_R, **settings,
+        )  # fmt: skip
+        return
+    weight_norm_fwd_kernel[grid](
+        sums, w, *factors, *key, *numbers, config.tiles_per_split, NUM_STAGES=tile.num_stages, **constexprs, **settings
+    )
+
+
 def _launch(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, target: Target, kept: Kept | None
-) -> Tensor:
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: str,
+    magnitude: Tensor | None,
+    kept: Kept | None,
+) -> tuple[Tensor, Tensor]:
+    target = current(weight.device)
     w, a, b = oriented(weight, lora_A, lora_B, axis)
     N, K = w.shape
     config = weight_norm_config(N, K, a.shape[0], (w.dtype, a.dtype, b.dtype), _access(w, a, b), target)
-    tensors, numbers, constexprs = arguments(config.tile, w, a, b, scaling)
     sums = torch.empty(config.splits, N, dtype=torch.float32, device=weight.device)
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
-    key = (None, None, 0) if kept is None else (kept.hashes, kept.state, kept.host_key)
-    weight_norm_fwd_kernel[(cdiv(N, config.tile.BLOCK_N), config.splits)](
-        sums, *tensors, *key, *numbers, config.tiles_per_split,
-        KEPT=kept is not None, PROGRAMS=content_key_config(target).PROGRAMS, NUM_STAGES=config.tile.num_stages,
-        **constexprs, num_warps=config.tile.num_warps, num_stages=config.tile.num_stages,
-    )  # fmt: skip
+    gain = norm.new_empty(0 if magnitude is None else N)
+    _launch_sums(sums, w, a, b, scaling, config, kept, target)
     finish = config.finish
     tensors, numbers, constexprs = arguments(finish, w, a, b, scaling)
+    keeps = (None, None, None) if kept is None else (kept.norm, kept.key, kept.state)
     weight_norm_finish_kernel[(cdiv(N, finish.BLOCK_N),)](
-        norm, sums, None if kept is None else kept.norm, None if kept is None else kept.state, *tensors,
+        norm, gain, sums, None if magnitude is None else magnitude.contiguous(), *keeps, *tensors,
         config.splits, *numbers,
-        KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
+        HAS_GAIN=magnitude is not None, KEPT=kept is not None, BLOCK_S=BLOCK_S, **constexprs,
         num_warps=finish.num_warps, num_stages=finish.num_stages,
     )  # fmt: skip
-    return norm
+    return norm, gain
 
 
 BLOCK_S = 8  # splits added at once
 
 
-def weight_norm_fwd(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:
-    """norm float32, [N] for axis "output", [K] for "input"."""
-    return _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), None)
+def weight_norm_fwd(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str, magnitude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(norm, gain = magnitude / norm) float32, [N] for axis "output", [K] for "input"; gain is empty without a
+    magnitude, which may be of any float dtype."""
+    return _launch(weight, lora_A, lora_B, scaling, axis, magnitude, None)
 
 
 def weight_norm_kept(
@@ -282,12 +419,11 @@ def weight_norm_kept(
     kept_norm: Tensor,
     kept_key: Tensor,
     host_key: int,
-) -> Tensor:
-    """A fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [KEY_LENGTH] says that nothing changed,
-    else computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph every replay
-    looks. ``host_key``: what the host knows of the inputs, a signed 64-bit number."""
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same with a fresh norm: a copy of ``kept_norm`` [N] or [K] where ``kept_key`` int64 [KEY_LENGTH] says that
+    nothing changed, else computed and kept, the norm first, the key after it. The host does not wait; in a CUDA graph
+    every replay looks. ``host_key``: what the host knows of the inputs, a signed 64-bit number."""
     hashes, state = content_hashes(weight, lora_A, lora_B, kept_key)
-    kept = Kept(kept_norm, hashes, host_key, state)
-    norm = _launch(weight, lora_A, lora_B, scaling, axis, current(weight.device), kept)
-    kept_key.copy_(state[:KEY_LENGTH])
-    return norm
+    kept = Kept(kept_norm, kept_key, hashes, host_key, state)
+    return _launch(weight, lora_A, lora_B, scaling, axis, magnitude, kept)

@@ -32,14 +32,19 @@ from lora_fast.triton_kernels import (
 
 
 def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
+    return norm_and_gain(call, plan, None)[0]
+
+
+def norm_and_gain(call: calls.WeightNorm, plan: Plan, magnitude: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm, magnitude / norm); the latter is empty without a magnitude."""
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
     with _on_device_of(call.weight):
         if plan.kernel("norm") == "weight_norm_fwd":
-            return weight_norm.weight_norm_fwd(*factors)
+            return weight_norm.weight_norm_fwd(*factors, magnitude)
         assert call.kept_norm is not None
         assert call.kept_key is not None
         host = host_key(*factors, call.weight._version)
-        return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, host)
+        return weight_norm.weight_norm_kept(*factors, call.kept_norm, call.kept_key, host, magnitude)
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -151,7 +156,8 @@ def dropout(call: calls.Dropout, plan: Plan) -> Tensor:
 
 
 def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
+    norm, gain = norm_and_gain(call.weight_norm(), plan, call.magnitude)
+    return *lora_linear_fwd(call.lora_linear(gain), plan), norm
 
 
 def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
