@@ -87,9 +87,9 @@ def weight_norm_paths(s: Size) -> dict[str, Path]:
     return {"least": {"": read_once}, "direct": {"norm": read_once}, "factored": factored, "dense": dense, "PEFT": peft}
 
 
-def lora_compose_fwd_paths(s: Size, keep_product: bool = False) -> dict[str, Path]:
+def lora_compose_fwd_paths(s: Size) -> dict[str, Path]:
     tile = s.e * s.T * s.N
-    one_pass = Cost((3 if keep_product else 2) * tile + s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R)
+    one_pass = Cost(2 * tile + s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R)
     eager = {
         "h lora_Bᵀ": Cost(tile + s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R),
         "scale": Cost(2 * tile),
@@ -104,24 +104,24 @@ def lora_compose_bwd_paths(s: Size) -> dict[str, Path]:
     tile, rank = s.e * s.T * s.N, s.e * s.R * (s.T + s.N)
     gain = Cost(3 * tile + 4 * s.N)
     products = Cost(2 * rank, 4 * s.T * s.N * s.R)
-    apart = {
-        "gain": gain,
-        "dh": Cost(tile + rank, products.flops / 2),
-        "dlora_B": Cost(tile + rank, products.flops / 2),
+    dh = Cost(tile + rank, products.flops / 2)
+    two_passes = {"gain, dlora_B": gain + Cost(rank, products.flops / 2), "dh": dh}
+    return {
+        "least": {"": gain + products},
+        "two passes": two_passes,
+        "products apart": {"gain": gain, "dh": dh, "dlora_B": dh},
     }
-    return {"least": {"": gain + products}, "one pass": {"gain, dh, dlora_B": gain + products}, "products apart": apart}
 
 
-def forward_paths(s: Size, keep_product: bool = True) -> dict[str, Path]:
-    """DoRA's forward with the gain known; ``keep_product`` in training."""
-    kept = s.e * s.T * s.N * keep_product
+def forward_paths(s: Size, keep_base: bool = True) -> dict[str, Path]:
+    """DoRA's forward with the gain known; ``keep_base`` in training, which takes no bytes but those of the product."""
+    kept = s.e * s.T * s.N * keep_base
     rank = Cost(s.e * s.R * (s.T + s.N), 2 * s.T * s.N * s.R)
     project = Cost(s.e * (s.T * s.K + s.R * (s.K + s.T)), 2 * s.T * s.K * s.R)
-    compose = lora_compose_fwd_paths(s, keep_product)["one pass"]["compose"]
+    compose = lora_compose_fwd_paths(s)["one pass"]["compose"]
     least = s.product() + Cost(kept + s.factors, rank.flops + project.flops)
     return {
         "least": {"": least},
-        "fused": {"h": project, "linear": s.product() + rank + Cost(kept)},
         "products": {"h": project, "x Wᵀ": s.product(), "compose": compose},
         "eager": {"x Wᵀ": s.product(), "h": project, **lora_compose_fwd_paths(s)["eager"]},
         "frozen": {"x Wᵀ": s.product()},
@@ -135,10 +135,10 @@ def backward_paths(s: Size) -> dict[str, Path]:
     rank = Cost(s.e * s.R * (s.T + s.K), 2 * s.T * s.K * s.R)
     once_more = Cost(2 * s.e * s.T * s.K)  # dx is read and written again
     least = compose["least"][""] + project + s.product() + rank + Cost(-2 * s.e * s.T * s.N)  # dv stays on the chip
-    gain = compose["one pass"]
+    gain = compose["two passes"]
     return {
         "least": {"": least},
-        "fused": {**gain, "dlora_A": project, "dx": s.product() + rank},
+        "stacked": {**gain, "dlora_A": project, "[dv | dh] [W; lora_A]": s.product() + rank},
         "products": {**gain, "dlora_A": project, "dv W": s.product(), "compose": rank + once_more},
         "frozen": {"dv W": s.product()},
     }

@@ -13,7 +13,7 @@ import jinja2
 from . import cost, figures, records, report, roofline
 
 Row = dict[str, Any]
-PREDICTED = ("least", "direct", "factored", "fused", "products", "dense", "PEFT", "eager", "frozen")
+PREDICTED = ("least", "direct", "factored", "stacked", "products", "dense", "PEFT", "eager", "frozen")
 
 
 def write(files: Sequence[Path], output: Path, pictures: Path | None) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 
 import lora_fast
 from lora_fast import backends, functional
-from lora_fast.benchmarks import contenders as c, cost, gpu, gpu_first, gpu_rows, layer, peft_model, readme
+from lora_fast.benchmarks import contenders as c, cost, gpu, gpu_first, gpu_rows, layer, peft_model, readme, step_cost
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 from lora_fast.integrations import peft as integration
 
@@ -56,7 +56,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         gpu_rows.norm_row(48, 64, 4, 0.03, 0.0),
         gpu_rows.compose_row("forward", 32, 48, 16, 0.0),
         gpu_rows.compose_row("backward", 32, 48, 16, 0.0),
-        gpu_rows.layer_row(case, 0.0),
+        gpu_rows.layer_row(replace(case, contenders=(*contenders, c.lora())), 0.0, lora_at_most=1.18),
         gpu_rows.layer_row(
             Case(INFERENCE, 48, 64, 4, torch.bfloat16, contenders[:3], c.dora().name, at_most=1.25), 0.0
         ),
@@ -67,7 +67,9 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         assert result["bars"]
         assert not [name for name in result["left_out"] if "PEFT" not in name], result["left_out"]
         gpu.show(result)
-    frozen, dense = results[3]["bars"]
+    frozen, dense, memory, lora = results[3]["bars"]
+    assert (memory["what"], memory["at_most"]) == ("peak memory beyond PEFT LoRA's, × [T, N]", 1.0)
+    assert (lora["what"], lora["measured"], lora["met"]) == ("LoRA, × frozen linear", 1.0, True)
     assert (frozen["measured"], frozen["met"]) == (1.0, True)
     assert (dense["measured"], dense["met"]) == (1.0, False)
     gpu.write_csv(tmp_path / "gpu.csv", results)
@@ -311,7 +313,7 @@ def test_no_path_is_below_the_least(op: str) -> None:
 
 
 def test_the_counts_are_those_of_the_tensors() -> None:
-    """x, W, y, product, lora_A and lora_B once each."""
+    """x, W, y, base, lora_A and lora_B once each."""
     tensors = [(128, 64), (96, 64), (128, 96), (128, 96), (8, 64), (96, 8)]
     assert cost.least("lora_linear forward", SIZE).bytes == sum(2 * rows * columns for rows, columns in tensors)
     assert cost.least("weight_norm", SIZE).flops == 2 * 96 * 64 * 8
@@ -321,6 +323,34 @@ def test_time_is_the_slower_of_memory_and_arithmetic() -> None:
     device = cost.Device("a device", bandwidth=1e12, peak=1e14)
     assert device.milliseconds(cost.Cost(1e9, 1e10)) == pytest.approx(1.0)
     assert device.milliseconds(cost.Cost(1e9, 1e12)) == pytest.approx(10.0)
+
+
+def test_a_steps_kernels_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the rates that an H200 reached the model gives what was measured there, for what has not changed since."""
+    size = cost.Size(8192, 4096, 4096, 16)
+    lora = step_cost.step(size, step_cost.H200, dora=False)
+    assert lora["h"] == pytest.approx(23.6e-6, rel=0.01)
+    assert lora["x Wᵀ"] == pytest.approx(345e-6, rel=0.03)
+    assert sum(lora.values()) == pytest.approx(907e-6, rel=0.03)
+    step_cost.main()
+    printed = capsys.readouterr().out
+    dora = step_cost.step(size, step_cost.H200, dora=True)
+    assert f"{1e6 * sum(dora.values()):.1f}" in printed
+    assert f"{sum(dora.values()) / step_cost.frozen(size, step_cost.H200):.2f}" in printed
+    assert "no step of these kernels was measured" in printed
+
+
+def test_the_counted_steps_are_those_of_the_documentation() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for line in step_cost.summary():
+        assert line in page
+
+
+def test_the_step_is_counted_with_the_constants_of_the_plan() -> None:
+    constants = pytest.importorskip("lora_fast.triton_kernels.constants")
+    chosen = constants.PREDICTED
+    assert (chosen.stacked_tokens, chosen.gemm_rank) == (step_cost.STACKED_TOKENS, step_cost.GEMM_RANK)
+    assert chosen.gain_bwd_rank == step_cost.SUMS_RANK
 
 
 def test_the_table_is_printed_as_predicted(capsys: pytest.CaptureFixture[str]) -> None:
