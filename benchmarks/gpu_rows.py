@@ -225,6 +225,34 @@ def peft_row(
     return result | size | {"title": title, "ops": "model", "left_out": left_out}
 
 
+CHUNKS = (1024, 2048, 4096)
+
+
+def chunk_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
+    """x Wᵀ and its composition for all tokens, and for some at a time, whose base the second may find in L2.
+
+    Nothing in the library goes in chunks: on an H200 the base of 2048 tokens is 17 MB of 50, and what a chunk saves,
+    its read of base, is 67 MB of 134 together, before the launches that are added. The row shows whether it would pay.
+    """
+    T, N, K, R = size.T, size.N, size.K, size.R
+    inputs = c.layer_inputs(N, K, R, T, torch.bfloat16)
+    x, weight, lora_B, gain = inputs.x.detach(), inputs.weight, inputs.lora_B.detach(), 1 + 0.1 * torch.randn(N)
+    h, base, y = torch.nn.functional.linear(x, inputs.lora_A.detach()), x.new_empty(T, N), x.new_empty(T, N)
+    compose = backends.get("triton").ops.compose.lora_compose_fwd
+
+    def forward(tokens: int) -> torch.Tensor:
+        for start in range(0, T, tokens):
+            some = slice(start, start + tokens)
+            torch.mm(x[some], weight.T, out=base[some])
+            compose(base[some], h[some], lora_B, 2.0, gain, None, y[some], None)
+        return y
+
+    steps: dict[str, Step] = {"all tokens": partial(forward, T)}
+    steps |= {f"{tokens} at a time": partial(forward, tokens) for tokens in CHUNKS if tokens < T}
+    records = measure(steps, budget_s)
+    return row(f"product and composition in chunks, {T} tokens, {N}×{K}, rank {R}", size, FORWARD, records, [], {})
+
+
 def settings() -> list[Case]:
     """The step as users of PEFT train it, beside the bars and without any: each differs from their step in one thing.
 
@@ -249,8 +277,8 @@ def settings() -> list[Case]:
 def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
 
-    Counted, not measured: 31 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
-    (half a one by each of its 4 contenders), one by each of the other 11. At 0.8 s that is 25 s. What else there is for
+    Counted, not measured: 33 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
+    (half a one by each of its 4 contenders), one by each of the other 13. At 0.8 s that is 26 s. What else there is for
     an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
     50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
     and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
@@ -293,4 +321,5 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
         *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
         *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
+        *(partial(chunk_row, cost.Size(8192, N, N, 16), budget_s) for N in (4096, 2048)),
     ]

@@ -9,8 +9,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from launch_sweep import Call, make, make_compose, make_norm, skipped_products
+from launch_sweep import Call, make, make_compose, make_norm, run, skipped_products
 
+from lora_fast import calls
 from lora_fast.benchmarks import gpu_rows, peft_model
 from lora_fast.testing import Case
 from lora_fast.triton_kernels import aot
@@ -64,8 +65,16 @@ def of_benchmark() -> Iterator[partial[Any]]:
         elif name == "compose_row":
             _, T, N, R, _ = arguments
             yield partial(make_compose, Call(T, N, 1, R))
+        elif name == "chunk_row":
+            size = arguments[0]
+            yield from (partial(_compose, tokens, size.N, size.R) for tokens in (size.T, *gpu_rows.CHUNKS))
         else:
             yield from (partial(make, call) for call in _layers(name, arguments))
+
+
+def _compose(T: int, N: int, R: int) -> None:
+    base, h, lora_B = (torch.empty(shape, dtype=bf16) for shape in ((T, N), (T, R), (N, R)))
+    run("lora_compose_fwd", calls.LoraCompose(base, h, lora_B, 0.5, torch.empty(N), None, "nothing"))
 
 
 def _layers(name: str, arguments: tuple[Any, ...]) -> Iterator[Call]:

@@ -80,9 +80,9 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_rows_and_their_budgets_are_those_that_the_docstring_counts() -> None:
     rows = gpu_rows.rows(1.0)
-    assert len(rows) == 3 + 4 + 3 + 4 + 2 + 2 + 3
+    assert len(rows) == 3 + 4 + 3 + 4 + 2 + 2 + 3 + 2
     models = [row for row in rows if row.func is gpu_rows.peft_row]
-    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 31
+    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 33
 
 
 def small(case: Case) -> Case:
@@ -116,6 +116,23 @@ def test_without_peft_its_rows_say_so(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.count("left out: not installed: peft, transformers") == len(peft_model.CONTENDERS)
     assert result["records"] == {}
     assert result["bars"] == []
+
+
+@pytest.mark.interp
+@pytest.mark.usefixtures("without_gpu")
+def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_rows, "CHUNKS", (16, 32))
+    seen: list[torch.Tensor] = []
+
+    def measured(steps: dict, budget_s: float) -> dict:
+        seen.extend(step().clone() for step in steps.values())
+        return {name: {"median_ms": 1.0} for name in steps}
+
+    monkeypatch.setattr(gpu_rows, "measure", measured)
+    result = gpu_rows.chunk_row(cost.Size(40, 48, 64, 8), 0.0)
+    assert list(result["records"]) == ["all tokens", "16 at a time", "32 at a time"]
+    for y in seen[1:]:
+        torch.testing.assert_close(y, seen[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.usefixtures("without_gpu")
