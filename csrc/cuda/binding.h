@@ -107,9 +107,27 @@ inline void check_adapter(const Tensor& weight, const Tensor& lora_A, const Tens
   check_shape(lora_B, "lora_B", weight.size(0), lora_A.size(0));
 }
 
+// Contiguous, of one or two dimensions; torch::stable::new_empty takes the host 1.5 µs more.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size,
                     std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+  const int64_t last = size.begin()[size.size() - 1];
+  const int64_t strides[] = {size.size() == 2 && last > 0 ? last : 1, 1};
+  int32_t device_type = 0, number = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  if (dtype)
+    number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &number));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(),
+                                                         strides, number, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The tensor itself where it is contiguous.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <class T>
