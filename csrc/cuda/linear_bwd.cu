@@ -47,17 +47,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
 
   const GainGradients of_y = gain_bwd(call);
   const Tensor& grad_v = given.given() ? of_y.v : call.grad_y;
-  Tensor grad_A = empty(lora_A, {0}), grad_x = empty(grad_y, {0});
+  Tensor grad_A = need_A ? empty(lora_A, {R, K}) : empty(lora_A, {0});
+  Tensor grad_x = need_x ? empty(grad_y, {tokens, K}) : empty(grad_y, {0});
   if (need_x || need_A) {
     const Factors factors = factors_of(lora_A, lora_B, grad_y, need_x);
     Tensor grad_h = empty(grad_y, {tokens, R});
     multiply_add(grad_h, 0, grad_v, factors.B, scaling, grad_h);
-    if (need_A) {
-      grad_A = empty(lora_A, {R, K});
-      multiply(transposed(grad_h), *x, grad_A);
-    }
+    if (need_A) multiply(transposed(grad_h), *x, grad_A);
     if (need_x) {
-      grad_x = empty(grad_y, {tokens, K});
       std::optional<Tensor> no_product;
       multiply(grad_v, weight, grad_x);
       compose(grad_x, grad_h, transposed(factors.A), 1, Gain{}, std::nullopt, grad_x, no_product);

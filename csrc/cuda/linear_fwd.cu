@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fwd(Tensor x, Tensor weight, s
   const Tensor norm = norm_of(weight, lora_A, lora_B, scaling, given, kept_norm, kept_key, version);
   const Factors factors = factors_of(lora_A, lora_B, x, true);
   Tensor h = empty(x, {tokens, lora_A.size(0)}), y = empty(x, {tokens, N});
-  Tensor base = empty(x, {0});
+  Tensor base = keep_base ? empty(x, {tokens, N}) : empty(x, {0});
   std::optional<Tensor> no_product;
   multiply(x, transposed(factors.A), h);
   if (!given.given()) {
@@ -30,7 +30,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_fwd(Tensor x, Tensor weight, s
     compose(y, h, factors.B, scaling, Gain{}, std::nullopt, y, no_product);
     return {y, base, h, norm};
   }
-  if (keep_base) base = empty(x, {tokens, N});
   Tensor& product = keep_base ? base : y;
   multiply(x, transposed(weight), product);
   compose(product, h, factors.B, scaling, given.over(norm), bias, y, no_product);

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import LAYOUTS, ULP, assert_near, bf16, f16, f32, laid_out
+from test_plans import PRODUCTS, Recorded, filled
 from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import cuda, registry
+from lora_fast.backends.explain import Size
 from lora_fast.content_key import KEY_LENGTH
 
 ops = torch.ops.lora_fast_c
@@ -198,15 +200,15 @@ def test_a_kept_norm_is_used_and_renewed() -> None:
         assert_near(halved - linear.bias, ((y - linear.bias) / 2).double(), 4 * ULP[bf16])
 
 
-PRODUCTS, UPDATE = ["mm", "mm"], ["lora_compose_fwd_kernel"]
+FORWARD, UPDATE = ["mm", "mm"], ["lora_compose_fwd_kernel"]
 NORM = ["weight_norm_tiles", "weight_norm_finish"]
 BACKWARD = ["mm.dtype_out", "lora_gain_bwd_finish", "addmm", "mm", "mm", *UPDATE]
 FEW_TOKENS = ["lora_project_small", "lora_linear_small"]
 LAUNCHES = {
     ("lora_linear_fwd", 64): ["mm", "addmm", *UPDATE],
     ("lora_linear_bwd", 64): BACKWARD,
-    ("training", 64): [*NORM, *PRODUCTS, *UPDATE],
-    ("inference", 64): ["content_key_kernel", *NORM, *PRODUCTS, *UPDATE],
+    ("training", 64): [*NORM, *FORWARD, *UPDATE],
+    ("inference", 64): ["content_key_kernel", *NORM, *FORWARD, *UPDATE],
     ("training", 16): [*NORM, *FEW_TOKENS],
     ("inference", 16): ["content_key_kernel", *NORM, *FEW_TOKENS],
     ("dora_linear_bwd", 64): ["lora_gain_bwd_kernel", *BACKWARD],
@@ -244,7 +246,7 @@ def test_the_launches_of_a_call(what: str, tokens: int, adapter_dtype: torch.dty
     names = launched(host, lambda: registry.run(op, call, "cpu"))
     expected = list(LAUNCHES[what, tokens])
     if adapter_dtype == f32 and not {"lora_linear_small"} & set(expected):
-        expected.insert(expected.index("mm" if what.endswith("bwd") is False else "addmm"), "round_factors_kernel")
+        expected.insert(expected.index("addmm" if what.endswith("bwd") else "mm"), "round_factors_kernel")
         if what.endswith("bwd"):  # the gradient of lora_A is float32 too
             expected[expected.index("mm")] = "mm.dtype_out"
     assert names == expected
@@ -331,3 +333,24 @@ def test_errors_of_few_tokens_name_the_argument(change: dict[str, Any], message:
     with pytest.raises(RuntimeError) as error:
         ops.linear_small_fwd(*given.values(), S, None, magnitude, False, None, None, 0)
     assert message in str(error.value)
+
+
+def test_what_the_plan_names_is_what_runs() -> None:
+    """The plan of every call, each gradient's kind kept, with dropout, on both axes: by its name in the extension."""
+    seen: set[str] = set()
+    for dtype, tokens, kept in itertools.product((bf16, f32), (1, 16, 17), ("product", "base")):
+        for op, call in filled(Size(tokens, 64, 96, 16, dtype), kept):
+            plan = registry.planned(cuda.BACKEND, op, call)
+            with Recorded() as recorded:
+                getattr(cuda.BACKEND.ops, op)(call, plan)
+            kernels = {step.kernel for step in plan.steps.values()}
+            native = {kernel for kernel in kernels if hasattr(ops, kernel)}
+            whole = native & {"linear_fwd", "linear_small_fwd", "linear_bwd"}
+            # a dropout, an input's gain or dx's update is a pass of its own besides; a whole linear makes its norm
+            besides = {"dropout", "lora_gain_bwd", "lora_compose_fwd"} if not whole else set()
+            inside = {"weight_norm_fwd", "weight_norm_kept"} if whole else set()
+            assert native - inside <= recorded.native() <= native | besides, (op, call)
+            if whole and not getattr(call, "through_norm", False):
+                assert not PRODUCTS & set(recorded.names)  # they are called within
+            seen |= native
+    assert seen >= {"linear_fwd", "linear_small_fwd", "linear_bwd", "lora_compose_fwd", "lora_gain_bwd", "dropout"}

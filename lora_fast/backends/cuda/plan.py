@@ -37,6 +37,7 @@ _PASSES = Plan(
     {"h": Step(LINEAR, _EPILOGUE), "base": Step(LINEAR, _EPILOGUE), "y": Step("lora_compose_fwd", _EPILOGUE)},
     yields=True,
 )
+_LINEARS = {plan.kernel("y"): plan for plan in (_SMALL, _LINEAR, _PASSES)}
 _PASSES_GRAD = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE), "grad_x": Step(MATMUL, _EPILOGUE)}, yields=True)
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)}, yields=True)
 lora_compose_bwd = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE)}, yields=True)
@@ -68,7 +69,13 @@ def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
     trains = call.keep != "nothing"
     is_kept = may_keep_norm(call) and not (trains and low)
     anew = trains or not is_kept
-    return _yielding(joined(_NORM_KEPT if is_kept else _NORM, linear), yields=anew and not low)
+    return _yielding(_with_norm(linear.kernel("y"), is_kept), yields=linear.yields or (anew and not low))
+
+
+@functools.cache
+def _with_norm(y: str, is_kept: bool) -> Plan:
+    """dora_linear's plan around the kernel for y."""
+    return joined(_NORM_KEPT if is_kept else _NORM, _LINEARS[y])
 
 
 def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
