@@ -57,9 +57,11 @@ GainGradients gain_bwd(const GainBackward& call) {
   const auto vector = [&](bool needed) {
     return empty(call.grad_y, {needed ? width : 0}, ScalarType::Float);
   };
+  const bool makes_v = call.need_v && call.gain.factor != nullptr;
   GainGradients gradients{
-      call.need_v && call.gain.factor != nullptr ? empty(call.grad_y, {tokens, width})
-                                                 : empty(call.grad_y, {0}),
+      !makes_v ? empty(call.grad_y, {0})
+      : call.v ? *call.v
+               : empty(call.grad_y, {tokens, width}),
       vector(call.need_gain), vector(call.need_bias),
       call.need_B ? empty(*call.lora_B, {width, call.lora_B->size(1)}) : empty(call.grad_y, {0})};
   if (width == 0) return gradients;

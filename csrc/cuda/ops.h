@@ -43,12 +43,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_small_fwd(
     std::optional<Tensor> gain, std::optional<Tensor> magnitude, bool keep_base,
     std::optional<Tensor> kept_norm, std::optional<Tensor> kept_key, int64_t version);
 
-// product is v, or with from_base what linear_fwd kept.
+// product is v, or with from_base what linear_fwd kept; stacked [W; lora_A; zeros] makes dx in one product.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
     std::optional<Tensor> gain, std::optional<Tensor> magnitude, std::optional<Tensor> norm,
     std::optional<Tensor> product, std::optional<Tensor> h, bool from_base, bool need_x, bool need_A,
-    bool need_B, bool need_gain, bool need_bias);
+    bool need_B, bool need_gain, bool need_bias, std::optional<Tensor> stacked);
 
 Tensor dropout(Tensor x, Tensor seed, double p);
 

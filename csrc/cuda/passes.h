@@ -20,6 +20,7 @@ struct GainBackward {
   std::optional<Tensor> h, lora_B;  // contiguous, where need_B or from_base
   double scaling;
   bool from_base, need_v, need_gain, need_bias, need_B;
+  std::optional<Tensor> v = std::nullopt;  // [T, N], which takes dv where there is a gain; else it is made
 };
 
 // Empty where it is not asked for, and v where there is no gain: it is grad_y then.

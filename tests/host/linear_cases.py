@@ -6,6 +6,7 @@ Run by test_cuda_build.py, with the plugin beside this file.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,6 +183,28 @@ def test_each_gradient_alone(alone: int) -> None:
     together, found = gradients(*(True,) * 5), gradients(*(k == alone for k in range(5)))
     assert torch.equal(found[alone], together[alone])
     assert all(found[k].shape == (0,) for k in range(5) if k != alone)
+
+
+@pytest.mark.parametrize("adapter_dtype", [bf16, f32], ids=str)
+def test_a_stacked_weight_makes_the_input_gradient_in_one_product(
+    adapter_dtype: torch.dtype, host: ctypes.CDLL
+) -> None:
+    """Of [dv | dh] and [W; lora_A; zeros]; the other gradients stay what they are."""
+    for zeros in (0, 3, 16):
+        linear = Linear.drawn((33, 64, 72, 13), bf16, adapter_dtype)
+        norm, product, h = linear.norm().float(), linear.base().to(bf16), linear.h().to(bf16)
+        rest = torch.zeros(zeros, 72, dtype=bf16)
+        stacked = torch.cat([linear.weight, linear.lora_A.to(bf16), rest])
+        given = linear.grad_y, linear.x, *linear.factors, None, linear.magnitude, norm, product, h, True
+        found, expected = (ops.linear_bwd(*given, *(True,) * 5, given_stacked) for given_stacked in (stacked, None))
+        assert_near(found[0], expected[0].double(), 3 * ULP[bf16])
+        for one, other in zip(found[1:], expected[1:], strict=True):
+            assert_near(one, other.double(), ULP[bf16] if one.dtype == bf16 else 1e-5)
+        names = launched(host, functools.partial(ops.linear_bwd, *given, *(True,) * 5, stacked))
+        assert names[-1] == "mm"
+        assert "lora_compose_fwd_kernel" not in names
+        with pytest.raises(RuntimeError, match="stacked must be .77 or more, 72"):
+            ops.linear_bwd(*given, *(True,) * 5, linear.weight)
 
 
 def test_a_kept_norm_is_used_and_renewed() -> None:
