@@ -141,7 +141,6 @@ def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
     return answer if isinstance(answer, Plan) else answer(call)
 
 
-@torch.compiler.assume_constant_result
 def kept_by(name: str, device_type: str) -> Kept:
     """What forwards keep for the gain's gradient, where the named backend or "auto" takes tensors on such a device.
 
@@ -149,6 +148,10 @@ def kept_by(name: str, device_type: str) -> Kept:
     backend that runs them there keeps and reads it too, in the way that it has.
     """
     return (_candidates(device_type)[0] if name == "auto" else get(name)).keeps
+
+
+# as on `resolved` in default.py
+kept_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_type(call: Call) -> str:
