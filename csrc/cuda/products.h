@@ -20,8 +20,7 @@ inline Tensor view(const Tensor& tensor, int64_t first, int64_t rows, int64_t co
                    int64_t col_stride) {
   const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, first, &handle));
+  check_torch(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, first, &handle), "view");
   return Tensor(handle);
 }
 
@@ -32,21 +31,20 @@ inline Tensor transposed(const Tensor& matrix) {
 // out = a b. A float32 out of 16-bit operands is not rounded to 16 bits on the way.
 inline void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
   if (out.scalar_type() == a.scalar_type()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    check_torch(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()), "mm");
     return;
   }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out.scalar_type()),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION), "mm");
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference
 }
 
 // out = beta c + alpha a b, rounded once; beta 0 reads no c.
 inline void multiply_add(const Tensor& c, double beta, const Tensor& a, const Tensor& b, double alpha,
                          Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha));
+  check_torch(aoti_torch_cuda_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha), "addmm");
 }
 
 }  // namespace lora_fast::cuda

@@ -377,3 +377,14 @@ def test_what_the_plan_names_is_what_runs() -> None:
                 assert not PRODUCTS & set(recorded.names)  # they are called within
             seen |= native
     assert seen >= {"linear_fwd", "linear_small_fwd", "linear_bwd", "lora_compose_fwd", "lora_gain_bwd", "dropout"}
+
+
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="before torch 2.13 its C functions told stderr alone why they failed"
+)
+def test_memory_that_runs_out_is_told_in_torch_s_words() -> None:
+    """By them programs know that a smaller batch may do."""
+    linear = Linear.drawn((1, 64, 72, 16), bf16, bf16)
+    linear.x = linear.x.expand(1 << 44, 72)
+    with pytest.raises(RuntimeError, match="empty: .*allocate"):
+        linear.forward(ops.linear_fwd, None, linear.magnitude, False)

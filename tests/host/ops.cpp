@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <lora_fast/device.cuh>
 
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -49,8 +50,12 @@ AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, cons
                                         int32_t, int32_t, AtenTensorHandle* tensor) {
   const auto number =
       torch::stable::detail::to<torch::headeronly::ScalarType>(torch::stable::detail::from(dtype));
-  const torch::stable::Tensor made = torch::stable::empty({sizes, static_cast<size_t>(dims)}, number);
-  return aoti_torch_new_tensor_handle(made.get(), tensor);
+  try {
+    const Tensor made = torch::stable::empty({sizes, static_cast<size_t>(dims)}, number);
+    return aoti_torch_new_tensor_handle(made.get(), tensor);
+  } catch (const std::exception&) {
+    return 1;
+  }
 }
 AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
   return begin_product("mm") ? aoti_torch_cpu_mm_out(out, a, b) : 0;
