@@ -78,8 +78,9 @@ template <class Shape>
 float call(const Operands& o, int tokens) {
   const int splits = static_cast<int>(small_splits(K, R));
   const SmallProject<bf16> project{o.x, o.A, tokens, K, R, o.partial};
-  const SmallLinear<bf16> linear{o.x,    o.W,    K, o.B, o.partial, o.gain, nullptr, Dtype::f32, 0.5f,
-                                 tokens, splits, N, K,   R,         o.y,    nullptr, o.h};
+  const SmallLinear<bf16> linear{o.x,     o.W,        K,    o.B,     o.partial, {o.gain, nullptr},
+                                 nullptr, Dtype::f32, 0.5f, tokens,  splits,    N,
+                                 K,       R,          o.y,  nullptr, o.h};
   read_all<<<1024, 256, 0, o.stream>>>(o.flush, kFlush / sizeof(float4), o.to);
   spin<<<1, 1, 0, o.stream>>>(100000);
   check(cudaEventRecord(o.begin, o.stream));

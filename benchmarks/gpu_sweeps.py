@@ -60,7 +60,7 @@ def sweeps() -> list[Callable[[], Sweep]]:
         gain_bwd, gain_bwd_programs, gain_bwd_rank,
         compose_low, compose_high, compose_described, compose_pointer_rank, project_low, A_grad_low, A_grad_programs,
         norm_low, norm_middle, norm_high, norm_flattened, stacked_tokens, input_grad_contraction,
-        gemm_rank, few_tokens, few_tokens_backend, norm_backend,
+        gemm_rank, few_tokens, host_bound, norm_backend,
     ]  # fmt: skip
 
 
@@ -337,16 +337,22 @@ def _few_tokens_config(value: FewTokens) -> lora_linear_small.Config:
         return lora_linear_small.lora_linear_small_config(16, 4096, 4096, 16, 2, 2, SM90)
 
 
-def _few_tokens(x: Tensor, *operands: Any) -> Tensor:
-    return functional.lora_linear(x, *operands, backend=constants.of(current(x.device)).few_tokens_backend)
+def _training(T: int) -> Call:
+    x, W, A, B, grad_y = _normal(T, 4096), _normal(4096, 4096), _normal(16, 4096), _normal(4096, 16), _normal(T, 4096)
+    wanting = [tensor.requires_grad_() for tensor in (x, A, B, _gain(4096))]
+
+    def call() -> tuple[Tensor, ...]:
+        x, A, B, magnitude = wanting
+        y = functional.dora_linear(x, W, None, A, B, magnitude, S)
+        return y, *torch.autograd.grad(y, wanting, grad_y)
+
+    return call
 
 
-def few_tokens_backend() -> Sweep:
-    calls: dict[str, Call] = {}
-    for T in (1, 4, 8, 16):
-        x, W, A, B, gain = _few_operands(T)
-        calls[f"{T} tokens, 4096×4096, rank 16"] = partial(_few_tokens, x, W, None, A, B, S, gain)
-    return Sweep("few_tokens_backend", ["cuda", "triton"], calls, wall=True)
+def host_bound() -> Sweep:
+    """Forward and backward by one call each of "cuda" or by Triton's kernels."""
+    calls = {f"{T} tokens, 4096×4096, rank 16": _training(T) for T in (256, 1024, 2048, 4096, 8192)}
+    return Sweep("host_bound", [0, *(1 << power for power in range(33, 38))], calls, wall=True)
 
 
 def _norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:

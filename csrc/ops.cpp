@@ -1,4 +1,4 @@
-// Names to functions. The schemas are defined in lora_fast/backends/cpu.py.
+// Names to functions. The schemas are defined in lora_fast/backends/extension.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -2,8 +2,9 @@
 
 Kept for backward: x and, when the gain wants a gradient, the product before gain and bias or the base's part of it
 [..., N] (law 2 of docs/design.md); h [..., R] and the parameters besides. The output is never kept: users write it in
-place. A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply asks for
-forward's signature at every call and binds the arguments to it, which costs 50 µs for twelve named ones.
+place. A Function takes what its forward op takes, in that order. ``forward(*inputs)``, because Function.apply binds the
+arguments to forward's signature at every call, which costs 50 µs for twelve named ones, and 8 µs to find out what the
+signature is, where that is not kept (:class:`_Function`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from lora_fast import calls, ops
 _ops = torch.ops.lora_fast
 
 
-class WeightNormFunction(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+class WeightNormFunction(_Function):
     """norm = ‖W + s lora_B lora_A‖, with gradients to lora_A and lora_B; and the copy that backward reads."""
 
     @staticmethod
@@ -51,7 +58,7 @@ class WeightNormFunction(torch.autograd.Function):
         return None, _asked(grad_A, need_A), _asked(grad_B, need_B), *(None,) * 5
 
 
-class LoraLinearFunction(torch.autograd.Function):
+class LoraLinearFunction(_Function):
     """y = gain ⊙ (x Wᵀ + s (drop(x) lora_Aᵀ) lora_Bᵀ) + bias; axis "input" applies the gain to x instead."""
 
     @staticmethod
@@ -74,7 +81,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return *_linear_gradients(ctx, gradients), *(None,) * 5
 
 
-class DoraLinearFunction(torch.autograd.Function):
+class DoraLinearFunction(_Function):
     """:class:`LoraLinearFunction` with gain = magnitude / ‖W + s lora_B lora_A‖."""
 
     @staticmethod
@@ -147,7 +154,7 @@ def _linear_gradients(ctx: Any, gradients: tuple) -> tuple:
     )
 
 
-class LoraComposeFunction(torch.autograd.Function):
+class LoraComposeFunction(_Function):
     """y = gain ⊙ (base + s h lora_Bᵀ) + bias."""
 
     @staticmethod
@@ -190,7 +197,7 @@ class LoraComposeFunction(torch.autograd.Function):
         )
 
 
-class DropoutFunction(torch.autograd.Function):
+class DropoutFunction(_Function):
     """y = drop(x); the gradient is drop(grad_y), with the mask made again from the seed."""
 
     @staticmethod
@@ -213,8 +220,3 @@ def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tens
     if not needed:
         return None
     return grad if dtype is None else grad.to(dtype)
-
-
-# at hand: to read it from the function takes a quarter of an apply
-for _function in (WeightNormFunction, LoraLinearFunction, DoraLinearFunction, LoraComposeFunction, DropoutFunction):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

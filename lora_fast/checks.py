@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lora_fast.calls import Axis
 
+_AXES = get_args(Axis)
+
 
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
@@ -22,9 +24,10 @@ def check_tensor(name: str, value: Any) -> None:
 
 def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], terms: str) -> None:
     """``None`` in ``expected`` is any size; ``terms`` names the sizes, as in "[N, K]"."""
-    fits = value.dim() == len(expected)
+    shape = value.shape
+    fits = len(shape) == len(expected)
     if fits:
-        for size, wanted in zip(value.shape, expected, strict=True):
+        for size, wanted in zip(shape, expected):  # noqa: B905 - they are of one length
             if wanted is not None and size != wanted:
                 fits = False
     if not fits:
@@ -52,7 +55,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_axis(axis: Any, name: str = "axis") -> None:
-    if axis not in get_args(Axis):
+    if axis not in _AXES:
         raise ValueError(f"{name}: got {axis!r}, expected 'output' or 'input'")
 
 

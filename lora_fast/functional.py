@@ -153,8 +153,8 @@ def dora_linear(
         magnitude: m, [N] for axis "output", [K] for "input". The gain m / n is 0 where n is 0.
         norm: n, if it is known already; its gradient is followed unless ``detach_norm``.
         detach_norm: the norm is a constant in backward (the paper's section 4.3, and PEFT); False: the full gradient.
-        kept: as for :func:`weight_norm`; used when ``norm`` is None, and not where a kernel makes the norm in the
-            product's pass for less than it costs to tell whether a kept one holds.
+        kept: as for :func:`weight_norm`; used when ``norm`` is None, and not where making the norm costs less than to
+            tell whether a kept one holds.
 
     Returns:
         [..., N] of x's dtype (autocast's under autocast).

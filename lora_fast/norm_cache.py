@@ -60,9 +60,11 @@ class NormCache:
 
     def tensors(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """The kept norm [size] and its key int64 [KEY_LENGTH], or None where none fits and none can be made."""
-        if not self._fits(size, dtype, device) and not torch.compiler.is_compiling():
+        if not self._fits(size, dtype, device):
+            if torch.compiler.is_compiling():
+                return None
             self.prepare(size, dtype, device)
-        if self.norm is not None and self.key is not None and self._fits(size, dtype, device):
+        if self.norm is not None and self.key is not None:
             return self.norm, self.key
         return None
 

@@ -168,7 +168,7 @@ def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("triton", "cuda", "dtype", "chosen", "few"),
+    ("triton", "cuda", "dtype", "chosen", "host_bound"),
     [
         (True, True, torch.bfloat16, "triton", "cuda"),
         (True, False, torch.bfloat16, "triton", "triton"),
@@ -177,13 +177,13 @@ def test_on_rocm_auto_takes_torch_and_triton_can_be_named(monkeypatch: pytest.Mo
     ],
 )
 def test_auto_on_a_gpu(
-    triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, few: str, monkeypatch: pytest.MonkeyPatch
+    triton: bool, cuda: bool, dtype: torch.dtype, chosen: str, host_bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = pytest.importorskip("lora_fast.triton_kernels.target")
     on_a_gpu(monkeypatch, triton=triton, cuda=cuda)
     with target.pretended(target.SM90):
-        for tokens, wanted in ((1, few), (16, few), (17, chosen), (300, chosen)):
-            for op, call in explain.example_calls(explain.Size(tokens, 64, 64, 4, dtype)).items():
+        for tokens, wanted in ((1, host_bound), (16, host_bound), (17, host_bound), (2048, host_bound), (2049, chosen)):
+            for op, call in explain.example_calls(explain.Size(tokens, 4096, 4096, 4, dtype), "base").items():
                 name, _ = registry.plan_of(op, call)
                 assert name == (wanted if "linear" in op else chosen), op
 

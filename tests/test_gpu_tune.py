@@ -35,7 +35,7 @@ def test_the_documentation_counts_them() -> None:
     assert f"{count:,} combinations of value and size" in page
 
 
-@pytest.mark.parametrize("name", sorted(SWEEPS.keys() - {"few_tokens_backend", "norm_backend"}))
+@pytest.mark.parametrize("name", sorted(SWEEPS.keys() - {"host_bound", "norm_backend"}))
 def test_the_values_are_read_by_the_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other values launch other kernels, tiles, stages or grids."""
     monkeypatch.setattr(stacked, "DEVICES", ("cpu",))
@@ -62,18 +62,24 @@ def launched(sweep: gpu_sweeps.Sweep, chosen: constants.Constants) -> list[tuple
 
 
 @pytest.mark.parametrize(
-    ("constant", "op"), [("few_tokens_backend", "lora_linear_fwd"), ("norm_backend", "weight_norm_fwd")]
+    ("constant", "of_triton", "of_cuda", "ops"),
+    [
+        ("host_bound", (1 << 16) - 1, 1 << 16, ["lora_linear_fwd", "lora_linear_bwd", "dora_linear_fwd"]),
+        ("norm_backend", "triton", "cuda", ["weight_norm_fwd"]),
+    ],
 )
-def test_the_backends_are_read_by_the_plans(constant: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_of_a_backend_is_read_by_the_plans(
+    constant: str, of_triton: Any, of_cuda: Any, ops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lora_fast import backends
     from lora_fast.backends import explain, registry
 
-    calls = explain.example_calls(explain.Size(16, 64, 64, 4, torch.bfloat16))
+    calls = explain.example_calls(explain.Size(16, 64, 64, 4, torch.bfloat16), "base")
     on_a_gpu = (backends.get("cuda"), backends.get("triton"), backends.get("torch"))
     monkeypatch.setattr(registry, "_candidates", lambda device_type: on_a_gpu)
-    for backend in ("triton", "cuda"):
-        with constants.instead(replace(constants.PREDICTED, **{constant: backend})), pretended(SM90):
-            assert registry.plan_of(op, calls[op])[0] == backend
+    for value, backend in ((of_triton, "triton"), (of_cuda, "cuda")):
+        with constants.instead(replace(constants.PREDICTED, **{constant: value})), pretended(SM90):
+            assert {registry.plan_of(op, calls[op])[0] for op in ops} == {backend}
             assert registry.plan_of("lora_compose_fwd", calls["lora_compose_fwd"])[0] == "triton"
 
 
@@ -120,7 +126,7 @@ def test_constants_in_the_place_of_others_end_with_the_block() -> None:
         ("gemm_rank", None),
         ("gemm_rank", True),
         ("norm_backend", 1),
-        ("few_tokens_backend", "cpu"),
+        ("host_bound", "2048"),
         ("compose_low", {"rows": "64", "columns": 2, "rank": 3, "num_warps": 4, "num_stages": 5}),
         ("compose_low", {"rows": 64}),
         ("compose_low", 64),

@@ -65,8 +65,10 @@ class Constants:
     input_grad_contraction: int = 1024  # up to which dv W with the update in its epilogue is
     stacked_tokens: int = 1024  # from which dx and the update are one product, where lora_A has room below W
     gemm_rank: int = 128  # from which products along the rank that nothing is fused with are cuBLAS's
-    few_tokens_backend: GpuBackend = "cuda"  # or "triton", where both are there
-    norm_backend: GpuBackend = "triton"
+    # multiply-adds of x Wᵀ up to which the host's time binds a linear, so that "cuda" takes it, where that is there, in
+    # one C++ call: 88 µs at 780 TFLOPS
+    host_bound: int = 1 << 35
+    norm_backend: GpuBackend = "triton"  # or "cuda", where both are there
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
     few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)
     compose_low: Block = Block(64, 128, 64, 8, 2)

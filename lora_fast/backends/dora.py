@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast import calls
+from lora_fast.backends.passes import Gradients
 from lora_fast.backends.plan import Plan
 from lora_fast.gain import divisor, dora_gain, to_gain_dtype
 
@@ -29,21 +30,27 @@ def dora_linear_fwd(
     return *lora_linear_fwd(call.lora_linear(gain), plan), norm
 
 
-def dora_linear_bwd(
-    call: calls.DoraLinearGrad, plan: Plan, weight_norm_bwd: Op, lora_linear_bwd: Op
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan, weight_norm_bwd: Op, lora_linear_bwd: Op) -> Gradients:
     """The gradients to x, lora_A, lora_B, magnitude and bias, for a plan with the steps of both ops."""
     gain = to_gain_dtype(dora_gain(call.magnitude, call.norm), call.grad_y.dtype)
     grad_x, grad_A, grad_B, grad_gain, grad_bias = lora_linear_bwd(call.lora_linear(gain), plan)
     if not (call.need_magnitude or call.through_norm):
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
-    wide = grad_gain / divisor(call.norm)
-    grad_magnitude = wide.to(grad_gain.dtype)  # the norm may be float64 where the sums over tokens are not
+    gradients = grad_x, grad_A, grad_B, grad_gain / divisor(call.norm), grad_bias
     if call.through_norm:
-        grad_norm = (-gain * wide).to(call.norm.dtype)
-        through_A, through_B = weight_norm_bwd(call.weight_norm(grad_norm), plan)
-        grad_A = grad_A + through_A if call.need_A else grad_A
-        grad_B = grad_B + through_B if call.need_B else grad_B
-    if not call.need_magnitude:
-        grad_magnitude = grad_magnitude.new_empty(0)
+        gradients = add_through_norm(call, plan, gain, gradients, weight_norm_bwd)
+    # the norm may be float64 where the sums over tokens are not
+    grad_magnitude = gradients[3].to(grad_gain.dtype) if call.need_magnitude else grad_gain.new_empty(0)
+    return *gradients[:3], grad_magnitude, grad_bias
+
+
+def add_through_norm(
+    call: calls.DoraLinearGrad, plan: Plan, gain: Tensor, gradients: Gradients, weight_norm_bwd: Op
+) -> Gradients:
+    """``gradients`` with the parts of lora_A's and lora_B's that come through the norm, from the magnitude's."""
+    grad_x, grad_A, grad_B, grad_magnitude, grad_bias = gradients
+    grad_norm = (-gain * grad_magnitude).to(call.norm.dtype)
+    through_A, through_B = weight_norm_bwd(call.weight_norm(grad_norm), plan)
+    grad_A = grad_A + through_A if call.need_A else grad_A
+    grad_B = grad_B + through_B if call.need_B else grad_B
     return grad_x, grad_A, grad_B, grad_magnitude, grad_bias

@@ -11,6 +11,11 @@ from types import ModuleType
 
 import torch
 
+_LINEAR_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
+    "Tensor? magnitude, bool keep_base, Tensor(a!)? kept_norm, Tensor(b!)? kept_key, int version) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
     "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
@@ -38,6 +43,11 @@ _SCHEMAS = (
     "lora_linear_small_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_fwd" + _LINEAR_FWD,
+    "linear_small_fwd" + _LINEAR_FWD,
+    "linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
+    "Tensor? magnitude, Tensor? norm, Tensor? product, Tensor? h, bool from_base, bool need_x, bool need_A, "
+    "bool need_B, bool need_gain, bool need_bias, Tensor? stacked=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "project_small(Tensor x, Tensor lora_A) -> Tensor",
     "is_zero(Tensor matrix) -> bool",
     "float_product(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> bool",

@@ -150,7 +150,7 @@ def kept_by(name: str, device_type: str) -> Kept:
     return (_candidates(device_type)[0] if name == "auto" else get(name)).keeps
 
 
-# torch.compiler.assume_constant_result, which would import Dynamo here: a trace takes the answer as it is
+# as on `resolved` in default.py
 kept_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

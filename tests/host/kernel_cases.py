@@ -14,8 +14,6 @@ import torch
 from content_key_cases import LAYOUTS as KEY_LAYOUTS, key_cases
 from torch import Tensor
 
-from lora_fast import calls
-from lora_fast.backends.cuda import ops as cuda_ops, plan as cuda_plan
 from lora_fast.content_key import KEY_LENGTH, content_hashes
 from lora_fast.testing import dropout_mask
 
@@ -186,54 +184,6 @@ def test_lora_gain_bwd(dtype: torch.dtype, needs: tuple[int, int, int]) -> None:
                 assert_near(actual, wanted, tolerance)
 
 
-@pytest.mark.parametrize("adapter", ["same", "float32"])
-@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
-def test_lora_linear_small_fwd(dtype: torch.dtype, adapter: str) -> None:
-    for tokens, (N, K, R), keep in itertools.product(
-        (1, 5, 8, 9, 16), ((16, 64, 16), (100, 520, 5), (33, 8, 40), (130, 1032, 1), (200, 128, 100)), (True, False)
-    ):
-        factors = dtype if adapter == "same" else f32
-        x, weight = torch.randn(tokens, K).to(dtype), torch.randn(N, K).to(dtype)
-        lora_A, lora_B = (torch.randn(R, K) / K**0.5).to(factors), torch.randn(N, R).to(factors)
-        gain, bias = 1 + 0.2 * torch.randn(N), torch.randn(N).to(dtype)
-        h = (x.double() @ lora_A.to(dtype).double().t()).to(dtype)
-        v = x.double() @ weight.double().t() + 0.7 * h.double() @ lora_B.to(dtype).double().t()
-        y = torch.full((tokens, N), torch.nan, dtype=dtype)
-        product = torch.full_like(y, torch.nan) if keep else None
-        actual_h = ops.lora_linear_small_fwd(x, weight, lora_A, lora_B, 0.7, gain, bias, y, product)
-        assert_near(actual_h, h.double(), ULP[dtype])
-        assert_near(y, v * gain + bias, 2 * ULP[dtype])
-        if product is not None:
-            assert_near(product, v, 2 * ULP[dtype])
-
-
-@pytest.mark.parametrize(("N", "K"), [(0, 64), (32, 0)], ids=["no rows", "no columns"])
-def test_few_tokens_of_an_empty_weight(N: int, K: int) -> None:
-    """The backend takes another path; called directly, the kernels leave h of N = 0 and refuse K = 0."""
-    weight, lora_A, lora_B = adapter(N, K, 4, bf16, bf16)
-    x, y = torch.randn(3, K, dtype=bf16), torch.empty(3, N, dtype=bf16)
-    given = (x, weight, None, lora_A, lora_B, 0.7, torch.ones(N), "output", 0.0, None, "nothing")
-    assert cuda_plan.lora_linear_fwd(calls.LoraLinear(*given)).kernel("y") == "lora_compose_fwd"
-    call = functools.partial(ops.lora_linear_small_fwd, x, weight, lora_A, lora_B, 0.7, torch.ones(N), None, y, None)
-    if K == 0:
-        with pytest.raises(RuntimeError, match="K must be a positive multiple of 8"):
-            call()
-    else:
-        assert_near(call(), x.double() @ lora_A.double().t(), ULP[bf16])
-
-
-def test_few_tokens_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the backend: a linear of 16 tokens is the small kernels', one of 17 is not."""
-    by_passes = []
-    monkeypatch.setattr(cuda_ops._passes, "lora_linear_fwd", lambda call, plan: by_passes.append(call.x.shape[0]))
-    weight, lora_A, lora_B = adapter(32, 64, 4, bf16, bf16)
-    for tokens in (1, 16, 17):
-        x = torch.randn(tokens, 64, dtype=bf16)
-        call = calls.LoraLinear(x, weight, None, lora_A, lora_B, 0.7, torch.ones(32), "output", 0.0, None, "nothing")
-        cuda_ops.lora_linear_fwd(call, cuda_plan.lora_linear_fwd(call))
-    assert by_passes == [17]
-
-
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_dropout(dtype: torch.dtype, p: float) -> None:
@@ -255,12 +205,8 @@ def test_dropout(dtype: torch.dtype, p: float) -> None:
         (lambda w, a, b: ops.weight_norm_fwd(w, a[:, 1:], b, 1.0, True), "lora_A must be [4, 64]"),
         (lambda w, a, b: ops.merge_weight(w, a, b, 1.0, torch.ones(32).double(), True), "gain must be float32"),
         (lambda w, a, b: ops.lora_gain_bwd(w, None, None, False, True, False), "product must be given"),
-        (
-            lambda w, a, b: ops.lora_linear_small_fwd(w, w, a, b, 1.0, torch.ones(32), None, w.new_empty(32, 32), None),
-            "x must have 1 to 16 rows",
-        ),
     ],
-    ids=["dtype", "shape", "gain", "product", "tokens"],
+    ids=["dtype", "shape", "gain", "product"],
 )
 def test_errors_name_the_argument(call, message: str) -> None:
     with pytest.raises(RuntimeError) as error:

@@ -91,7 +91,9 @@ __device__ inline uint64_t hash_sample(const Bits& bits) {
   return hash;
 }
 
-static LORA_FAST_KERNEL(kKeyThreads, 2) content_key_kernel(ContentKey op) {
+template <int kThreads>
+LORA_FAST_KERNEL(kThreads, 2)
+content_key_kernel(ContentKey op) {
   uint64_t* shared = reinterpret_cast<uint64_t*>(shared_memory());
   const uint64_t factors =
       sum_of_block(hash_factor(op.lora_A, 0) + hash_factor(op.lora_B, kLoraBPosition), shared, kKeyThreads);
@@ -109,8 +111,8 @@ inline int64_t content_key_blocks(int64_t factor_bytes) {
 }
 
 inline cudaError_t content_key(const ContentKey& op, int64_t blocks, cudaStream_t stream) {
-  return launch(content_key_kernel, dim3(blocks), kKeyThreads, kKeyThreads / 32 * sizeof(uint64_t), false,
-                stream, op);
+  return launch(content_key_kernel<kKeyThreads>, dim3(blocks), kKeyThreads,
+                kKeyThreads / 32 * sizeof(uint64_t), false, stream, op);
 }
 
 // Whether the key differs from the former one; by a whole block of `threads`, at the beginning of a kernel.

@@ -41,6 +41,19 @@ __device__ inline float element(const void* data, Dtype dtype, int64_t index) {
   }
 }
 
+__device__ inline void store_element(void* data, Dtype dtype, int64_t index, float x) {
+  switch (dtype) {
+    case Dtype::bf16:
+      static_cast<bf16*>(data)[index] = rounded<bf16>(x);
+      return;
+    case Dtype::f16:
+      static_cast<f16*>(data)[index] = rounded<f16>(x);
+      return;
+    default:
+      static_cast<float*>(data)[index] = x;
+  }
+}
+
 // As many elements as 16 bytes hold.
 template <class T>
 struct alignas(16) Vector {

@@ -2,6 +2,7 @@
 // base, lora_B for h and lora_Aᵀ for lora_B it merges an adapter into W.
 #pragma once
 
+#include <lora_fast/gain.cuh>
 #include <lora_fast/rank_tile.cuh>
 
 namespace lora_fast::cuda {
@@ -10,7 +11,7 @@ template <class T>
 struct Compose {
   Matrix<const T> base;
   RankProduct product;
-  const float* gain;  // [cols], [rows] with gain_per_row, or null
+  Gain gain;  // of columns, or with gain_per_row of rows
   bool gain_per_row;
   const void* bias;  // [cols], or null
   Dtype bias_dtype;
@@ -37,7 +38,7 @@ lora_compose_fwd_kernel(Compose<T> op) {
         if (threadIdx.x < kTileRows) {
           const int64_t line = (op.gain_per_row ? row : col) + threadIdx.x, at = col + threadIdx.x;
           const bool inside = line < (op.gain_per_row ? product.rows : product.cols);
-          gains[threadIdx.x] = op.gain != nullptr && inside ? op.gain[line] : 1;
+          gains[threadIdx.x] = inside ? gain_at(op.gain, line) : 1;
           biases[threadIdx.x] =
               op.bias != nullptr && at < product.cols ? element(op.bias, op.bias_dtype, at) : 0;
         }
@@ -66,7 +67,7 @@ lora_compose_fwd_kernel(Compose<T> op) {
 // base, out, kept [T, N]; h [T, R], lora_B [N, R]. E: float, or what both factors are.
 template <class T, class E>
 cudaError_t lora_compose_fwd(const Operand& base, const Operand& h, const Operand& lora_B, float scaling,
-                             const float* gain, bool gain_per_row, const void* bias, Dtype bias_dtype,
+                             const Gain& gain, bool gain_per_row, const void* bias, Dtype bias_dtype,
                              const Operand& out, const Operand& kept, cudaStream_t stream) {
   int multiprocessors = 0;
   if (const cudaError_t error = current_device(cudaDevAttrMultiProcessorCount, &multiprocessors))

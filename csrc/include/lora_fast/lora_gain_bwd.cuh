@@ -1,27 +1,38 @@
-// scaled = gain ⊙ grad_y, dgain = Σ_t grad_y ⊙ product, dbias = Σ_t grad_y, in one pass over grad_y and
-// product.
+// dv = gain ⊙ dy in one pass over dy, with the sums over tokens, and what is made of them:
+//
+//   dbias = Σ_t dy    dlora_B = s gain ⊙ P, P = dyᵀ h
+//   dgain = Σ_t dy ⊙ v, or, where base was kept and not v, Σ_t dy ⊙ base + s rowsum(P ⊙ lora_B)
+//   dmagnitude = dgain / norm, 0 where norm is 0
 //
 //   1. lora_gain_bwd_kernel  each block takes some columns of some tokens; its sums are partial, [splits, 2,
 //   width]
-//   2. lora_gain_bwd_sum     adds the splits in order
+//   2. lora_gain_bwd_finish  adds the splits in a fixed order, and finishes all of them; P is a product
+//   between
 //
-// A split has 64 tokens at least, so that the partial sums are 1/16 of a 16-bit grad_y at most.
+// A split has 64 tokens at least, so that the partial sums are 1/16 of a 16-bit dy at most.
 #pragma once
 
-#include <lora_fast/element.cuh>
+#include <lora_fast/gain.cuh>
 
 namespace lora_fast::cuda {
 
 template <class T>
 struct GainGrad {
-  const T* grad;     // [tokens, width], contiguous
-  const T* product;  // the same, or null
-  const float* gain;
-  T* scaled;  // the same as grad, or null
-  int64_t tokens, width, per_split;
-  float* partial;    // [splits, 2, width]
-  float* grad_gain;  // [width] or null
+  const T* grad;     // dy [tokens, width], contiguous
+  const T* product;  // v or base, the same, or null
+  Gain gain;
+  T* scaled;  // dv, rows of which are stride_scaled apart, or null
+  int64_t stride_scaled, tokens, width, per_split;
+  float* partial;          // [splits, 2, width] or null
+  const float* rank_sums;  // P [width, rank], contiguous, where the rank is not 0
+  const void* lora_B;      // the same
+  Dtype factor_dtype;      // of lora_B and grad_B
+  int64_t rank;
+  float scaling;
+  bool from_base;    // whether product is base, and the gain wants P
+  float* grad_gain;  // [width] or null: of the magnitude, where there is a norm
   float* grad_bias;
+  void* grad_B;  // [width, rank] or null
 };
 
 constexpr int kGainThreads = 256, kGainWarps = kGainThreads / 32;
@@ -39,7 +50,7 @@ lora_gain_bwd_kernel(GainGrad<T> op) {
   const bool inside = col < op.width;
   float gain[kColumns], gain_sum[kColumns] = {}, bias_sum[kColumns] = {};
 #pragma unroll
-  for (int k = 0; k < kColumns; ++k) gain[k] = inside && op.scaled != nullptr ? op.gain[col + k] : 0;
+  for (int k = 0; k < kColumns; ++k) gain[k] = inside && op.scaled != nullptr ? gain_at(op.gain, col + k) : 0;
 
   const auto load = [](const T* from, T(&to)[kColumns]) {
     if constexpr (kColumns == 1) {
@@ -71,12 +82,12 @@ lora_gain_bwd_kernel(GainGrad<T> op) {
       }
       if (op.scaled == nullptr) continue;
       if constexpr (kColumns == 1) {
-        op.scaled[t * op.width + col] = rounded<T>(widen(grad[u][0]) * gain[0]);
+        op.scaled[t * op.stride_scaled + col] = rounded<T>(widen(grad[u][0]) * gain[0]);
       } else {
         Vector<T> scaled;
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) scaled.at[k] = rounded<T>(widen(grad[u][k]) * gain[k]);
-        store_vector(op.scaled + t * op.width + col, scaled);
+        store_vector(op.scaled + t * op.stride_scaled + col, scaled);
       }
     }
   }
@@ -100,26 +111,39 @@ lora_gain_bwd_kernel(GainGrad<T> op) {
   }
 }
 
+// A warp takes a column, so that a block's eight share the partial sums' sectors, and its lanes the splits
+// and ranks.
 template <class T>
 LORA_FAST_KERNEL(kGainThreads, 2)
-lora_gain_bwd_sum(GainGrad<T> op, int64_t splits) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kGainThreads + threadIdx.x;
+lora_gain_bwd_finish(GainGrad<T> op, int64_t splits) {
+  const int lane = threadIdx.x % 32;
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * kGainWarps + threadIdx.x / 32;
   if (col >= op.width) return;
-  double gain = 0, bias = 0;  // a chain of hundreds of additions, for one thread a column
-  for (int64_t split = 0; split < splits; ++split) {
+  double gain = 0, bias = 0;  // long chains of additions
+  for (int64_t split = lane; split < splits; split += 32) {
     if (op.grad_gain != nullptr) gain += op.partial[2 * split * op.width + col];
     if (op.grad_bias != nullptr) bias += op.partial[(2 * split + 1) * op.width + col];
   }
-  if (op.grad_gain != nullptr) op.grad_gain[col] = static_cast<float>(gain);
+  const float factor = op.scaling * gain_at(op.gain, col);
+  for (int64_t r = lane; r < op.rank; r += 32) {
+    const int64_t at = col * op.rank + r;
+    const float sum = op.rank_sums[at];
+    if (op.from_base) gain += op.scaling * sum * element(op.lora_B, op.factor_dtype, at);
+    if (op.grad_B != nullptr) store_element(op.grad_B, op.factor_dtype, at, factor * sum);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    gain += __shfl_xor_sync(0xFFFFFFFFu, gain, lanes);
+    bias += __shfl_xor_sync(0xFFFFFFFFu, bias, lanes);
+  }
+  if (lane != 0) return;
+  if (op.grad_gain != nullptr) op.grad_gain[col] = static_cast<float>(gain) / divisor(op.gain, col);
   if (op.grad_bias != nullptr) op.grad_bias[col] = static_cast<float>(bias);
 }
 
 template <class T>
 bool gain_bwd_in_vectors(const GainGrad<T>& op) {
-  const void* all[] = {op.grad, op.product, op.scaled};
-  bool aligned = true;
-  for (const void* data : all) aligned = aligned && lines_are_aligned<T>(data, op.width);
-  return aligned;
+  return lines_are_aligned<T>(op.grad, op.width) && lines_are_aligned<T>(op.product, op.width) &&
+         lines_are_aligned<T>(op.scaled, op.stride_scaled);
 }
 
 // Into how many splits the tokens go: [splits, 2, width] floats are op.partial.
@@ -142,10 +166,14 @@ cudaError_t lora_gain_bwd(const GainGrad<T>& op, int64_t splits, cudaStream_t st
   const auto kernel = vectors ? lora_gain_bwd_kernel<T, Vector<T>::kSize> : lora_gain_bwd_kernel<T, 1>;
   const size_t shared = kGainWarps * 2 * columns * sizeof(float);
   const dim3 grid(divide_up(op.width, columns), splits);
-  const cudaError_t error = launch(kernel, grid, kGainThreads, shared, false, stream, op);
-  if (error != cudaSuccess || op.partial == nullptr) return error;
-  return launch(lora_gain_bwd_sum<T>, dim3(divide_up(op.width, kGainThreads)), kGainThreads, 0, false, stream,
-                op, splits);
+  return launch(kernel, grid, kGainThreads, shared, false, stream, op);
+}
+
+// After lora_gain_bwd, where anything is summed.
+template <class T>
+cudaError_t finish_lora_gain_bwd(const GainGrad<T>& op, int64_t splits, cudaStream_t stream) {
+  return launch(lora_gain_bwd_finish<T>, dim3(divide_up(op.width, kGainWarps)), kGainThreads, 0, false,
+                stream, op, splits);
 }
 
 }  // namespace lora_fast::cuda

@@ -10,7 +10,7 @@
 // of a row and distributes them over two multiplications.
 #pragma once
 
-#include <lora_fast/element.cuh>
+#include <lora_fast/gain.cuh>
 
 namespace lora_fast::cuda {
 
@@ -48,15 +48,15 @@ struct SmallLinear {
   int64_t stride_weight_n;
   const void* lora_B;  // [N, R], contiguous
   const float* partial;
-  const float* gain;  // [N]
-  const void* bias;   // [N] or null
+  Gain gain;
+  const void* bias;  // [N] or null
   Dtype bias_dtype;
   float scaling;
   int tokens, splits;
   int64_t N, K, R;
-  T* y;        // [tokens, N]
-  T* product;  // the same, or null
-  T* h;        // [tokens, R]
+  T* y;     // [tokens, N]
+  T* base;  // x Wᵀ, the same, or null
+  T* h;     // [tokens, R]
 };
 
 // Eight adjacent elements as T's bits, two in a word; zero from `left` on. F: T, or float, which is rounded
@@ -188,6 +188,14 @@ lora_linear_small(SmallLinear<T> op) {
       sums, op.weight + row * op.stride_weight_n, op.stride_weight_n, left, op.x, op.K, op.tokens, op.K, warp,
       divide_up(op.K, Shape::depth), kSmallWarps, true);
 
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const auto inside = [&](int i, int token) { return i < left && token < op.tokens; };
+  if (op.base != nullptr) {
+    sum_warps<kRowTiles, kTokenTiles>(sums, shared, [&](int i, int token, float base) {
+      if (inside(i, token)) op.base[token * op.N + row + i] = rounded<T>(base);
+    });
+  }
+
   wait_for_former_kernel();
   T* h = reinterpret_cast<T*>(shared_memory() + kSumMemory<kRowTiles, kTokenTiles>);
   const int64_t stride = stride_h(op.R);
@@ -211,14 +219,12 @@ lora_linear_small(SmallLinear<T> op) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums[i][j][e] += op.scaling * updates[i][j][e];
 
-  sum_warps<kRowTiles, kTokenTiles>(
-      sums, reinterpret_cast<float*>(shared_memory()), [&](int i, int token, float v) {
-        if (i >= left || token >= op.tokens) return;
-        const int64_t n = row + i, to = token * op.N + n;
-        if (op.product != nullptr) op.product[to] = rounded<T>(v);
-        const float bias = op.bias != nullptr ? element(op.bias, op.bias_dtype, n) : 0;
-        op.y[to] = rounded<T>(op.gain[n] * v + bias);
-      });
+  sum_warps<kRowTiles, kTokenTiles>(sums, shared, [&](int i, int token, float v) {
+    if (!inside(i, token)) return;
+    const int64_t n = row + i;
+    const float bias = op.bias != nullptr ? element(op.bias, op.bias_dtype, n) : 0;
+    op.y[token * op.N + n] = rounded<T>(gain_at(op.gain, n) * v + bias);
+  });
 }
 
 // Splits of lora_project_small: enough blocks to share the reading, few partial sums to add up.

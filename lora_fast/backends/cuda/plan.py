@@ -1,6 +1,7 @@
-"""The plans of the CUDA kernels, which yield where Triton's were measured to be faster, or are predicted to be.
+"""The plans of the CUDA kernels: they take what the host's time would bind, and yield the rest to Triton's.
 
-``constants`` says which of the two takes few tokens and the norm (:mod:`lora_fast.triton_kernels.constants`).
+``constants`` says up to which size that is, and which of the two takes the norm alone
+(:mod:`lora_fast.triton_kernels.constants`).
 """
 
 from __future__ import annotations
@@ -16,69 +17,105 @@ from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
 SMALL_RANK = 1024  # h lies in shared memory
+# Up to this rank the norm costs little more than Triton's, and in training to make it anew costs less than to look
+# whether a kept one holds, which no optimizer's step leaves. On an H200 it took 34 µs at 4096² and rank 64, Triton's
+# 24; at 8192² and rank 384 they took 389 and 126.
+NORM_RANK = 64
 
 _EPILOGUE = "native kernels: update, gain and bias in one pass after cuBLAS's product"
-_FEW = "W is read once; predicted to take less of the host's time: one C++ call makes the launches"
+_ONE_CALL = "one C++ call makes all launches, cuBLAS's products among them"
+_FEW = "W is read once, by two launches, in one C++ call with the norm's"
 _ONE_READ = "one native pass over W"
 _BLOCKS = "PyTorch's products over blocks of rows: no native kernel was made for it"
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
 weight_norm_bwd = Plan({"grad_V": Step("chunks of rows", _BLOCKS)}, yields=True)
-_SMALL = Plan({"y": Step("lora_linear_small_fwd", _FEW)})
-_LINEAR = Plan(
-    {"h": Step(LINEAR, _EPILOGUE), "base": Step(LINEAR, _EPILOGUE), "y": Step("lora_compose_fwd", _EPILOGUE)}
+_SMALL = Plan({"y": Step("linear_small_fwd", _FEW)})
+_LINEAR = Plan({"y": Step("linear_fwd", _ONE_CALL)})
+_LINEAR_GRAD = Plan({"gradients": Step("linear_bwd", _ONE_CALL)})
+_PASSES = Plan(
+    {"h": Step(LINEAR, _EPILOGUE), "base": Step(LINEAR, _EPILOGUE), "y": Step("lora_compose_fwd", _EPILOGUE)},
+    yields=True,
 )
-_LINEAR_GRAD = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE), "grad_x": Step(MATMUL, _EPILOGUE)})
+_LINEARS = {plan.kernel("y"): plan for plan in (_SMALL, _LINEAR, _PASSES)}
+_PASSES_GRAD = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE), "grad_x": Step(MATMUL, _EPILOGUE)}, yields=True)
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)}, yields=True)
 lora_compose_bwd = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE)}, yields=True)
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")}, yields=True)
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 
 
-def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
+def weight_norm_fwd(call: calls.WeightNorm) -> Plan:
     yields = _constants(call.weight.device).norm_backend != "cuda"
     return _yielding(_NORM_KEPT if may_keep_norm(call) else _NORM, yields=yields)
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
+    if call.keep == "product" or not _in_one_call(call, call.x):
+        return _PASSES
     # without a gain the product stays PyTorch's, so that lora_B = 0 gives nn.Linear's output to the bit
-    small = call.has_gain and call.axis == "output" and call.dropout_p == 0.0 and call.keep == "nothing"
-    small = small and _in_lines(call)
-    return _yielding(_SMALL if small else _LINEAR, yields=not _takes_few(call.x))
+    plan = _SMALL if call.has_gain and _in_lines(call) else _LINEAR
+    return _yielding(plan, yields=not _is_host_bound(call, call.x))
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
-    return _yielding(_LINEAR_GRAD, yields=not _takes_few(call.grad_y))
+    if not _in_one_call(call, call.grad_y):
+        return _PASSES_GRAD
+    return _yielding(_LINEAR_GRAD, yields=not _is_host_bound(call, call.grad_y))
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
-    return joined(weight_norm_fwd(call), lora_linear_fwd(call))
+    linear, low = lora_linear_fwd(call), call.lora_A.shape[0] <= NORM_RANK
+    trains = call.keep != "nothing"
+    is_kept = may_keep_norm(call) and not (trains and low)
+    anew = trains or not is_kept
+    return _yielding(_with_norm(linear.kernel("y"), is_kept), yields=linear.yields or (anew and not low))
+
+
+@functools.cache
+def _with_norm(y: str, is_kept: bool) -> Plan:
+    """dora_linear's plan around the kernel for y."""
+    return joined(_NORM_KEPT if is_kept else _NORM, _LINEARS[y])
 
 
 def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     linear = lora_linear_bwd(call)
-    return joined(weight_norm_bwd, linear) if call.through_norm else linear
+    if call.through_norm:
+        return _yielding(joined(weight_norm_bwd, linear), yields=True)
+    return _yielding(linear, yields=call.kept != "nothing" and call.lora_A.shape[0] > NORM_RANK)
 
 
 def _yielding(plan: Plan, *, yields: bool) -> Plan:
     return plan._replace(yields=True) if yields else plan
 
 
-def _takes_few(activation: torch.Tensor) -> bool:
-    """Whether these are few tokens, forward and backward alike, and the kernel for them is faster than Triton's."""
-    return activation.shape[0] <= FEW_TOKENS and _constants(activation.device).few_tokens_backend == "cuda"
+def _in_one_call(call: Linear | LinearGrad, activation: torch.Tensor) -> bool:
+    """Whether linear_fwd and linear_bwd take the call: the same answer for a forward and its backward."""
+    dtype = activation.dtype
+    return (
+        (call.axis == "output" or not call.has_gain)
+        and call.dropout_p == 0.0
+        and activation.shape[0] > 0
+        and call.weight.numel() > 0
+        and call.weight.dtype == dtype
+        and call.lora_A.dtype in (dtype, torch.float32)
+        and call.lora_B.dtype in (dtype, torch.float32)
+    )
+
+
+def _is_host_bound(call: Linear | LinearGrad, activation: torch.Tensor) -> bool:
+    """Whether the device is expected to wait for the host: then fewer calls count for more than faster kernels."""
+    multiply_adds = activation.shape[0] * call.weight.numel()
+    return multiply_adds <= _constants(activation.device).host_bound
 
 
 def _in_lines(call: Linear) -> bool:
-    """Whether two launches take the linear: 1 to 16 tokens, 16-bit x and W, rows in whole 16-byte words."""
+    """Whether two launches take a linear of one call: up to 16 tokens in 16 bits, rows in whole 16-byte words."""
     x, weight, lora_A, lora_B = call.x, call.weight, call.lora_A, call.lora_B
     return (
-        0 < x.shape[0] <= FEW_TOKENS
-        and weight.numel() > 0
+        x.shape[0] <= FEW_TOKENS
         and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
         and lora_A.dtype == lora_B.dtype
-        and lora_A.dtype in (x.dtype, torch.float32)
         and lora_A.shape[0] <= SMALL_RANK
         and x.shape[1] % 8 == 0
         and weight.stride(1) == 1
