@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     backwards = config.getoption("--backwards")
     # another number of multiprocessors splits the work otherwise
     ctypes.CDLL(library).lora_fast_host_configure(backwards, 1 if backwards else 3)
-    backends.get("cpu").__dict__.update(plan=cuda.BACKEND.plan, ops=cuda.BACKEND.ops)
+    kernels = cuda.BACKEND
+    backends.get("cpu").__dict__.update(plan=kernels.plan, ops=kernels.ops, keeps=kernels.keeps)
 
 
 @pytest.fixture(scope="session")
