@@ -13,7 +13,9 @@ address, when a backward runs. The rows below are written anew before every use,
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,8 +57,9 @@ class Stack:
         N, K = self.out_features, self.shape[1]
         return weight.shape == (N, K) and weight.stride() == (K, 1) and weight.dtype == self._dtype
 
-    def product(self, grad_vh: Tensor, lora_A: Tensor) -> Tensor | None:
-        """[dv | dh] [W; lora_A], with zeros in the columns of dh from R on; None where another adapter has the rows.
+    @contextlib.contextmanager
+    def holding(self, lora_A: Tensor) -> Iterator[Tensor | None]:
+        """[W; lora_A; zeros] for what the block enqueues, or None where another adapter has the rows.
 
         One adapter may have them on any streams: its backwards write the same values, since whatever writes lora_A
         comes after those that read it. Another waits for nobody, so it takes them only on the stream of the last.
@@ -64,13 +67,14 @@ class Stack:
         with self.lock:
             buffer = self.buffer()
             if buffer is None or not self._claim(lora_A):
-                return None
+                yield None
+                return
             R, N = lora_A.shape[0], self.out_features
             buffer[N : N + R].copy_(lora_A)
             if self._filled > R:
                 buffer[N + R : N + self._filled].zero_()  # 0 · NaN would be NaN
             self._filled = R
-            return grad_vh @ buffer
+            yield buffer
 
     def _claim(self, lora_A: Tensor) -> bool:
         stream, capturing = _stream(lora_A)

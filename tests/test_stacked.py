@@ -6,6 +6,7 @@ its interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -226,7 +227,8 @@ def product_of(weight: Tensor, lora_A: Tensor, grad_v: Tensor, grad_h: Tensor) -
     assert found is not None
     grad_vh = torch.zeros(grad_v.shape[0], found.shape[0], dtype=grad_v.dtype)
     grad_vh[:, :N], grad_vh[:, N : N + grad_h.shape[1]] = grad_v, grad_h
-    return found.product(grad_vh, lora_A)
+    with found.holding(lora_A) as rows:
+        return None if rows is None else grad_vh @ rows
 
 
 def test_every_product_is_of_its_own_lora_A() -> None:
@@ -302,14 +304,15 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Triton's plan takes the product from one token on; whether it was taken, call by call."""
     constants = pytest.importorskip("lora_fast.triton_kernels.constants")
     taken: list[bool] = []
-    product = stacked.Stack.product
+    holding = stacked.Stack.holding
 
-    def recorded(self: stacked.Stack, grad_vh: Tensor, lora_A: Tensor) -> Tensor | None:
-        result = product(self, grad_vh, lora_A)
-        taken.append(result is not None)
-        return result
+    @contextlib.contextmanager
+    def recorded(self: stacked.Stack, lora_A: Tensor) -> Iterator[Tensor | None]:
+        with holding(self, lora_A) as rows:
+            taken.append(rows is not None)
+            yield rows
 
-    monkeypatch.setattr(stacked.Stack, "product", recorded)
+    monkeypatch.setattr(stacked.Stack, "holding", recorded)
     with constants.instead(replace(constants.PREDICTED, stacked_tokens=1)):
         yield taken
 

@@ -26,6 +26,7 @@ from lora_fast.dtypes import accumulate_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LINEAR, MATMUL = "F.linear", "torch.matmul"  # PyTorch's products, as steps name them
+STACKED = "torch.matmul, stacked"  # of both, dx and its update: [dv | dh] [W; lora_A]
 CHUNK = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
 SMALLEST_CHUNK = 1 << 14  # below this the cost of the calls dominates
 

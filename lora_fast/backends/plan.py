@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lora_fast import calls
+from lora_fast import calls, stacked
 
 Linear = calls.LoraLinear | calls.DoraLinear
 LinearGrad = calls.LoraLinearGrad | calls.DoraLinearGrad
@@ -50,6 +50,18 @@ def joined(first: Plan, second: Plan) -> Plan:
     if zero is not None:
         zero = zero._replace(steps={**first.steps, **zero.steps})
     return Plan({**first.steps, **second.steps}, second.yields, zero)
+
+
+def is_stacked(call: LinearGrad, tokens: int) -> bool:
+    """Whether dx is one product with its update, from so many tokens on: W has room for lora_A below it, and dv is in
+    memory of ours, since the gain has made it."""
+    found = stacked.find(call.weight) if call.need_x and call.has_gain and call.axis == "output" else None
+    return (
+        found is not None
+        and call.grad_y.shape[0] >= tokens
+        and call.lora_A.shape[0] <= found.rows
+        and call.weight.dtype == call.grad_y.dtype
+    )
 
 
 def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear) -> bool:

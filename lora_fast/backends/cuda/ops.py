@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_fast import calls
+from lora_fast import calls, stacked
 from lora_fast.backends import dora
 from lora_fast.backends.cpu.ops import merge_weight, weight_norm_fwd
 from lora_fast.backends.passes import Gradients, Passes
@@ -36,7 +36,7 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
 def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     if "gradients" not in plan.steps:
         return _passes.lora_linear_bwd(call, plan)
-    return _gradients(call, call.gain, None, None, need_gain=call.need_gain)
+    return _gradients(call, plan, call.gain, None, None, need_gain=call.need_gain)
 
 
 def _compose(
@@ -75,7 +75,7 @@ def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
         return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
     magnitude = call.magnitude.float().contiguous()
     need_gain = call.need_magnitude or call.through_norm
-    gradients = _gradients(call, None, magnitude, call.norm, need_gain=need_gain)
+    gradients = _gradients(call, plan, None, magnitude, call.norm, need_gain=need_gain)
     if not call.through_norm:
         return gradients
     gain = dora_gain(magnitude, call.norm)
@@ -87,6 +87,7 @@ def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
 
 def _gradients(
     call: calls.LoraLinearGrad | calls.DoraLinearGrad,
+    plan: Plan,
     gain: Tensor | None,
     magnitude: Tensor | None,
     norm: Tensor | None,
@@ -95,7 +96,11 @@ def _gradients(
 ) -> Gradients:
     kept = call.product, call.h, call.kept == "base"
     needs = call.need_x, call.need_A, call.need_B, need_gain, call.need_bias
-    return _c.linear_bwd.default(*call[:6], gain, magnitude, norm, *kept, *needs)
+    arguments = (*call[:6], gain, magnitude, norm, *kept, *needs)
+    if "grad_x" in plan.steps and (stack := stacked.find(call.weight)) is not None:
+        with stack.holding(call.lora_A) as rows:
+            return _c.linear_bwd.default(*arguments, rows)
+    return _c.linear_bwd.default(*arguments)
 
 
 __all__ = [

@@ -11,8 +11,8 @@ import functools
 import torch
 
 from lora_fast import calls
-from lora_fast.backends.passes import LINEAR, MATMUL
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
+from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
@@ -33,6 +33,9 @@ weight_norm_bwd = Plan({"grad_V": Step("chunks of rows", _BLOCKS)}, yields=True)
 _SMALL = Plan({"y": Step("linear_small_fwd", _FEW)})
 _LINEAR = Plan({"y": Step("linear_fwd", _ONE_CALL)})
 _LINEAR_GRAD = Plan({"gradients": Step("linear_bwd", _ONE_CALL)})
+_STACKED_GRAD = Plan(
+    {**_LINEAR_GRAD.steps, "grad_x": Step(STACKED, "in that call, or as without room while it is taken")}
+)
 _PASSES = Plan(
     {"h": Step(LINEAR, _EPILOGUE), "base": Step(LINEAR, _EPILOGUE), "y": Step("lora_compose_fwd", _EPILOGUE)},
     yields=True,
@@ -61,7 +64,8 @@ def lora_linear_fwd(call: Linear) -> Plan:
 def lora_linear_bwd(call: LinearGrad) -> Plan:
     if not _in_one_call(call, call.grad_y):
         return _PASSES_GRAD
-    return _yielding(_LINEAR_GRAD, yields=not _is_host_bound(call, call.grad_y))
+    linear = _STACKED_GRAD if is_stacked(call, _constants(call.grad_y.device).stacked_tokens) else _LINEAR_GRAD
+    return _yielding(linear, yields=not _is_host_bound(call, call.grad_y))
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:

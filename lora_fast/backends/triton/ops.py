@@ -13,9 +13,8 @@ from torch import Tensor
 
 from lora_fast import calls, stacked
 from lora_fast.backends import dora
-from lora_fast.backends.passes import LINEAR, MATMUL, Gradients
+from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients
 from lora_fast.backends.plan import Plan
-from lora_fast.backends.triton.plan import STACKED
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -232,9 +231,10 @@ def input_grad(
     """(dx, d gain_in), of dv W + drop(dh lora_A); ``both``: [dv | dh]"""
     weight, lora_A, x, gain_in = call.weight, call.lora_A, call.x, _sides(call)[1]
     if both is not None and (stack := stacked.find(weight)) is not None:
-        product = stack.product(both, lora_A)
-        if product is not None:
-            return product, product.new_empty(0)
+        with stack.holding(lora_A) as rows:
+            if rows is not None:
+                product = both @ rows
+                return product, product.new_empty(0)
     need_gain = gain_in is not None and call.need_gain
     if plan.kernel("grad_x") == "lora_input_grad":
         return lora_input_grad.lora_input_grad(

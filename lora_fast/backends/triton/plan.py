@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_fast import calls, stacked
-from lora_fast.backends.passes import LINEAR, MATMUL
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
+from lora_fast import calls
+from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 from lora_fast.triton_kernels.target import current
@@ -44,7 +44,6 @@ _ALONG_RANK = "the activation is read once, dropout and an input's gain on the w
 _GEMM = "at this rank the tensor cores decide, which cuBLAS keeps busier"
 _RAGGED = "float32, or rows that do not come in 16-byte pieces"
 _FEW = Plan({"y": Step("lora_linear_small_fwd", "W's bytes bound it: W is read once, by at most two launches")})
-STACKED = "torch.matmul, stacked"
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
 _NORM_RENEWED = Plan({"norm": Step("weight_norm_fwd", f"{_ONE_READ}; in training the factors change, no key is made")})
@@ -92,7 +91,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     grad_h = _grad_h(call)
     if call.dropout_p > 0.0:
         return backward(grad_h, grad_A, "lora_input_grad", _DROPOUT)
-    if _is_stacked(call) and grad_y.shape[0] >= chosen.stacked_tokens:
+    if is_stacked(call, chosen.stacked_tokens):
         return backward(grad_h, grad_A, STACKED, _STACKED)
     last = "addmm_" if rank_gemm else "lora_compose_fwd"
     if grad_y.dtype == torch.float32:
@@ -100,12 +99,6 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     if call.weight.shape[0] <= chosen.input_grad_contraction:
         return backward(grad_h, grad_A, "lora_input_grad", _FUSED)
     return backward(grad_h, grad_A, last, _PRODUCTS)
-
-
-def _is_stacked(call: LinearGrad) -> bool:
-    """Whether W has room for lora_A below it, and dv is in memory of ours: the gain has made it."""
-    found = stacked.find(call.weight) if call.need_x and call.has_gain and call.axis == "output" else None
-    return found is not None and call.lora_A.shape[0] <= found.rows and call.weight.dtype == call.grad_y.dtype
 
 
 def lora_compose_bwd(call: calls.LoraComposeGrad) -> Plan:
