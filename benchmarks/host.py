@@ -2,8 +2,10 @@
 
     python -m lora_fast.benchmarks.host [--rounds N]
 
-lora_fast's layers run on the backend "triton" at their real size, on CPU tensors, for a GPU that is pretended: a launch
-comes as far as the launcher of the compiled kernel, which returns at once, and a product of PyTorch's is an allocation.
+lora_fast's layers run on the backends "triton" and "cuda" at their real size, on CPU tensors, for a GPU that is
+pretended: a launch comes as far as the launcher of the compiled kernel, which returns at once, and a product of
+PyTorch's is an allocation. Of "cuda" the one C++ call of a forward, and that of a backward, is an allocation of its
+results, so that what happens in it is not in these figures.
 The layers beside them are computed, on tensors so small that computing takes next to nothing. A step of lora_fast's is
 split into parts:
 
@@ -39,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_fast
 from lora_fast import backends
 from lora_fast.backends import registry
+from lora_fast.calls import WeightNorm
 
 from . import contenders as c
 from .report import cpu_model, digits
@@ -59,6 +62,7 @@ class Subject:
     contender: c.Contender
     stubbed: bool = True  # at its real size, with launches and products that do nothing; else computed on tiny tensors
     frozen_norm: bool = False
+    one_call: bool = False  # a forward's launches are made in C++, and so are a backward's: not timed here
 
 
 SUBJECTS = (
@@ -68,6 +72,9 @@ SUBJECTS = (
     Subject("LinearWithLoRA", c.lora("triton")),
     Subject("LinearWithDoRA, kept norm", c.dora("triton")),
     Subject("LinearWithDoRA, frozen norm", c.dora("triton"), frozen_norm=True),
+    Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
+    Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
+    Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
 )
 
 
@@ -104,6 +111,13 @@ class Counts(TorchFunctionMode):
         def noted(*args: Any, **kwargs: Any) -> Tensor:
             self.products += 1
             return product(*args, **kwargs)
+
+        return noted
+
+    def note_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.launches += 1
+            return call(*args, **kwargs)
 
         return noted
 
@@ -145,6 +159,41 @@ def _products(noted: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -
         yield
 
 
+def _forward_call(x: Tensor, weight: Tensor, _bias: Any, lora_A: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """What lora_fast_c::linear_fwd gives, not computed."""
+    keeps_base = given[4]
+    y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+    norm = x.new_empty(weight.shape[0], dtype=torch.float32)
+    return y, torch.empty_like(y) if keeps_base else x.new_empty(0), h, norm
+
+
+def _backward_call(
+    grad_y: Tensor, x: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    """What lora_fast_c::linear_bwd gives where all is asked for, not computed."""
+    N, K = weight.shape
+    sums = grad_y.new_empty(2, N, dtype=torch.float32)
+    return grad_y.new_empty(grad_y.shape[0], K), torch.empty_like(lora_A), torch.empty_like(lora_B), sums[0], sums[1]
+
+
+def _norm(call: WeightNorm, _plan: Any) -> Tensor:
+    return call.weight.new_ones(call.weight.shape[0], dtype=torch.float32)
+
+
+@contextmanager
+def _one_call(noted: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """The backend "cuda" on CPU tensors, with allocations for its C++ calls."""
+    cuda = backends.get("cuda")
+    forward, backward = noted(_forward_call), SimpleNamespace(default=noted(_backward_call))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cuda, "missing", _nothing))
+        stack.enter_context(mock.patch.object(cuda, "takes", _takes_all))
+        stack.enter_context(mock.patch.object(cuda.ops, "_FORWARDS", dict.fromkeys(cuda.ops._FORWARDS, forward)))
+        stack.enter_context(mock.patch.object(cuda.ops, "_c", SimpleNamespace(linear_bwd=backward)))
+        stack.enter_context(mock.patch.object(cuda.ops, "weight_norm_fwd", _norm))  # a layer's, when it is made
+        yield
+
+
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
@@ -154,13 +203,14 @@ def _takes_all(device_type: str) -> bool:
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """Within it the backend "triton" takes CPU tensors, and neither launches nor products do anything."""
+    """Within it the backends "triton" and "cuda" take CPU tensors, and neither launches nor products do anything."""
     from lora_fast.triton_kernels import aot
     from lora_fast.triton_kernels.target import SM90
 
     with ExitStack() as stack:
         stack.enter_context(aot.stubbed(SM90, _nothing))
         stack.enter_context(_products(lambda product: product))
+        stack.enter_context(_one_call(lambda call: call))
         stack.enter_context(mock.patch.object(backends.get("triton"), "takes", _takes_all))
         yield
 
@@ -193,6 +243,7 @@ def counted(step: Step) -> Counts:
         stack.enter_context(mock.patch.object(JITFunction, "run", launch))
         stack.enter_context(mock.patch.object(registry, "run", run))
         stack.enter_context(_products(counts.note_product))
+        stack.enter_context(_one_call(counts.note_call))
         stack.enter_context(OpCalls(counts.calls))
         stack.enter_context(counts)
         step()
@@ -305,7 +356,8 @@ def rows(tokens: int, rounds: int, subjects: Iterable[Subject] = SUBJECTS) -> It
                 found = counted(steps[name, "step"])
                 steps[name, "dispatch"] = dispatch_alone(found.calls)
                 steps[name, "operators"] = in_turn(found.operators)
-                steps[name, NO_LAUNCHES] = steps[name, "step"]
+                if not subject.one_call:
+                    steps[name, NO_LAUNCHES] = steps[name, "step"]
                 counts[name] = {
                     "launches": found.launches, "products": found.products, "operators": len(found.operators),
                 }  # fmt: skip
@@ -363,10 +415,11 @@ def _split(row: Row) -> tuple[str, ...]:
     if not row.parts:
         return ()
     launches, operators = row.counts["launches"], row.counts["operators"]
+    timed = row.parts.get("launches")
     return (
         digits(row.parts["dispatch"]),
-        f"{launches}: {digits(row.parts['launches'])}",
-        digits(row.parts["launches"] / launches),
+        f"{launches} calls" if timed is None else f"{launches}: {digits(timed)}",
+        "" if timed is None else digits(timed / launches),
         f"{operators}: {digits(row.parts['operators'])}",
         str(row.counts["products"]),
         digits(row.python),
@@ -392,7 +445,7 @@ def main() -> int:
     print(f"{cpu_model()}, Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"{SIZE} × {SIZE} bfloat16, rank {RANK}; layers of others on {TINY_TOKENS} tokens of {TINY} × {TINY}")
     for tokens in TOKENS:
-        Console(width=120).print(table(tokens, rows(tokens, arguments.rounds)))
+        Console(width=140).print(table(tokens, rows(tokens, arguments.rounds)))
     return 0
 
 

@@ -50,11 +50,15 @@ def test_a_step_is_split_into_what_it_calls() -> None:
         assert set(row.parts) == set(host.PARTS)
         assert row.parts["dispatch"] > 0 < row.parts["operators"]  # launches are a difference, with its noise
         assert row.python == row.step - sum(row.parts.values())
-    # of which the key, the norm and its finish are the norm's
-    assert kept.counts["launches"] == frozen.counts["launches"] + 3
+    # of which the norm and its finish are the norm's
+    assert kept.counts["launches"] == frozen.counts["launches"] + 2
     assert kept.counts["operators"] > frozen.counts["operators"]
     # of few tokens with a gain, a kernel makes the forward's product
     assert lora.counts["products"] == frozen.counts["products"] + 1
+    for name in ("LinearWithLoRA, cuda", "LinearWithDoRA, kept norm, cuda", "LinearWithDoRA, frozen norm, cuda"):
+        assert rows[name].counts["launches"] == 2  # a call of the extension each way
+        assert rows[name].counts["products"] == 0
+        assert set(rows[name].parts) == {"dispatch", "operators"}
 
 
 def test_the_empty_ops_have_the_arguments_and_results_of_a_step() -> None:
