@@ -5,9 +5,9 @@ AMX, for sizes of whole tiles, bfloat16 products are made here with those passes
 products of three bfloat16 parts. Measured on Intel Xeons with AMX, 2 threads. In these products the sums begin with the
 update, so that what they can keep is the product, not the base's part of it.
 
-Two things that GPUs do were tried around PyTorch's products (an Intel Xeon with AMX, 2 threads): to keep base, a step of
-512 tokens took 1.07 to 1.10 times as long in float32 at 2048², 1.03 to 1.07 at 4096²; dx as one product of [dv | dh] and
-[W; lora_A] took 0.97 to 1.04 times product and pass in float32 and 0.9 in bfloat16, where dx is a third of a step.
+Two things that GPUs do were tried around PyTorch's products, on an Intel Xeon with AMX, 2 threads. To keep base, a step
+of 512 tokens took 1.07 to 1.10 times as long in float32 at 2048², one of 256 at 4096² 1.03 to 1.07. dx as one product
+of [dv | dh] and [W; lora_A] took 0.97 to 1.04 times product and pass in float32, 0.9 in bfloat16, a third of a step.
 """
 
 from __future__ import annotations
