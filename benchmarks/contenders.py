@@ -1,6 +1,6 @@
 """The ways to run one adapted linear layer that are measured beside each other.
 
-All share one frozen weight and start from the same lora_A, lora_B and magnitude. Each builder returns a `Layer`: a
+All have one frozen weight and start from the same lora_A, lora_B and magnitude. Each builder returns a `Layer`: a
 module to call, and its trained tensors under their canonical names and layouts.
 """
 
@@ -184,9 +184,10 @@ def _version(package: str) -> str:
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
-    """An nn.Linear around `weight`, which it shares with every other contender."""
+    """An nn.Linear around `weight`, shared with every other contender; on a GPU around a copy, as users have it: the
+    weight of a DoRA layer is moved there, if nobody else has its memory."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight.clone() if weight.is_cuda else weight, requires_grad=False)
     return linear
 
 

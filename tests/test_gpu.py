@@ -19,7 +19,8 @@ from support import call, hold_to_budget, run, tensors_of
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast import backends, calls, check, functional, reference
+from lora_fast import backends, calls, check, functional, reference, stacked
+from lora_fast.benchmarks import contenders
 from lora_fast.testing import EAGER, Case, ErrorBudget, budget_fault, make_inputs, peak_bytes
 
 pytestmark = pytest.mark.gpu
@@ -392,3 +393,53 @@ def test_more_than_2_31_elements(gpu_backend: str) -> None:
     base, h = torch.zeros(tokens, features, dtype=torch.bfloat16), torch.ones(tokens, 1, dtype=torch.bfloat16)
     y = functional.lora_compose(base, h, torch.ones(features, 1).bfloat16(), 2.0, backend=gpu_backend)
     assert torch.equal(y[-8:], torch.full((8, features), 2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rank", [16, 384])
+def test_dx_of_one_product_with_the_rows_below_the_weight(rank: int, gpu_backend: str) -> None:
+    """Beside the same layer without room: alone, in a graph that is replayed, and after another adapter's backward."""
+    inputs = contenders.layer_inputs(4096, 1024, rank, 2048, torch.bfloat16)
+    layers = {}
+    for stack_weight in (True, False):
+        linear = contenders.frozen_linear(inputs.weight)
+        layer = lora_fast.LinearWithDoRA(linear, rank, 2.0, backend=gpu_backend, stack_weight=stack_weight)
+        with torch.no_grad():
+            layer.lora_A.copy_(inputs.lora_A)
+            layer.lora_B.copy_(inputs.lora_B)
+        layers[stack_weight] = layer
+        assert (stacked.find(layer.weight) is not None) == stack_weight
+    x = inputs.x.detach()
+    expected = step(layers[False], x)
+    beside = torch.nn.Parameter(-3 * layers[True].lora_A.detach())
+    for _ in range(2):
+        for ours, theirs in zip(step(layers[True], x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+        other = copy.copy(layers[True])
+        other._parameters = {**other._parameters, "lora_A": beside}
+        step(other, x)
+    leaf = x.clone().requires_grad_()
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(layers[True](leaf).float().square().sum(), leaf)[0]
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradient()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        captured_gradient = gradient()
+    step(other, x)
+    graph.replay()
+    tolerance = {"rtol": 2e-2, "atol": 2e-2 * float(expected[1].abs().max())}
+    torch.testing.assert_close(captured_gradient, expected[1], **tolerance)
+
+
+def test_the_rows_below_a_weight_are_freed_with_it() -> None:
+    before = torch.cuda.memory_allocated()
+    layer = lora_fast.LinearWithDoRA(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16), R, 1.0)
+    assert stacked.find(layer.weight) is not None
+    assert torch.cuda.memory_allocated() - before >= 2 * 1024 * (1024 + stacked.ROWS)
+    layer.cpu()
+    assert torch.cuda.memory_allocated() - before < 2 * 1024 * 1024 / 8
+    assert stacked.find(layer.cuda().weight) is not None

@@ -341,6 +341,18 @@ def test_dx_of_one_product(dtype: torch.dtype, rank: int, form: str, products: l
 
 
 @pytest.mark.interp
+def test_dx_with_wider_adapters(products: list[bool]) -> None:
+    """PEFT's are float32; they are rounded as they are in the pass that the product saves."""
+    check(
+        lambda inputs: call(functional, with_room(inputs), "output", backend="triton"),
+        lambda inputs: call(reference, inputs, "output"),
+        lambda inputs: tensors_of(inputs, "output"),
+        Case((3, 17), 528, 72, 16, torch.bfloat16, torch.float32),
+    )
+    assert all(products)
+
+
+@pytest.mark.interp
 def test_each_gradient_alone(products: list[bool]) -> None:
     inputs = with_room(make_inputs(Case((33,), 520, 72, 16)))
     check_each_alone(call(functional, inputs, "output", backend="triton"), tensors_of(inputs, "output"), inputs.grad_y)
