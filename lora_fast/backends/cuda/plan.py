@@ -108,7 +108,11 @@ def _in_one_call(call: Linear | LinearGrad, activation: torch.Tensor) -> bool:
 
 
 def _is_host_bound(call: Linear | LinearGrad, activation: torch.Tensor) -> bool:
-    """Whether the device is expected to wait for the host: then fewer calls count for more than faster kernels."""
+    """Whether the device is expected to wait for the host: then fewer calls count for more than faster kernels.
+
+    In the capture of a graph too, whose replays take none of the host's time, and where Triton's kernels would be
+    faster: their first launch loads them, which may not be done in a capture, and what ran before it took these.
+    """
     multiply_adds = activation.shape[0] * call.weight.numel()
     return multiply_adds <= _constants(activation.device).host_bound
 
