@@ -75,6 +75,8 @@ SUBJECTS = (
     Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
     Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
     Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
+    Subject("accelerated PEFT LoRA", c.ACCELERATED_LORA, one_call=True),  # "auto" takes cuda at these sizes
+    Subject("accelerated PEFT DoRA", c.ACCELERATED, one_call=True),
 )
 
 
@@ -197,6 +199,10 @@ def _one_call(noted: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iter
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
+def _of_a_gpu(device_type: str) -> tuple[registry.Backend, ...]:
+    return backends.get("cuda"), backends.get("triton")
+
+
 def _takes_all(device_type: str) -> bool:
     return True  # a Mock would take longer than what is measured
 
@@ -212,6 +218,7 @@ def stubbed() -> Iterator[None]:
         stack.enter_context(_products(lambda product: product))
         stack.enter_context(_one_call(lambda call: call))
         stack.enter_context(mock.patch.object(backends.get("triton"), "takes", _takes_all))
+        stack.enter_context(mock.patch.object(registry, "_candidates", _of_a_gpu))
         yield
 
 
