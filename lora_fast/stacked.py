@@ -87,6 +87,7 @@ class Stack:
 
 
 _stacks: dict[int, Stack] = {}  # by the address of the weight
+_lock = threading.Lock()  # for changes of it
 
 
 def stack(weight: Tensor, rank: int) -> None:
@@ -102,15 +103,17 @@ def stack(weight: Tensor, rank: int) -> None:
     found = find(weight)
     if found is not None and found.rows >= rows:
         return
-    for address in [address for address, other in _stacks.items() if other.buffer() is None]:
-        del _stacks[address]
     N, K = weight.shape
     with torch.inference_mode(False), torch.no_grad():
         buffer = weight.new_empty(N + rows, K)
         buffer[:N].copy_(weight)
         buffer[N:].zero_()
         weight.data = from_dlpack(buffer[:N])
-    _stacks[weight.data_ptr()] = Stack(buffer, N)
+    made = Stack(buffer, N)
+    with _lock:
+        for address in [address for address, other in _stacks.items() if other.buffer() is None]:
+            del _stacks[address]
+        _stacks[weight.data_ptr()] = made
 
 
 def unstack(weight: Tensor) -> None:

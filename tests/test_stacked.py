@@ -11,6 +11,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -122,6 +123,20 @@ def test_files_copies_and_pickles_have_an_ordinary_weight() -> None:
         assert copied.weight.untyped_storage().nbytes() == N * K * 4
         copied.weight.data.zero_()
         assert adapted.weight.any()
+
+
+def test_pickles_of_before_have_the_room() -> None:
+    """Whose layers lack the attribute."""
+    adapted = layer()
+    del adapted.__dict__["stack_weight"]
+    copied = pickle.loads(pickle.dumps(adapted)).to("cpu")
+    assert stacked.find(copied.weight) is not None
+    assert "stack_weight" not in repr(copied)
+    model = wide_peft_model()
+    lora_fast.accelerate(model)
+    accelerated = next(module for module in model.modules() if hasattr(module, "_lora_fast"))
+    del accelerated._lora_fast.__dict__["stack_weights"]
+    assert stacked.find(base_weight(pickle.loads(pickle.dumps(model)).to("cpu"))) is not None
 
 
 def test_load_state_dict_copies_into_it_or_takes_another_weights_place() -> None:
@@ -261,6 +276,29 @@ def test_threads_do_not_mix_their_adapters() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_threads_may_make_layers_at_once() -> None:
+    failures: list[Exception] = []
+
+    def make() -> None:
+        try:
+            for _ in range(200):
+                LinearWithDoRA(nn.Linear(8, 512), 4, 0.5)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(6)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
 
 
 class Streams:
