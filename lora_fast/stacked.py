@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 from torch.utils.dlpack import from_dlpack
 
 ROWS = 64  # the rank is padded to a multiple of them, with rows of zeros: rows of [dv | dh] then begin at whole lines
@@ -93,9 +93,9 @@ _lock = threading.Lock()  # for changes of it
 def stack(weight: Tensor, rank: int) -> None:
     """Give ``weight`` [N, K] room for ``rank`` rows below it, or leave it where that cannot be.
 
-    It must lie on a GPU, contiguous, frozen, alone in its storage, with eight times as many rows as are added. To be
-    called when a weight has come to its place, before graphs are captured; for one weight after the other, so that
-    memory grows by one of them at most meanwhile.
+    It must lie on a GPU, contiguous, frozen, alone in its storage, in this process alone, with eight times as many rows
+    as are added. To be called when a weight has come to its place, before graphs are captured; for one weight after the
+    other, so that memory grows by one of them at most meanwhile.
     """
     rows = -(-rank // ROWS) * ROWS
     if not _takes(weight, rows) or torch.compiler.is_compiling() or _stream(weight)[1]:
@@ -117,8 +117,8 @@ def stack(weight: Tensor, rank: int) -> None:
 
 
 def unstack(weight: Tensor) -> None:
-    """Give ``weight`` memory of its own size again, if it is in a buffer."""
-    if find(weight) is not None:
+    """Give ``weight`` memory of its own size again, if it is in a buffer and no other tensor is in its storage."""
+    if find(weight) is not None and _has_no_alias(weight):
         with torch.inference_mode(False), torch.no_grad():
             weight.data = weight.data.clone()
 
@@ -142,12 +142,19 @@ def _takes(weight: Tensor, rows: int) -> bool:
         and 0 < 8 * rows <= weight.shape[0]
         and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
         and _has_no_alias(weight)
+        and not _is_shared(weight)
     )
 
 
 def _has_no_alias(weight: Tensor) -> bool:
     """Whether no other tensor has the storage: two references are this tensor's and that of the question."""
     return torch._C._storage_Use_Count(weight.untyped_storage()._cdata) == 2
+
+
+def _is_shared(weight: Tensor) -> bool:
+    """Whether it went to another process or came from one; ``weight.is_shared()`` is True of all that is on a GPU."""
+    storage = weight.untyped_storage()._cdata
+    return any(reference.cdata == storage for reference in list(shared_cache.values()))
 
 
 def _stream(tensor: Tensor) -> tuple[int, bool]:

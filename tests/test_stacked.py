@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -223,6 +224,26 @@ def test_another_adapter_with_more_rows_gets_them() -> None:
         stacked.stack(plain.weight, rank)
         assert buffer_of(plain.weight).shape[0] == N + rows or rows > N // 8
     assert buffer_of(plain.weight).shape[0] == N + 64  # 128 would be a fifth of N
+
+
+def test_a_weight_that_other_processes_have_stays_theirs() -> None:
+    """In memory of its own it would no longer show what they write, and take room in each of them."""
+    adapted = layer(stack_weight=False)
+    ForkingPickler.dumps(adapted)
+    address = adapted.weight.data_ptr()
+    stacked.stack(adapted.weight, R)
+    assert adapted.weight.data_ptr() == address
+    assert adapted.weight.is_shared()
+
+
+def test_a_view_of_a_stacked_weight_keeps_its_place() -> None:
+    weight = layer().weight
+    view = weight.data
+    stacked.unstack(weight)
+    assert view.data_ptr() == weight.data_ptr()
+    del view
+    stacked.unstack(weight)
+    assert stacked.find(weight) is None
 
 
 def test_merging_in_place_keeps_it() -> None:
