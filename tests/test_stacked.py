@@ -246,6 +246,16 @@ def test_a_view_of_a_stacked_weight_keeps_its_place() -> None:
     assert stacked.find(weight) is None
 
 
+def test_a_weight_on_another_than_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which PyTorch's protocol exports nothing."""
+
+    def refuse(tensor: Tensor, **_: object) -> None:
+        raise BufferError("Can't export tensors on a different CUDA device index.")
+
+    monkeypatch.setattr(Tensor, "__dlpack__", refuse)
+    assert stacked.find(layer().weight) is not None
+
+
 def test_merging_in_place_keeps_it() -> None:
     adapted = layer()
     nn.init.normal_(adapted.lora_B)
