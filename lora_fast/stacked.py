@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 ROWS = 64  # the rank is padded to a multiple of them, with rows of zeros: rows of [dv | dh] then begin at whole lines
 DEVICES = ("cuda",)  # where the product takes less time than the pass
@@ -109,7 +109,7 @@ def stack(weight: Tensor, rank: int) -> None:
         buffer[:N].copy_(weight)
         buffer[N:].zero_()
         # by a capsule: the protocol of objects exports from the current device alone
-        weight.data = from_dlpack(to_dlpack(buffer[:N]))
+        weight.data = from_dlpack(torch._C._to_dlpack(buffer[:N]))
     made = Stack(buffer, N)
     with _lock:
         for address in [address for address, other in _stacks.items() if other.buffer() is None]:
