@@ -37,7 +37,7 @@ class Stack:
         self._dtype, self._device = buffer.dtype, buffer.device
         self._storage = StorageWeakRef(buffer.untyped_storage())
         self._filled = 0  # rows that have been written
-        self._owner: int | None = None  # address of the lora_A that was written last
+        self._owner: tuple[Any, ...] | None = None  # address and form of the lora_A that was written last
         self._stream: int | None = None
         self._captured = False
 
@@ -78,7 +78,7 @@ class Stack:
 
     def _claim(self, lora_A: Tensor) -> bool:
         stream, capturing = _stream(lora_A)
-        owner = lora_A.data_ptr()
+        owner = lora_A.data_ptr(), lora_A.shape, lora_A.stride(), lora_A.dtype
         if self._owner is not None and self._owner != owner and (self._stream != stream or self._captured):
             return False
         self._owner, self._stream = owner, stream

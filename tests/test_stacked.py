@@ -11,11 +11,9 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -226,36 +224,6 @@ def test_another_adapter_with_more_rows_gets_them() -> None:
     assert buffer_of(plain.weight).shape[0] == N + 64  # 128 would be a fifth of N
 
 
-def test_a_weight_that_other_processes_have_stays_theirs() -> None:
-    """In memory of its own it would no longer show what they write, and take room in each of them."""
-    adapted = layer(stack_weight=False)
-    ForkingPickler.dumps(adapted)
-    address = adapted.weight.data_ptr()
-    stacked.stack(adapted.weight, R)
-    assert adapted.weight.data_ptr() == address
-    assert adapted.weight.is_shared()
-
-
-def test_a_view_of_a_stacked_weight_keeps_its_place() -> None:
-    weight = layer().weight
-    view = weight.data
-    stacked.unstack(weight)
-    assert view.data_ptr() == weight.data_ptr()
-    del view
-    stacked.unstack(weight)
-    assert stacked.find(weight) is None
-
-
-def test_a_weight_on_another_than_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which PyTorch's protocol exports nothing."""
-
-    def refuse(tensor: Tensor, **_: object) -> None:
-        raise BufferError("Can't export tensors on a different CUDA device index.")
-
-    monkeypatch.setattr(Tensor, "__dlpack__", refuse)
-    assert stacked.find(layer().weight) is not None
-
-
 def test_merging_in_place_keeps_it() -> None:
     adapted = layer()
     nn.init.normal_(adapted.lora_B)
@@ -309,29 +277,6 @@ def test_threads_do_not_mix_their_adapters() -> None:
     assert wrong == []
 
 
-def test_threads_may_make_layers_at_once() -> None:
-    failures: list[Exception] = []
-
-    def make() -> None:
-        try:
-            for _ in range(200):
-                LinearWithDoRA(nn.Linear(8, 512), 4, 0.5)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=make) for _ in range(6)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert failures == []
-
-
 class Streams:
     """Stands for the current stream: its number, and whether it is captured."""
 
@@ -360,6 +305,15 @@ def test_another_adapter_on_another_stream_does_without(monkeypatch: pytest.Monk
         assert (actual is not None) == is_taken
         if actual is not None:
             torch.testing.assert_close(actual, operands[0] @ weight + operands[1] @ lora_A, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_an_adapter_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same address: its rows are not those that the whole's product reads on another stream."""
+    streams, weight, whole = Streams(monkeypatch), layer().weight, torch.randn(16, K)
+    for stream, lora_A, is_taken in ((1, whole, True), (2, whole[:8], False), (1, whole[:8], True)):
+        streams.current = (stream, False)
+        actual = product_of(weight, lora_A, torch.randn(5, N), torch.randn(5, lora_A.shape[0]))
+        assert (actual is not None) == is_taken
 
 
 def test_nothing_is_moved_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
