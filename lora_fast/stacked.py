@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 from torch.utils.dlpack import from_dlpack
 
 ROWS = 64  # the rank is padded to a multiple of them, with rows of zeros: rows of [dv | dh] then begin at whole lines
@@ -37,7 +37,7 @@ class Stack:
         self._dtype, self._device = buffer.dtype, buffer.device
         self._storage = StorageWeakRef(buffer.untyped_storage())
         self._filled = 0  # rows that have been written
-        self._owner: int | None = None  # address of the lora_A that was written last
+        self._owner: tuple[Any, ...] | None = None  # address and form of the lora_A that was written last
         self._stream: int | None = None
         self._captured = False
 
@@ -78,7 +78,7 @@ class Stack:
 
     def _claim(self, lora_A: Tensor) -> bool:
         stream, capturing = _stream(lora_A)
-        owner = lora_A.data_ptr()
+        owner = lora_A.data_ptr(), lora_A.shape, lora_A.stride(), lora_A.dtype
         if self._owner is not None and self._owner != owner and (self._stream != stream or self._captured):
             return False
         self._owner, self._stream = owner, stream
@@ -87,14 +87,15 @@ class Stack:
 
 
 _stacks: dict[int, Stack] = {}  # by the address of the weight
+_lock = threading.Lock()  # for changes of it
 
 
 def stack(weight: Tensor, rank: int) -> None:
     """Give ``weight`` [N, K] room for ``rank`` rows below it, or leave it where that cannot be.
 
-    It must lie on a GPU, contiguous, frozen, alone in its storage, with eight times as many rows as are added. To be
-    called when a weight has come to its place, before graphs are captured; for one weight after the other, so that
-    memory grows by one of them at most meanwhile.
+    It must lie on a GPU, contiguous, frozen, alone in its storage, in this process alone, with eight times as many rows
+    as are added. To be called when a weight has come to its place, before graphs are captured; for one weight after the
+    other, so that memory grows by one of them at most meanwhile.
     """
     rows = -(-rank // ROWS) * ROWS
     if not _takes(weight, rows) or torch.compiler.is_compiling() or _stream(weight)[1]:
@@ -102,20 +103,23 @@ def stack(weight: Tensor, rank: int) -> None:
     found = find(weight)
     if found is not None and found.rows >= rows:
         return
-    for address in [address for address, other in _stacks.items() if other.buffer() is None]:
-        del _stacks[address]
     N, K = weight.shape
     with torch.inference_mode(False), torch.no_grad():
         buffer = weight.new_empty(N + rows, K)
         buffer[:N].copy_(weight)
         buffer[N:].zero_()
-        weight.data = from_dlpack(buffer[:N])
-    _stacks[weight.data_ptr()] = Stack(buffer, N)
+        # by a capsule: the protocol of objects exports from the current device alone
+        weight.data = from_dlpack(torch._C._to_dlpack(buffer[:N]))
+    made = Stack(buffer, N)
+    with _lock:
+        for address in [address for address, other in _stacks.items() if other.buffer() is None]:
+            del _stacks[address]
+        _stacks[weight.data_ptr()] = made
 
 
 def unstack(weight: Tensor) -> None:
-    """Give ``weight`` memory of its own size again, if it is in a buffer."""
-    if find(weight) is not None:
+    """Give ``weight`` memory of its own size again, if it is in a buffer and no other tensor is in its storage."""
+    if find(weight) is not None and _has_no_alias(weight):
         with torch.inference_mode(False), torch.no_grad():
             weight.data = weight.data.clone()
 
@@ -139,12 +143,19 @@ def _takes(weight: Tensor, rows: int) -> bool:
         and 0 < 8 * rows <= weight.shape[0]
         and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
         and _has_no_alias(weight)
+        and not _is_shared(weight)
     )
 
 
 def _has_no_alias(weight: Tensor) -> bool:
     """Whether no other tensor has the storage: two references are this tensor's and that of the question."""
     return torch._C._storage_Use_Count(weight.untyped_storage()._cdata) == 2
+
+
+def _is_shared(weight: Tensor) -> bool:
+    """Whether it went to another process or came from one; ``weight.is_shared()`` is True of all that is on a GPU."""
+    storage = weight.untyped_storage()._cdata
+    return any(reference.cdata == storage for reference in list(shared_cache.values()))
 
 
 def _stream(tensor: Tensor) -> tuple[int, bool]:

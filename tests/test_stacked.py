@@ -124,6 +124,20 @@ def test_files_copies_and_pickles_have_an_ordinary_weight() -> None:
         assert adapted.weight.any()
 
 
+def test_pickles_of_before_have_the_room() -> None:
+    """Whose layers lack the attribute."""
+    adapted = layer()
+    del adapted.__dict__["stack_weight"]
+    copied = pickle.loads(pickle.dumps(adapted)).to("cpu")
+    assert stacked.find(copied.weight) is not None
+    assert "stack_weight" not in repr(copied)
+    model = wide_peft_model()
+    lora_fast.accelerate(model)
+    accelerated = next(module for module in model.modules() if hasattr(module, "_lora_fast"))
+    del accelerated._lora_fast.__dict__["stack_weights"]
+    assert stacked.find(base_weight(pickle.loads(pickle.dumps(model)).to("cpu"))) is not None
+
+
 def test_load_state_dict_copies_into_it_or_takes_another_weights_place() -> None:
     adapted, other = layer(), layer(stack_weight=False)
     other.weight.data.mul_(2)
@@ -291,6 +305,15 @@ def test_another_adapter_on_another_stream_does_without(monkeypatch: pytest.Monk
         assert (actual is not None) == is_taken
         if actual is not None:
             torch.testing.assert_close(actual, operands[0] @ weight + operands[1] @ lora_A, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_an_adapter_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same address: its rows are not those that the whole's product reads on another stream."""
+    streams, weight, whole = Streams(monkeypatch), layer().weight, torch.randn(16, K)
+    for stream, lora_A, is_taken in ((1, whole, True), (2, whole[:8], False), (1, whole[:8], True)):
+        streams.current = (stream, False)
+        actual = product_of(weight, lora_A, torch.randn(5, N), torch.randn(5, lora_A.shape[0]))
+        assert (actual is not None) == is_taken
 
 
 def test_nothing_is_moved_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

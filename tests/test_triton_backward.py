@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from support import Draw, hold_to_budget, named
 
+from lora_fast import functional
 from lora_fast.testing import dropout_mask, poisoned_memory
 from lora_fast.triton_kernels import lora_A_grad as A_grad, lora_gain_bwd as gain_bwd, lora_input_grad as input_grad
 from lora_fast.triton_kernels.sum_partials import sum_partials
@@ -313,6 +314,27 @@ def test_no_tokens() -> None:
     assert torch.equal(grad_gain, torch.zeros(6))
     grad_A = A_grad.lora_A_grad(torch.empty(0, 4), torch.empty(0, 6), None, 0.0, None, torch.float32)
     assert torch.equal(grad_A, torch.zeros(4, 6))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("alone", ["lora_A", "lora_B", "h"])
+def test_no_tokens_where_dv_is_not_asked_for(alone: str) -> None:
+    """dh is then made of grad_y and the gain, which an empty dv must not be taken for."""
+    tensors = {
+        "lora_A": normal(4, 24, dtype=torch.bfloat16),
+        "lora_B": normal(16, 4, dtype=torch.bfloat16),
+        "h": torch.empty(0, 4, dtype=torch.bfloat16),
+    }
+    tensors[alone].requires_grad_()
+    x, base = torch.empty(0, 24, dtype=torch.bfloat16), torch.empty(0, 16, dtype=torch.bfloat16)
+    lora_A, lora_B, h = tensors.values()
+    if alone == "h":
+        y = functional.lora_compose(base, h, lora_B, S, torch.ones(16), backend="triton")
+    else:
+        weight = normal(16, 24, dtype=torch.bfloat16)
+        y = functional.lora_linear(x, weight, None, lora_A, lora_B, S, torch.ones(16), backend="triton")
+    y.sum().backward()
+    assert torch.equal(tensors[alone].grad, torch.zeros_like(tensors[alone]))
 
 
 @pytest.mark.interp

@@ -35,7 +35,7 @@ class State:
 
     compute_dtype: str  # "activation" or "adapter"
     norm_reuse: bool
-    stack_weights: bool
+    stack_weights: bool = True
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
 

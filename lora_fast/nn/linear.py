@@ -318,6 +318,8 @@ class LinearWithDoRA(AdaptedLinear):
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
     """
 
+    stack_weight = True  # of layers in pickles that were made before there was one
+
     def __init__(
         self,
         linear: nn.Linear,

@@ -212,7 +212,7 @@ def h_grad(
         # PyTorch's products in 16 bits on a CPU read what lies in rows that are apart, also for beta = 0
         grad_h = grad_y.new_empty(grad_y.shape[0], R) if out is None else out.zero_()[:, :R]
         return grad_h.addmm_(grad_v, call.lora_B.to(grad_y.dtype), beta=0, alpha=call.scaling)
-    source, gain = (grad_v, None) if grad_v.numel() == grad_y.numel() else (grad_y, call.gain)
+    source, gain = (grad_v, None) if grad_v.shape == grad_y.shape else (grad_y, call.gain)
     return lora_gain_bwd.lora_grad_h(source, call.lora_B, call.scaling, gain, out)[:, :R]
 
 
