@@ -75,8 +75,8 @@ SUBJECTS = (
     Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
     Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
     Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
-    Subject("accelerated PEFT LoRA", c.ACCELERATED_LORA, one_call=True),  # "auto" takes cuda at these sizes
-    Subject("accelerated PEFT DoRA", c.ACCELERATED, one_call=True),
+    Subject("accelerate(PEFT LoRA)", c.ACCELERATED_LORA, one_call=True),  # "auto" takes cuda at these sizes
+    Subject("accelerate(PEFT DoRA)", c.ACCELERATED, one_call=True),
 )
 
 

@@ -55,7 +55,8 @@ class Stack:
     def holds(self, weight: Tensor) -> bool:
         """Whether ``weight``, which lies at the buffer's address, is the one whose rows those are."""
         N, K = self.out_features, self.shape[1]
-        return weight.shape == (N, K) and weight.stride() == (K, 1) and weight.dtype == self._dtype
+        is_alike = weight.dtype == self._dtype and weight.device == self._device
+        return is_alike and weight.shape == (N, K) and weight.stride() == (K, 1)
 
     @contextlib.contextmanager
     def holding(self, lora_A: Tensor) -> Iterator[Tensor | None]:
@@ -162,4 +163,5 @@ def _stream(tensor: Tensor) -> tuple[int, bool]:
     """The current stream on the tensor's device, and whether it is being captured."""
     if tensor.device.type != "cuda":
         return 0, False
-    return torch.cuda.current_stream(tensor.device).cuda_stream, torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(tensor.device):
+        return torch.cuda.current_stream().cuda_stream, torch.cuda.is_current_stream_capturing()

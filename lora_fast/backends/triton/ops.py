@@ -90,7 +90,8 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     need_input = call.need_x or need_gain_in
     need_h = need_input or call.need_A
     with _on_device_of(grad_y):
-        both = dv_and_dh(call, plan)
+        stack = stacked.find(call.weight) if plan.kernel("grad_x") == STACKED else None
+        both = None if stack is None else grad_y.new_empty(grad_y.shape[0], stack.shape[0])  # [dv | dh], then zeros
         grad_v, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
             grad_y,
             call.product,
@@ -112,7 +113,7 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
         if call.need_A:
             grad_A = A_grad(call, plan, grad_h)
         if need_input:
-            grad_x, grad_gain_in = input_grad(call, plan, grad_v, grad_h, both)
+            grad_x, grad_gain_in = input_grad(call, plan, grad_v, grad_h, stack, both)
             grad_gain = grad_gain_in if need_gain_in else grad_gain
             grad_x = grad_x if call.need_x else grad_y.new_empty(0)
     return grad_x, grad_A, grad_B, grad_gain, grad_bias
@@ -194,13 +195,6 @@ def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: 
         compose.lora_compose_fwd(base, h, lora_B, scaling, None, None, base, None)
 
 
-def dv_and_dh(call: calls.LoraLinearGrad, plan: Plan) -> Tensor | None:
-    """Memory for [dv | dh], where dx is one product of both; columns of zeros follow dh."""
-    if plan.kernel("grad_x") != STACKED or (stack := stacked.find(call.weight)) is None:
-        return None
-    return call.grad_y.new_empty(call.grad_y.shape[0], stack.shape[0])
-
-
 def h_grad(
     call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor, both: Tensor | None = None
 ) -> Tensor:
@@ -226,11 +220,16 @@ def A_grad(call: calls.LoraLinearGrad, plan: Plan, grad_h: Tensor) -> Tensor:
 
 
 def input_grad(
-    call: calls.LoraLinearGrad, plan: Plan, grad_v: Tensor, grad_h: Tensor, both: Tensor | None = None
+    call: calls.LoraLinearGrad,
+    plan: Plan,
+    grad_v: Tensor,
+    grad_h: Tensor,
+    stack: stacked.Stack | None = None,
+    both: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, d gain_in), of dv W + drop(dh lora_A); ``both``: [dv | dh]"""
+    """(dx, d gain_in), of dv W + drop(dh lora_A); with a ``stack``, of ``both``, which is [dv | dh]"""
     weight, lora_A, x, gain_in = call.weight, call.lora_A, call.x, _sides(call)[1]
-    if both is not None and (stack := stacked.find(weight)) is not None:
+    if stack is not None and both is not None:
         with stack.holding(lora_A) as rows:
             if rows is not None:
                 product = both @ rows
