@@ -302,7 +302,7 @@ def _keep(backend: str, activation: Tensor, axis: Axis, *, gain_wants_grad: bool
     """What backward needs for the gain's gradient; an input's gain has it from x."""
     if not gain_wants_grad or axis == "input":
         return "nothing"
-    return kept_by(backend, activation.device.type)
+    return kept_by(backend, activation.device.type, activation.dtype.itemsize > 2)
 
 
 def _as_gain(gain: Tensor | None, dtype: torch.dtype) -> Tensor | None:

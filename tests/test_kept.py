@@ -16,12 +16,12 @@ from lora_fast.testing import CASES, Case, Inputs, make_inputs, scaled_dropout_m
 FORMS = ("gain", "output", "output-full")
 
 
-def keep_the_other(backend: str, monkeypatch: pytest.MonkeyPatch) -> calls.Kept:
-    """The kind that ``backend`` does not choose, which it is made to keep."""
+def keep_the_other(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``backend`` is made to keep the kind that it does not choose."""
     chosen = backends.get(backend)
-    (other,) = set(get_args(calls.Kept)) - {"nothing", chosen.keeps}
-    monkeypatch.setattr(chosen, "keeps", other, raising=True)
-    return other
+    for attribute in ("keeps", "keeps_wide"):
+        (other,) = set(get_args(calls.Kept)) - {"nothing", getattr(chosen, attribute)}
+        monkeypatch.setattr(chosen, attribute, other)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_lora_compose_keeps_either(dtype: torch.dtype, backend: str, monkeypatch
 
 def test_the_base_of_lora_compose_is_kept_and_not_copied(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a write into it before backward is an error, as for every operand of PyTorch's that is kept."""
-    monkeypatch.setattr(backends.get(backend), "keeps", "base")
+    monkeypatch.setattr(backends.get(backend), "keeps_wide", "base")
     inputs = make_inputs(Case((6,), 40, 8, 3))
     gain, base = inputs.gain["output"].requires_grad_(), inputs.base.clone()
     y = functional.lora_compose(base, inputs.h, inputs.lora_B, 0.7, gain, backend=backend)
@@ -132,6 +132,9 @@ def test_compiles_without_a_break(form: str, backend: str, other: str) -> None:
 
 def test_auto_keeps_what_the_first_backend_there_does() -> None:
     """It is told before the op runs, and by the device alone: a traced graph has it in it."""
-    assert backends.kept_by("auto", "cpu") == "product"
-    for name in backends.NAMES:
-        assert backends.kept_by(name, "cuda") == backends.get(name).keeps
+    assert backends.kept_by("auto", "cpu", False) == backends.kept_by("auto", "cpu", True) == "product"
+    kept = {
+        name: (backends.kept_by(name, "cuda", False), backends.kept_by(name, "cuda", True)) for name in backends.NAMES
+    }
+    on_a_gpu, elsewhere = ("base", "product"), ("product", "product")
+    assert kept == {"cpu": elsewhere, "cuda": on_a_gpu, "triton": on_a_gpu, "torch": elsewhere}

@@ -70,7 +70,7 @@ def explain(size: Size, ops: Collection[str] | None = None, backend: str = "auto
     Of a named backend that refuses a call, the row has the reason and no kernel.
     """
     rows = []
-    kept = registry.kept_by(backend, torch.device(size.device).type)
+    kept = registry.kept_by(backend, torch.device(size.device).type, size.dtype.itemsize > 2)
     for op, call in example_calls(size, kept).items():
         if ops is not None and op not in ops:
             continue

@@ -27,7 +27,10 @@ class Backend:
     """What the registry asks of a backend before it loads ``plan`` and ``ops``."""
 
     reads: tuple[Kept, ...] = get_args(Kept)  # that a forward may have kept: another kind would give wrong gradients
-    keeps: Kept = "product"  # for the gain's gradient, where the choice is its own
+    # for the gain's gradient, where the choice is its own: of 16-bit activations, and of wider ones, whose base would
+    # make the gradient of two sums, with a rounding error of half as much again as eager's in float32
+    keeps: Kept = "product"
+    keeps_wide: Kept = "product"
 
     def __init__(self, package: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
         self.name = package.rpartition(".")[2]
@@ -141,13 +144,16 @@ def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
     return answer if isinstance(answer, Plan) else answer(call)
 
 
-def kept_by(name: str, device_type: str) -> Kept:
+def kept_by(name: str, device_type: str, is_wide: bool) -> Kept:
     """What forwards keep for the gain's gradient, where the named backend or "auto" takes tensors on such a device.
+
+    ``is_wide``: of activations of more than 16 bits.
 
     It is told before the op runs, because the graphs that torch.compile and export make have it in them; another
     backend that runs them there keeps and reads it too, in the way that it has.
     """
-    return (_candidates(device_type)[0] if name == "auto" else get(name)).keeps
+    backend = _candidates(device_type)[0] if name == "auto" else get(name)
+    return backend.keeps_wide if is_wide else backend.keeps
 
 
 # as on `resolved` in default.py
