@@ -45,6 +45,9 @@ class Stack:
     def rows(self) -> int:
         return self.shape[0] - self.out_features
 
+    def is_freed(self) -> bool:
+        return self._storage.expired()
+
     def buffer(self) -> Tensor | None:
         """The whole; None where the weight has left it."""
         storage: Any = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)  # None once it is freed
@@ -113,7 +116,7 @@ def stack(weight: Tensor, rank: int) -> None:
         weight.data = from_dlpack(torch._C._to_dlpack(buffer[:N]))
     made = Stack(buffer, N)
     with _lock:
-        for address in [address for address, other in _stacks.items() if other.buffer() is None]:
+        for address in [address for address, other in _stacks.items() if other.is_freed()]:
             del _stacks[address]
         _stacks[weight.data_ptr()] = made
 
@@ -128,7 +131,7 @@ def unstack(weight: Tensor) -> None:
 def find(weight: Tensor) -> Stack | None:
     """The buffer that ``weight`` [N, K] is in now, or None."""
     found = _stacks.get(weight.data_ptr()) if _stacks else None
-    return found if found is not None and found.holds(weight) and found.buffer() is not None else None
+    return found if found is not None and found.holds(weight) and not found.is_freed() else None
 
 
 def _takes(weight: Tensor, rows: int) -> bool:

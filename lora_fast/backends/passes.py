@@ -54,6 +54,16 @@ def token_chunks(tokens: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
+def results_beside(base: Tensor, keep: calls.Kept) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Where composition writes y, which may be base, and the product; and what is kept, empty for nothing."""
+    if keep == "base":
+        return torch.empty_like(base), None, base
+    if keep == "nothing":
+        return base, None, base.new_empty(0)
+    product = torch.empty_like(base)
+    return base, product, product
+
+
 class Passes:
     """The linears of one backend, from its three passes over activations [T, N] and the products it has besides.
 
@@ -88,12 +98,9 @@ class Passes:
             self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
             return y, y.new_empty(0), h
         base = self.linears[plan.kernel("base")](x, weight, None)
-        y = torch.empty_like(base) if call.keep == "base" else base
-        product = torch.empty_like(base) if call.keep == "product" else None
+        y, product, kept = results_beside(base, call.keep)
         self.compose(base, h, call.lora_B, call.scaling, gain, bias, y, product)
-        if call.keep == "base":
-            product = base
-        return y, y.new_empty(0) if product is None else product, h
+        return y, kept, h
 
     def lora_linear_bwd(self, call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
         grad_y, dtype = call.grad_y, call.grad_y.dtype

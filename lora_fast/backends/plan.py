@@ -55,13 +55,10 @@ def joined(first: Plan, second: Plan) -> Plan:
 def is_stacked(call: LinearGrad, tokens: int) -> bool:
     """Whether dx is one product with its update, from so many tokens on: W has room for lora_A below it, and dv is in
     memory of ours, since the gain has made it."""
-    found = stacked.find(call.weight) if call.need_x and call.has_gain and call.axis == "output" else None
-    return (
-        found is not None
-        and call.grad_y.shape[0] >= tokens
-        and call.lora_A.shape[0] <= found.rows
-        and call.weight.dtype == call.grad_y.dtype
-    )
+    if call.grad_y.shape[0] < tokens or not (call.need_x and call.has_gain and call.axis == "output"):
+        return False
+    found = stacked.find(call.weight)
+    return found is not None and call.lora_A.shape[0] <= found.rows and call.weight.dtype == call.grad_y.dtype
 
 
 def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear) -> bool:

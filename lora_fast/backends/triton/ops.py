@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_fast import calls, stacked
 from lora_fast.backends import dora
-from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients
+from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients, results_beside
 from lora_fast.backends.plan import Plan
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
@@ -75,12 +75,9 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
             add_update(y, h, lora_B, scaling, plan.kernel("y"))
             return y, y.new_empty(0), h
         base = F.linear(x, weight)
-        y = torch.empty_like(base) if keep == "base" else base
-        product = torch.empty_like(base) if keep == "product" else None
+        y, product, kept = results_beside(base, keep)
         compose.lora_compose_fwd(base, h, lora_B, scaling, gain, bias, y, product)
-        if keep == "base":
-            product = base
-        return y, y.new_empty(0) if product is None else product, h
+        return y, kept, h
 
 
 def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
