@@ -367,10 +367,10 @@ def _peft_cached(inputs: LayerInputs) -> Layer:
     return Layer(_Cached(built.module), built.trained)
 
 
-def _accelerated(dora: bool) -> Callable[[LayerInputs], Layer]:
+def _accelerated(dora: bool, float32_adapters: bool = True) -> Callable[[LayerInputs], Layer]:
     def build(inputs: LayerInputs) -> Layer:
         with calls_of("peft"):
-            built = _peft(dora, True)(inputs)
+            built = _peft(dora, float32_adapters)(inputs)
         accelerate(nn.Sequential(built.module))
         return Layer(built.module, built.trained, partial(_our_mask, inputs))
 
@@ -447,6 +447,17 @@ PEFT_DORA_CACHED = Contender("PEFT DoRA, DoraCaching", _peft_cached, "dora", req
 ACCELERATED_LORA = Contender("lora_fast accelerate(PEFT LoRA)", _accelerated(False), "lora", ours=True, requires="peft")
 ACCELERATED = Contender(
     "lora_fast accelerate(PEFT DoRA)", _accelerated(True), "dora", ours=True, requires="peft", drops_base=True
+)
+ACCELERATED_LORA_BF16 = Contender(
+    "lora_fast accelerate(PEFT LoRA), bf16 adapters", _accelerated(False, False), "lora", ours=True, requires="peft"
+)
+ACCELERATED_BF16 = Contender(
+    "lora_fast accelerate(PEFT DoRA), bf16 adapters",
+    _accelerated(True, False),
+    "dora",
+    ours=True,
+    requires="peft",
+    drops_base=True,
 )
 FROZEN_NORMS = Contender("lora_fast DoRA, freeze_norms", _frozen_norms, "dora", ours=True, inference_only=True)
 

@@ -60,7 +60,7 @@ def sweeps() -> list[Callable[[], Sweep]]:
         gain_bwd, gain_bwd_programs, gain_bwd_rank,
         compose_low, compose_high, compose_described, compose_pointer_rank, project_low, A_grad_low, A_grad_programs,
         norm_low, norm_middle, norm_high, norm_flattened, stacked_tokens, input_grad_contraction,
-        gemm_rank, few_tokens, host_bound, norm_backend,
+        gemm_rank, few_tokens, host_bound, operators_bound, norm_backend,
     ]  # fmt: skip
 
 
@@ -337,13 +337,14 @@ def _few_tokens_config(value: FewTokens) -> lora_linear_small.Config:
         return lora_linear_small.lora_linear_small_config(16, 4096, 4096, 16, 2, 2, SM90)
 
 
-def _training(T: int) -> Call:
+def _training(T: int, *, dora: bool) -> Call:
     x, W, A, B, grad_y = _normal(T, 4096), _normal(4096, 4096), _normal(16, 4096), _normal(4096, 16), _normal(T, 4096)
-    wanting = [tensor.requires_grad_() for tensor in (x, A, B, _gain(4096))]
+    wanting = [tensor.requires_grad_() for tensor in (x, A, B, *([_gain(4096)] if dora else []))]
 
     def call() -> tuple[Tensor, ...]:
-        x, A, B, magnitude = wanting
-        y = functional.dora_linear(x, W, None, A, B, magnitude, S)
+        x, A, B, *magnitude = wanting
+        factors = x, W, None, A, B
+        y = functional.dora_linear(*factors, magnitude[0], S) if dora else functional.lora_linear(*factors, S)
         return y, *torch.autograd.grad(y, wanting, grad_y)
 
     return call
@@ -351,8 +352,14 @@ def _training(T: int) -> Call:
 
 def host_bound() -> Sweep:
     """Forward and backward by one call each of "cuda" or by Triton's kernels."""
-    calls = {f"{T} tokens, 4096×4096, rank 16": _training(T) for T in (256, 1024, 2048, 4096, 8192)}
+    calls = {f"{T} tokens, 4096×4096, rank 16": _training(T, dora=True) for T in (256, 1024, 2048, 4096, 8192)}
     return Sweep("host_bound", [0, *(1 << power for power in range(33, 38))], calls, wall=True)
+
+
+def operators_bound() -> Sweep:
+    """Forward and backward by PyTorch's operators or by one call each of "cuda"."""
+    calls = {f"{T} tokens, 4096×4096, rank 16": _training(T, dora=False) for T in (16, 256, 512, 1024, 2048)}
+    return Sweep("operators_bound", [0, *(1 << power for power in range(32, 36))], calls, wall=True)
 
 
 def _norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:

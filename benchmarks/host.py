@@ -6,10 +6,11 @@ lora_fast's layers run on the backends "triton" and "cuda" at their real size, o
 pretended: a launch comes as far as the launcher of the compiled kernel, which returns at once, and a product of
 PyTorch's is an allocation. Of "cuda" the one C++ call of a forward, and that of a backward, is an allocation of its
 results, so that what happens in it is not in these figures.
-The layers beside them are computed, on tensors so small that computing takes next to nothing. A step of lora_fast's is
-split into parts:
+The layers beside them are computed, on tensors so small that computing takes next to nothing, and so is LoRA where
+"auto" leaves it to PyTorch's operators. A step of lora_fast's is split into parts:
 
-- dispatch: empty ops and an empty autograd Function of the same signatures, which allocate the same results;
+- dispatch: empty ops and an empty autograd Function of the same signatures, which allocate the same results; forward
+  and backward without it are ours;
 - launches: by how much a step is longer than one whose launches do nothing;
 - operators: the same calls of PyTorch's functions that give a tensor made again, on the CPU and so computed there;
 - our Python: what is left.
@@ -40,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fast
 from lora_fast import backends
+from lora_fast.autograd import Function
 from lora_fast.backends import registry
 from lora_fast.calls import WeightNorm
 
@@ -67,16 +69,22 @@ class Subject:
 
 SUBJECTS = (
     Subject("nn.Linear", c.FROZEN, stubbed=False),
-    Subject("PEFT LoRA", c.PEFT_LORA, stubbed=False),
-    Subject("PEFT DoRA", c.PEFT_DORA, stubbed=False),
+    Subject("PEFT LoRA, bf16 adapters", c.PEFT_LORA, stubbed=False),
+    Subject("PEFT LoRA, fp32 adapters", c.PEFT_LORA_FP32, stubbed=False),
+    Subject("PEFT DoRA, bf16 adapters", c.PEFT_DORA, stubbed=False),
+    Subject("PEFT DoRA, fp32 adapters", c.PEFT_DORA_FP32, stubbed=False),
     Subject("LinearWithLoRA", c.lora("triton")),
     Subject("LinearWithDoRA, kept norm", c.dora("triton")),
     Subject("LinearWithDoRA, frozen norm", c.dora("triton"), frozen_norm=True),
     Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
     Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
     Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
-    Subject("accelerate(PEFT LoRA)", c.ACCELERATED_LORA, one_call=True),  # "auto" takes cuda at these sizes
-    Subject("accelerate(PEFT DoRA)", c.ACCELERATED, one_call=True),
+    # at these sizes "auto" takes PyTorch's operators for LoRA where all dtypes are one, and else cuda
+    Subject("LinearWithLoRA, auto", c.lora(), stubbed=False),
+    Subject("accelerate(PEFT LoRA), bf16 adapters", c.ACCELERATED_LORA_BF16, stubbed=False),
+    Subject("accelerate(PEFT LoRA), fp32 adapters", c.ACCELERATED_LORA, one_call=True),
+    Subject("accelerate(PEFT DoRA), bf16 adapters", c.ACCELERATED_BF16, one_call=True),
+    Subject("accelerate(PEFT DoRA), fp32 adapters", c.ACCELERATED, one_call=True),
 )
 
 
@@ -219,6 +227,7 @@ def stubbed() -> Iterator[None]:
         stack.enter_context(_one_call(lambda call: call))
         stack.enter_context(mock.patch.object(backends.get("triton"), "takes", _takes_all))
         stack.enter_context(mock.patch.object(registry, "_candidates", _of_a_gpu))
+        stack.enter_context(mock.patch.object(backends.operators, "DEVICES", ("cpu",)))
         yield
 
 
@@ -276,8 +285,9 @@ _library = torch.library.Library("lora_fast_host", "DEF")  # of empty ops, there
 _numbers = itertools.count()
 
 
-def dispatch_alone(calls: Sequence[Call]) -> Step:
-    """Both ops of a step, and the Function between them, empty, with the same arguments and results."""
+def dispatch_alone(calls: Sequence[Call]) -> tuple[Step, Step]:
+    """The forward's op, and both ops of a step, with the Function around them, empty: of the same arguments and
+    results."""
     forward, backward = calls
     forward_op, backward_op = map(_empty_op, calls)
     sources = {"grad_x": "x", "grad_A": "lora_A", "grad_B": "lora_B", "grad_bias": "bias"}
@@ -285,7 +295,7 @@ def dispatch_alone(calls: Sequence[Call]) -> Step:
     inputs_of = [sources[result.name] for result in backward.op._schema.returns]
     kept = [argument for argument in backward.args if isinstance(argument, Tensor)][1:]  # all but grad_y
 
-    class Empty(torch.autograd.Function):
+    class Empty(Function):
         @staticmethod
         def forward(*inputs: Any) -> Any:
             return forward_op(*inputs)
@@ -306,12 +316,15 @@ def dispatch_alone(calls: Sequence[Call]) -> Step:
 
     leaves = [argument for argument in forward.args if isinstance(argument, Tensor) and argument.requires_grad]
 
+    def forward_alone() -> None:
+        Empty.apply(*forward.args)
+
     def step() -> None:
         Empty.apply(*forward.args)[0].backward(backward.args[0])
         for leaf in leaves:
             leaf.grad = None
 
-    return step
+    return forward_alone, step
 
 
 def _empty_op(call: Call) -> Any:
@@ -320,11 +333,12 @@ def _empty_op(call: Call) -> Any:
     name = f"{name}_{next(_numbers)}"
     _library.define(f"{name}({signature}")
     _library.impl(name, lambda *_: tuple(map(torch.empty_like, call.outputs)), "CompositeExplicitAutograd")
-    return getattr(torch.ops.lora_fast_host, name)
+    return getattr(torch.ops.lora_fast_host, name).default
 
 
 Key = tuple[str, str]  # a subject and what is timed
 NO_LAUNCHES = "step without launches"
+FORWARD_DISPATCH = "dispatch of the forward"
 PARTS = ("dispatch", "launches", "operators")
 
 
@@ -335,8 +349,17 @@ class Row:
     name: str
     forward: float
     step: float
-    counts: dict[str, int]  # empty for a layer that is not lora_fast's, as are the parts
+    counts: dict[str, int]  # empty for a layer that runs no op of lora_fast's, as are the parts
     parts: dict[str, float]
+    forward_dispatch: float = 0.0
+
+    @property
+    def forward_ours(self) -> float:
+        return self.forward - self.forward_dispatch
+
+    @property
+    def backward_ours(self) -> float:
+        return self.step - self.parts["dispatch"] - self.forward_ours
 
     @property
     def python(self) -> float:
@@ -361,7 +384,7 @@ def rows(tokens: int, rounds: int, subjects: Iterable[Subject] = SUBJECTS) -> It
             counts[name] = {}
             if subject.stubbed:
                 found = counted(steps[name, "step"])
-                steps[name, "dispatch"] = dispatch_alone(found.calls)
+                steps[name, FORWARD_DISPATCH], steps[name, "dispatch"] = dispatch_alone(found.calls)
                 steps[name, "operators"] = in_turn(found.operators)
                 if not subject.one_call:
                     steps[name, NO_LAUNCHES] = steps[name, "step"]
@@ -374,7 +397,8 @@ def rows(tokens: int, rounds: int, subjects: Iterable[Subject] = SUBJECTS) -> It
         if NO_LAUNCHES in found_:
             found_["launches"] = found_["step"] - found_[NO_LAUNCHES]
         parts = {part: found_[part] for part in PARTS if part in found_}
-        yield Row(subject.name, found_["forward"], found_["step"], counts[subject.name], parts)
+        forward_dispatch = found_.get(FORWARD_DISPATCH, 0.0)
+        yield Row(subject.name, found_["forward"], found_["step"], counts[subject.name], parts, forward_dispatch)
 
 
 def in_turn(calls: Sequence[Callable[[], Any]]) -> Step:
@@ -407,14 +431,17 @@ def medians(steps: dict[Key, Step], rounds: int) -> dict[Key, float]:
 def table(tokens: int, found: Iterable[Row]) -> Table:
     from rich.table import Table
 
-    title = f"{tokens} tokens: µs of a forward, of a step (forward and backward), and of the step's parts"
+    title = f"{tokens} tokens: µs of a forward, a backward and both (a step), and of the step's parts"
     shown = Table(title=title, title_justify="left")
     shown.add_column("", no_wrap=True)
-    headings = "forward", "step", "dispatch", "launches", "of one", "operators", "products", "our Python"
-    for heading in headings:
+    headings = "forward", "ours", "backward", "ours", "step"
+    parts = "dispatch", "launches", "of one", "operators", "products", "our Python"
+    for heading in (*headings, *parts):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in found:
-        shown.add_row(row.name, digits(row.forward), digits(row.step), *_split(row))
+        ours = (digits(row.forward_ours), digits(row.backward_ours)) if row.parts else ("", "")
+        backward = digits(row.step - row.forward)
+        shown.add_row(row.name, digits(row.forward), ours[0], backward, ours[1], digits(row.step), *_split(row))
     return shown
 
 
@@ -450,9 +477,9 @@ def main() -> int:
         return 1
     torch.set_num_threads(1)  # no product is computed that would need more, and threads that wait take others' time
     print(f"{cpu_model()}, Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{SIZE} × {SIZE} bfloat16, rank {RANK}; layers of others on {TINY_TOKENS} tokens of {TINY} × {TINY}")
+    print(f"{SIZE} × {SIZE} bfloat16, rank {RANK}; what is computed, on {TINY_TOKENS} tokens of {TINY} × {TINY}")
     for tokens in TOKENS:
-        Console(width=140).print(table(tokens, rows(tokens, arguments.rounds)))
+        Console(width=170).print(table(tokens, rows(tokens, arguments.rounds)))
     return 0
 
 

@@ -25,6 +25,8 @@ def check_tensor(name: str, value: Any) -> None:
 def check_shape(name: str, value: Tensor, expected: tuple[int | None, ...], terms: str) -> None:
     """``None`` in ``expected`` is any size; ``terms`` names the sizes, as in "[N, K]"."""
     shape = value.shape
+    if shape == expected:
+        return
     fits = len(shape) == len(expected)
     if fits:
         for size, wanted in zip(shape, expected):  # noqa: B905 - they are of one length

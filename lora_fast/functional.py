@@ -27,13 +27,11 @@ from lora_fast.autograd import (
     LoraLinearFunction,
     WeightNormFunction,
 )
-from lora_fast.backends import BackendName, kept_by, resolved
+from lora_fast.backends import BackendName, kept_by, operators, resolved
 from lora_fast.calls import Axis, Kept
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import dora_gain, to_gain_dtype
 from lora_fast.norm_cache import NormCache
-
-_ops = torch.ops.lora_fast
 
 __all__ = [
     "dora_gain",
@@ -184,7 +182,7 @@ def dora_linear(
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
         return DoraLinearFunction.apply(*call, detach_norm, name)[0]
-    return _ops.dora_linear_fwd(*call, name)[0]
+    return ops.dora_linear_fwd(*call, name)[0]
 
 
 def lora_compose(
@@ -227,7 +225,7 @@ def lora_compose(
     name = resolved(backend)
     keep = _keep(name, base, "output", gain_wants_grad=_wants_grad(gain))
     call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
-    compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else _ops.lora_compose_fwd
+    compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else ops.lora_compose_fwd
     return compose(*call, name)[0]
 
 
@@ -243,7 +241,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto")
     checks.check_dropout(p, seed)
     if p == 0.0:
         return x
-    drop = DropoutFunction.apply if _recorded(x) else _ops.dropout
+    drop = DropoutFunction.apply if _recorded(x) else ops.dropout
     return drop(x, seed, float(p), resolved(backend))
 
 
@@ -270,16 +268,18 @@ def merge_weight(
     gain = _as_gain(gain, accumulate_dtype(weight, lora_A, lora_B))
     call = calls.MergeWeight(weight, lora_A, lora_B, float(scaling), gain, axis)
     with torch.no_grad():
-        _ops.merge_weight(*call, resolved(backend))
+        ops.merge_weight(*call, resolved(backend))
 
 
 def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     """Of checked arguments, with a gain on either side."""
-    x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
     name = resolved(backend)
+    if operators.take(call, name):
+        return operators.lora_linear(call)
+    x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
     keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
     call = call._replace(gain=gain, bias=bias, keep=keep)
-    linear = LoraLinearFunction.apply if _recorded(x, call.lora_A, call.lora_B, gain, bias) else _ops.lora_linear_fwd
+    linear = LoraLinearFunction.apply if _recorded(x, call.lora_A, call.lora_B, gain, bias) else ops.lora_linear_fwd
     return linear(*call, name)[0]
 
 

@@ -30,8 +30,9 @@ def _define(
 ) -> Callable:
     """Define ``schema``, whose kernel runs a call of ``call_type``, and register the decorated function as its fake.
 
-    ``op`` is its name in the backends, where that is another one. Of an op on activations the arguments ``rows``, and
-    as many of the first outputs as ``row_outputs``, are [..., C] in the schema and [T, C] below it.
+    The function's name is then the op's, to be called with its arguments. ``op`` is its name in the backends, where
+    that is another one. Of an op on activations the arguments ``rows``, and as many of the first outputs as
+    ``row_outputs``, are [..., C] in the schema and [T, C] below it.
     """
     name = schema[: schema.index("(")]
     row_fields = [call_type._fields.index(field) for field in rows]
@@ -58,7 +59,7 @@ def _define(
 
     def register(fake: Callable) -> Callable:
         torch.library.register_fake(f"lora_fast::{name}", lambda *arguments: fake(call_type(*arguments[:-1])))
-        return fake
+        return getattr(torch.ops.lora_fast, name).default  # which takes the host 1.5 µs less than the op's name
 
     return register
 
@@ -82,7 +83,7 @@ def _outside_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     calls.WeightNorm,
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, str backend) -> Tensor norm",
 )
-def _weight_norm_fwd(call: calls.WeightNorm) -> Tensor:
+def weight_norm_fwd(call: calls.WeightNorm) -> Tensor:
     return _norm_like(call)
 
 
@@ -92,7 +93,7 @@ def _weight_norm_fwd(call: calls.WeightNorm) -> Tensor:
     "Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm",
     op="weight_norm_fwd",
 )
-def _weight_norm_kept(call: calls.WeightNorm) -> Tensor:
+def weight_norm_kept(call: calls.WeightNorm) -> Tensor:
     return _norm_like(call)
 
 
@@ -100,8 +101,8 @@ def weight_norm(call: calls.WeightNorm, backend: str) -> Tensor:
     """One of the two: Inductor (torch 2.13) fails on an op of one output if the tensors that it may write are None."""
     *factors, kept_norm, kept_key = call
     if kept_norm is None or kept_key is None:
-        return torch.ops.lora_fast.weight_norm_fwd(*factors, backend)
-    return torch.ops.lora_fast.weight_norm_kept(*factors, kept_norm, kept_key, backend)
+        return weight_norm_fwd(*factors, backend)
+    return weight_norm_kept(*factors, kept_norm, kept_key, backend)
 
 
 @_define(
@@ -109,7 +110,7 @@ def weight_norm(call: calls.WeightNorm, backend: str) -> Tensor:
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
     "bool need_A, bool need_B, str backend) -> (Tensor grad_A, Tensor grad_B)",
 )
-def _weight_norm_bwd(call: calls.WeightNormGrad) -> tuple[Tensor, Tensor]:
+def weight_norm_bwd(call: calls.WeightNormGrad) -> tuple[Tensor, Tensor]:
     return _like(call.lora_A, call.need_A), _like(call.lora_B, call.need_B)
 
 
@@ -120,7 +121,7 @@ def _weight_norm_bwd(call: calls.WeightNormGrad) -> tuple[Tensor, Tensor]:
     rows=("x",),
     row_outputs=1,
 )
-def _lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     return _linear_like(call)
 
 
@@ -133,7 +134,7 @@ def _lora_linear_fwd(call: calls.LoraLinear) -> tuple[Tensor, Tensor, Tensor]:
     rows=("grad_y", "x"),
     row_outputs=1,
 )
-def _lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _linear_gradients_like(call, call.gain, call.need_gain)
 
 
@@ -145,7 +146,7 @@ def _lora_linear_bwd(call: calls.LoraLinearGrad) -> tuple[Tensor, Tensor, Tensor
     rows=("x",),
     row_outputs=1,
 )
-def _dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_linear_like(call), _norm_like(call)
 
 
@@ -158,7 +159,7 @@ def _dora_linear_fwd(call: calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor, Te
     rows=("grad_y", "x"),
     row_outputs=1,
 )
-def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _linear_gradients_like(call, call.magnitude, call.need_magnitude)
 
 
@@ -169,7 +170,7 @@ def _dora_linear_bwd(call: calls.DoraLinearGrad) -> tuple[Tensor, Tensor, Tensor
     rows=("base", "h"),
     row_outputs=1,
 )
-def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
+def lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
     # a kept base is the call's own, which an op may not return
     base, tokens = call.base, math.prod(call.base.shape[:-1])
     return base.new_empty(base.shape), base.new_empty((tokens, base.shape[-1]) if call.keep == "product" else 0)
@@ -183,7 +184,7 @@ def _lora_compose_fwd(call: calls.LoraCompose) -> tuple[Tensor, Tensor]:
     rows=("grad_y", "h"),
     row_outputs=2,
 )
-def _lora_compose_bwd(call: calls.LoraComposeGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lora_compose_bwd(call: calls.LoraComposeGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_y, sums = call.grad_y, accumulate_dtype(call.grad_y)
     # without a gain the base's gradient is grad_y itself, which an op may not return
     grad_base = _like(grad_y, call.need_base and call.gain is not None)
@@ -193,7 +194,7 @@ def _lora_compose_bwd(call: calls.LoraComposeGrad) -> tuple[Tensor, Tensor, Tens
 
 
 @_define(calls.Dropout, "dropout(Tensor x, Tensor seed, float p, str backend) -> Tensor", rows=("x",), row_outputs=1)
-def _dropout(call: calls.Dropout) -> Tensor:
+def dropout(call: calls.Dropout) -> Tensor:
     return call.x.new_empty(call.x.shape)
 
 
@@ -202,7 +203,7 @@ def _dropout(call: calls.Dropout) -> Tensor:
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, str axis, str backend) "
     "-> ()",
 )
-def _merge_weight(call: calls.MergeWeight) -> None:
+def merge_weight(call: calls.MergeWeight) -> None:
     return None
 
 

@@ -233,7 +233,7 @@ class LaunchError(Exception):
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """A backend of its own package, first in the list: a name there, and nothing else of lora_fast is touched."""
     state = types.SimpleNamespace(ran=[], launches=True, kept_apart=LaunchError("too little shared memory"))
 
@@ -263,7 +263,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     for module in (package, plan, ops):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(registry, "NAMES", ("toy", *registry.NAMES))
-    return state
+    registry.get.cache_clear()  # of another test's
+    yield state
+    registry.get.cache_clear()
 
 
 def every_op(backend: str, K: int = 12, axis: str = "output") -> None:

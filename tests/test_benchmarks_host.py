@@ -35,7 +35,7 @@ def test_the_command_shows_every_layer_and_part(
     for subject in host.SUBJECTS:
         there = subject.contender.missing() is None
         assert out.count(f"{subject.name} ") == (2 if there else 0)
-    for heading in ("forward", "dispatch", "launches", "operators", "products", "our Python"):
+    for heading in ("forward", "ours", "backward", "dispatch", "launches", "operators", "products", "our Python"):
         assert heading in out
     assert "µs" in out
 
@@ -50,6 +50,7 @@ def test_a_step_is_split_into_what_it_calls() -> None:
         assert set(row.parts) == set(host.PARTS)
         assert row.parts["dispatch"] > 0 < row.parts["operators"]  # launches are a difference, with its noise
         assert row.python == row.step - sum(row.parts.values())
+        assert row.forward_ours + row.backward_ours == pytest.approx(row.step - row.parts["dispatch"])
     # of which the norm and its finish are the norm's
     assert kept.counts["launches"] == frozen.counts["launches"] + 2
     assert kept.counts["operators"] > frozen.counts["operators"]
@@ -70,10 +71,11 @@ def test_the_empty_ops_have_the_arguments_and_results_of_a_step() -> None:
     assert forward.op is torch.ops.lora_fast.dora_linear_fwd.default
     assert backward.op is torch.ops.lora_fast.dora_linear_bwd.default
     empty = host._empty_op(forward)
-    assert str(empty.default._schema).partition("(")[2] == str(forward.op._schema).partition("(")[2]
+    assert str(empty._schema).partition("(")[2] == str(forward.op._schema).partition("(")[2]
     for one, other in zip(empty(*forward.args), forward.outputs, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
-    host.dispatch_alone(found.calls)()
+    for alone in host.dispatch_alone(found.calls):
+        alone()
     assert inputs.x.grad is None
 
 

@@ -35,7 +35,7 @@ def test_the_documentation_counts_them() -> None:
     assert f"{count:,} combinations of value and size" in page
 
 
-@pytest.mark.parametrize("name", sorted(SWEEPS.keys() - {"host_bound", "norm_backend"}))
+@pytest.mark.parametrize("name", sorted(SWEEPS.keys() - {"host_bound", "operators_bound", "norm_backend"}))
 def test_the_values_are_read_by_the_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other values launch other kernels, tiles, stages or grids."""
     monkeypatch.setattr(stacked, "DEVICES", ("cpu",))
@@ -85,7 +85,7 @@ def test_the_choice_of_a_backend_is_read_by_the_plans(
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
 def test_the_plans_ask_the_constants_of_the_gpu_at_hand(capability: tuple[int, int], monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from lora_fast.backends.cuda import plan
+    from lora_fast.backends import plan
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

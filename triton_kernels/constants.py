@@ -68,6 +68,9 @@ class Constants:
     # multiply-adds of x Wᵀ up to which the host's time binds a linear, so that "cuda" takes it, where that is there, in
     # one C++ call: 88 µs at 780 TFLOPS
     host_bound: int = 1 << 35
+    # and up to which LoRA's, without a gain, is left to PyTorch's operators: half of that, since they take the host
+    # half the time of our ops
+    operators_bound: int = 1 << 34
     norm_backend: GpuBackend = "triton"  # or "cuda", where both are there
     few_tokens: FewTokens = FewTokens(32, 512, 4, 96 * 1024, 32 * 1024)
     few_tokens_cuda: FewTokensCuda = FewTokensCuda(32, 64, 2)

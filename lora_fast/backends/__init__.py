@@ -1,5 +1,6 @@
 """Which backend runs a call: their list, the default, and the plans that ``lora-fast info`` prints."""
 
+from lora_fast.backends import operators
 from lora_fast.backends.default import (
     ForwardDefault,
     default_backend,
@@ -20,6 +21,7 @@ __all__ = [
     "get",
     "is_present",
     "kept_by",
+    "operators",
     "plan_of",
     "resolved",
     "set_backend",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends import registry
+from lora_fast.backends import operators, registry
 from lora_fast.calls import Axis, Call, Kept
 
 DEFAULT_AXIS: Axis = "output"
@@ -73,6 +73,10 @@ def explain(size: Size, ops: Collection[str] | None = None, backend: str = "auto
     kept = registry.kept_by(backend, torch.device(size.device).type, size.dtype.itemsize > 2)
     for op, call in example_calls(size, kept).items():
         if ops is not None and op not in ops:
+            continue
+        if isinstance(call, (calls.LoraLinear, calls.LoraLinearGrad)) and operators.take(call, backend):
+            computes, kernel = ("y", "F.linear, torch.add") if op == "lora_linear_fwd" else ("all", "autograd's own")
+            rows.append(_row(op, "PyTorch", computes, kernel, operators.WHY))
             continue
         try:
             name, plan = registry.plan_of(op, call, backend)

@@ -62,6 +62,7 @@ class Backend:
         return False
 
 
+@functools.cache
 def get(name: str) -> Backend:
     """The backend of that name, there or not."""
     return importlib.import_module(f"lora_fast.backends.{name}").BACKEND

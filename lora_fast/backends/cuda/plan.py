@@ -12,8 +12,7 @@ import torch
 
 from lora_fast import calls
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
-from lora_fast.triton_kernels import constants
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, constants_of, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
 SMALL_RANK = 1024  # h lies in shared memory
@@ -49,7 +48,7 @@ merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 
 
 def weight_norm_fwd(call: calls.WeightNorm) -> Plan:
-    yields = _constants(call.weight.device).norm_backend != "cuda"
+    yields = constants_of(call.weight.device).norm_backend != "cuda"
     return _yielding(_NORM_KEPT if may_keep_norm(call) else _NORM, yields=yields)
 
 
@@ -64,7 +63,7 @@ def lora_linear_fwd(call: Linear) -> Plan:
 def lora_linear_bwd(call: LinearGrad) -> Plan:
     if not _in_one_call(call, call.grad_y):
         return _PASSES_GRAD
-    linear = _STACKED_GRAD if is_stacked(call, _constants(call.grad_y.device).stacked_tokens) else _LINEAR_GRAD
+    linear = _STACKED_GRAD if is_stacked(call, constants_of(call.grad_y.device).stacked_tokens) else _LINEAR_GRAD
     return _yielding(linear, yields=not _is_host_bound(call, call.grad_y))
 
 
@@ -114,7 +113,7 @@ def _is_host_bound(call: Linear | LinearGrad, activation: torch.Tensor) -> bool:
     faster: their first launch loads them, which may not be done in a capture, and what ran before it took these.
     """
     multiply_adds = activation.shape[0] * call.weight.numel()
-    return multiply_adds <= _constants(activation.device).host_bound
+    return multiply_adds <= constants_of(activation.device).host_bound
 
 
 def _in_lines(call: Linear) -> bool:
@@ -130,16 +129,3 @@ def _in_lines(call: Linear) -> bool:
         and weight.stride(0) % 8 == 0
         and all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, lora_A, lora_B))
     )
-
-
-def _constants(device: torch.device) -> constants.Constants:
-    return constants.of_capability(_capability(device))
-
-
-@functools.cache
-def _capability(device: torch.device) -> int | None:
-    """Ten times the compute capability; None for a GPU that is not NVIDIA's, and where there is none."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

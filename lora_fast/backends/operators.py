@@ -1,0 +1,48 @@
+"""LoRA by PyTorch's operators, to which "auto" leaves the calls for which a GPU would wait for the host.
+
+    y = x Wᵀ + bias + s (x lora_Aᵀ) lora_Bᵀ
+
+An op that is written in Python and an autograd Function take the host twice the time of these operators and of the
+gradients that PyTorch's own autograd has for them. On the device they take more: the update of the output is in memory
+once, and so is that of x's gradient. For backward they keep x and h = x lora_Aᵀ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fast import calls
+from lora_fast.backends.plan import LinearGrad, constants_of
+
+DEVICES = ("cuda",)  # types of device that work behind the host's back
+WHY = "the device would wait for the host, whom PyTorch's operators and their own gradients take half the time of an op"
+
+
+def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
+    """Whether ``backend`` leaves the call to the operators; its activations are [..., features]."""
+    if torch.compiler.is_compiling():
+        return False  # a traced graph moves between devices and sizes
+    activation, weight, lora_A, lora_B = call[0], call.weight, call.lora_A, call.lora_B
+    dtype, bias = activation.dtype, getattr(call, "bias", None)
+    return (
+        backend == "auto"
+        and activation.device.type in DEVICES
+        and not call.has_gain
+        and call.dropout_p == 0.0
+        and dtype == weight.dtype
+        and (bias is None or bias.dtype == dtype)
+        # gradients that are rounded to the activation's dtype on their way to wider factors would be less than ours
+        and (dtype == lora_A.dtype == lora_B.dtype or not torch.is_grad_enabled())
+        and math.prod(activation.shape[:-1]) * weight.numel() <= constants_of(activation.device).operators_bound
+    )
+
+
+def lora_linear(call: calls.LoraLinear) -> Tensor:
+    """y [..., N], recorded by autograd."""
+    dtype = call.x.dtype
+    update = F.linear(F.linear(call.x, call.lora_A.to(dtype)), call.lora_B.to(dtype))
+    return torch.add(F.linear(call.x, call.weight, call.bias), update, alpha=call.scaling)

@@ -1,0 +1,139 @@
+"""LoRA by PyTorch's operators, to which "auto" leaves what a GPU would wait for the host for; here on any device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import call, check, check_each_alone, fast_and_specification, tensors_of
+from torch import Tensor
+
+import lora_fast
+from lora_fast import functional
+from lora_fast.backends import explain, operators
+from lora_fast.testing import CASES, Case, make_inputs
+from lora_fast.triton_kernels import constants
+
+MIXED = [case for case in CASES if case.adapter_dtype not in (None, case.dtype)]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "DEVICES", (torch.get_default_device().type,))
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The x of each call that the operators take."""
+    found, original = [], operators.lora_linear
+
+    def noted(one: lora_fast.calls.LoraLinear) -> Tensor:
+        found.append(one.x)
+        return original(one)
+
+    monkeypatch.setattr(operators, "lora_linear", noted)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference(case: Case, taken: list[Tensor]) -> None:
+    check(*fast_and_specification("lora", "auto"), case)
+    assert bool(taken) == (case not in MIXED)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_each_gradient_alone(case: Case) -> None:
+    inputs = make_inputs(case)
+    check_each_alone(call(functional, inputs, "lora", backend="auto"), tensors_of(inputs, "lora"), inputs.grad_y)
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_factors_of_another_dtype_without_gradients(case: Case, taken: list[Tensor]) -> None:
+    """With gradients they are ours, whose gradients are rounded once, to the factors' dtype."""
+    inputs = make_inputs(case)
+    arguments = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.scaling
+    with torch.no_grad():
+        y, ours = functional.lora_linear(*arguments), functional.lora_linear(*arguments, backend="torch")
+    assert len(taken) == 1
+    assert y.dtype == case.dtype
+    tolerance = 4 * torch.finfo(case.dtype).eps
+    torch.testing.assert_close(y, ours, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
+
+
+def test_lora_B_of_zeros_gives_the_linears_output() -> None:
+    inputs = make_inputs(Case((5,), 48, 56, 8, torch.bfloat16))
+    y = functional.lora_linear(inputs.x, inputs.weight, inputs.bias, inputs.lora_A, 0 * inputs.lora_B, 0.7)
+    assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+def test_they_keep_no_activation_but_x() -> None:
+    """And h, of the rank's width: law 2."""
+    inputs = make_inputs(Case((50,), 96, 64, 8))
+    x, lora_A, lora_B = (tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_A, inputs.lora_B))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        functional.lora_linear(x, inputs.weight, inputs.bias, lora_A, lora_B, 0.7)
+    parameters = {t.untyped_storage().data_ptr() for t in (inputs.weight, lora_A, lora_B)}
+    activations = {t.untyped_storage().data_ptr(): t for t in saved}
+    shapes = [tuple(t.shape) for storage, t in activations.items() if storage not in parameters]
+    assert sorted(shapes) == [(50, 8), (50, 64)]
+
+
+def one_call(dtype: torch.dtype = torch.bfloat16, **changes: object) -> lora_fast.calls.LoraLinear:
+    example = explain.example_calls(explain.Size(16, 64, 96, 8, dtype, str(torch.get_default_device())))
+    return example["lora_linear_fwd"]._replace(**changes)  # type: ignore[arg-type,union-attr]
+
+
+def test_what_they_take() -> None:
+    take, vector = operators.take, torch.ones(64)
+    assert take(one_call(), "auto")
+    assert take(one_call(bias=None), "auto")
+    for backend in ("cuda", "triton", "torch", "cpu"):
+        assert not take(one_call(), backend)
+    wide = torch.zeros(8, 96)
+    refused = (
+        {"gain": vector}, {"dropout_p": 0.1}, {"lora_A": wide}, {"weight": torch.zeros(64, 96)}, {"bias": vector},
+    )  # fmt: skip
+    for changes in refused:
+        assert not take(one_call(**changes), "auto"), changes
+    with torch.no_grad():
+        assert take(one_call(lora_A=wide), "auto")
+        assert not take(one_call(gain=vector), "auto")
+
+
+def test_they_take_calls_up_to_the_constant() -> None:
+    size = 16 * 64 * 96
+    for bound, taken in ((size - 1, False), (size, True)):
+        with constants.instead(replace(constants.PREDICTED, operators_bound=bound)):
+            assert operators.take(one_call(), "auto") is taken
+
+
+def test_only_a_gpu_works_behind_the_hosts_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert operators.take(one_call(), "auto") == (torch.get_default_device().type == "cuda")
+
+
+def test_a_graph_has_the_op_in_it(taken: list[Tensor]) -> None:
+    inputs = make_inputs(Case((5,), 48, 56, 8))
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def function(x: Tensor) -> Tensor:
+        return functional.lora_linear(x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, 0.7)
+
+    with torch.no_grad():
+        function(inputs.x)
+    assert any("lora_linear_fwd" in target for target in seen)
+    assert taken == []
+
+
+def test_the_plans_that_are_shown_say_so() -> None:
+    shown = explain.explain(explain.Size(16, 64, 96, 8, torch.bfloat16, str(torch.get_default_device())))
+    operators_of = {row["op"] for row in shown if row["backend"] == "PyTorch"}
+    assert operators_of == {"lora_linear_fwd", "lora_linear_bwd"}
