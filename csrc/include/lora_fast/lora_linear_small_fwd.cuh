@@ -289,6 +289,8 @@ struct SmallRing {
   }
 };
 
+// From compute capability 9.0 on two blocks of kSmallFlight fit on a multiprocessor, where there are as many:
+// one reads W while the other starts or finishes.
 template <class T, class F, int kRowTiles, int kTokenTiles, class Shape>
 LORA_FAST_KERNEL(kSmallThreads, 2)
 lora_linear_small(SmallLinear<T> op) {
@@ -399,7 +401,7 @@ lora_linear_small(SmallLinear<T> op) {
 // lora_linear_small reads 16 KB of partial sums at most.
 inline int64_t small_splits(int64_t K, int64_t R) {
   const int64_t steps = divide_up(K, kProjectDepth * kSmallWarps);
-  const int64_t wanted = divide_up(16, divide_up(R, kProjectRows));
+  const int64_t wanted = std::max<int64_t>(1, 16 / divide_up(R, kProjectRows));
   return std::min({steps, wanted, int64_t{kMostSplits}});
 }
 
