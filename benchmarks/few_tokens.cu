@@ -114,9 +114,9 @@ constexpr Entrant entrant() {
 
 int main() {
   const Operands o;
-  // 128 columns in two blocks of 256 threads would not fit into the registers
-  const Entrant entrants[] = {entrant<32, 64, 2>(), entrant<16, 64, 2>(),  entrant<32, 64, 1>(),
-                              entrant<16, 64, 1>(), entrant<32, 128, 1>(), entrant<16, 128, 1>()};
+  // of which two steps or more of a block are on their way together
+  const Entrant entrants[] = {entrant<32, 64, 1>(), entrant<16, 64, 1>(), entrant<16, 64, 2>(),
+                              entrant<32, 32, 1>(), entrant<32, 32, 2>(), entrant<16, 128, 1>()};
   const int tokens[] = {1, 4, 8, 16};
   std::map<int, std::vector<float>> expected;
   std::string text = "[";

@@ -216,7 +216,7 @@ def test_a_sweep_finds_the_winner_and_says_what_failed(monkeypatch: pytest.Monke
 
 
 SHAPES = [
-    {"value": {"rows": 32, "depth": 64, "blocks": 2}, "us": {"1 tokens": 20.0, "16 tokens": 24.0}, "difference": 0.0},
+    {"value": {"rows": 32, "depth": 64, "blocks": 1}, "us": {"1 tokens": 20.0, "16 tokens": 24.0}, "difference": 0.0},
     {"value": {"rows": 16, "depth": 128, "blocks": 1}, "us": {"1 tokens": 15.0, "16 tokens": 20.0}, "difference": 0.0},
     {"value": {"rows": 16, "depth": 64, "blocks": 1}, "us": {"1 tokens": 5.0, "16 tokens": 5.0}, "difference": 1e9},
 ]

@@ -22,12 +22,33 @@ from lora_fast import calls
 from lora_fast.backends import cuda, registry
 from lora_fast.backends.explain import Size
 from lora_fast.content_key import KEY_LENGTH
+from lora_fast.testing import poisoned_memory
 
 ops = torch.ops.lora_fast_c
 S = 0.7
 # tokens, N, K, R: around the tile and the depth of a step, with odd sizes and rows that are no whole vectors
 SIZES = ((17, 129, 136, 33), (1, 17, 31, 3), (70, 300, 40, 5), (33, 64, 64, 16))
 FEW = ((1, 16, 64, 16), (5, 100, 520, 5), (8, 33, 8, 40), (9, 130, 1032, 1), (16, 200, 128, 100))
+# each number of tokens with each rank, beside sides of tiles and depths of steps; one, two and four splits of h, and
+# more steps than are on their way at once
+FEW_EDGES = (
+    *(
+        (tokens, N, K, R)
+        for (tokens, R), N, K in zip(
+            itertools.product((1, 2, 7, 8, 9, 16), (1, 8, 15, 16, 17, 384)),
+            itertools.cycle((1, 16, 31, 33)),
+            itertools.cycle((8, 24, 64, 72, 520)),
+        )
+    ),
+    *(
+        (8, 33, 1024, 16),
+        (3, 31, 1032, 16),
+        (9, 33, 4104, 15),
+        (1, 16, 4104, 64),
+        (16, 97, 4104, 17),
+        (2, 17, 72, 1024),
+    ),
+)
 DTYPES = ((bf16, bf16), (f16, f16), (f32, f32), (bf16, f32), (f16, f32))
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES, ids=str)
 
@@ -124,6 +145,24 @@ def test_linear_small_fwd(dtype: torch.dtype, adapter_dtype: torch.dtype, form: 
         else:
             assert base.shape == (0,)
         assert norm.shape == ((0,) if form == "gain" else linear.magnitude.shape)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(bf16, bf16), (f16, f16), (bf16, f32)], ids=str)
+def test_few_tokens_at_the_edges_of_tiles_steps_and_splits(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    """Beside NaN in the rows' gaps and in what nobody has written; twice with equal bits."""
+    for size, keep_base in zip(FEW_EDGES, itertools.cycle((True, False, False))):
+        linear = Linear.drawn(size, dtype, adapter_dtype)
+        _, N, K, _ = size
+        linear.weight = torch.full((N, K + 8), torch.nan, dtype=dtype)[:, :K].copy_(linear.weight)
+        vector = linear.magnitude / linear.norm()
+        with poisoned_memory():
+            first, second = (linear.forward(ops.linear_small_fwd, vector.float(), None, keep_base) for _ in range(2))
+        y, base, h, _ = first
+        assert_near(y, linear.v() * vector + linear.bias, 3 * ULP[dtype])
+        assert_near(h, linear.h(), 2 * ULP[dtype])
+        if keep_base:
+            assert_near(base, linear.base(), ULP[dtype])
+        assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("from_base", [True, False], ids=["base", "product"])

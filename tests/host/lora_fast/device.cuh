@@ -3,8 +3,8 @@
 // barriers and at the operations of a warp; blocks run one after another.
 //
 // Seen here: what is computed, alignment of 16-byte accesses, use of shared memory past its end or before it
-// is written (it begins as NaN), missing barriers (threads may run in either order). Not seen: speed, and
-// what the hardware itself does.
+// is written (it begins as NaN), of an asynchronous copy before it is waited for (NaN until then), missing
+// barriers (threads may run in either order). Not seen: speed, and what the hardware itself does.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -41,11 +42,18 @@ constexpr size_t kMostShared = 99 << 10;
   std::abort();
 }
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
   jmp_buf here;
   bool begun = false, done = false;
+  std::deque<std::vector<Copy>> copies;  // under way, in groups; the last is not committed
 };
 
 // What the lanes of a warp show each other, for two operations in turn: a lane is one ahead of the others at
@@ -131,7 +139,10 @@ inline void run_block(int threads, size_t shared) {
   block->left = threads;
   block->arrived = 0;
   for (Warp& warp : block->warps) warp.arrived = 0;
-  for (Fiber& fiber : block->fibers) fiber.begun = fiber.done = false;
+  for (Fiber& fiber : block->fibers) {
+    fiber.begun = fiber.done = false;
+    fiber.copies.assign(1, {});
+  }
   for (block->turn = 0; block->left > 0; ++block->turn) {
     const int index = block->turn % threads;
     block->current = backwards ? threads - 1 - index : index;
@@ -233,12 +244,22 @@ inline void copy_async_16(void* to_shared, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to_shared) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     host::fail("an asynchronous copy is not aligned");
   if (bytes < 0 || bytes > 16) host::fail("an asynchronous copy of other than 0 to 16 bytes");
-  std::memset(to_shared, 0, 16);
-  std::memcpy(to_shared, from, bytes);
+  std::memset(to_shared, 0xFF, 16);
+  host::block->fibers[threadIdx.x].copies.back().push_back({to_shared, from, bytes});
 }
-inline void commit_copies() {}
+inline void commit_copies() {
+  host::block->fibers[threadIdx.x].copies.emplace_back();
+}
 template <int pending>
-void wait_for_copies() {}
+void wait_for_copies() {
+  for (auto& copies = host::block->fibers[threadIdx.x].copies; copies.size() - 1 > pending;
+       copies.pop_front()) {
+    for (const host::Copy& copy : copies.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+}
 
 template <bool transpose>
 void load_matrices(uint32_t (&to)[4], const void* row) {
