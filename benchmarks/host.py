@@ -79,10 +79,10 @@ SUBJECTS = (
     Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
     Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
     Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
-    # at these sizes "auto" takes PyTorch's operators for LoRA where all dtypes are one, and else cuda
+    # at these sizes "auto" takes PyTorch's operators for LoRA, and cuda for DoRA
     Subject("LinearWithLoRA, auto", c.lora(), stubbed=False),
     Subject("accelerate(PEFT LoRA), bf16 adapters", c.ACCELERATED_LORA_BF16, stubbed=False),
-    Subject("accelerate(PEFT LoRA), fp32 adapters", c.ACCELERATED_LORA, one_call=True),
+    Subject("accelerate(PEFT LoRA), fp32 adapters", c.ACCELERATED_LORA, stubbed=False),
     Subject("accelerate(PEFT DoRA), bf16 adapters", c.ACCELERATED_BF16, one_call=True),
     Subject("accelerate(PEFT DoRA), fp32 adapters", c.ACCELERATED, one_call=True),
 )

@@ -22,22 +22,25 @@ DEVICES = ("cuda",)  # types of device that work behind the host's back
 WHY = "the device would wait for the host, whom PyTorch's operators and their own gradients take half the time of an op"
 
 
-def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
-    """Whether ``backend`` leaves the call to the operators; its activations are [..., features]."""
+def are_faster(device: torch.device, multiply_adds: int, backend: str) -> bool:
+    """Whether ``backend`` would rather have the operators than an op for so many multiply-adds of x Wᵀ."""
     if torch.compiler.is_compiling():
         return False  # a traced graph moves between devices and sizes
+    return backend == "auto" and device.type in DEVICES and multiply_adds <= constants_of(device).operators_bound
+
+
+def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
+    """Whether ``backend`` leaves the call to the operators; its activations are [..., features]."""
     activation, weight, lora_A, lora_B = call[0], call.weight, call.lora_A, call.lora_B
     dtype, bias = activation.dtype, getattr(call, "bias", None)
     return (
-        backend == "auto"
-        and activation.device.type in DEVICES
-        and not call.has_gain
+        not call.has_gain
         and call.dropout_p == 0.0
         and dtype == weight.dtype
         and (bias is None or bias.dtype == dtype)
         # gradients that are rounded to the activation's dtype on their way to wider factors would be less than ours
         and (dtype == lora_A.dtype == lora_B.dtype or not torch.is_grad_enabled())
-        and math.prod(activation.shape[:-1]) * weight.numel() <= constants_of(activation.device).operators_bound
+        and are_faster(activation.device, math.prod(activation.shape[:-1]) * weight.numel(), backend)
     )
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fast import functional, stacked
-from lora_fast.backends import ForwardDefault
+from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.integrations import fsdp, peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
@@ -167,6 +167,24 @@ class FastLinear(FastLayer, Linear):
     """lora.Linear over nn.Linear and transformers' Conv1D."""
 
     peft_type = Linear
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._is_left_to_peft(x):
+            return Linear.forward(self, x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def may_be_left_to_peft(self) -> bool:
+        """Whether some calls are: LoRA on a GPU."""
+        return not self.lora_variant and self.base_layer.weight.device.type in operators.DEVICES
+
+    def _is_left_to_peft(self, x: Any) -> bool:
+        """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else."""
+        if torch.compiler.is_compiling() or self.lora_variant or not isinstance(x, Tensor):
+            return False
+        multiply_adds = x.numel() * self.out_features
+        if any(lora_A.weight.dtype != x.dtype for lora_A in self._modules["lora_A"]._modules.values()):
+            multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
+        return operators.are_faster(x.device, multiply_adds, default_backend())
 
     def _takes(self, x: Any) -> bool:
         weight = self.base_layer.weight

@@ -15,7 +15,7 @@ from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, constants_of, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
-SMALL_RANK = 1024  # h lies in shared memory
+SMALL_RANK = 1024  # which the tests reach
 # Up to this rank the norm costs little more than Triton's, and in training to make it anew costs less than to look
 # whether a kept one holds, which no optimizer's step leaves. On an H200 it took 34 µs at 4096² and rank 64, Triton's
 # 24; at 8192² and rank 384 they took 389 and 126.
