@@ -181,8 +181,8 @@ class FastLinear(FastLayer, Linear):
         """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else."""
         if torch.compiler.is_compiling() or self.lora_variant or not isinstance(x, Tensor):
             return False
-        multiply_adds = x.numel() * self.out_features
-        if any(lora_A.weight.dtype != x.dtype for lora_A in self._modules["lora_A"]._modules.values()):
+        multiply_adds = peft_names.multiply_adds(self, x)
+        if peft_names.has_dtype_beside(self, x.dtype):
             multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
         return operators.are_faster(x.device, multiply_adds, default_backend())
 

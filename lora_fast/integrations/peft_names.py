@@ -122,6 +122,16 @@ def dropout_p(layer: Any, adapter: Adapter) -> float:
     return dropout.p if adapter.magnitude is None or layer.training else 0.0
 
 
+def multiply_adds(layer: Any, x: Tensor) -> int:
+    """Of x Wᵀ in a linear."""
+    return x.numel() * layer.out_features
+
+
+def has_dtype_beside(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether an adapter of a linear has another dtype."""
+    return any(lora_A.weight.dtype != dtype for lora_A in layer._modules["lora_A"]._modules.values())
+
+
 def renews_product(layer: Any, adapter: Adapter) -> bool:
     """Whether PEFT's DoRA multiplies the dropped x by W, in place of taking the result so far; for a p of 0 too."""
     return isinstance(adapter.dropout, nn.Dropout) and layer.training
