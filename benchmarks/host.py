@@ -182,8 +182,9 @@ def _backward_call(
 ) -> tuple[Tensor, ...]:
     """What lora_fast_c::linear_bwd gives where all is asked for, not computed."""
     N, K = weight.shape
-    sums = grad_y.new_empty(2, N, dtype=torch.float32)
-    return grad_y.new_empty(grad_y.shape[0], K), torch.empty_like(lora_A), torch.empty_like(lora_B), sums[0], sums[1]
+    grad_gain, grad_bias = (grad_y.new_empty(N, dtype=torch.float32) for _ in range(2))
+    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    return grad_y.new_empty(grad_y.shape[0], K), grad_A, grad_B, grad_gain, grad_bias
 
 
 def _norm(call: WeightNorm, _plan: Any) -> Tensor:
