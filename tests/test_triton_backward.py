@@ -53,11 +53,11 @@ def of_gain_in_two_sums(grad_y: Tensor, base: Tensor, gain: Tensor, h: Tensor, l
 
 GAIN_CONFIGS = {
     "own": None,
-    "many chunks": gain_bwd.Config(32, 32, 32, 3, 4, 1, 16),
-    "more chunks than are added at once": gain_bwd.Config(16, 64, 32, 20, 4, 1, 32),
-    "one chunk": gain_bwd.Config(64, 64, 32, 1, 4, 1, 64),
+    "many chunks": gain_bwd.Config(32, 32, 32, 8, 3, 4, 1, 16),
+    "more chunks than are added at once": gain_bwd.Config(16, 64, 32, 16, 20, 4, 1, 32),
+    "one chunk": gain_bwd.Config(64, 64, 32, 1, 1, 4, 1, 64),
 }
-PRODUCT = gain_bwd.Config(32, 64, 0, 3, 4, 1, 32)  # dyᵀ h by PyTorch's product
+PRODUCT = gain_bwd.Config(32, 64, 0, 32, 3, 4, 1, 32)  # dyᵀ h by PyTorch's product
 ALL = dict.fromkeys(("need_v", "need_gain", "need_bias", "need_B"), True)  # in the order of the results
 
 
@@ -80,7 +80,7 @@ def test_gain_bwd_against_float64(config: gain_bwd.Config | None, from_base: boo
         inputs = [normal(150, 130, dtype=dtype), normal(150, 130, dtype=dtype), 1 + 0.2 * normal(130)]
         inputs += [normal(150, 20, dtype=dtype), normal(130, 20, dtype=dtype)]
         with poisoned_memory():
-            actual = gain_bwd.lora_gain_bwd(*inputs, S, **ALL, from_base=from_base, config=config)
+            *actual, _ = gain_bwd.lora_gain_bwd(*inputs, S, **ALL, from_base=from_base, config=config)
         truth = formula(*(tensor.double() for tensor in inputs))
         rounded = [tensor.to(dtype) for tensor in inputs]
         eagers = [formula(*rounded)] + [of_gain_in_two_sums(*rounded)] * from_base
@@ -106,7 +106,7 @@ def test_gain_bwd_of_any_strides(layout: str, config: gain_bwd.Config | None) ->
             laid_out(lora_B, layout),
         )
     for from_base, formula in ((False, of_gain), (True, of_gain_from_base)):
-        actual = gain_bwd.lora_gain_bwd(*given, S, **ALL, from_base=from_base, config=config)
+        *actual, _ = gain_bwd.lora_gain_bwd(*given, S, **ALL, from_base=from_base, config=config)
         for result, expected in zip(actual, formula(grad_y, product, gain, h, lora_B), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -121,9 +121,92 @@ def test_gain_bwd_of_one_gradient(alone: int, from_base: bool, config: gain_bwd.
     has_rank = needs[3] or (from_base and needs[1])
     given = [inputs[0], inputs[1] if needs[1] else None, inputs[2], *(i if has_rank else None for i in inputs[3:])]
     actual = gain_bwd.lora_gain_bwd(*given, S, **dict(zip(ALL, needs, strict=True)), from_base=from_base, config=config)
-    assert [result.numel() > 0 for result in actual] == needs
+    assert [result.numel() > 0 for result in actual] == [*needs, False]
     expected = (of_gain_from_base if from_base else of_gain)(*inputs)[alone]
     torch.testing.assert_close(actual[alone], expected, rtol=1e-4, atol=1e-4)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+WITH_H = dict.fromkeys(("need_v", "need_gain", "need_B", "need_h"), True)
+
+
+@pytest.mark.interp
+@HALVES
+@pytest.mark.parametrize("from_base", [False, True], ids=["product", "base"])
+@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
+def test_gain_bwd_with_dh(config: gain_bwd.Config | None, from_base: bool, dtype: torch.dtype) -> None:
+    """Beside dv in one matrix, with zeros up to its last column; ragged, in equal bits each time."""
+    R = 24 if config is None else 8
+    formula = of_gain_from_base if from_base else of_gain
+
+    def formulas(to: torch.dtype, *inputs: Tensor) -> list[Tensor]:
+        grad_v, grad_gain, _, grad_B = formula(*(tensor.to(to) for tensor in inputs))
+        return [grad_v, grad_gain, grad_B, S * (grad_v @ inputs[4].to(to))]
+
+    def draw(_: int) -> Draw:
+        inputs = [normal(150, 130, dtype=dtype), normal(150, 130, dtype=dtype), 1 + 0.2 * normal(130)]
+        inputs += [normal(150, R, dtype=dtype), normal(130, R, dtype=dtype)]
+        both = [torch.full((150, 130 + 67), torch.nan, dtype=dtype) for _ in range(2)]
+        for each in both:
+            parts = {"grad_v": each[:, :130], "grad_h": each[:, 130:]}
+            with poisoned_memory():
+                grad_v, *grads = gain_bwd.lora_gain_bwd(
+                    *inputs, S, **WITH_H, **parts, from_base=from_base, config=config
+                )
+        assert torch.equal(*both)
+        assert torch.equal(both[0][:, 130 + R :], torch.zeros(150, 67 - R, dtype=dtype))
+        assert grads[3].data_ptr() == both[1][:, 130:].data_ptr()
+        actual = grad_v.contiguous(), grads[0], grads[2], grads[3].contiguous()
+        eagers = [formulas(dtype, *inputs)]
+        if from_base:
+            eagers.append([grad.to(dtype) for grad in eagers[0]])
+            eagers[1][1] = of_gain_in_two_sums(*(tensor.to(dtype) for tensor in inputs))[1]
+        return named(("dv", "dgain", "dB", "dh"), actual, formulas(torch.float64, *inputs), *eagers)
+
+    hold_to_budget(dtype, draw)
+
+
+@pytest.mark.interp
+@HALVES
+@pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
+def test_gain_bwd_with_dh_and_no_gain(config: gain_bwd.Config | None, dtype: torch.dtype) -> None:
+    grad_y, h, lora_B = normal(70, 90, dtype=dtype), normal(70, 16, dtype=dtype), normal(90, 16)
+    with poisoned_memory():
+        grad_v, _, _, grad_B, grad_h = gain_bwd.lora_gain_bwd(
+            grad_y, None, None, h, lora_B, S, need_v=True, need_B=True, need_h=True, config=config
+        )
+    assert grad_v.numel() == 0
+    assert (grad_B.dtype, grad_h.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(grad_B, S * grad_y.float().T @ h.float(), rtol=1e-4, atol=1e-4)
+    expected = (S * grad_y.double() @ lora_B.to(dtype).double()).to(dtype)
+    torch.testing.assert_close(grad_h, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.interp
+@HALVES
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
+def test_dh_of_gains_of_any_size(size: float, dtype: torch.dtype) -> None:
+    """gain ⊙ lora_B may leave float16's range where dv does not."""
+    grad_y, h, lora_B = normal(40, 48, dtype=dtype), torch.zeros(40, 8, dtype=dtype), normal(48, 8, dtype=dtype)
+    gain = size * (1 + 0.2 * normal(48))
+    lora_B[:, 3] *= 1e-3
+    lora_B[:, 5] = 0
+    grad_y *= (1 / size) ** 0.5
+    with poisoned_memory():
+        *_, grad_h = gain_bwd.lora_gain_bwd(grad_y, None, gain, h, lora_B, size**-0.5, need_B=True, need_h=True)
+    expected = size**-0.5 * (gain.double() * grad_y.double()) @ lora_B.double()
+    assert torch.equal(grad_h[:, 5], torch.zeros(40, dtype=dtype))
+    atol = {torch.bfloat16: 0.05, torch.float16: 0.005}[dtype] * expected.square().mean(0).sqrt()
+    assert ((grad_h.double() - expected).abs() <= 4 * atol).all()
+
+
+@pytest.mark.interp
+def test_what_is_not_finite_comes_out_of_dh() -> None:
+    grad_y, h, lora_B = normal(4, 48, dtype=torch.bfloat16), torch.zeros(4, 8), normal(48, 8, dtype=torch.bfloat16)
+    lora_B[7, 1], lora_B[9, 2], grad_y[3, 5] = torch.inf, torch.nan, torch.inf
+    *_, grad_h = gain_bwd.lora_gain_bwd(grad_y, None, torch.ones(48), h.bfloat16(), lora_B, S, need_B=True, need_h=True)
+    expected = S * grad_y.float() @ lora_B.float()
+    torch.testing.assert_close(grad_h.float(), expected, rtol=0.05, atol=0.1, equal_nan=True)
 
 
 @pytest.mark.interp
@@ -296,7 +379,7 @@ def test_A_grad_of_any_strides(config: A_grad.Config | None) -> None:
 @pytest.mark.interp
 def test_no_tokens() -> None:
     empty, gain, lora_B = torch.empty(0, 8), torch.ones(8), normal(8, 4)
-    _, *sums, grad_B = gain_bwd.lora_gain_bwd(empty, empty, gain, torch.empty(0, 4), lora_B, S, **ALL)
+    _, *sums, grad_B, _ = gain_bwd.lora_gain_bwd(empty, empty, gain, torch.empty(0, 4), lora_B, S, **ALL)
     assert gain_bwd.lora_grad_h(empty, lora_B, S).shape == (0, 4)
     assert all(torch.equal(total, torch.zeros_like(total)) for total in (*sums, grad_B))
     grad_x, grad_gain = input_grad.lora_input_grad(
@@ -366,6 +449,24 @@ def test_partials_of_the_gain_pass(target) -> None:
     products = gain_bwd.lora_gain_bwd_config(8192, 4096, 384, torch.bfloat16, True, target)
     assert fused.BLOCK_R == 16
     assert products.BLOCK_R == 0
+
+
+@TARGETS
+def test_partials_of_dh(target) -> None:
+    """They too stay under 1/8 of grad_y's bytes, and each chunk of rows has work for most multiprocessors."""
+    made = [size for size in SIZES if gain_bwd.makes_h(*size, torch.bfloat16, True, target)]
+    assert bool(made) == (not target.operands_in_registers)
+    for M, N, R in made:
+        config = gain_bwd.lora_gain_bwd_config(M, N, R, torch.bfloat16, True, target, need_h=True)
+        whole = -(-N // config.BLOCK_N) * config.BLOCK_N
+        assert 4 * M * config.BLOCK_R * whole // config.BLOCK_N <= 2 * M * whole / 8
+        assert whole <= 1.25 * N
+        assert config.BLOCK_R >= R
+    if made:
+        assert (8192, 4096, 16) in made
+        assert not {(300, 4096, 16), (8192, 4096, 32)} & {*made}
+    assert not gain_bwd.makes_h(8192, 4096, 16, torch.float32, True, target)
+    assert not gain_bwd.makes_h(8192, 4096, 16, torch.bfloat16, False, target)
 
 
 @TARGETS
