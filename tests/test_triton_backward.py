@@ -3,16 +3,18 @@ inputs on their own configuration have one of; strides; dropout; the limits on p
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from support import Draw, hold_to_budget, named
+from support import Draw, call, check, fast_and_specification, hold_to_budget, named, run, tensors_of
 
 from lora_fast import functional
-from lora_fast.testing import dropout_mask, poisoned_memory
+from lora_fast.testing import Case, dropout_mask, make_inputs, poisoned_memory
 from lora_fast.triton_kernels import lora_A_grad as A_grad, lora_gain_bwd as gain_bwd, lora_input_grad as input_grad
 from lora_fast.triton_kernels.sum_partials import sum_partials
 from lora_fast.triton_kernels.target import SM80, SM90, SM100
@@ -207,6 +209,79 @@ def test_what_is_not_finite_comes_out_of_dh() -> None:
     *_, grad_h = gain_bwd.lora_gain_bwd(grad_y, None, torch.ones(48), h.bfloat16(), lora_B, S, need_B=True, need_h=True)
     expected = S * grad_y.float() @ lora_B.float()
     torch.testing.assert_close(grad_h.float(), expected, rtol=0.05, atol=0.1, equal_nan=True)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each pass over grad_y, whether it made dh."""
+    made: list[bool] = []
+    launch = gain_bwd.lora_gain_bwd
+
+    def recorded(*args: Any, need_h: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
+        made.append(need_h)
+        return launch(*args, need_h=need_h, **kwargs)
+
+    monkeypatch.setattr(gain_bwd, "lora_gain_bwd", recorded)
+    return made
+
+
+@pytest.mark.interp
+@HALVES
+@pytest.mark.parametrize("form", ["lora", "gain", "output-full", "input"])
+def test_dh_in_the_backward_of_a_layer(form: str, dtype: torch.dtype, passes: list[bool]) -> None:
+    case = Case((70,), 80, 48, 16, dtype, bias=False)
+    check(*fast_and_specification(form, "triton"), case)
+    assert any(passes)
+    inputs = make_inputs(case)
+    tensors = tensors_of(inputs, form)
+    function = call(functional, inputs, form, backend="triton")
+    names = {name for name, tensor in tensors.items() if tensor is not None}
+    together = run(function, tensors, inputs.grad_y, names)
+    assert all(map(torch.equal, together.values(), run(function, tensors, inputs.grad_y, names).values()))
+    for name in sorted(names):  # alone, dh is made of a rounded dv
+        with poisoned_memory():
+            alone = run(function, tensors, inputs.grad_y, {name})[name]
+        atol = 8 * torch.finfo(dtype).eps * float(alone.double().square().mean().sqrt())
+        torch.testing.assert_close(alone, together[name], rtol=0.02, atol=atol)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_dh_of_other_sizes(tokens: int, passes: list[bool]) -> None:
+    for N, R, in_pass in ((80, 1, False), (80, 32, True), (80, 33, False), (81, 16, False)):
+        passes.clear()
+        x, weight = normal(tokens, 48, dtype=torch.bfloat16), normal(N, 48, dtype=torch.bfloat16)
+        factors = [normal(R, 48, dtype=torch.bfloat16), normal(N, R, dtype=torch.bfloat16)]
+        wanting = [tensor.requires_grad_() for tensor in (x, *factors)]
+        y = functional.lora_linear(x, weight, None, *factors, S, torch.ones(N), backend="triton")
+        grads = torch.autograd.grad(y, wanting, torch.ones_like(y))
+        assert passes == [in_pass and tokens > 0]
+        expected = S * factors[1].float().sum(0).expand(tokens, R).T @ x.float()
+        torch.testing.assert_close(grads[1].float(), expected, rtol=0.05, atol=0.05 * max(tokens, 1) ** 0.5)
+
+
+@pytest.mark.interp
+def test_gradients_of_tokens_that_agree(passes: list[bool]) -> None:
+    """d lora_A sums dh over tokens: what rounds gain ⊙ lora_B is the same for all of them."""
+
+    def formula(to: torch.dtype, grad_y: Tensor, gain: Tensor, x: Tensor, lora_B: Tensor) -> tuple[Tensor]:
+        grad_h = S * ((grad_y.to(to) * gain.to(to)) @ lora_B.to(to))
+        return (grad_h.T @ x.to(to),)
+
+    def draw(_: int) -> Draw:
+        dtype, gain = torch.bfloat16, 1 + 0.2 * normal(96)
+        grad_y = (normal(1, 96) + 0.2 * normal(300, 96)).to(dtype)
+        x = (normal(1, 64) + 0.2 * normal(300, 64)).to(dtype)
+        weight, lora_A = normal(96, 64, dtype=dtype), normal(16, 64, dtype=dtype).requires_grad_()
+        lora_B = normal(96, 16, dtype=dtype).requires_grad_()
+        y = functional.lora_linear(x, weight, None, lora_A, lora_B, S, gain, backend="triton")
+        (grad_A, _) = torch.autograd.grad(y, (lora_A, lora_B), grad_y)
+        given = grad_y, gain, x, lora_B.detach()
+        dense = S * lora_B.detach().T @ (gain.to(dtype)[:, None] * (grad_y.T @ x))
+        return named(("dA",), (grad_A,), formula(torch.float64, *given), formula(dtype, *given), (dense,))
+
+    hold_to_budget(torch.bfloat16, draw)
+    assert all(passes)
 
 
 @pytest.mark.interp
