@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from lora_fast.stacked import ROWS
 
-from .cost import Size
+from .cost import H_COLUMNS, H_RANK, Size
 
 E = 2  # bytes of an element
 
@@ -51,7 +51,7 @@ TARGETS = tuple(
     Rates(name, product=750e12, one_pass=memory, along_rank=memory, norm=memory, optimizer=11e-6)
     for name, memory in (("H200", 4.1e12), ("H100", 2.9e12))
 )
-STACKED_TOKENS, GEMM_RANK, SUMS_RANK, H_RANK, H_COLUMNS = 1024, 128, 32, 16, 256  # triton_kernels/constants.py
+STACKED_TOKENS, GEMM_RANK, SUMS_RANK = 1024, 128, 32  # triton_kernels/constants.py
 SMS = 132
 
 Kernels = Iterator[tuple[str, float]]  # name and seconds

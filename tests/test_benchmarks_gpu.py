@@ -372,12 +372,12 @@ def test_the_step_is_counted_with_the_constants_of_the_plan() -> None:
     chosen = constants.PREDICTED
     assert (chosen.stacked_tokens, chosen.gemm_rank) == (step_cost.STACKED_TOKENS, step_cost.GEMM_RANK)
     assert chosen.gain_bwd_rank == step_cost.SUMS_RANK
-    assert (chosen.gain_bwd_h.rank, chosen.gain_bwd_h.columns) == (step_cost.H_RANK, step_cost.H_COLUMNS)
+    assert (chosen.gain_bwd_h.rank, chosen.gain_bwd_h.columns) == (cost.H_RANK, cost.H_COLUMNS)
     kernels = pytest.importorskip("lora_fast.triton_kernels.lora_gain_bwd")
     target = pytest.importorskip("lora_fast.triton_kernels.target").SM90
     for size in step_cost.SIZES:
         made = kernels.makes_h(size.T, size.N, size.R, torch.bfloat16, True, target)
-        assert made == (step_cost.H_RANK >= size.R)
+        assert made == (cost.H_RANK >= size.R)
 
 
 def test_the_table_is_printed_as_predicted(capsys: pytest.CaptureFixture[str]) -> None:
