@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# up to which rank the gain's pass makes dh too, and the columns of a block of it: triton_kernels/constants.py
+H_RANK, H_COLUMNS = 16, 256
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -105,10 +108,11 @@ def lora_compose_bwd_paths(s: Size) -> dict[str, Path]:
     gain = Cost(3 * tile + 4 * s.N)
     products = Cost(2 * rank, 4 * s.T * s.N * s.R)
     dh = Cost(tile + rank, products.flops / 2)
-    two_passes = {"gain, dlora_B": gain + Cost(rank, products.flops / 2), "dh": dh}
+    blocks = Cost(2 * 4 * H_RANK * s.T * s.N / H_COLUMNS)  # of dh, in float32, written and read again
     return {
         "least": {"": gain + products},
-        "two passes": two_passes,
+        **({"one pass": {"gain, dlora_B, dh": gain + products + blocks}} if s.R <= H_RANK else {}),
+        "two passes": {"gain, dlora_B": gain + Cost(rank, products.flops / 2), "dh": dh},
         "products apart": {"gain": gain, "dh": dh, "dlora_B": dh},
     }
 
@@ -135,7 +139,7 @@ def backward_paths(s: Size) -> dict[str, Path]:
     rank = Cost(s.e * s.R * (s.T + s.K), 2 * s.T * s.K * s.R)
     once_more = Cost(2 * s.e * s.T * s.K)  # dx is read and written again
     least = compose["least"][""] + project + s.product() + rank + Cost(-2 * s.e * s.T * s.N)  # dv stays on the chip
-    gain = compose["two passes"]
+    gain = compose.get("one pass", compose["two passes"])
     return {
         "least": {"": least},
         "stacked": {**gain, "dlora_A": project, "[dv | dh] [W; lora_A]": s.product() + rank},

@@ -57,7 +57,7 @@ class Sweep:
 def sweeps() -> list[Callable[[], Sweep]]:
     """Each makes its operands on the default device."""
     return [
-        gain_bwd, gain_bwd_programs, gain_bwd_rank,
+        gain_bwd, gain_bwd_programs, gain_bwd_rank, gain_bwd_h,
         compose_low, compose_high, compose_described, compose_pointer_rank, project_low, A_grad_low, A_grad_programs,
         norm_low, norm_middle, norm_high, norm_flattened, stacked_tokens, input_grad_contraction,
         gemm_rank, few_tokens, host_bound, operators_bound, norm_backend,
@@ -81,12 +81,12 @@ def _blocks(
         yield Block(rows, columns, rank, num_warps, num_stages)
 
 
-def _gain_bwd(T: int, N: int, R: int, lora: bool = False) -> Call:
+def _gain_bwd(T: int, N: int, R: int, lora: bool = False, need_h: bool = False) -> Call:
     grad_y, kept, h, B, gain = _normal(T, N), _normal(T, N), _normal(T, R), _normal(N, R), _gain(N)
+    function = partial(lora_gain_bwd.lora_gain_bwd, need_B=True, need_h=need_h)
     if lora:
-        return partial(lora_gain_bwd.lora_gain_bwd, grad_y, None, None, h, B, S, need_B=True)
-    function = partial(lora_gain_bwd.lora_gain_bwd, from_base=True, need_v=True, need_gain=True, need_B=True)
-    return partial(function, grad_y, kept, gain, h, B, S)
+        return partial(function, grad_y, None, None, h, B, S)
+    return partial(function, grad_y, kept, gain, h, B, S, from_base=True, need_v=True, need_gain=True)
 
 
 def _gain_calls() -> dict[str, Call]:
@@ -106,6 +106,23 @@ def gain_bwd_programs() -> Sweep:
 
 def gain_bwd_rank() -> Sweep:
     return Sweep("gain_bwd_rank", [0, 16, 32], _gain_calls())
+
+
+def _then_h(call: Call, grad_v: Tensor, B: Tensor) -> Tensor:
+    call()
+    return lora_gain_bwd.lora_grad_h(grad_v, B, S)
+
+
+def gain_bwd_h() -> Sweep:
+    """The pass that makes dh too, beside the one that does not and another over dv."""
+    values = list(_blocks(((64, 256),), (16,), (8, 16), (2, 3, 4)))
+    calls: dict[str, Call] = {}
+    others: dict[str, dict[str, Call]] = {}
+    for T, N, lora in ((8192, 4096, False), (2048, 4096, False), (4096, 8192, False), (8192, 4096, True)):
+        size = f"{T}×{N}, rank 16{', no gain' if lora else ''}"
+        calls[size] = _gain_bwd(T, N, 16, lora, need_h=True)
+        others[size] = {"two passes": partial(_then_h, _gain_bwd(T, N, 16, lora), _normal(T, N), _normal(N, 16))}
+    return Sweep("gain_bwd_h", values, calls, others)
 
 
 def _compose(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, out: Tensor) -> Tensor:
@@ -196,9 +213,11 @@ def _A_grad_calls() -> tuple[dict[str, Call], dict[str, dict[str, Call]]]:
 
 
 def A_grad_low() -> Sweep:
+    # 32 columns at a time give each multiprocessor its own, without parts to be added, where A_grad_programs is 1
+    tiles = (*product((32, 64, 128), (64, 128, 256)), (128, 32), (256, 32))
     values = [
         block
-        for block in _blocks(tuple(product((32, 64, 128), (64, 128, 256))), (64,), (4, 8), (2, 3, 4))
+        for block in _blocks(tiles, (64,), (4, 8), (2, 3, 4))
         if (block.columns + 64) * block.rows * 2 * block.num_stages <= SHARED_MEMORY
     ]
     return Sweep("A_grad_low", values, *_A_grad_calls())

@@ -1,14 +1,16 @@
-"""Where the device's time of a training step goes on a GPU, kernel by kernel: counted, at rates that were measured.
+"""Where the device's time of a training step goes on a GPU, kernel by kernel: counted, at two sets of rates.
 
     python -m lora_fast.benchmarks.step_cost
 
 :mod:`lora_fast.benchmarks.cost` counts what no path gets under. Here each kernel of the Triton backend's step takes the
-time of its bytes or FLOPs at the rate that its kind of kernel reached on an H200, with a time for small launches, so
-that a step and its bars can be predicted. Rates are those of benchmarks/results/nvidia-h200/first.json; an H100, which
-has the same multiprocessors, is taken to have them too, and memory's in the ratio of the data sheets. The frozen
-linear's step is its two products. An optimizer's step is every adapter's.
+time of its bytes or FLOPs at a rate of its kind, with a time for small launches, so that a step can be predicted. The
+first rates are those that an H200 reached (benchmarks/results/nvidia-h200/first.json); an H100, which has the same
+multiprocessors, is taken to have them too, and memory's in the ratio of the data sheets. The others are those that the
+targets of a step were set by: products at 750 TFLOPS, and every pass, reading and writing, near a copy's bandwidth. The
+frozen linear's step is its two products. An optimizer's step is every adapter's.
 
-Bfloat16 throughout: T tokens, weight [N, K], rank R.
+Bfloat16 throughout: T tokens, weight [N, K], rank R. What the gain's pass sums over chunks and blocks goes through
+memory: some 200 MB pass through L2 before it is read again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from lora_fast.stacked import ROWS
 
-from .cost import Size
+from .cost import H_COLUMNS, H_RANK, Size
 
 E = 2  # bytes of an element
 
@@ -43,8 +45,14 @@ class Rates:
 
 
 H200 = Rates("H200")
-H100 = H200.of_another_memory("H100", 3.35 / 4.8)
+REACHED = H200, H200.of_another_memory("H100", 3.35 / 4.8)
+# and what of the rates above is not named here
+TARGETS = tuple(
+    Rates(name, product=750e12, one_pass=memory, along_rank=memory, norm=memory, optimizer=11e-6)
+    for name, memory in (("H200", 4.1e12), ("H100", 2.9e12))
+)
 STACKED_TOKENS, GEMM_RANK, SUMS_RANK = 1024, 128, 32  # triton_kernels/constants.py
+SMS = 132
 
 Kernels = Iterator[tuple[str, float]]  # name and seconds
 
@@ -79,15 +87,28 @@ def forward(s: Size, r: Rates, *, dora: bool) -> Kernels:
     yield "composition", _compose(s, r, s.N)
 
 
+def _gain_pass(s: Size, r: Rates, *, dora: bool) -> float:
+    """dy, with a gain the kept base and dv too, and the sums in float32, written and read again: the chunks' of dyᵀ h,
+    of one program or four on a multiprocessor, and the blocks' of dh."""
+    sums = 0
+    if s.R <= H_RANK:
+        sums = SMS * H_COLUMNS * s.R + s.T * H_RANK * s.N // H_COLUMNS
+    elif s.R <= SUMS_RANK:
+        sums = 4 * SMS * 128 * s.R
+    return ((3 if dora else 1) * E * s.T * s.N + 2 * 4 * sums) / r.one_pass
+
+
 def backward(s: Size, r: Rates, *, dora: bool) -> Kernels:
     """The norm detached; DoRA's weights stacked."""
     fused = s.R <= SUMS_RANK
     if dora or fused:
-        yield "gain's pass" if dora else "dyᵀ h", (3 if dora else 1) * E * s.T * s.N / r.one_pass
-        yield "its sums and d lora_B", r.launch
+        made = [name for name, limit in (("dyᵀ h", SUMS_RANK), ("dh", H_RANK)) if limit >= s.R]
+        yield ", ".join((["gain's pass"] if dora else []) + made), _gain_pass(s, r, dora=dora)
+        yield "its sums, d lora_B", r.launch
     if not fused:
         yield "dyᵀ h by cuBLAS", 2 * s.T * s.N * s.R / r.rank_product
-    yield "dh", _along_rank(s, r, s.N)
+    if s.R > H_RANK:
+        yield "dh", _along_rank(s, r, s.N)
     yield "d lora_A", _along_rank(s, r, s.K) + (r.launch if s.R < GEMM_RANK else 0.0)
     if dora and s.T >= STACKED_TOKENS:
         rows = -(-s.R // ROWS) * ROWS
@@ -107,17 +128,18 @@ def frozen(s: Size, r: Rates) -> float:
     return 4 * s.T * s.N * s.K / r.product
 
 
-def summary() -> list[str]:
+def ratio(s: Size, r: Rates, *, dora: bool) -> float:
+    """The step in multiples of the frozen linear's."""
+    return sum(step(s, r, dora=dora).values()) / frozen(s, r)
+
+
+def summary(rates: tuple[Rates, ...]) -> list[str]:
     """A step by size, as rows of a table: × the frozen linear's, DoRA and LoRA on each device."""
     rows = []
     for size in SIZES:
-        ratios = [
-            sum(step(size, rates, dora=dora).values()) / frozen(size, rates)
-            for rates in (H200, H100)
-            for dora in (True, False)
-        ]
+        ratios = [ratio(size, each, dora=dora) for each in rates for dora in (True, False)]
         name = f"{size.T} tokens, {size.N}×{size.K}, rank {size.R}"
-        rows.append(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+        rows.append(f"| {name} | " + " | ".join(f"{each:.2f}" for each in ratios) + " |")
     return rows
 
 
@@ -130,19 +152,22 @@ SIZES = (
 
 
 def main() -> None:
-    print("predicted from counts, at rates that an H200 reached; no step of these kernels was measured")
+    print("predicted from counts; no step of these kernels was measured")
+    columns = [(title, each) for title, rates in (("reached", REACHED), ("targets'", TARGETS)) for each in rates]
     for size in SIZES:
-        print(f"\n{size.T} tokens, {size.N}×{size.K}, rank {size.R}")
         for name, dora in (("DoRA", True), ("LoRA", False)):
-            steps = {rates.name: step(size, rates, dora=dora) for rates in (H200, H100)}
-            print(f"  {name:26}" + "".join(f"{device:>10} µs" for device in steps))
-            for kernel in steps["H200"]:
-                print(f"    {kernel:24}" + "".join(f"{1e6 * seconds[kernel]:13.1f}" for seconds in steps.values()))
-            totals = [sum(seconds.values()) for seconds in steps.values()]
-            ratios = [total / frozen(size, rates) for total, rates in zip(totals, (H200, H100), strict=True)]
-            print(f"    {'all':24}" + "".join(f"{1e6 * total:13.1f}" for total in totals))
-            print(f"    {'× frozen linear':24}" + "".join(f"{ratio:13.2f}" for ratio in ratios))
-    print("\n× frozen linear: DoRA and LoRA on an H200, DoRA and LoRA on an H100", *summary(), sep="\n")
+            print(f"\n{name}, {size.T} tokens, {size.N}×{size.K}, rank {size.R}, µs")
+            print(" " * 28 + "".join(f"{f'{each.name}, {title}':>16}" for title, each in columns))
+            steps = [step(size, each, dora=dora) for _, each in columns]
+            for kernel in steps[0]:
+                print(f"  {kernel:26}" + "".join(f"{1e6 * seconds[kernel]:16.1f}" for seconds in steps))
+            print(f"  {'all':26}" + "".join(f"{1e6 * sum(seconds.values()):16.1f}" for seconds in steps))
+            ratios = (ratio(size, each, dora=dora) for _, each in columns)
+            print(f"  {'× frozen linear':26}" + "".join(f"{each:16.2f}" for each in ratios))
+    for title, rates in (("at the rates that an H200 reached", REACHED), ("at the targets' rates", TARGETS)):
+        print(
+            f"\n× frozen linear {title}: DoRA and LoRA on an H200, DoRA and LoRA on an H100", *summary(rates), sep="\n"
+        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SMALL = Case((13,), 264, 280, 5)
 REAL = {
     "cpu": (Case((64,), 1024, 512, 16),),
     "cuda": (
-        Case((8192,), 4096, 4096, 16),
+        Case((8192,), 4096, 4096, 16, bias=False),
         Case((8192,), 1024, 1024, 16),
         Case((2048,), 4096, 4096, 64),
         Case((4096,), 4096, 4096, 384),
@@ -261,7 +261,7 @@ def _kept_linear(device: str, backend: BackendName, case: Case, result: Result) 
 def _linear(device: str, backend: BackendName, case: Case, result: Result, form: str, dropout_p: float = 0.0) -> None:
     t = draw(device, case)
     axis, *full = form.split("-")
-    names = ["x", "bias", "lora_A", "lora_B"] + (["magnitude"] if form != "lora" else [])
+    names = ["x", "lora_A", "lora_B"] + ["bias"] * case.bias + ["magnitude"] * (form != "lora")
     leaves = {name: t[axis if name == "magnitude" else name] for name in names}
     options: dict[str, Any] = {} if form == "lora" else {"axis": axis, "detach_norm": not full}
     function = "lora_linear" if form == "lora" else "dora_linear"
@@ -270,7 +270,7 @@ def _linear(device: str, backend: BackendName, case: Case, result: Result, form:
 
     def called(module: Any, tensors: Mapping[str, Tensor], **more: Any) -> Tensor:
         weight = t["weight"].to(tensors["x"].dtype)
-        factors = (tensors["x"], weight, tensors["bias"], tensors["lora_A"], tensors["lora_B"])
+        factors = (tensors["x"], weight, tensors.get("bias"), tensors["lora_A"], tensors["lora_B"])
         magnitude = (tensors["magnitude"],) if form != "lora" else ()
         return getattr(module, function)(*factors, *magnitude, case.scaling, **options, **more)
 
@@ -329,12 +329,12 @@ def _mask(device: str, backend: BackendName, case: Case, result: Result) -> None
 
 def _compose(device: str, backend: BackendName, case: Case, result: Result) -> None:
     t = draw(device, case)
-    leaves = {name: t[name] for name in ("base", "h", "lora_B", "output", "bias")}
+    leaves = {name: t[name] for name in ["base", "h", "lora_B", "output"] + ["bias"] * case.bias}
 
     def results(function: Callable[..., Tensor], wide: bool) -> dict[str, Tensor]:
         def called(tensors: dict[str, Tensor]) -> Tensor:
-            base, h, lora_B, gain, bias = tensors.values()
-            return function(base, h, lora_B, case.scaling, gain, bias)
+            base, h, lora_B, gain = (tensors[name] for name in ("base", "h", "lora_B", "output"))
+            return function(base, h, lora_B, case.scaling, gain, tensors.get("bias"))
 
         return _with_gradients(called, leaves, t["grad_y"], wide)
 

@@ -26,6 +26,9 @@ CHUNKED = (  # where the gain's pass makes dyᵀ h, in chunks of rows
 )
 CONFIGURED = (
     *CHUNKED,
+    # where no bias is trained the pass makes dh too
+    Case((8192,), 4096, 4096, 16, bf16, bias=False),
+    Case((2048,), 4096, 1024, 8, bf16, bias=False),
     Case((2048,), 4096, 4096, 384, bf16),
     Case((2048,), 8192, 1024, 384, bf16),
     Case((2048,), 4096, 4096, 64, bf16),

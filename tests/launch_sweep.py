@@ -66,6 +66,7 @@ def sweep() -> Iterator[Call]:
     for R in (16, 384):
         yield Call(16, 64, 64, R, weight_layout="long")
         yield Call(8192, 4096, 1024, R, weight_layout="stacked")
+    yield Call(8192, 4096, 4096, 8)
     yield Call(8192, 4096, 4096, 96)  # an update of dx through descriptors
 
 

@@ -125,6 +125,19 @@ def dot_kernel(x_ptr, y_ptr, STEPS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def overtaken_kernel(x_ptr, y_ptr, STEPS: tl.constexpr, SIZE: tl.constexpr, NUM_STAGES: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    square = offs[:, None] * SIZE + offs[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    sums = tl.zeros((SIZE, SIZE), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=NUM_STAGES):
+        x = tl.load(x_ptr + step * SIZE * SIZE + square)
+        total = tl.dot(tl.trans(x), tl.load(y_ptr + step * SIZE * SIZE + square), total)
+        sums += x.to(tl.float32)
+    tl.store(y_ptr + square, (total + sums).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
 def forgotten_kernel(x_ptr):
     tl.store(x_ptr, doubled(tl.load(x_ptr)))
 
@@ -157,6 +170,14 @@ def test_a_spilling_kernel_is_caught() -> None:
 def test_an_oversized_kernel_is_caught() -> None:
     (fault,) = aot.look(launched(dot_kernel, SM90, num_stages=6, num_warps=8), SM90).faults
     assert "bytes of shared memory, there are 232448" in fault
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_product_that_runs_on_over_its_operand_is_caught(stages: int) -> None:
+    launch = launched(overtaken_kernel, SM90, SIZE=64, STEPS=8, NUM_STAGES=stages)
+    (fault,) = aot.look(launch, SM90).faults
+    assert "may still read a tile when the next is copied over it" in fault
+    assert aot.look(launched(overtaken_kernel, SM80, SIZE=64, STEPS=8, NUM_STAGES=stages), SM80).faults == []
 
 
 def test_a_dot_without_tensor_cores_is_seen() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,15 @@ def only_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """One backend and one dtype, for what is broken."""
     monkeypatch.setattr(check, "present", lambda device: ["torch"])
     monkeypatch.setitem(check.DTYPES, "cpu", (torch.float32,))
+
+
+@pytest.mark.parametrize("name", ["dora_linear, axis output", "lora_compose"])
+def test_a_case_without_a_bias_has_the_other_gradients(name: str) -> None:
+    case = replace(check.SMALL, bias=False)
+    result = check.result_of(name, "cpu", "torch", case, check.items()[name])
+    assert result.faults == []
+    assert "lora_B" in result.errors
+    assert "bias" not in result.errors
 
 
 def faults() -> dict[str, str]:

@@ -190,6 +190,30 @@ def test_the_triton_backend_makes_no_key_where_training_renews_the_norm(keep: st
     assert plan.kernel("norm") == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "rank", "change", "expected"),
+    [
+        ("SM90", 16, {}, "lora_gain_bwd"),
+        ("SM100", 8, {}, "lora_gain_bwd"),
+        ("SM80", 16, {}, "lora_project"),  # tensor cores read from registers
+        ("SM90", 12, {}, "lora_project"),  # rows of h that are no whole lines
+        ("SM90", 32, {}, "lora_project"),
+        ("SM90", 384, {}, "torch.matmul"),
+        ("SM90", 16, {"need_bias": True}, "lora_project"),
+        ("SM90", 16, {"need_B": False}, "lora_project"),
+    ],
+)
+def test_where_the_triton_backend_makes_dh(target: str, rank: int, change: dict[str, bool], expected: str) -> None:
+    module = pytest.importorskip("lora_fast.triton_kernels.target")
+    size = Size(2048, 4096, 64, rank, torch.bfloat16)
+    for op, call in explain.example_calls(size, "base").items():
+        if op in ("lora_linear_bwd", "dora_linear_bwd", "lora_compose_bwd"):
+            call = call._replace(**{"need_bias": False, **change})
+            with module.pretended(getattr(module, target)):
+                plan = registry.planned(backends.get("triton"), op, call)
+            assert plan.kernel("grad_h") == expected, op
+
+
 @pytest.mark.parametrize(("axis", "keep"), [("output", "product"), ("output", "base"), ("input", "nothing")])
 def test_a_backward_reads_what_any_forward_kept(axis: str, keep: calls.Kept) -> None:
     """A fall-back between a forward and its backward changes nothing; float32, all pairs of backends that are here."""

@@ -231,6 +231,9 @@ def look(launch: Launch, target: Target) -> Findings:
     instruction = _demanded_instruction(target, rows)
     if instruction is not None and instruction not in binary.asm["ptx"]:
         faults.append(f"has a dot of {rows} rows in 16 bits but no {instruction} instruction")
+    stages = launch.tile.get("NUM_STAGES", launch.options["num_stages"])
+    if _runs_over_its_operands(binary.asm["ttgir"], stages):
+        faults.append("has a product that may still read a tile when the next is copied over it")
     return Findings(faults, rows)
 
 
@@ -241,6 +244,22 @@ def _resources(cubin: bytes) -> str:
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _runs_over_its_operands(ttgir: str, stages: int) -> bool:
+    """Whether a product goes on into the next step (wgmma) with an operand in fewer buffers than stages.
+
+    Triton gives an operand of a product one more buffer only where nothing else reads what is loaded.
+    """
+    sources = dict(re.findall(r"(%[\w#]+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    buffers = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir))
+    for operands in re.findall(r"warp_group_dot_wait ([^{]*)\{pendings = [1-9]", ttgir):
+        for name in re.findall(r"%\w+", operands):
+            while name in sources:
+                name = sources[name]
+            if int(buffers.get(name, stages)) < stages:
+                return True
+    return False
 
 
 def _tensor_core_rows(ttir: str) -> int:

@@ -80,6 +80,7 @@ class Constants:
     compose_pointer_rank: int = 64  # up to which pointers bring the operands, above it descriptors
     gain_bwd: Block = Block(32, 128, 32, 4, 2)
     gain_bwd_programs: int = 4  # on a multiprocessor
+    gain_bwd_h: Block = Block(64, 256, 16, 8, 3)  # where the pass makes dh too
     gain_bwd_rank: int = 32  # up to which grad_yᵀ h is made in the pass
     A_grad_low: Block = Block(64, 64, 64, 4, 3)  # of x
     A_grad_programs: int = 2  # on a multiprocessor

@@ -86,10 +86,13 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
     need_gain_in = gain_in is not None and call.need_gain
     need_input = call.need_x or need_gain_in
     need_h = need_input or call.need_A
+    in_pass = plan.kernel("grad_h") == "lora_gain_bwd"
     with _on_device_of(grad_y):
         stack = stacked.find(call.weight) if plan.kernel("grad_x") == STACKED else None
-        both = None if stack is None else grad_y.new_empty(grad_y.shape[0], stack.shape[0])  # [dv | dh], then zeros
-        grad_v, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
+        # dv, then dh and zeros
+        both = None if stack is None else grad_y.new_empty(grad_y.shape[0], stack.shape[0])
+        left, right = (None, None) if both is None else both.tensor_split((grad_y.shape[1],), dim=1)
+        grad_v, grad_gain, grad_bias, grad_B, grad_h = lora_gain_bwd.lora_gain_bwd(
             grad_y,
             call.product,
             gain,
@@ -101,12 +104,15 @@ def lora_linear_bwd(call: calls.LoraLinearGrad, plan: Plan) -> Gradients:
             need_gain=gain is not None and call.need_gain,
             need_bias=call.need_bias,
             need_B=call.need_B,
-            grad_v=None if both is None else both[:, : grad_y.shape[1]],
+            need_h=need_h and in_pass,
+            grad_v=left,
+            grad_h=right,
         )
         if gain is None:
             grad_v = grad_y
         grad_x, grad_A = grad_y.new_empty(0), call.lora_A.new_empty(0)
-        grad_h = h_grad(call, plan, grad_v, both) if need_h else grad_y.new_empty(0)
+        if need_h and not in_pass:
+            grad_h = h_grad(call, plan, grad_v, right)
         if call.need_A:
             grad_A = A_grad(call, plan, grad_h)
         if need_input:
@@ -126,9 +132,9 @@ def lora_compose_fwd(call: calls.LoraCompose, plan: Plan) -> tuple[Tensor, Tenso
 
 
 def lora_compose_bwd(call: calls.LoraComposeGrad, plan: Plan) -> Gradients:
-    grad_y = call.grad_y
+    grad_y, in_pass = call.grad_y, plan.kernel("grad_h") == "lora_gain_bwd"
     with _on_device_of(grad_y):
-        grad_base, grad_gain, grad_bias, grad_B = lora_gain_bwd.lora_gain_bwd(
+        grad_base, grad_gain, grad_bias, grad_B, grad_h = lora_gain_bwd.lora_gain_bwd(
             grad_y,
             call.product,
             call.gain,
@@ -140,11 +146,12 @@ def lora_compose_bwd(call: calls.LoraComposeGrad, plan: Plan) -> Gradients:
             need_gain=call.gain is not None and call.need_gain,
             need_bias=call.need_bias,
             need_B=call.need_B,
+            need_h=call.need_h and in_pass,
         )
-        grad_h = call.h.new_empty(0)
-        if call.need_h:
-            grad_h = h_grad(call, plan, grad_y if call.gain is None else grad_base).to(call.h.dtype)
-    return grad_base if call.need_base else grad_y.new_empty(0), grad_h, grad_B, grad_gain, grad_bias
+        if call.need_h and not in_pass:
+            grad_h = h_grad(call, plan, grad_y if call.gain is None else grad_base)
+    grad_base = grad_base if call.need_base else grad_y.new_empty(0)
+    return grad_base, grad_h.to(call.h.dtype), grad_B, grad_gain, grad_bias
 
 
 def dropout(call: calls.Dropout, plan: Plan) -> Tensor:
@@ -193,12 +200,11 @@ def add_update(base: Tensor, h: Tensor, lora_B: Tensor, scaling: float, kernel: 
 
 
 def h_grad(
-    call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor, both: Tensor | None = None
+    call: calls.LoraLinearGrad | calls.LoraComposeGrad, plan: Plan, grad_v: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """dh = s dv lora_B, in ``both`` if that is given; ``grad_v`` is empty where nothing else needs it, and the kernel
+    """dh = s dv lora_B, in ``out`` if that is given; ``grad_v`` is empty where nothing else needs it, and the kernel
     scales grad_y as it reads it"""
-    grad_y, (N, R) = call.grad_y, call.lora_B.shape
-    out = None if both is None else both[:, N:]
+    grad_y, R = call.grad_y, call.lora_B.shape[1]
     if plan.kernel("grad_h") == MATMUL:
         # PyTorch's products in 16 bits on a CPU read what lies in rows that are apart, also for beta = 0
         grad_h = grad_y.new_empty(grad_y.shape[0], R) if out is None else out.zero_()[:, :R]

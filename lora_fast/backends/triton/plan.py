@@ -12,7 +12,8 @@ from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
-from lora_fast.triton_kernels.target import current
+from lora_fast.triton_kernels.lora_gain_bwd import has_pieces, makes_h
+from lora_fast.triton_kernels.target import current, has_vectors
 
 # Whether a kernel of ours takes the product dv W, or cuBLAS and a pass over the output after it (predicted): the pass
 # reads and writes 4 bytes an element in 16 bits, 1.0 ps at 4 TB/s. The product is 2 N FLOPs an element: at 990 TFLOPS,
@@ -49,6 +50,7 @@ _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where
 _NORM_RENEWED = Plan({"norm": Step("weight_norm_fwd", f"{_ONE_READ}; in training the factors change, no key is made")})
 weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", _ONE_READ)})
 _GAIN_BWD = Step("lora_gain_bwd", "dv, d lora_B and the sums of the gain and the bias in one pass over dy")
+_SAME_PASS = Step("lora_gain_bwd", "in that pass, its sums over blocks of columns added with the others")
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
@@ -110,8 +112,14 @@ def _grad_h(call: LinearGrad | calls.LoraComposeGrad) -> Step:
     grad_y: Tensor = call.grad_y
     if grad_y.dtype == torch.float32 or grad_y.shape[1] % 16 != 0:
         return Step(MATMUL, _RAGGED)
-    if constants.of(current(grad_y.device)).gemm_rank <= call.lora_B.shape[1]:
+    target, (N, R) = current(grad_y.device), call.lora_B.shape
+    if constants.of(target).gemm_rank <= R:
         return Step(MATMUL, _GEMM)
+    if call.need_B and not call.need_bias:
+        assert call.h is not None
+        vectors = has_vectors(grad_y) and (call.product is None or has_vectors(call.product)) and has_pieces(call.h)
+        if makes_h(grad_y.shape[0], N, R, grad_y.dtype, vectors, target):
+            return _SAME_PASS
     return Step("lora_project", _ALONG_RANK)
 
 
