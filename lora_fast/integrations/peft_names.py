@@ -129,7 +129,10 @@ def multiply_adds(layer: Any, x: Tensor) -> int:
 
 def has_dtype_beside(layer: Any, dtype: torch.dtype) -> bool:
     """Whether an adapter of a linear has another dtype."""
-    return any(lora_A.weight.dtype != dtype for lora_A in layer._modules["lora_A"]._modules.values())
+    for lora_A in layer._modules["lora_A"]._modules.values():
+        if lora_A.weight.dtype != dtype:
+            return True
+    return False
 
 
 def renews_product(layer: Any, adapter: Adapter) -> bool:
