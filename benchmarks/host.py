@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fast
 from lora_fast import backends
-from lora_fast.autograd import Function
+from lora_fast.autograd import apply
 from lora_fast.backends import registry
 from lora_fast.calls import WeightNorm
 
@@ -79,10 +79,10 @@ SUBJECTS = (
     Subject("LinearWithLoRA, cuda", c.lora("cuda"), one_call=True),
     Subject("LinearWithDoRA, kept norm, cuda", c.dora("cuda"), one_call=True),
     Subject("LinearWithDoRA, frozen norm, cuda", c.dora("cuda"), frozen_norm=True, one_call=True),
-    # at these sizes "auto" takes PyTorch's operators for LoRA, and cuda for DoRA
+    # at these sizes "auto" takes PyTorch's operators for LoRA in one dtype, and else cuda
     Subject("LinearWithLoRA, auto", c.lora(), stubbed=False),
     Subject("accelerate(PEFT LoRA), bf16 adapters", c.ACCELERATED_LORA_BF16, stubbed=False),
-    Subject("accelerate(PEFT LoRA), fp32 adapters", c.ACCELERATED_LORA, stubbed=False),
+    Subject("accelerate(PEFT LoRA), fp32 adapters", c.ACCELERATED_LORA, one_call=True),
     Subject("accelerate(PEFT DoRA), bf16 adapters", c.ACCELERATED_BF16, one_call=True),
     Subject("accelerate(PEFT DoRA), fp32 adapters", c.ACCELERATED, one_call=True),
 )
@@ -296,7 +296,7 @@ def dispatch_alone(calls: Sequence[Call]) -> tuple[Step, Step]:
     inputs_of = [sources[result.name] for result in backward.op._schema.returns]
     kept = [argument for argument in backward.args if isinstance(argument, Tensor)][1:]  # all but grad_y
 
-    class Empty(Function):
+    class Empty(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> Any:
             return forward_op(*inputs)
@@ -318,10 +318,10 @@ def dispatch_alone(calls: Sequence[Call]) -> tuple[Step, Step]:
     leaves = [argument for argument in forward.args if isinstance(argument, Tensor) and argument.requires_grad]
 
     def forward_alone() -> None:
-        Empty.apply(*forward.args)
+        apply(Empty, *forward.args)
 
     def step() -> None:
-        Empty.apply(*forward.args)[0].backward(backward.args[0])
+        apply(Empty, *forward.args)[0].backward(backward.args[0])
         for leaf in leaves:
             leaf.grad = None
 

@@ -26,6 +26,7 @@ from lora_fast.autograd import (
     LoraComposeFunction,
     LoraLinearFunction,
     WeightNormFunction,
+    apply,
 )
 from lora_fast.backends import BackendName, kept_by, operators, resolved
 from lora_fast.calls import Axis, Kept
@@ -84,7 +85,7 @@ def weight_norm(
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
     if _recorded(lora_A, lora_B):
-        return WeightNormFunction.apply(*call, name)[0]
+        return apply(WeightNormFunction, *call, name)[0]
     return ops.weight_norm(call, name)
 
 
@@ -181,7 +182,7 @@ def dora_linear(
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
-        return DoraLinearFunction.apply(*call, detach_norm, name)[0]
+        return apply(DoraLinearFunction, *call, detach_norm, name)[0]
     return ops.dora_linear_fwd(*call, name)[0]
 
 
@@ -225,8 +226,9 @@ def lora_compose(
     name = resolved(backend)
     keep = _keep(name, base, "output", gain_wants_grad=_wants_grad(gain))
     call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
-    compose = LoraComposeFunction.apply if _recorded(base, h, lora_B, gain, bias) else ops.lora_compose_fwd
-    return compose(*call, name)[0]
+    if _recorded(base, h, lora_B, gain, bias):
+        return apply(LoraComposeFunction, *call, name)[0]
+    return ops.lora_compose_fwd(*call, name)[0]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto") -> Tensor:
@@ -241,8 +243,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto")
     checks.check_dropout(p, seed)
     if p == 0.0:
         return x
-    drop = DropoutFunction.apply if _recorded(x) else ops.dropout
-    return drop(x, seed, float(p), resolved(backend))
+    inputs = x, seed, float(p), resolved(backend)
+    return apply(DropoutFunction, *inputs) if _recorded(x) else ops.dropout(*inputs)
 
 
 def merge_weight(
@@ -279,8 +281,9 @@ def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
     keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
     call = call._replace(gain=gain, bias=bias, keep=keep)
-    linear = LoraLinearFunction.apply if _recorded(x, call.lora_A, call.lora_B, gain, bias) else ops.lora_linear_fwd
-    return linear(*call, name)[0]
+    if _recorded(x, call.lora_A, call.lora_B, gain, bias):
+        return apply(LoraLinearFunction, *call, name)[0]
+    return ops.lora_linear_fwd(*call, name)[0]
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
@@ -335,4 +338,8 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 def _recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd takes the call: in eager mode wherever it is on, so that jvp and vmap raise instead of losing
     their derivative; traced, where an input wants a gradient: torch.compile fails on a Function none of whose does."""
-    return _wants_grad(*tensors) if torch.compiler.is_compiling() else torch.is_grad_enabled()
+    if not torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if torch._C._are_functorch_transforms_active():  # the op alone would have no derivative, and nobody would know
+        raise RuntimeError("torch.compile cannot trace lora_fast inside a transform of torch.func, such as grad")
+    return _wants_grad(*tensors)

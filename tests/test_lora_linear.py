@@ -413,3 +413,23 @@ def test_a_compiled_function_takes_other_scalings(backend: str) -> None:
     )
     for scaling in (1.0, 2.0, 3.0):
         torch.testing.assert_close(compiled(scaling), functional.lora_linear(*factors, scaling, backend=backend))
+
+
+@pytest.mark.parametrize("form", ["lora", "output"])
+def test_compiled_around_a_function_transform(form: str, backend: str) -> None:
+    """Right where the graph may break, and an error where it may not: a bare op in the graph would give no gradient."""
+    inputs = make_inputs(Case((5,), 24, 16, 4))
+    tensors = tensors_of(inputs, form)
+    function = call(functional, inputs, form, backend=backend)
+
+    def loss(lora_A: Tensor) -> Tensor:
+        return function(**{**tensors, "lora_A": lora_A}).square().sum()
+
+    def gradient(lora_A: Tensor) -> Tensor:
+        return torch.func.grad(loss)(lora_A)
+
+    expected = gradient(inputs.lora_A)
+    torch.testing.assert_close(torch.compile(gradient, backend="eager")(inputs.lora_A), expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="transform of torch.func"):
+        torch.compile(gradient, backend="eager", fullgraph=True)(inputs.lora_A)

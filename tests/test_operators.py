@@ -16,6 +16,8 @@ from lora_fast.testing import CASES, Case, make_inputs
 from lora_fast.triton_kernels import constants
 
 MIXED = [case for case in CASES if case.adapter_dtype not in (None, case.dtype)]
+FOLDED = [case for case in CASES if case.layout != "contiguous" and len(case.leading) > 1]
+HALF = [case for case in CASES if case.dtype == torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case: Case, taken: list[Tensor]) -> None:
     check(*fast_and_specification("lora", "auto"), case)
-    assert bool(taken) == (case not in MIXED)
+    assert bool(taken) == (case not in [*MIXED, *FOLDED, *HALF])
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
@@ -49,36 +51,30 @@ def test_each_gradient_alone(case: Case) -> None:
     check_each_alone(call(functional, inputs, "lora", backend="auto"), tensors_of(inputs, "lora"), inputs.grad_y)
 
 
-@pytest.mark.parametrize("case", MIXED, ids=str)
-def test_factors_of_another_dtype_without_gradients(case: Case, taken: list[Tensor]) -> None:
-    """With gradients they are ours, whose gradients are rounded once, to the factors' dtype."""
-    inputs = make_inputs(case)
-    arguments = inputs.x, inputs.weight, inputs.bias, inputs.lora_A, inputs.lora_B, inputs.scaling
-    with torch.no_grad():
-        y, ours = functional.lora_linear(*arguments), functional.lora_linear(*arguments, backend="torch")
-    assert len(taken) == 1
-    assert y.dtype == case.dtype
-    tolerance = 4 * torch.finfo(case.dtype).eps
-    torch.testing.assert_close(y, ours, rtol=tolerance, atol=tolerance * float(ours.abs().max()))
-
-
 def test_lora_B_of_zeros_gives_the_linears_output() -> None:
     inputs = make_inputs(Case((5,), 48, 56, 8, torch.bfloat16))
     y = functional.lora_linear(inputs.x, inputs.weight, inputs.bias, inputs.lora_A, 0 * inputs.lora_B, 0.7)
     assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
 
 
-def test_they_keep_no_activation_but_x() -> None:
-    """And h, of the rank's width: law 2."""
+@pytest.mark.parametrize("layout", ["flat", "batch", "strided", "transposed batch", "expanded batch"])
+def test_auto_keeps_no_activation_but_x(layout: str) -> None:
+    """And h, of the rank's width: law 2, whoever takes the call."""
     inputs = make_inputs(Case((50,), 96, 64, 8))
-    x, lora_A, lora_B = (tensor.requires_grad_() for tensor in (inputs.x, inputs.lora_A, inputs.lora_B))
+    x = {
+        "flat": inputs.x,
+        "batch": inputs.x.view(5, 10, 64),
+        "strided": torch.cat([inputs.x, inputs.x], 1)[:, :64],
+        "transposed batch": inputs.x.view(5, 10, 64).transpose(0, 1),
+        "expanded batch": inputs.x[:1].expand(5, 10, 64),
+    }[layout].detach()
+    x, lora_A, lora_B = (tensor.requires_grad_() for tensor in (x, inputs.lora_A, inputs.lora_B))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         functional.lora_linear(x, inputs.weight, inputs.bias, lora_A, lora_B, 0.7)
-    parameters = {t.untyped_storage().data_ptr() for t in (inputs.weight, lora_A, lora_B)}
-    activations = {t.untyped_storage().data_ptr(): t for t in saved}
-    shapes = [tuple(t.shape) for storage, t in activations.items() if storage not in parameters]
-    assert sorted(shapes) == [(50, 8), (50, 64)]
+    given = {t.untyped_storage().data_ptr() for t in (x, inputs.weight, lora_A, lora_B)}
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert sum(size for storage, size in kept.items() if storage not in given) <= 2 * 50 * 8 * 4
 
 
 def one_call(dtype: torch.dtype = torch.bfloat16, **changes: object) -> lora_fast.calls.LoraLinear:
@@ -98,9 +94,16 @@ def test_what_they_take() -> None:
     )  # fmt: skip
     for changes in refused:
         assert not take(one_call(**changes), "auto"), changes
-    with torch.no_grad():
-        assert take(one_call(lora_A=wide), "auto")
-        assert not take(one_call(gain=vector), "auto")
+    with torch.no_grad():  # as reentrant checkpointing runs a forward that trains
+        assert take(one_call(), "auto")
+        assert not take(one_call(lora_A=wide), "auto")
+
+
+def test_an_update_that_only_its_scaling_brings_into_float16() -> None:
+    x, weight = torch.randn(5, 64).half(), torch.zeros(96, 64).half()
+    lora_A, lora_B = 50 * torch.ones(8, 64).half(), 200 * torch.ones(96, 8).half()
+    y = functional.lora_linear(x, weight, None, lora_A, lora_B, 1e-3)
+    assert y.isfinite().all()
 
 
 def test_they_take_calls_up_to_the_constant() -> None:

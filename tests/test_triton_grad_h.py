@@ -24,12 +24,26 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 WITH_H = dict.fromkeys(("need_v", "need_gain", "need_B", "need_h"), True)
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each pass over grad_y, whether it made dh."""
+    made: list[bool] = []
+    launch = gain_bwd.lora_gain_bwd
+
+    def recorded(*args: Any, need_h: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
+        made.append(need_h)
+        return launch(*args, need_h=need_h, **kwargs)
+
+    monkeypatch.setattr(gain_bwd, "lora_gain_bwd", recorded)
+    return made
+
+
 @pytest.mark.interp
-@HALVES
 @pytest.mark.parametrize("from_base", [False, True], ids=["product", "base"])
 @pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
-def test_gain_bwd_with_dh(config: gain_bwd.Config | None, from_base: bool, dtype: torch.dtype) -> None:
+def test_gain_bwd_with_dh(config: gain_bwd.Config | None, from_base: bool) -> None:
     """Beside dv in one matrix, with zeros up to its last column; ragged, in equal bits each time."""
+    dtype = torch.bfloat16
     N, R = (144, 16) if config is None else (130, 8)  # its own is for rows in 16-byte pieces
     formula = of_gain_from_base if from_base else of_gain
 
@@ -61,9 +75,9 @@ def test_gain_bwd_with_dh(config: gain_bwd.Config | None, from_base: bool, dtype
 
 
 @pytest.mark.interp
-@HALVES
 @pytest.mark.parametrize("config", GAIN_CONFIGS.values(), ids=GAIN_CONFIGS)
-def test_gain_bwd_with_dh_and_no_gain(config: gain_bwd.Config | None, dtype: torch.dtype) -> None:
+def test_gain_bwd_with_dh_and_no_gain(config: gain_bwd.Config | None) -> None:
+    dtype = torch.bfloat16
     N = 96 if config is None else 90
     grad_y, h, lora_B = normal(70, N, dtype=dtype), normal(70, 16, dtype=dtype), normal(N, 16)
     with poisoned_memory():
@@ -79,20 +93,30 @@ def test_gain_bwd_with_dh_and_no_gain(config: gain_bwd.Config | None, dtype: tor
 
 @pytest.mark.interp
 @HALVES
-@pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
-def test_dh_of_gains_of_any_size(size: float, dtype: torch.dtype) -> None:
-    """gain ⊙ lora_B may leave float16's range where dv does not."""
-    grad_y, h, lora_B = normal(40, 48, dtype=dtype), torch.zeros(40, 8, dtype=dtype), normal(48, 8, dtype=dtype)
-    gain = size * (1 + 0.2 * normal(48))
-    lora_B[:, 3] *= 1e-3
-    lora_B[:, 5] = 0
-    grad_y *= (1 / size) ** 0.5
-    with poisoned_memory():
-        *_, grad_h = gain_bwd.lora_gain_bwd(grad_y, None, gain, h, lora_B, size**-0.5, need_B=True, need_h=True)
-    expected = size**-0.5 * (gain.double() * grad_y.double()) @ lora_B.double()
-    assert torch.equal(grad_h[:, 5], torch.zeros(40, dtype=dtype))
-    atol = {torch.bfloat16: 0.05, torch.float16: 0.005}[dtype] * expected.square().mean(0).sqrt()
-    assert ((grad_h.double() - expected).abs() <= 4 * atol).all()
+@pytest.mark.parametrize("ratio", [1e-7, 1e3, 1e6])
+def test_gains_of_a_wide_range(ratio: float, dtype: torch.dtype, passes: list[bool]) -> None:
+    """One column's gain is ``ratio`` times the others', as its row's norm may be: gain ⊙ lora_B leaves float16's
+    range, and dv does not."""
+    big = min(max(ratio, 1.0), 5e4)
+
+    def formula(to: torch.dtype, grad_y: Tensor, gain: Tensor, x: Tensor, lora_B: Tensor) -> tuple[Tensor]:
+        grad_v = (grad_y.double() * gain.double()).to(to)
+        return ((S * (grad_v @ lora_B.to(to))).T @ x.to(to),)
+
+    def draw(_: int) -> Draw:
+        gain = 1 + 0.2 * normal(80)
+        gain[7] *= ratio
+        grad_y, x = normal(40, 80, dtype=dtype), normal(40, 64, dtype=dtype)
+        grad_y[:, 7] /= big
+        weight, lora_A = normal(80, 64, dtype=dtype), normal(16, 64, dtype=dtype).requires_grad_()
+        lora_B = normal(80, 16, dtype=dtype).requires_grad_()
+        y = functional.lora_linear(x, weight, None, lora_A, lora_B, S, gain, backend="triton")
+        (grad_A, _) = torch.autograd.grad(y, (lora_A, lora_B), grad_y)
+        given = grad_y, gain, x, lora_B.detach()
+        return named(("dA",), (grad_A,), formula(torch.float64, *given), formula(dtype, *given))
+
+    hold_to_budget(dtype, draw)
+    assert any(passes) == (interpreting() and dtype == torch.bfloat16)
 
 
 @pytest.mark.interp
@@ -104,27 +128,14 @@ def test_what_is_not_finite_comes_out_of_dh() -> None:
     torch.testing.assert_close(grad_h.float(), expected, rtol=0.05, atol=0.1, equal_nan=True)
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each pass over grad_y, whether it made dh."""
-    made: list[bool] = []
-    launch = gain_bwd.lora_gain_bwd
-
-    def recorded(*args: Any, need_h: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
-        made.append(need_h)
-        return launch(*args, need_h=need_h, **kwargs)
-
-    monkeypatch.setattr(gain_bwd, "lora_gain_bwd", recorded)
-    return made
-
-
 @pytest.mark.interp
 @HALVES
 @pytest.mark.parametrize("form", ["lora", "gain", "output-full", "input"])
 def test_dh_in_the_backward_of_a_layer(form: str, dtype: torch.dtype, passes: list[bool]) -> None:
     case = Case((70,), 80, 48, 16, dtype, bias=False)
     check(*fast_and_specification(form, "triton"), case)
-    assert any(passes) == interpreting()  # a GPU takes another path for so few
+    # a GPU takes another path for so few
+    assert any(passes) == (interpreting() and dtype == torch.bfloat16)
     inputs = make_inputs(case)
     tensors = tensors_of(inputs, form)
     function = call(functional, inputs, form, backend="triton")
@@ -213,5 +224,6 @@ def test_partials_of_dh(target) -> None:
     if made:
         assert (8192, 4096, 16) in made
         assert not {(300, 4096, 16), (8192, 4096, 32)} & {*made}
-    assert not gain_bwd.makes_h(8192, 4096, 16, torch.float32, True, target)
+    for dtype in (torch.float32, torch.float16):
+        assert not gain_bwd.makes_h(8192, 4096, 16, dtype, True, target)
     assert not gain_bwd.makes_h(8192, 4096, 16, torch.bfloat16, False, target)

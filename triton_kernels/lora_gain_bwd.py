@@ -16,8 +16,7 @@ to sums in memory, step by step, took 112 µs on an H200 for 8192 × 4096 at ran
 dv alone take 60 and a projection takes 24.
 
 gain ⊙ lora_B is rounded to grad_y's dtype, so that both products share the tile of grad_y in shared memory; dv would be
-rounded instead, and written there once more. By a power of two for each column of lora_B it is near 1: float16 has few
-digits below 2⁻¹⁴.
+rounded instead, and written there once more. In float16, which has few digits below 2⁻¹⁴, dh is made of dv.
 """
 
 from __future__ import annotations
@@ -34,14 +33,6 @@ from lora_fast.triton_kernels.constants import remembered
 from lora_fast.triton_kernels.launch import jit
 from lora_fast.triton_kernels.lora_project import lora_project
 from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, rank_block
-
-
-@triton.jit
-def _in_units(values):
-    """values [N, R] in units of a power of two for each column, the largest in [1, 2), and the units [R]."""
-    exponents = tl.minimum(tl.max(tl.abs(values), axis=0), 2.0**126).to(tl.int32, bitcast=True) & 0x7F800000
-    inverse = (0x7F000000 - exponents).to(tl.float32, bitcast=True)
-    return values * inverse[None, :], exponents.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -91,7 +82,7 @@ def lora_gain_bwd_kernel(
         lora_B_ptrs += offs_n[:, None] * stride_lora_B_n + offs_r[None, :] * stride_lora_B_r
         lora_B = tl.load(lora_B_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
         if HAS_GAIN:
-            lora_B, units = _in_units(lora_B.to(tl.float32) * gain[:, None])
+            lora_B = lora_B.to(tl.float32) * gain[:, None]
         lora_B = lora_B.to(grad_y_ptr.dtype.element_ty)
         h_sums_ptr += tl.program_id(0).to(tl.int64) * M * BLOCK_R
 
@@ -105,8 +96,6 @@ def lora_gain_bwd_kernel(
         # in the order in which they take the fewest registers
         if NEED_H:
             sums = tl.dot(grad_y, lora_B, input_precision="ieee")  # [BLOCK_M, BLOCK_R]
-            if HAS_GAIN:
-                sums *= units[None, :]
             h_sums_ptrs = h_sums_ptr + row * BLOCK_R + offs_m[:, None] * BLOCK_R + offs_r[None, :]
             tl.store(h_sums_ptrs, sums, mask=offs_m[:, None] < rows - step * BLOCK_M)
         if NEED_V:
@@ -283,7 +272,7 @@ def has_pieces(h: Tensor) -> bool:
 
 @remembered
 def makes_h(M: int, N: int, R: int, dtype: torch.dtype, vectors: bool, target: Target) -> bool:
-    """Whether the pass that makes P makes dh too, in 16 bits; ``vectors`` of grad_y, product and h.
+    """Whether the pass that makes P makes dh too, in bfloat16; ``vectors`` of grad_y, product and h.
 
     Its sums over blocks of columns take 64M bytes each, in all 1/8 of grad_y's where blocks are whole, which memory
     writes and reads in a quarter of the time that another read of dv takes. The tensor cores must read both operands
@@ -291,7 +280,7 @@ def makes_h(M: int, N: int, R: int, dtype: torch.dtype, vectors: bool, target: T
     the multiprocessors, those of two launches are done earlier (predicted). d bias besides would take more registers
     than there are.
     """
-    if dtype == torch.float32 or not vectors or M * N * R == 0:
+    if dtype != torch.bfloat16 or not vectors or M * N * R == 0:
         return False
     if target.backend == "interpreter":
         return R <= 32

@@ -29,23 +29,30 @@ def are_faster(device: torch.device, multiply_adds: int, backend: str) -> bool:
     return backend == "auto" and device.type in DEVICES and multiply_adds <= constants_of(device).operators_bound
 
 
+def keeps_x_alone(x: Tensor) -> bool:
+    """Whether F.linear keeps x itself for the gradient of its weight: more dimensions than two it folds."""
+    return x.dim() <= 2 or x.is_contiguous()
+
+
 def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
-    """Whether ``backend`` leaves the call to the operators; its activations are [..., features]."""
-    activation, weight, lora_A, lora_B = call[0], call.weight, call.lora_A, call.lora_B
+    """Whether ``backend`` leaves the call to the operators; its activations are [..., features].
+
+    All dtypes are to be one: gradients that are rounded to the activation's dtype on their way to wider factors would
+    be less than ours. It may not be float16, in which the update without its scaling would overflow.
+    """
+    activation, weight = call[0], call.weight
     dtype, bias = activation.dtype, getattr(call, "bias", None)
     return (
         not call.has_gain
         and call.dropout_p == 0.0
-        and dtype == weight.dtype
+        and dtype == weight.dtype == call.lora_A.dtype == call.lora_B.dtype != torch.float16
         and (bias is None or bias.dtype == dtype)
-        # gradients that are rounded to the activation's dtype on their way to wider factors would be less than ours
-        and (dtype == lora_A.dtype == lora_B.dtype or not torch.is_grad_enabled())
+        and keeps_x_alone(activation)
         and are_faster(activation.device, math.prod(activation.shape[:-1]) * weight.numel(), backend)
     )
 
 
 def lora_linear(call: calls.LoraLinear) -> Tensor:
     """y [..., N], recorded by autograd."""
-    dtype = call.x.dtype
-    update = F.linear(F.linear(call.x, call.lora_A.to(dtype)), call.lora_B.to(dtype))
+    update = F.linear(F.linear(call.x, call.lora_A), call.lora_B)
     return torch.add(F.linear(call.x, call.weight, call.bias), update, alpha=call.scaling)

@@ -168,23 +168,32 @@ class FastLinear(FastLayer, Linear):
 
     peft_type = Linear
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._is_left_to_peft(x):
             return Linear.forward(self, x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+        return super()._forward(x, *args, **kwargs)
 
     def may_be_left_to_peft(self) -> bool:
         """Whether some calls are: LoRA on a GPU."""
-        return not self.lora_variant and self.base_layer.weight.device.type in operators.DEVICES
+        on_a_gpu = self.base_layer.weight.device.type in operators.DEVICES
+        return on_a_gpu and not self.lora_variant and default_backend() == "auto"
 
     def _is_left_to_peft(self, x: Any) -> bool:
-        """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else."""
-        if torch.compiler.is_compiling() or self.lora_variant or not isinstance(x, Tensor):
+        """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else.
+
+        Whether autograd records makes no difference: reentrant checkpointing runs a forward both ways. Of float32
+        adapters PEFT keeps a copy of x, and of a dropout its mask, so that training with them is ours.
+        """
+        if torch.compiler.is_compiling() or self.lora_variant or not isinstance(x, Tensor) or peft_names.drops(self):
             return False
         multiply_adds = peft_names.multiply_adds(self, x)
-        if peft_names.has_dtype_beside(self, x.dtype):
-            multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
-        return operators.are_faster(x.device, multiply_adds, default_backend())
+        if peft_names.adapter_dtypes(self) != {x.dtype}:
+            if self.training or not peft_names.computes_in_float32(self, x.dtype):
+                return False
+            multiply_adds *= 4  # its products along the rank take the device longer then, and there are casts
+        elif x.dtype == torch.float16:  # in which the update without its scaling overflows
+            return False
+        return operators.keeps_x_alone(x) and operators.are_faster(x.device, multiply_adds, default_backend())
 
     def _takes(self, x: Any) -> bool:
         weight = self.base_layer.weight

@@ -127,10 +127,20 @@ def multiply_adds(layer: Any, x: Tensor) -> int:
     return x.numel() * layer.out_features
 
 
-def has_dtype_beside(layer: Any, dtype: torch.dtype) -> bool:
-    """Whether an adapter of a linear has another dtype."""
-    for lora_A in layer._modules["lora_A"]._modules.values():
-        if lora_A.weight.dtype != dtype:
+def adapter_dtypes(layer: Any) -> set[torch.dtype]:
+    """Of a linear's adapters."""
+    return {lora_A.weight.dtype for lora_A in layer._modules["lora_A"]._modules.values()}
+
+
+def computes_in_float32(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether PEFT's products along the rank are in float32 for a narrower x."""
+    return dtype.itemsize == 2 and adapter_dtypes(layer) == {torch.float32}
+
+
+def drops(layer: Any) -> bool:
+    """Whether a linear's adapters have a dropout that is in force."""
+    for dropout in layer._modules["lora_dropout"]._modules.values():
+        if isinstance(dropout, nn.Dropout) and dropout.training:
             return True
     return False
 
@@ -229,7 +239,8 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
     if variant is not None and type(variant) is not dora_variant:
         return f"its variant is {type(variant).__name__}"
     scaling = layer.scaling[name]
-    if type(scaling) not in (float, int) or not math.isfinite(scaling):
+    # math.isfinite takes no number that torch.compile holds symbolic
+    if type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
         return f"its scaling is {scaling!r}, no finite number"
     modules = []
     if layer_kind is Embedding:
