@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import AUTOCAST, CONFIGURED
-from support import call, hold_to_budget, run, tensors_of
+from support import call, check as hold_to_reference, fast_and_specification, hold_to_budget, run, tensors_of
 from torch import Tensor, nn
 
 import lora_fast
@@ -383,6 +383,16 @@ def test_auto_takes_a_gpu_backend(tokens: int) -> None:
     zero = torch.zeros_like(inputs.lora_B)
     plain = functional.lora_linear(*common[:4], zero, 0.7)
     assert torch.equal(plain, F.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_leaves_few_tokens_of_lora_to_operators(dtype: torch.dtype) -> None:
+    case = Case((4, 10), 96, 160, 16, dtype)
+    inputs = make_inputs(case)
+    factors = inputs.lora_A, inputs.lora_B, 0.7
+    taken = calls.LoraLinear(inputs.x, inputs.weight, inputs.bias, *factors, None, "output", 0.0, None, "nothing")
+    assert backends.operators.take(taken, "auto")
+    hold_to_reference(*fast_and_specification("lora", "auto"), case)
 
 
 def test_more_than_2_31_elements(gpu_backend: str) -> None:
