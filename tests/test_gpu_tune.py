@@ -85,11 +85,11 @@ def test_the_choice_of_a_backend_is_read_by_the_plans(
 
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
 def test_the_plans_ask_the_constants_of_the_gpu_at_hand(capability: tuple[int, int], monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from lora_fast.backends import plan
+    from lora_fast.backends import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = constants.of_capability(plan._capability.__wrapped__(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = constants.of_capability(device._capability.__wrapped__(torch.device("cuda")))
     assert found == (constants.MEASURED if capability == (9, 0) else constants.PREDICTED)
 
 

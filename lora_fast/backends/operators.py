@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends.plan import LinearGrad, constants_of
+from lora_fast.backends.plan import LinearGrad
 
 DEVICES = ("cuda",)  # types of device that work behind the host's back
 WHY = "the device would wait for the host, whom PyTorch's operators and their own gradients take half the time of an op"
@@ -26,7 +26,11 @@ def are_faster(device: torch.device, multiply_adds: int, backend: str) -> bool:
     """Whether ``backend`` would rather have the operators than an op for so many multiply-adds of x Wᵀ."""
     if torch.compiler.is_compiling():
         return False  # a traced graph moves between devices and sizes
-    return backend == "auto" and device.type in DEVICES and multiply_adds <= constants_of(device).operators_bound
+    if backend != "auto" or device.type not in DEVICES:
+        return False
+    from lora_fast.backends.device import constants_of
+
+    return multiply_adds <= constants_of(device).operators_bound
 
 
 def keeps_x_alone(x: Tensor) -> bool:

@@ -11,13 +11,9 @@ launches) and no time. What a reason counts and nobody has measured is called pr
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
-
 from lora_fast import calls, stacked
-from lora_fast.triton_kernels import constants
 
 Linear = calls.LoraLinear | calls.DoraLinear
 LinearGrad = calls.LoraLinearGrad | calls.DoraLinearGrad
@@ -68,17 +64,3 @@ def is_stacked(call: LinearGrad, tokens: int) -> bool:
 def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear) -> bool:
     """Whether there is a kept norm to look at; without a version (in inference mode) its key would say nothing."""
     return call.kept_key is not None and not call.weight.is_inference()
-
-
-def constants_of(device: torch.device) -> constants.Constants:
-    """The constants of a GPU, which the kernels of all of its backends take."""
-    return constants.of_capability(_capability(device))
-
-
-@functools.cache
-def _capability(device: torch.device) -> int | None:
-    """Ten times the compute capability; None for a GPU that is not NVIDIA's, and where there is none."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

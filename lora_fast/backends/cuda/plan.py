@@ -11,8 +11,9 @@ import functools
 import torch
 
 from lora_fast import calls
+from lora_fast.backends.device import constants_of
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, constants_of, is_stacked, joined, may_keep_norm
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
 SMALL_RANK = 1024  # which the tests reach
