@@ -104,13 +104,6 @@ def lora_gain_bwd_kernel(
             # a mask of its own: that of the loads would be kept in registers from their step to this one
             mask_v = (offs_m[:, None] < rows - step * BLOCK_M) & mask_n[None, :]
             tl.store(grad_v_ptrs + offs_m[:, None] * stride_grad_v_m + offs_n[None, :], grad_v, mask=mask_v)
-        if NEED_GAIN:
-            product_ptrs = product_ptr + row * stride_product_m + column * stride_product_n
-            product_ptrs += offs_m[:, None] * stride_product_m + offs_n[None, :] * stride_product_n
-            product = tl.load(product_ptrs, mask=mask, other=0.0)
-            acc_gain += _sum_of_rows(grad_y.to(tl.float32) * product.to(tl.float32), SUM_ROWS)
-        if NEED_BIAS:
-            acc_bias += _sum_of_rows(grad_y.to(tl.float32), SUM_ROWS)
         if NEED_RANK:
             h_ptrs = h_ptr + row * stride_h_m + offs_m[:, None] * stride_h_m + offs_r[None, :] * stride_h_r
             h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
@@ -119,6 +112,13 @@ def lora_gain_bwd_kernel(
             acc_rank += tl.dot(
                 tl.trans(grad_y), h.to(grad_y.dtype), input_precision="ieee", max_num_imprecise_acc=BLOCK_M
             )
+        if NEED_GAIN:
+            product_ptrs = product_ptr + row * stride_product_m + column * stride_product_n
+            product_ptrs += offs_m[:, None] * stride_product_m + offs_n[None, :] * stride_product_n
+            product = tl.load(product_ptrs, mask=mask, other=0.0)
+            acc_gain += _sum_of_rows(grad_y.to(tl.float32) * product.to(tl.float32), SUM_ROWS)
+        if NEED_BIAS:
+            acc_bias += _sum_of_rows(grad_y.to(tl.float32), SUM_ROWS)
 
     if NEED_GAIN:
         tl.store(gain_sums_ptr + chunk * N + column + offs_n, tl.sum(acc_gain, axis=0), mask=mask_n)
