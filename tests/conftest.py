@@ -244,3 +244,10 @@ def ops() -> object:
 def _fresh_state() -> None:
     torch.manual_seed(0)
     torch.compiler.reset()  # else tests of one function add up to dynamo's limit of recompilations
+
+
+@pytest.fixture
+def operators_here(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device at hand is taken for one for which "auto" may leave calls to PyTorch's operators."""
+    monkeypatch.setattr(backends.operators, "DEVICES", (device.type,))
+    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)

@@ -20,10 +20,7 @@ FOLDED = [case for case in CASES if case.layout != "contiguous" and len(case.lea
 HALF = [case for case in CASES if case.dtype == torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "DEVICES", (torch.get_default_device().type,))
-    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+pytestmark = pytest.mark.usefixtures("operators_here")
 
 
 @pytest.fixture

@@ -17,16 +17,12 @@ from peft.tuners.lora.layer import Linear
 from peft_helpers import perceptron
 
 import lora_fast
-from lora_fast.backends import operators
 from lora_fast.triton_kernels import constants
 
 TOKENS, UP, DOWN = 7, 12 * 20, 20 * 9  # the weights' elements
 
 
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "DEVICES", (torch.get_default_device().type,))
-    monkeypatch.delenv("LORA_FAST_BACKEND", raising=False)
+pytestmark = pytest.mark.usefixtures("operators_here")
 
 
 @pytest.fixture

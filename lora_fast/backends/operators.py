@@ -47,12 +47,12 @@ def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
     activation, weight = call[0], call.weight
     dtype, bias = activation.dtype, getattr(call, "bias", None)
     return (
-        not call.has_gain
+        are_faster(activation.device, math.prod(activation.shape[:-1]) * weight.numel(), backend)
+        and not call.has_gain
         and call.dropout_p == 0.0
         and dtype == weight.dtype == call.lora_A.dtype == call.lora_B.dtype != torch.float16
         and (bias is None or bias.dtype == dtype)
         and keeps_x_alone(activation)
-        and are_faster(activation.device, math.prod(activation.shape[:-1]) * weight.numel(), backend)
     )
 
 

@@ -173,10 +173,9 @@ class FastLinear(FastLayer, Linear):
             return Linear.forward(self, x, *args, **kwargs)
         return super()._forward(x, *args, **kwargs)
 
-    def may_be_left_to_peft(self) -> bool:
-        """Whether some calls are: LoRA on a GPU."""
-        on_a_gpu = self.base_layer.weight.device.type in operators.DEVICES
-        return on_a_gpu and not self.lora_variant and default_backend() == "auto"
+    def may_be_left_to_peft(self, device: torch.device) -> bool:
+        """Whether some calls on ``device`` are: LoRA on a GPU."""
+        return device.type in operators.DEVICES and not self.lora_variant and default_backend() == "auto"
 
     def _is_left_to_peft(self, x: Any) -> bool:
         """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else.
@@ -184,16 +183,18 @@ class FastLinear(FastLayer, Linear):
         Whether autograd records makes no difference: reentrant checkpointing runs a forward both ways. Of float32
         adapters PEFT keeps a copy of x, and of a dropout its mask, so that training with them is ours.
         """
-        if torch.compiler.is_compiling() or self.lora_variant or not isinstance(x, Tensor) or peft_names.drops(self):
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not self.may_be_left_to_peft(x.device):
             return False
-        multiply_adds = peft_names.multiply_adds(self, x)
-        if peft_names.adapter_dtypes(self) != {x.dtype}:
-            if self.training or not peft_names.computes_in_float32(self, x.dtype):
+        if peft_names.drops(self) or not operators.keeps_x_alone(x):
+            return False
+        multiply_adds, dtypes = peft_names.multiply_adds(self, x), peft_names.adapter_dtypes(self)
+        if dtypes != {x.dtype}:
+            if self.training or x.dtype.itemsize != 2 or dtypes != {torch.float32}:
                 return False
-            multiply_adds *= 4  # its products along the rank take the device longer then, and there are casts
+            multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
         elif x.dtype == torch.float16:  # in which the update without its scaling overflows
             return False
-        return operators.keeps_x_alone(x) and operators.are_faster(x.device, multiply_adds, default_backend())
+        return operators.are_faster(x.device, multiply_adds, "auto")
 
     def _takes(self, x: Any) -> bool:
         weight = self.base_layer.weight

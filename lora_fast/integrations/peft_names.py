@@ -132,11 +132,6 @@ def adapter_dtypes(layer: Any) -> set[torch.dtype]:
     return {lora_A.weight.dtype for lora_A in layer._modules["lora_A"]._modules.values()}
 
 
-def computes_in_float32(layer: Any, dtype: torch.dtype) -> bool:
-    """Whether PEFT's products along the rank are in float32 for a narrower x."""
-    return dtype.itemsize == 2 and adapter_dtypes(layer) == {torch.float32}
-
-
 def drops(layer: Any) -> bool:
     """Whether a linear's adapters have a dropout that is in force."""
     for dropout in layer._modules["lora_dropout"]._modules.values():
