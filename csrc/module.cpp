@@ -19,6 +19,9 @@ std::vector<std::string> isa_compiled() {
   isa.emplace_back("avx2");
   isa.emplace_back("avx512");
 #endif
+#if LORA_FAST_HAS_AVX512_BF16
+  isa.emplace_back("avx512_bf16");
+#endif
 #if LORA_FAST_HAS_AMX
   isa.emplace_back("amx_bf16");
 #endif
@@ -54,4 +57,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("amx_enabled", &lora_fast::amx_enabled, "Whether kernels use AMX.");
   m.def("allow_amx", &lora_fast::allow_amx, pybind11::arg("allowed"),
         "Tests turn AMX off to reach the other kernels.");
+  m.def("avx512_bf16_enabled", &lora_fast::avx512_bf16_enabled,
+        "Whether kernels use the pairwise products of AVX512-BF16 where they do not use AMX.");
+  m.def("allow_avx512_bf16", &lora_fast::allow_avx512_bf16, pybind11::arg("allowed"),
+        "Tests turn AVX512-BF16 off to reach the kernels without it.");
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from isas import ISAS, limited_to
 
 from lora_fast import backends
 from lora_fast.backends import extension
@@ -39,6 +40,14 @@ def _no_amx() -> str | None:
     return None if _C.amx_enabled() else "lora_fast._C does not use AMX-bf16 on this processor"
 
 
+def _no_avx512_bf16() -> str | None:
+    if native := _unavailable("cpu"):
+        return native
+    from lora_fast import _C
+
+    return None if _C.avx512_bf16_enabled() else "lora_fast._C does not use AVX512-BF16 on this processor"
+
+
 def _no_triton() -> str | None:
     """Triton runs on a GPU, or in its interpreter; the reason why it doesn't here."""
     if not (INTERPRETING or PREWARMING or torch.cuda.is_available()):
@@ -62,6 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {
         "native": _unavailable("cpu"),
         "amx": _no_amx(),
+        "avx512_bf16": _no_avx512_bf16(),
         "interp": _no_triton(),
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
@@ -214,15 +224,21 @@ def _fresh_accelerate() -> Iterator[None]:
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(params=[pytest.param("amx", marks=pytest.mark.amx), pytest.param("vectors", marks=pytest.mark.native)])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both ways to make a tile."""
-    from lora_fast import _C
+    """Each way to make a product of bfloat16."""
+    with limited_to(request.param):
+        yield request.param
 
-    before = _C.amx_enabled()
-    _C.allow_amx(request.param == "amx")
-    yield request.param
-    _C.allow_amx(before)
+
+@pytest.fixture(params=[*ISAS, torch.float16, torch.float32], ids=str)
+def few_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """What the C++ kernels for few tokens read: bfloat16 on each instruction set; the others' products have one way."""
+    if isinstance(request.param, torch.dtype):
+        yield request.param
+        return
+    with limited_to(request.param):
+        yield torch.bfloat16
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

@@ -320,7 +320,7 @@ def test_project_small(ops, threads, tokens, adapter_dtype) -> None:
         (torch.ones(33, 64).bfloat16(), torch.ones(4, 64), "x must have 1 to 32 rows, got 33"),
         (torch.ones(3, 32).bfloat16(), torch.ones(4, 64), "x must have size 64"),
         (torch.ones(3, 40).bfloat16(), torch.ones(4, 40), "lora_A must have a multiple of 32 columns, got 40"),
-        (torch.ones(3, 64).bfloat16(), torch.ones(4, 64).half(), "lora_A must be bfloat16 or float32"),
+        (torch.ones(3, 64).bfloat16(), torch.ones(4, 64).half(), "lora_A must have the weight's dtype or float32"),
         (torch.ones(3, 64).bfloat16(), torch.ones(64, 4).T, "lora_A must be contiguous"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

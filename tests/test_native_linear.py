@@ -207,12 +207,12 @@ def transposed(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("x", lambda t: t.float(), "x must be bfloat16"),
+        ("x", lambda t: t.float(), "x must have the weight's dtype"),
         ("x", lambda t: t[:, :32].contiguous(), "x must have size 64"),
         ("x", transposed, "x must be contiguous"),
         ("weight", lambda t: t[:48], "weight must have sizes that are multiples of 32, got 48 and 64"),
         ("weight", transposed, "weight must have adjacent columns"),
-        ("lora_A", lambda t: t.half(), "lora_A must be bfloat16 or float32"),
+        ("lora_A", lambda t: t.half(), "lora_A must have the weight's dtype or float32"),
         ("lora_A", transposed, "lora_A must be contiguous"),
         ("lora_B", lambda t: t[:, :2], "lora_B must have size 5"),
         ("gain", lambda t: t.double(), "gain must be contiguous float32"),

@@ -1,4 +1,4 @@
-"""The kernels for few tokens, which read the weight once: bfloat16 on AMX."""
+"""The kernels for few tokens, which read the weight once: each dtype on each instruction set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from lora_fast import functional
 from lora_fast.testing import Case, make_inputs, poisoned_memory
 
-pytestmark = pytest.mark.amx
+pytestmark = pytest.mark.native
 
 SIZES = ((32, 32), (32, 1024), (1024, 32), (64, 96), (96, 160), (160, 64), (1024, 1024))  # N, K
 RANKS = (1, 3, 16, 33, 100, 128)
 SCALING = 0.7
-UNIT = 2.0**-8  # largest relative error of rounding to bfloat16
 SUM = 2e-6  # and of a sum in float32, relative to the sum of magnitudes
+
+CASES = [(SIZES[i % len(SIZES)], rank) for i, rank in enumerate(2 * RANKS)]  # of each rank two sizes, of each size too
 
 few_tokens = pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32])
 
@@ -29,8 +30,8 @@ def _poisoned() -> Iterator[None]:
         yield
 
 
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape).bfloat16()
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
 
 
 def column_slice(matrix: Tensor) -> Tensor:
@@ -39,12 +40,12 @@ def column_slice(matrix: Tensor) -> Tensor:
     return wide[:, 7 : 7 + matrix.shape[1]].copy_(matrix)
 
 
-def arguments(tokens: int, N: int, K: int, R: int) -> dict[str, Tensor]:
+def arguments(tokens: int, N: int, K: int, R: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     return {
-        "x": randn(tokens, K),
-        "weight": randn(N, K),
-        "lora_A": randn(R, K),
-        "lora_B": randn(N, R),
+        "x": randn(tokens, K, dtype=dtype),
+        "weight": randn(N, K, dtype=dtype),
+        "lora_A": randn(R, K, dtype=dtype),
+        "lora_B": randn(N, R, dtype=dtype),
         "gain": torch.randn(N),
         "bias": torch.randn(N),
     }
@@ -54,7 +55,7 @@ def forward(ops, with_bias: bool = True, with_product: bool = True, **tensors: T
     """(y, product, h) of lora_linear_small_fwd; y and product start as NaN, and the row behind them is left alone."""
     x, weight, lora_A, lora_B, gain, bias = tensors.values()
     tokens, N = x.shape[0], weight.shape[0]
-    y, product = (torch.full((tokens + 1, N), math.nan).bfloat16() for _ in range(2))
+    y, product = (x.new_full((tokens + 1, N), math.nan) for _ in range(2))
     y[tokens], product[tokens] = 7.0, 7.0
     h = ops.lora_linear_small_fwd(
         x,
@@ -73,65 +74,71 @@ def forward(ops, with_bias: bool = True, with_product: bool = True, **tensors: T
     return y[:tokens], product[:tokens], h
 
 
-def assert_rounded(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
-    """Each element is ``expected`` rounded to bfloat16, but for the error of its float32 sum of that ``magnitude``."""
-    assert actual.dtype == torch.bfloat16
+def assert_rounded(actual: Tensor, expected: Tensor, magnitude: Tensor, dtype: torch.dtype) -> None:
+    """Each element is ``expected`` rounded to ``dtype``, but for the error of its float32 sum of that ``magnitude``."""
+    assert actual.dtype == dtype
     assert actual.shape == expected.shape
-    assert ((actual.double() - expected).abs() <= UNIT * expected.abs() + 2 * SUM * magnitude).all()
+    of_rounding = torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(dtype).smallest_normal * 2.0**-10
+    assert ((actual.double() - expected).abs() <= of_rounding + 2 * SUM * magnitude).all()
 
 
 @few_tokens
-def test_lora_linear_small_fwd(ops, threads, tokens) -> None:
-    for (N, K), R in ((size, rank) for size in SIZES for rank in RANKS):
-        tensors = arguments(tokens, N, K, R)
+def test_lora_linear_small_fwd(ops, threads, tokens, few_dtype) -> None:
+    for (N, K), R in CASES:
+        tensors = arguments(tokens, N, K, R, few_dtype)
         x, weight, lora_A, lora_B, gain, bias = (tensor.double() for tensor in tensors.values())
         y, product, h = forward(ops, **tensors)
-        assert_rounded(h, x @ lora_A.T, x.abs() @ lora_A.abs().T)
+        assert_rounded(h, x @ lora_A.T, x.abs() @ lora_A.abs().T, few_dtype)
         v = x @ weight.T + SCALING * h.double() @ lora_B.T
         magnitude = x.abs() @ weight.abs().T + SCALING * h.double().abs() @ lora_B.abs().T
-        assert_rounded(product, v, magnitude)
-        assert_rounded(y, v * gain + bias, magnitude * gain.abs() + bias.abs())
+        assert_rounded(product, v, magnitude, few_dtype)
+        assert_rounded(y, v * gain + bias, magnitude * gain.abs() + bias.abs(), few_dtype)
 
         without_product, _, _ = forward(ops, with_product=False, **tensors)
         assert torch.equal(without_product, y)
         without_bias, again, _ = forward(ops, with_bias=False, **tensors)
-        assert_rounded(without_bias, v * gain, magnitude * gain.abs())
+        assert_rounded(without_bias, v * gain, magnitude * gain.abs(), few_dtype)
         assert torch.equal(again, product)
+        plain, _, _ = forward(ops, **{**tensors, "gain": None})
+        assert_rounded(plain, v + bias, magnitude + bias.abs(), few_dtype)
         sliced = forward(ops, **{**tensors, "weight": column_slice(tensors["weight"])})
         for one, other in zip(sliced, (y, product, h), strict=True):
             assert torch.equal(one, other)
 
 
 @few_tokens
-def test_sums_that_float32_holds_exactly_come_out_to_the_bit(ops, threads, tokens) -> None:
+def test_sums_that_float32_holds_exactly_come_out_to_the_bit(ops, threads, tokens, few_dtype) -> None:
     """Small integers: h = x lora_Aᵀ, v and grad_v W have one right answer each."""
-    for (N, K), R in ((size, rank) for size in SIZES for rank in RANKS):
+    for (N, K), R in CASES:
         shapes = ((tokens, K), (N, K), (R, K), (N, R))
-        x, weight, lora_A, lora_B = (torch.randint(-4, 5, shape).bfloat16() for shape in shapes)
-        y, product = torch.full((tokens, N), math.nan).bfloat16(), torch.full((tokens, N), math.nan).bfloat16()
+        x, weight, lora_A, lora_B = (torch.randint(-4, 5, shape).to(few_dtype) for shape in shapes)
+        y, product = (torch.full((tokens, N), math.nan, dtype=few_dtype) for _ in range(2))
         h = ops.lora_linear_small_fwd(x, weight, lora_A, lora_B, 0.5, torch.full((N,), 2.0), None, y, product)
-        assert torch.equal(h, (x.double() @ lora_A.double().T).bfloat16())
+        assert torch.equal(h, (x.double() @ lora_A.double().T).to(few_dtype))
         v = x.double() @ weight.double().T + 0.5 * h.double() @ lora_B.double().T
-        assert torch.equal(product, v.bfloat16())
-        assert torch.equal(y, (2 * v).bfloat16())
+        assert torch.equal(product, v.to(few_dtype))
+        assert torch.equal(y, (2 * v).to(few_dtype))
+        if few_dtype != torch.bfloat16:
+            continue
         grad_v = torch.randint(-4, 5, (tokens, N)).bfloat16()
         assert torch.equal(ops.input_grad_small(grad_v, weight), (grad_v.double() @ weight.double()).bfloat16())
 
 
 @few_tokens
-def test_input_grad_small(ops, threads, tokens) -> None:
+def test_input_grad_small(ops, threads, tokens, isa) -> None:
     for N, K in SIZES:
         grad_v, weight = randn(tokens, N), randn(N, K)
         grad_x = ops.input_grad_small(grad_v, weight)
-        assert_rounded(grad_x, grad_v.double() @ weight.double(), grad_v.double().abs() @ weight.double().abs())
+        magnitude = grad_v.double().abs() @ weight.double().abs()
+        assert_rounded(grad_x, grad_v.double() @ weight.double(), magnitude, torch.bfloat16)
         assert torch.equal(ops.input_grad_small(grad_v, column_slice(weight)), grad_x)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tokens", [1, 15, 32])
-def test_nan_and_inf_reach_what_depends_on_them(ops, tokens, bad) -> None:
+def test_nan_and_inf_reach_what_depends_on_them(ops, tokens, bad, few_dtype) -> None:
     N, K, R = 96, 160, 33
-    clean = arguments(tokens, N, K, R)
+    clean = arguments(tokens, N, K, R, few_dtype)
     results = forward(ops, **clean)
     everything = (slice(None), slice(None))
     row, column = (tokens - 1, slice(None)), (slice(None), 41)
@@ -157,12 +164,12 @@ def test_nan_and_inf_reach_what_depends_on_them(ops, tokens, bad) -> None:
                 depends[place] = True
             assert torch.equal(actual.isfinite(), ~depends), name
             assert torch.equal(actual[~depends], before[~depends]), name
-            torch.testing.assert_close(actual[depends].double(), wide[depends], equal_nan=True)
+            torch.testing.assert_close(actual[depends], wide[depends].to(few_dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tokens", [1, 15, 32])
-def test_nan_and_inf_in_the_input_gradient(ops, tokens, bad) -> None:
+def test_nan_and_inf_in_the_input_gradient(ops, tokens, bad, isa) -> None:
     grad_v, weight = randn(tokens, 96), randn(96, 160)
     before = ops.input_grad_small(grad_v, weight)
     spoiled_grad, spoiled_weight = grad_v.clone(), weight.clone()
@@ -180,15 +187,18 @@ def test_nan_and_inf_in_the_input_gradient(ops, tokens, bad) -> None:
         torch.testing.assert_close(grad_x[depends].double(), (grad.double() @ w.double())[depends], equal_nan=True)
 
 
-def test_the_bits_do_not_depend_on_the_threads(ops) -> None:
-    tensors, grad_v = arguments(17, 512, 2080, 33), randn(17, 512)  # above the least work of two threads
+def test_the_bits_do_not_depend_on_the_threads(ops, few_dtype) -> None:
+    tensors = arguments(17, 512, 2080, 33, few_dtype)  # above the least work of eight threads
     results, before = [], torch.get_num_threads()
-    for count in (1, 2):
+    for count in (1, 2, 3, 8, 64):
         torch.set_num_threads(count)
-        results.append((*forward(ops, **tensors), ops.input_grad_small(grad_v, tensors["weight"])))
+        results.append(forward(ops, **tensors))
+        if few_dtype == torch.bfloat16:
+            results[-1] += (ops.input_grad_small(tensors["x"][:, :512].contiguous(), tensors["weight"]),)
     torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other)
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -198,25 +208,25 @@ def transposed(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("x", lambda t: t.float(), "x must be bfloat16"),
+        ("x", lambda t: t.float(), "x must have the weight's dtype"),
         ("x", lambda t: t.repeat(11, 1), "x must have 1 to 32 rows, got 33"),
         ("x", lambda t: t[:0], "x must have 1 to 32 rows, got 0"),
         ("x", lambda t: t[:, :32].contiguous(), "x must have size 64"),
         ("x", transposed, "x must be contiguous"),
-        ("weight", lambda t: t.half(), "weight must be bfloat16"),
+        ("weight", lambda t: t.double(), "weight must be float32, bfloat16 or float16"),
         ("weight", lambda t: t[:48], "weight must have sizes that are multiples of 32, got 48 and 64"),
         ("weight", lambda t: t[:, :40], "weight must have sizes that are multiples of 32, got 96 and 40"),
         ("weight", transposed, "weight must have adjacent columns"),
-        ("lora_A", lambda t: t.half(), "lora_A must be bfloat16 or float32"),
+        ("lora_A", lambda t: t.half(), "lora_A must have the weight's dtype or float32"),
         ("lora_A", transposed, "lora_A must be contiguous"),
-        ("lora_B", lambda t: t.half(), "lora_B must be bfloat16 or float32"),
+        ("lora_B", lambda t: t.half(), "lora_B must have the weight's dtype or float32"),
         ("lora_B", lambda t: t[:, :2], "lora_B must have size 5"),
         ("lora_B", transposed, "lora_B must be contiguous"),
         ("gain", lambda t: t.double(), "gain must be contiguous float32"),
         ("gain", lambda t: t[:5], "gain must have size 96"),
         ("bias", lambda t: t.bfloat16(), "bias must be contiguous float32"),
         ("bias", lambda t: t[::2], "bias must have size 96"),
-        ("y", lambda t: t.float(), "y must be bfloat16"),
+        ("y", lambda t: t.float(), "y must have the weight's dtype"),
         ("y", lambda t: t[:, :32].contiguous(), "y must have size 96"),
         ("y", lambda t: t[:2], "y must have size 3"),
         ("y", transposed, "y must be contiguous"),
@@ -250,14 +260,7 @@ def test_bad_input_of_the_gradient_raises_with_the_arguments_name(ops, grad_v, w
         ops.input_grad_small(grad_v, weight)
 
 
-@pytest.mark.parametrize("isa", ["vectors"], indirect=True)
-def test_they_refuse_without_amx(ops, isa) -> None:
-    with pytest.raises(RuntimeError, match="weight needs AMX-bf16"):
-        forward(ops, **arguments(3, 96, 64, 5))
-    with pytest.raises(RuntimeError, match="weight needs AMX-bf16"):
-        ops.input_grad_small(randn(3, 96), randn(96, 64))
-
-
+@pytest.mark.amx
 @pytest.mark.parametrize("tokens", [1, 32, 33])
 def test_the_layer_calls_them_for_at_most_32_tokens(tokens) -> None:
     inputs = make_inputs(Case((tokens,), 96, 160, 16, torch.bfloat16))
@@ -280,12 +283,18 @@ def test_the_layer_calls_them_for_at_most_32_tokens(tokens) -> None:
 
 
 @few_tokens
-def test_float32_adapters_are_rounded(ops, threads, tokens) -> None:
-    tensors = arguments(tokens, 96, 160, 33)
+def test_of_float32_adapters_lora_A_is_rounded_alone(ops, threads, tokens, few_dtype) -> None:
+    """x's product with lora_A is one of x's dtype; what follows is made of float32."""
+    tensors = arguments(tokens, 96, 160, 33, few_dtype)
     wide = {**tensors, "lora_A": torch.randn(33, 160), "lora_B": torch.randn(96, 33)}
-    rounded = {**wide, "lora_A": wide["lora_A"].bfloat16(), "lora_B": wide["lora_B"].bfloat16()}
-    for one, other in zip(forward(ops, **wide), forward(ops, **rounded), strict=True):
+    y, product, h = forward(ops, **wide)
+    for one, other in zip(
+        (y, product, h), forward(ops, **{**wide, "lora_A": wide["lora_A"].to(few_dtype)}), strict=True
+    ):
         assert torch.equal(one, other)
+    x, weight, _, lora_B, _, _ = (tensor.double() for tensor in wide.values())
+    magnitude = x.abs() @ weight.abs().T + SCALING * h.double().abs() @ lora_B.abs().T
+    assert_rounded(product, x @ weight.T + SCALING * h.double() @ lora_B.T, magnitude, few_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,4 +1,4 @@
-"""lora_linear_small_bwd alone: every gradient against float64, every subset of them, padding and NaN."""
+"""lora_linear_small_bwd alone, each dtype on each instruction set: against float64, every subset, padding and NaN."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = [pytest.mark.native, pytest.mark.amx]
+pytestmark = pytest.mark.native
 
 SIZES = [(1, 32, 32, 1), (2, 64, 96, 3), (15, 96, 64, 16), (16, 160, 1024, 17), (17, 1024, 160, 33), (32, 96, 160, 128)]
 
 
-def tensors(tokens: int, N: int, K: int, rank: int) -> dict[str, Tensor]:
+def tensors(tokens: int, N: int, K: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * scale).bfloat16()
+        return (torch.randn(shape) * scale).to(dtype)
 
     return {
         "grad_y": randn(tokens, N),
@@ -41,8 +41,8 @@ def call(ops, given: dict[str, Tensor], needs: tuple[bool, ...] = (True,) * 5, *
 
 def truth(given: dict[str, Tensor]) -> list[Tensor]:
     d = {name: tensor.double() for name, tensor in given.items()}
-    # the weight's product takes dv rounded to bfloat16 from float32, the thin ones take it as it is
-    rounded = (given["grad_y"].float() * given["gain"]).bfloat16().double()
+    # the weight's product takes dv rounded from float32 to the weight's dtype, the thin ones take it as it is
+    rounded = (given["grad_y"].float() * given["gain"]).to(given["weight"].dtype).double()
     dv = d["grad_y"] * d["gain"]
     dh = 0.7 * dv @ d["lora_B"]
     return [
@@ -62,10 +62,10 @@ def near(actual: Tensor, expected: Tensor) -> bool:
     return bool(((actual.double() - expected).abs() <= rounding + sums).all())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_float64(ops, size: tuple[int, int, int, int], threads: int) -> None:
-    given, before = tensors(*size), torch.get_num_threads()
+def test_against_float64(ops, size: tuple[int, int, int, int], threads: int, few_dtype: torch.dtype) -> None:
+    given, before = tensors(*size, few_dtype), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         gradients = call(ops, given)
@@ -77,22 +77,22 @@ def test_against_float64(ops, size: tuple[int, int, int, int], threads: int) -> 
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=5)), ids=str)
-def test_every_subset_gives_the_same_bits(ops, needs: tuple[bool, ...]) -> None:
-    given = tensors(17, 96, 160, 20)
+def test_every_subset_gives_the_same_bits(ops, needs: tuple[bool, ...], few_dtype: torch.dtype) -> None:
+    given = tensors(17, 96, 160, 20, few_dtype)
     kept = {"x": given["x"] if needs[1] else None, "h": given["h"] if needs[2] else None}
     kept["product"] = given["product"] if needs[3] else None
     for wanted, alone, together in zip(needs, call(ops, given, needs, **kept), call(ops, given), strict=True):
         assert torch.equal(alone, together) if wanted else alone.numel() == 0
 
 
-def test_without_a_gain_it_is_one(ops) -> None:
-    given = tensors(16, 96, 160, 20)
+def test_without_a_gain_it_is_one(ops, few_dtype: torch.dtype) -> None:
+    given = tensors(16, 96, 160, 20, few_dtype)
     for plain, ones in zip(call(ops, given, gain=None), call(ops, given, gain=torch.ones(96)), strict=True):
         assert torch.equal(plain, ones)
 
 
-def test_nan_stays_where_it_belongs(ops) -> None:
-    given = tensors(3, 96, 160, 4)
+def test_nan_stays_where_it_belongs(ops, few_dtype: torch.dtype) -> None:
+    given = tensors(3, 96, 160, 4, few_dtype)
     given["grad_y"][1, 5] = torch.nan
     grad_x, grad_A, grad_B, grad_gain, grad_bias = call(ops, given)
     assert grad_x[1].isnan().all()
@@ -106,12 +106,12 @@ def test_nan_stays_where_it_belongs(ops) -> None:
 @pytest.mark.parametrize(("name", "needs"), [("x", 1), ("h", 2), ("product", 3)])
 def test_what_a_gradient_needs_must_be_given(ops, name: str, needs: int) -> None:
     with pytest.raises(RuntimeError, match=f"{name} must be given"):
-        call(ops, tensors(3, 96, 160, 4), **{name: None})
+        call(ops, tensors(3, 96, 160, 4, torch.bfloat16), **{name: None})
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_float32_adapters_get_float32_gradients(ops, size: tuple[int, int, int, int]) -> None:
-    given = tensors(*size)
+def test_float32_adapters_get_float32_gradients(ops, size: tuple[int, int, int, int], few_dtype: torch.dtype) -> None:
+    given = tensors(*size, few_dtype)
     wide = {name: given[name].float() for name in ("lora_A", "lora_B")}
     for actual, rounded, expected in zip(call(ops, given, **wide), call(ops, given), truth(given), strict=True):
         assert near(actual, expected)

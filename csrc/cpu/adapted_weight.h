@@ -45,7 +45,7 @@ struct AdaptedWeight {
 // Its factors, packed.
 struct PackedAdapter {
   explicit PackedAdapter(const AdaptedWeight& v)
-      : layout(v.rank, use_amx(v.p, v.q, v.wide), is_dealt(v.dtype)),
+      : layout(v.rank, use_pairs(v.p, v.q, v.wide), is_dealt(v.dtype)),
         p(v.p, v.rows, layout, v.wide),
         q(v.q, v.cols, layout, v.wide) {}
   RankLayout layout;

@@ -11,6 +11,20 @@
 namespace lora_fast {
 namespace {
 
+// AVX-512 as the loader asks for it, which looks at what the operating system saves, and its bfloat16.
+bool detect_avx512_bf16() {
+#if LORA_FAST_HAS_AVX512_BF16
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return false;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned avx512_bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & avx512_bf16) != 0;
+#else
+  return false;
+#endif
+}
+
 bool detect_amx() {
 #if LORA_FAST_HAS_AMX
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -18,8 +32,7 @@ bool detect_amx() {
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if ((edx & amx_bf16) == 0 || (edx & amx_tile) == 0) return false;
   // which comes with it, unless a hypervisor hides it
-  constexpr unsigned avx512_bf16 = 1u << 5;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & avx512_bf16) == 0) return false;
+  if (!detect_avx512_bf16()) return false;
   // Linux saves the tile registers of a process only after it has asked for them.
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
@@ -33,7 +46,12 @@ bool amx_available() {
   return available;
 }
 
-std::atomic<bool> amx_allowed{true};
+bool avx512_bf16_available() {
+  static const bool available = detect_avx512_bf16();
+  return available;
+}
+
+std::atomic<bool> amx_allowed{true}, avx512_bf16_allowed{true};
 
 }  // namespace
 
@@ -45,6 +63,7 @@ std::vector<std::string> cpu_features() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.emplace_back("avx512");
 #endif
+  if (avx512_bf16_available()) found.emplace_back("avx512_bf16");
   if (amx_available()) found.emplace_back("amx_bf16");
   return found;
 }
@@ -55,6 +74,14 @@ bool amx_enabled() {
 
 void allow_amx(bool allowed) {
   amx_allowed.store(allowed, std::memory_order_relaxed);
+}
+
+bool avx512_bf16_enabled() {
+  return avx512_bf16_available() && avx512_bf16_allowed.load(std::memory_order_relaxed);
+}
+
+void allow_avx512_bf16(bool allowed) {
+  avx512_bf16_allowed.store(allowed, std::memory_order_relaxed);
 }
 
 }  // namespace lora_fast

@@ -20,6 +20,13 @@
 #else
 #define LORA_FAST_HAS_AMX 0
 #endif
+#if LORA_FAST_HAS_CLONES
+#define LORA_FAST_HAS_AVX512_BF16 1
+// What a function needs that uses pairwise products; such a processor has all of them.
+#define LORA_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#else
+#define LORA_FAST_HAS_AVX512_BF16 0
+#endif
 
 #define LORA_FAST_ALWAYS_INLINE __attribute__((always_inline))  // of a lambda
 #define LORA_FAST_INLINE inline LORA_FAST_ALWAYS_INLINE
@@ -28,8 +35,11 @@ namespace lora_fast {
 
 std::vector<std::string> cpu_features();
 
-// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off.
+// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
+// the pairwise products of AVX512-BF16 likewise.
 bool amx_enabled();
 void allow_amx(bool allowed);
+bool avx512_bf16_enabled();
+void allow_avx512_bf16(bool allowed);
 
 }  // namespace lora_fast

@@ -131,7 +131,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
                     (bias && is_double(*bias));
   const Factor h_rows = factor_of(h, 0), columns = factor_of(lora_B, 0);
   const bool dealt = is_dealt(base.scalar_type());
-  const RankLayout layout(rank, use_amx(h_rows, columns, wide), dealt);
+  const RankLayout layout(rank, use_pairs(h_rows, columns, wide), dealt);
   std::optional<PackedRows> packed_h;
   std::optional<PackedVector> packed_gain, packed_bias;
   if (rank > 0) packed_h.emplace(h_rows, tokens, layout, wide);
@@ -155,7 +155,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
     const PackedPanels panels(columns, width, layout, wide);
     const int64_t blocks = round_up(tokens, kTileRows) / kTileRows;
     for_chunks(chunk_count(blocks, 1), blocks, [&](int64_t, int64_t begin, int64_t end) {
-      const AmxScope scope(layout.amx, layout.step);
+      const AmxScope scope(layout.pairs, layout.step);
       (wide ? rows_double : rows_float)(op, panels, begin, end);
     });
     return;
@@ -164,7 +164,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   const int64_t grain = std::max<int64_t>(1, 16384 / (kTileCols * (tokens + rank)));
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
     const Scratch<char> panel(layout.depth * kTileCols * packed_size(layout, wide));
-    const AmxScope scope(layout.amx, layout.step);
+    const AmxScope scope(layout.pairs, layout.step);
     (wide ? columns_double : columns_float)(op, panel.data(), begin, end);
   });
 }

@@ -289,6 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias) {
   const Needs needs{need_x, need_A, need_B, need_gain, need_bias};
+  check_tiled_weight(weight);
   check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
   const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   Gradients grad(grad_y, weight, lora_A, lora_B, needs);

@@ -31,25 +31,10 @@ LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, bf16* ou
   if (left != nullptr) std::memcpy(left + i, rest, count * sizeof(bf16));
 }
 
-void check_factor(const Tensor& tensor, const char* name) {
-  check_contiguous(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 || tensor.scalar_type() == ScalarType::Float,
-                  name, " must be bfloat16 or float32, got dtype number ",
-                  static_cast<int>(tensor.scalar_type()));
-}
-
-void check_activation(const Tensor& tensor, const char* name, int64_t tokens, int64_t cols) {
-  check_bf16(tensor, name);
-  check_contiguous(tensor, name);
-  check_size(tensor, name, 0, tokens);
-  check_size(tensor, name, 1, cols);
-}
-
 void check_factors(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
-  check_tiled_weight(weight);
   check_adapter(weight, lora_A, lora_B);
-  check_factor(lora_A, "lora_A");
-  check_factor(lora_B, "lora_B");
+  check_factor(lora_A, "lora_A", weight.scalar_type());
+  check_factor(lora_B, "lora_B", weight.scalar_type());
 }
 
 Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
@@ -66,30 +51,37 @@ void check_float_vector(const Tensor& tensor, const char* name, int64_t size) {
                   " must be contiguous float32");
 }
 
+void check_factor(const Tensor& tensor, const char* name, ScalarType dtype) {
+  check_contiguous(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype || tensor.scalar_type() == ScalarType::Float, name,
+                  " must have the weight's dtype or float32, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
+void check_activation(const Tensor& tensor, const char* name, ScalarType dtype, int64_t tokens,
+                      int64_t cols) {
+  check_matrix(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have the weight's dtype, got dtype number ",
+                  static_cast<int>(tensor.scalar_type()));
+  check_contiguous(tensor, name);
+  check_size(tensor, name, 0, tokens);
+  check_size(tensor, name, 1, cols);
+}
+
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                      const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
+                      const std::optional<Tensor>& gain, const std::optional<Tensor>& bias, const Tensor& y,
                       const std::optional<Tensor>& product, const char* gain_name) {
-  check_bf16(x, "x");
+  check_matrix(x, "x");
   check_factors(weight, lora_A, lora_B);
   const int64_t tokens = x.size(0), N = weight.size(0);
-  check_activation(x, "x", tokens, weight.size(1));
-  check_float_vector(gain, gain_name, N);
+  check_activation(x, "x", weight.scalar_type(), tokens, weight.size(1));
+  if (gain) check_float_vector(*gain, gain_name, N);
   if (bias) check_float_vector(*bias, "bias", N);
-  check_activation(y, "y", tokens, N);
+  check_activation(y, "y", weight.scalar_type(), tokens, N);
   if (product) {
     check_same(*product, "product", y, "y");
     check_contiguous(*product, "product");
   }
-}
-
-void check_project(const Tensor& x, const Tensor& lora_A) {
-  check_bf16(x, "x");
-  check_matrix(lora_A, "lora_A");
-  check_factor(lora_A, "lora_A");
-  check_activation(x, "x", x.size(0), lora_A.size(1));
-  STD_TORCH_CHECK(lora_A.size(1) % kDepth == 0, "lora_A must have a multiple of 32 columns, got ",
-                  lora_A.size(1));
-  STD_TORCH_CHECK(amx_enabled(), "x needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
 }
 
 DoraGain::DoraGain(const Tensor& magnitudes, Tensor& norms, bool norm_known)
@@ -106,14 +98,14 @@ void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, cons
                       const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& gain,
                       const std::optional<Tensor>& product, const std::optional<Tensor>& h,
                       const Needs& needs) {
-  check_bf16(grad_y, "grad_y");
+  check_matrix(grad_y, "grad_y");
   check_factors(weight, lora_A, lora_B);
   const int64_t tokens = grad_y.size(0), N = weight.size(0);
-  check_activation(grad_y, "grad_y", tokens, N);
+  check_activation(grad_y, "grad_y", weight.scalar_type(), tokens, N);
   if (gain) check_float_vector(*gain, "gain", N);
   const auto check_kept = [&](const std::optional<Tensor>& kept, const char* name, int64_t cols) {
     STD_TORCH_CHECK(kept.has_value(), name, " must be given for the gradients asked for");
-    check_activation(*kept, name, tokens, cols);
+    check_activation(*kept, name, weight.scalar_type(), tokens, cols);
   };
   if (needs.gain) check_kept(product, "product", N);
   if (needs.A) check_kept(x, "x", weight.size(1));
@@ -122,7 +114,7 @@ void check_linear_bwd(const Tensor& grad_y, const std::optional<Tensor>& x, cons
 
 Gradients::Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                      const Needs& needs)
-    : x(empty_if(needs.x, grad_y, {grad_y.size(0), weight.size(1)}, ScalarType::BFloat16)),
+    : x(empty_if(needs.x, grad_y, {grad_y.size(0), weight.size(1)}, grad_y.scalar_type())),
       A(empty_if(needs.A, lora_A, {lora_A.size(0), lora_A.size(1)}, lora_A.scalar_type())),
       B(empty_if(needs.B, lora_B, {lora_B.size(0), lora_B.size(1)}, lora_B.scalar_type())),
       gain(empty_if(needs.gain, grad_y, {weight.size(0)}, ScalarType::Float)),

@@ -19,12 +19,14 @@ constexpr int64_t kBlockSteps = 16;
 
 void check_float_vector(const Tensor& tensor, const char* name, int64_t size);
 
-// The arguments that the kernels for few tokens and those in blocks have in common.
+// The arguments that the kernels for few tokens and those in blocks have in common, but for the weight's own
+// check: activations have its dtype, the adapter too or float32.
 void check_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                      const Tensor& gain, const std::optional<Tensor>& bias, const Tensor& y,
+                      const std::optional<Tensor>& gain, const std::optional<Tensor>& bias, const Tensor& y,
                       const std::optional<Tensor>& product, const char* gain_name = "gain");
 
-void check_project(const Tensor& x, const Tensor& lora_A);
+void check_factor(const Tensor& tensor, const char* name, ScalarType dtype);
+void check_activation(const Tensor& tensor, const char* name, ScalarType dtype, int64_t tokens, int64_t cols);
 
 // DoRA's gain of a forward: magnitude / norm, 0 where the norm is 0. An unknown norm is made along with the
 // product.

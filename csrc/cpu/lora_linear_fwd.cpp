@@ -107,7 +107,7 @@ void forward_rows(const Linear& op, const Tokens& tokens, int64_t begin, int64_t
         const bf16* rows_here = op.weight + (first + p) * kPanel * op.ld + k * kDepth;
         pack_rows(rows_here, op.ld, kPanel, depth, RowOrder::dealt, weight.data() + p * depth * kPanelStep);
         if (norm_panels > 0)
-          row_squares(rows_here, op.ld, depth * kDepth, squares + p * kPanel, {nullptr, 0});
+          tiles_squares(rows_here, op.ld, depth * kDepth, squares + p * kPanel, {nullptr, 0});
       }
       const int64_t opening = k == 0 ? rank_steps : 0;
       for (int64_t t = 0; t < tokens.panels; ++t)
@@ -220,6 +220,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
 Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                             Tensor gain, std::optional<Tensor> bias, Tensor y,
                             std::optional<Tensor> product) {
+  check_tiled_weight(weight);
   check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product);
   return forward(x, weight, lora_A, lora_B, scaling, static_cast<const float*>(gain.const_data_ptr()), bias,
                  y, product, nullptr);
@@ -228,6 +229,7 @@ Tensor cpu::lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_
 Tensor cpu::dora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                             Tensor magnitude, std::optional<Tensor> bias, Tensor y,
                             std::optional<Tensor> product, Tensor norm, bool norm_known) {
+  check_tiled_weight(weight);
   check_linear_fwd(x, weight, lora_A, lora_B, magnitude, bias, y, product, "magnitude");
   const DoraGain dora(magnitude, norm, norm_known);
   return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora);

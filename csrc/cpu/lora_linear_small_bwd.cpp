@@ -1,4 +1,4 @@
-// The backward of lora_linear for up to 32 tokens in bfloat16:
+// The backward of lora_linear for up to 32 tokens:
 //   dv = gain ⊙ dy   dgain = Σ_t dy ⊙ v   dbias = Σ_t dy   dh = s dv B   dB = dvᵀ (s h)
 //   dA = dhᵀ x   dx = dv W + dh A
 // First over the columns of dy, then, with dh complete, over the columns of x and of W.
@@ -15,21 +15,37 @@ int64_t padded_rank(int64_t rank) {
 }
 
 // out [rows][padded rank] = factor · m [rows, rank], zero-padded
-LORA_FAST_CLONES void widen_rows(float* out, const bf16* m, int64_t rows, int64_t rank, float factor) {
+template <class T>
+LORA_FAST_INLINE void widen_rows(float* out, const T* m, int64_t rows, int64_t rank, float factor) {
   const int64_t width = padded_rank(rank);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t r = 0; r < width; ++r)
-      out[i * width + r] = r < rank ? factor * widen_one(m[i * rank + r]) : 0.0f;
+    float* row = out + i * width;
+    convert_line(row, m + i * rank, 1, rank);
+    for (int64_t r = 0; r < rank; ++r) row[r] *= factor;
+    std::fill(row + rank, row + width, 0.0f);
   }
 }
 
+// The first `count` of v to element `at` of out, which is float32 if `wide` and else T
+template <class T>
+LORA_FAST_INLINE void store_lanes(void* out, bool wide, int64_t at, f32x16 v, int64_t count) {
+  if (wide) {
+    std::memcpy(static_cast<float*>(out) + at, &v, static_cast<size_t>(count) * sizeof(float));
+  } else {
+    T rounded[kLanes];
+    store<float>(rounded, v);
+    std::memcpy(static_cast<T*>(out) + at, rounded, static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
+template <class T>
 struct OutputSide {
-  const bf16 *grad_y, *product;  // [tokens, N]; product may be null
-  const float* gain;             // may be null
-  const bf16* lora_B;            // [N, R]
-  const float* h;                // s h, [tokens][padded R]
+  const T *grad_y, *product;  // [tokens, N]; product may be null
+  const float* gain;          // may be null
+  const void* lora_B;         // [N, R], float32 where wide_B
+  const float* h;             // s h, [tokens][padded R]
   int64_t tokens, N, R;
-  bf16* grad_v;                  // [tokens padded to 16, N]
+  T* grad_v;                     // [tokens padded to 16, N]
   void* grad_B;                  // [N, R], may be null
   bool wide_B;                   // whether grad_B is float32
   float *grad_gain, *grad_bias;  // may be null
@@ -37,8 +53,10 @@ struct OutputSide {
 
 // Strips [begin, end) of 32 outputs; grad_h [tokens][padded R] is this thread's part of dv B, null if
 // unwanted.
-LORA_FAST_CLONES void output_strips(const OutputSide& op, float* grad_h, float scaling, int64_t begin,
+template <class T>
+LORA_FAST_CLONES void output_strips(const OutputSide<T>& op, float* grad_h, float scaling, int64_t begin,
                                     int64_t end) {
+  const auto place = [](int64_t i) { return kDealt<T> ? dealt_position(i) : i; };
   const int64_t width = padded_rank(op.R);
   alignas(64) float dv[kSmallTokens][kStrip];
   const Scratch<float> rows(kStrip * width);
@@ -46,7 +64,7 @@ LORA_FAST_CLONES void output_strips(const OutputSide& op, float* grad_h, float s
     Strip<float> dgain{}, dbias{}, gain{splat(1.0f), splat(1.0f)};
     if (op.gain != nullptr) {
       gain = load_packed(op.gain + n);
-      deal_strip(gain.even, gain.odd);
+      if (kDealt<T>) deal_strip(gain.even, gain.odd);
     }
     for (int64_t t = 0; t < op.tokens; ++t) {
       const Strip<float> g = load_strip<float>(op.grad_y + t * op.N + n);
@@ -63,56 +81,63 @@ LORA_FAST_CLONES void output_strips(const OutputSide& op, float* grad_h, float s
     store_packed<float>(sums[0], dgain);
     store_packed<float>(sums[1], dbias);
     for (int64_t i = 0; i < kStrip; ++i) {
-      if (op.grad_gain != nullptr) op.grad_gain[n + i] = sums[0][dealt_position(i)];
-      if (op.grad_bias != nullptr) op.grad_bias[n + i] = sums[1][dealt_position(i)];
+      if (op.grad_gain != nullptr) op.grad_gain[n + i] = sums[0][place(i)];
+      if (op.grad_bias != nullptr) op.grad_bias[n + i] = sums[1][place(i)];
     }
     if (grad_h != nullptr) {
-      widen_rows(rows.data(), op.lora_B + n * op.R, kStrip, op.R, scaling);
+      if (op.wide_B) {
+        widen_rows(rows.data(), static_cast<const float*>(op.lora_B) + n * op.R, kStrip, op.R, scaling);
+      } else {
+        widen_rows(rows.data(), static_cast<const T*>(op.lora_B) + n * op.R, kStrip, op.R, scaling);
+      }
       for (int64_t r = 0; r < width; r += kLanes) {
         for (int64_t t = 0; t < op.tokens; ++t) {
           // four sums, so that an addition need not wait for the one before it
           Vec<float> part[4] = {load<float>(grad_h + t * width + r)};
           for (int64_t i = 0; i < kStrip; i += 4)
             for (int64_t u = 0; u < 4; ++u)
-              part[u] += dv[t][dealt_position(i + u)] * load<float>(rows.data() + (i + u) * width + r);
+              part[u] += dv[t][place(i + u)] * load<float>(rows.data() + (i + u) * width + r);
           store<float>(grad_h + t * width + r, (part[0] + part[1]) + (part[2] + part[3]));
         }
       }
     }
     if (op.grad_B != nullptr) {
       for (int64_t i = 0; i < kStrip; ++i) {
-        const int64_t at = dealt_position(i);
+        const int64_t at = place(i);
         for (int64_t r = 0; r < width; r += kLanes) {
           Vec<float> sum{};
           for (int64_t t = 0; t < op.tokens; ++t) sum += dv[t][at] * load<float>(op.h + t * width + r);
-          const int64_t count = std::min(kLanes, op.R - r), to = (n + i) * op.R + r;
-          if (op.wide_B) {
-            std::memcpy(static_cast<float*>(op.grad_B) + to, &sum,
-                        static_cast<size_t>(count) * sizeof(float));
-          } else {
-            bf16 rounded[kLanes];
-            store<float>(rounded, sum);
-            std::memcpy(static_cast<bf16*>(op.grad_B) + to, rounded,
-                        static_cast<size_t>(count) * sizeof(bf16));
-          }
+          store_lanes<T>(op.grad_B, op.wide_B, (n + i) * op.R + r, sum, std::min(kLanes, op.R - r));
         }
       }
     }
   }
 }
 
+template <class T>
 struct InputSide {
-  const bf16 *x, *lora_A;  // [tokens, K] or null, [R, K]
-  const float* grad_h;     // s dv B, [tokens][padded R]
-  int64_t tokens, tiles, K, R;
-  const float* sums;  // dv W by strips, see small_backward; null if dx is unwanted
-  bf16* grad_x;       // may be null
+  const T* x;           // [tokens, K] or null
+  const void* lora_A;   // [R, K], float32 where wide_A
+  const float* grad_h;  // s dv B, [tokens][padded R]
+  int64_t tokens, rows, K, R;
+  const float* sums;  // dv W by strips of `rows` rows, see few_tokens.h; null if dx is unwanted
+  T* grad_x;          // may be null
   void* grad_A;       // [R, K], may be null
   bool wide_A;        // whether grad_A is float32
 };
 
+// A strip of a row of lora_A, in the order of T's strips.
+template <class T>
+LORA_FAST_INLINE Strip<float> load_factor(const void* factor, bool wide, int64_t at) {
+  if (!wide) return load_strip<float>(static_cast<const T*>(factor) + at);
+  Strip<float> strip = load_strip<float>(static_cast<const float*>(factor) + at);
+  if constexpr (kDealt<T>) deal_strip(strip.even, strip.odd);
+  return strip;
+}
+
 // Strips [begin, end) of 32 inputs.
-LORA_FAST_CLONES void input_strips(const InputSide& op, int64_t begin, int64_t end) {
+template <class T>
+LORA_FAST_CLONES void input_strips(const InputSide<T>& op, int64_t begin, int64_t end) {
   const int64_t width = padded_rank(op.R);
   alignas(64) float x[kSmallTokens][kStrip];
   for (int64_t strip = begin; strip < end; ++strip) {
@@ -128,18 +153,18 @@ LORA_FAST_CLONES void input_strips(const InputSide& op, int64_t begin, int64_t e
           sum = {sum.even + dh * row.even, sum.odd + dh * row.odd};
         }
         if (op.wide_A) {
-          undeal_strip(sum.even, sum.odd);
+          if constexpr (kDealt<T>) undeal_strip(sum.even, sum.odd);
           store_strip<float>(static_cast<float*>(op.grad_A) + r * op.K + k, sum);
         } else {
-          store_strip<float>(static_cast<bf16*>(op.grad_A) + r * op.K + k, sum);
+          store_strip<float>(static_cast<T*>(op.grad_A) + r * op.K + k, sum);
         }
       }
     }
     if (op.grad_x != nullptr) {
       for (int64_t t = 0; t < op.tokens; ++t)
-        store_packed<float>(&x[t][0], load_packed(op.sums + (strip * op.tiles * kTokenTile + t) * kStrip));
+        store_packed<float>(&x[t][0], load_packed(op.sums + (strip * op.rows + t) * kStrip));
       for (int64_t r = 0; r < op.R; ++r) {
-        const Strip<float> a = load_strip<float>(op.lora_A + r * op.K + k);
+        const Strip<float> a = load_factor<T>(op.lora_A, op.wide_A, r * op.K + k);
         for (int64_t t = 0; t < op.tokens; ++t) {
           const float dh = op.grad_h[t * width + r];
           const Strip<float> row = load_packed(&x[t][0]);
@@ -152,47 +177,124 @@ LORA_FAST_CLONES void input_strips(const InputSide& op, int64_t begin, int64_t e
   }
 }
 
-// sums [strips][tiles · 16][32] of the strips [begin, end) = g W, g [tiles · 16, N]
-void weight_product(const bf16* g, const Tensor& weight, int64_t tiles, float* sums, int64_t begin,
+// The rows of dv W's sums: in AMX tiles they are whole ones.
+template <class T>
+int64_t sum_rows(int64_t tokens) {
+  return products_of<T>() == Products::tiles ? round_up(tokens, kTokenTile) : tokens;
+}
+
+// sums [strips][sum_rows][32] of the strips [begin, end) = g W, g [tokens in whole tiles, N]
+template <class T>
+void weight_product(const T* g, const Tensor& weight, int64_t tokens, float* sums, int64_t begin,
                     int64_t end) {
-  const int64_t N = weight.size(0), ld = weight.stride(0), size = tiles * kTokenTile * kStrip;
-  std::memset(sums + begin * size, 0, static_cast<size_t>((end - begin) * size) * sizeof(float));
-  const AmxScope scope(true, kSmallDepth);
+  const int64_t N = weight.size(0), ld = weight.stride(0), strips = end - begin;
+  const int64_t size = sum_rows<T>(tokens) * kStrip;
+  const bool in_tiles = products_of<T>() == Products::tiles;
+  sums += begin * size;
+  std::memset(sums, 0, static_cast<size_t>(strips * size) * sizeof(float));
+  const AmxScope scope(in_tiles, kSmallDepth);
   for (int64_t n = 0; n < N; n += kSmallRows) {
-    small_backward(g + n, N, elements(weight) + n * ld + begin * kStrip, ld, end - begin, tiles,
-                   sums + begin * size);
+    const T* rows = data_of<T>(weight) + n * ld + begin * kStrip;
+    if (!in_tiles) {
+      dot_backward(g + n, N, rows, ld, strips, tokens, sums);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      tiles_backward(g + n, N, rows, ld, strips, round_up(tokens, kTokenTile) / kTokenTile, sums);
+    }
   }
 }
 
-LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t tiles, int64_t K,
+LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t rows, int64_t K,
                                    int64_t begin, int64_t end) {
   for (int64_t strip = begin; strip < end; ++strip) {
-    const float* tile = c + strip * tiles * kTokenTile * kStrip;
+    const float* tile = c + strip * rows * kStrip;
     for (int64_t t = 0; t < tokens; ++t)
       store_strip<float>(out + t * K + strip * kStrip, load_packed(tile + t * kStrip));
   }
 }
 
-bf16* writable(Tensor& tensor, bool wanted) {
-  return wanted ? static_cast<bf16*>(tensor.mutable_data_ptr()) : nullptr;
+template <class T>
+T* writable(Tensor& tensor, bool wanted) {
+  return wanted ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+struct Call {
+  const Tensor &grad_y, &weight, &lora_A, &lora_B;
+  const std::optional<Tensor>&x, &gain, &product, &h;
+  double scaling;
+  Needs needs;
+};
+
+template <class T>
+void backward(const Call& call, Gradients& grad) {
+  const Needs& needs = call.needs;
+  const int64_t tokens = call.grad_y.size(0), N = call.weight.size(0), K = call.weight.size(1);
+  const int64_t R = call.lora_A.size(0), width = padded_rank(R), padded = round_up(tokens, kTokenTile);
+  const auto scaling = static_cast<float>(call.scaling);
+  const Scratch<T> grad_v(padded * N);
+  std::memset(grad_v.data() + tokens * N, 0, static_cast<size_t>((padded - tokens) * N) * sizeof(T));
+  const Scratch<float> scaled_h(tokens * width);
+  if (needs.B) widen_rows(scaled_h.data(), data_of<T>(*call.h), tokens, R, scaling);
+  const OutputSide<T> outputs{data_of<T>(call.grad_y),
+                              needs.gain ? data_of<T>(*call.product) : nullptr,
+                              call.gain ? data_of<float>(*call.gain) : nullptr,
+                              call.lora_B.const_data_ptr(),
+                              scaled_h.data(),
+                              tokens,
+                              N,
+                              R,
+                              grad_v.data(),
+                              needs.B ? grad.B.mutable_data_ptr() : nullptr,
+                              call.lora_B.scalar_type() == ScalarType::Float,
+                              writable<float>(grad.gain, needs.gain),
+                              writable<float>(grad.bias, needs.bias)};
+  const bool need_h = needs.x || needs.A;
+  const int64_t chunks = chunk_count(N / kStrip, 8);
+  const Scratch<float> grad_h(chunks * tokens * width);  // one part per chunk
+  std::memset(grad_h.data(), 0, static_cast<size_t>(chunks * tokens * width) * sizeof(float));
+  for_chunks(chunks, N / kStrip, [&](int64_t chunk, int64_t begin, int64_t end) {
+    output_strips(outputs, need_h ? grad_h.data() + chunk * tokens * width : nullptr, scaling, begin, end);
+  });
+  if (!need_h) return;
+  for (int64_t i = tokens * width; i < chunks * tokens * width; ++i)
+    grad_h.data()[i % (tokens * width)] += grad_h.data()[i];
+
+  const int64_t strips = K / kStrip, rows = sum_rows<T>(tokens);
+  const Scratch<float> sums(needs.x ? strips * rows * kStrip : 0);
+  const InputSide<T> inputs{needs.A ? data_of<T>(*call.x) : nullptr,
+                            call.lora_A.const_data_ptr(),
+                            grad_h.data(),
+                            tokens,
+                            rows,
+                            K,
+                            R,
+                            sums.data(),
+                            writable<T>(grad.x, needs.x),
+                            needs.A ? grad.A.mutable_data_ptr() : nullptr,
+                            call.lora_A.scalar_type() == ScalarType::Float};
+  for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
+    if (needs.x) weight_product(grad_v.data(), call.weight, tokens, sums.data(), begin, end);
+    input_strips(inputs, begin, end);
+  });
 }
 
 }  // namespace
 
 Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
   check_few_tokens(grad_v, "grad_v");
+  check_bf16(grad_v, "grad_v");
   check_contiguous(grad_v, "grad_v");
-  check_tiled_weight(weight);
+  check_bf16(weight, "weight");
+  check_shape_of_tiles(weight);
   const int64_t tokens = grad_v.size(0), N = weight.size(0), K = weight.size(1);
   check_size(grad_v, "grad_v", 1, N);
-  const int64_t tiles = round_up(tokens, kTokenTile) / kTokenTile, strips = K / kStrip;
+  const int64_t strips = K / kStrip, sum_row_count = sum_rows<bf16>(tokens);
   const PaddedRows rows(elements(grad_v), tokens, N, kTokenTile);
   const int64_t size[] = {tokens, K};
   Tensor grad_x = torch::stable::new_empty(grad_v, {size, 2});
-  const Scratch<float> sums(strips * tiles * kTokenTile * kStrip);
+  const Scratch<float> sums(strips * sum_row_count * kStrip);
   for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
-    weight_product(rows.data(), weight, tiles, sums.data(), begin, end);
-    round_strips(sums.data(), writable(grad_x, true), tokens, tiles, K, begin, end);
+    weight_product(rows.data(), weight, tokens, sums.data(), begin, end);
+    round_strips(sums.data(), writable<bf16>(grad_x, true), tokens, sum_row_count, K, begin, end);
   });
   return grad_x;
 }
@@ -203,59 +305,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     bool need_A, bool need_B, bool need_gain, bool need_bias) {
   const Needs needs{need_x, need_A, need_B, need_gain, need_bias};
   check_few_tokens(grad_y, "grad_y");
+  check_few_tokens_weight(weight);
   check_linear_bwd(grad_y, x, weight, lora_A, lora_B, gain, product, h, needs);
-  const int64_t tokens = grad_y.size(0), N = weight.size(0), K = weight.size(1), R = lora_A.size(0);
   Gradients grad(grad_y, weight, lora_A, lora_B, needs);
-
-  const int64_t width = padded_rank(R), tiles = round_up(tokens, kTokenTile) / kTokenTile;
-  const Scratch<bf16> grad_v(tiles * kTokenTile * N);
-  std::memset(grad_v.data() + tokens * N, 0,
-              static_cast<size_t>((tiles * kTokenTile - tokens) * N) * sizeof(bf16));
-  const RoundedMatrix rounded_A(AdapterMatrix{lora_A}), rounded_B(AdapterMatrix{lora_B});
-  const Scratch<float> scaled_h(tokens * width);
-  if (need_B) widen_rows(scaled_h.data(), elements(*h), tokens, R, static_cast<float>(scaling));
-  const OutputSide outputs{elements(grad_y),
-                           need_gain ? elements(*product) : nullptr,
-                           gain ? static_cast<const float*>(gain->const_data_ptr()) : nullptr,
-                           rounded_B.data(),
-                           scaled_h.data(),
-                           tokens,
-                           N,
-                           R,
-                           grad_v.data(),
-                           need_B ? grad.B.mutable_data_ptr() : nullptr,
-                           lora_B.scalar_type() == ScalarType::Float,
-                           need_gain ? static_cast<float*>(grad.gain.mutable_data_ptr()) : nullptr,
-                           need_bias ? static_cast<float*>(grad.bias.mutable_data_ptr()) : nullptr};
-  const bool need_h = need_x || need_A;
-  const int64_t chunks = chunk_count(N / kStrip, 8);
-  const Scratch<float> grad_h(chunks * tokens * width);  // one part per chunk
-  std::memset(grad_h.data(), 0, static_cast<size_t>(chunks * tokens * width) * sizeof(float));
-  for_chunks(chunks, N / kStrip, [&](int64_t chunk, int64_t begin, int64_t end) {
-    output_strips(outputs, need_h ? grad_h.data() + chunk * tokens * width : nullptr,
-                  static_cast<float>(scaling), begin, end);
-  });
-  if (!need_h) return {grad.x, grad.A, grad.B, grad.gain, grad.bias};
-  for (int64_t i = tokens * width; i < chunks * tokens * width; ++i)
-    grad_h.data()[i % (tokens * width)] += grad_h.data()[i];
-
-  const int64_t strips = K / kStrip;
-  const Scratch<float> sums(need_x ? strips * tiles * kTokenTile * kStrip : 0);
-  const InputSide inputs{need_A ? elements(*x) : nullptr,
-                         rounded_A.data(),
-                         grad_h.data(),
-                         tokens,
-                         tiles,
-                         K,
-                         R,
-                         sums.data(),
-                         writable(grad.x, need_x),
-                         need_A ? grad.A.mutable_data_ptr() : nullptr,
-                         lora_A.scalar_type() == ScalarType::Float};
-  for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
-    if (need_x) weight_product(grad_v.data(), weight, tiles, sums.data(), begin, end);
-    input_strips(inputs, begin, end);
-  });
+  const Call call{grad_y, weight, lora_A, lora_B, x, gain, product, h, scaling, needs};
+  LORA_FAST_BY_SHORT_DTYPE(weight.scalar_type(), T, backward<T>(call, grad))
   return {grad.x, grad.A, grad.B, grad.gain, grad.bias};
 }
 

@@ -1,6 +1,7 @@
 // lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
 // sums; with the norm, if it is asked for, from the same read.
 #include <atomic>
+#include <vector>
 
 #include "content_key.h"
 #include "factored_norm.h"
@@ -12,7 +13,7 @@ namespace lora_fast {
 namespace {
 
 // Sixteen rows of x [16][depth], the blocks [begin, end) of 32 columns, as pairs of a packed operand (see
-// small_forward) of `tiles` tiles; packed is the tile's own place in the first block.
+// tiles_forward) of `tiles` tiles; packed is the tile's own place in the first block.
 LORA_FAST_CLONES void pack_tile(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin,
                                 int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
@@ -25,54 +26,64 @@ LORA_FAST_CLONES void pack_tile(const bf16* x, int64_t depth, int64_t tiles, bf1
   }
 }
 
-// What W is multiplied with, in tiles of sixteen rows of length K: the tokens', then those of the norm's
-// parts of A. Two tiles at a time share a read of W.
+// Rows of `depth` elements as float32 in the order of strips.
+template <class T>
+LORA_FAST_CLONES void widen_strips(const T* x, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
+}
+
+// What W is multiplied with, in rows of length K: the tokens', then those of the norm's parts of A. In tiles,
+// two tiles of sixteen rows at a time share a read of W.
+template <class T>
 class Operand {
  public:
-  Operand(const bf16* x, int64_t tokens, int64_t K, const FactoredNorm* norm)
-      : tokens_(round_up(tokens, kTokenTile) / kTokenTile),
-        tiles_(tokens_ + (norm != nullptr ? round_up(norm->columns(), kTokenTile) / kTokenTile : 0)),
+  Operand(const T* x, int64_t tokens, int64_t K, const FactoredNorm* norm)
+      : how_(products_of<T>()),
+        token_tiles_(round_up(tokens, kTokenTile) / kTokenTile),
+        norm_column_(how_ == Products::tiles ? token_tiles_ * kTokenTile : tokens),
+        tiles_(token_tiles_ + (norm != nullptr ? round_up(norm->columns(), kTokenTile) / kTokenTile : 0)),
+        width_(how_ == Products::tiles ? tiles_ * kTokenTile
+                                       : tokens + (norm != nullptr ? norm->columns() : 0)),
         K_(K),
-        packed_(tiles_ * kTokenTile * K) {
-    const PaddedRows rows(x, tokens, K, kTokenTile);
-    const int64_t blocks = K / kSmallDepth;
-    for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const bf16* from = tile < tokens_ ? rows.data() + tile * kTokenTile * K
-                                          : norm->parts() + (tile - tokens_) * kTokenTile * K;
-        const int64_t pair = tile / 2;
-        pack_tile(from, K, tiles_of(pair),
-                  packed_.data() + pair * 2 * kTokenTile * K + tile % 2 * kTokenTile * kSmallDepth, begin,
-                  end);
+        packed_(how_ == Products::tiles ? tiles_ * kTokenTile * K : 0),
+        widened_(how_ == Products::vectors && sizeof(T) == 2 ? tokens * K : 0) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (how_ == Products::tiles) {
+        pack_tiles(x, tokens, norm);
+        return;
       }
-    });
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      columns_.push_back(x + t * K);
+      if (how_ == Products::pairs || sizeof(T) == 4) continue;
+      float* row = widened_.data() + t * K;
+      widen_strips(x + t * K, K, row);
+      columns_.back() = row;
+    }
+    for (int64_t j = 0; norm != nullptr && j < norm->columns(); ++j)
+      columns_.push_back(norm->parts() + j * K);
   }
 
-  int64_t width() const { return tiles_ * kTokenTile; }
-  // of the tokens' part
-  int64_t token_width() const { return tokens_ * kTokenTile; }
+  Products how() const { return how_; }
+  int64_t width() const { return width_; }
+  int64_t norm_column() const { return norm_column_; }
+  int64_t token_tiles() const { return token_tiles_; }
 
   // c [32][width] = the product with 32 rows of W, and with a norm squares [32] = those of the rows. They
   // stay in the second-level cache from one pass to the next, and each pass fetches its share of the next 32.
-  void multiply(const bf16* weight, int64_t ld, float* c, float* squares) const {
-    const int64_t pairs = (tiles_ + 1) / 2, passes = pairs + (squares != nullptr ? 1 : 0);
-    const auto share = [&](int64_t pass) -> Ahead {
-      if (passes == 1) return {weight + kAhead, kSmallRows};
-      const int64_t begin = pass * kSmallRows / passes;
-      return {weight + (kSmallRows + begin) * ld, (pass + 1) * kSmallRows / passes - begin};
-    };
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      small_forward(weight, ld, packed_.data() + pair * 2 * kTokenTile * K_, tiles_of(pair), K_,
-                    c + pair * 2 * kTokenTile, width(), share(pair));
-    if (squares == nullptr) return;
-    std::memset(squares, 0, kSmallRows * sizeof(float));
-    row_squares(weight, ld, K_, squares, share(pairs));
+  void multiply(const T* weight, int64_t ld, float* c, float* squares) const {
+    if (how_ != Products::tiles)
+      return dot_forward(weight, ld, columns_.data(), width_, K_, c, width_, squares, true);
+    if constexpr (std::is_same_v<T, bf16>) multiply_tiles(weight, ld, c, squares);
   }
 
-  // c [32][32] = the product of the first two tiles, which hold all tokens
-  void multiply_tokens(const bf16* weight, int64_t ld, float* c) const {
-    small_forward(weight, ld, packed_.data(), tiles_of(0), K_, c, kSmallTokens,
-                  {weight + kAhead, kSmallRows});
+  // c [32][32] = the product with the tokens' rows
+  void multiply_tokens(const T* weight, int64_t ld, int64_t tokens, float* c) const {
+    if (how_ != Products::tiles)
+      return dot_forward(weight, ld, columns_.data(), tokens, K_, c, kSmallTokens, nullptr, false);
+    if constexpr (std::is_same_v<T, bf16>)
+      tiles_forward(weight, ld, packed_.data(), tiles_of(0), K_, c, kSmallTokens,
+                    {weight + kAhead, kSmallRows});
   }
 
  private:
@@ -80,53 +91,102 @@ class Operand {
 
   int64_t tiles_of(int64_t pair) const { return std::min<int64_t>(2, tiles_ - 2 * pair); }
 
-  int64_t tokens_, tiles_, K_;
-  Scratch<bf16> packed_;
+  void pack_tiles(const bf16* x, int64_t tokens, const FactoredNorm* norm) {
+    const PaddedRows rows(x, tokens, K_, kTokenTile);
+    const int64_t blocks = K_ / kSmallDepth;
+    for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        const bf16* from = tile < token_tiles_ ? rows.data() + tile * kTokenTile * K_
+                                               : norm->parts() + (tile - token_tiles_) * kTokenTile * K_;
+        const int64_t pair = tile / 2;
+        pack_tile(from, K_, tiles_of(pair),
+                  packed_.data() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth, begin,
+                  end);
+      }
+    });
+  }
+
+  void multiply_tiles(const bf16* weight, int64_t ld, float* c, float* squares) const {
+    const int64_t pairs = (tiles_ + 1) / 2, passes = pairs + (squares != nullptr ? 1 : 0);
+    const auto share = [&](int64_t pass) -> Ahead<bf16> {
+      if (passes == 1) return {weight + kAhead, kSmallRows};
+      const int64_t begin = pass * kSmallRows / passes;
+      return {weight + (kSmallRows + begin) * ld, (pass + 1) * kSmallRows / passes - begin};
+    };
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      tiles_forward(weight, ld, packed_.data() + pair * 2 * kTokenTile * K_, tiles_of(pair), K_,
+                    c + pair * 2 * kTokenTile, width_, share(pair));
+    if (squares == nullptr) return;
+    std::memset(squares, 0, kSmallRows * sizeof(float));
+    tiles_squares(weight, ld, K_, squares, share(pairs));
+  }
+
+  Products how_;
+  int64_t token_tiles_, norm_column_, tiles_, width_, K_;
+  Scratch<bf16> packed_;              // of tiles
+  std::vector<const void*> columns_;  // of the other ways
+  Scratch<float> widened_;            // their rows, where they are not x's own
 };
 
+template <class T>
 struct Small {
-  const bf16* weight;
+  const T* weight;
   int64_t ld, N, K, R, tokens;
-  const Operand* operand;
-  const float* h;      // s h, [R][tiles · 16]
-  const bf16* lora_B;  // [N, R]
-  const float *gain, *bias;
-  bf16 *y, *product;
+  const Operand<T>* operand;
+  const float* h;  // s h, [R][tokens in whole tiles]
+  const void* lora_B;
+  ScalarType dtype_B;
+  const float *gain, *bias;  // may be null
+  T *y, *product;
   const FactoredNorm* factored;  // null where the norm is not wanted; else
   const DoraGain* dora;          // whose norm and gain are written
   const Tensor* sampled;         // W, where its sample is wanted
   std::atomic<uint64_t>* sample;
 };
 
-// turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, the columns de-interleaved (see Strip).
-template <int64_t tiles>
-LORA_FAST_INLINE void add_update(const Small& op, const float* c, int64_t ld, int64_t n,
+// turned [tokens][32] = c [32][ld] + s h lora_Bᵀ, in the order of strips; b [32][R] is lora_B's
+template <class T, int64_t tiles>
+LORA_FAST_INLINE void add_update(const Small<T>& op, const float* c, int64_t ld, const float* b,
                                  float (*turned)[kStrip]) {
-  constexpr int64_t width = tiles * kTokenTile;
-  for (int64_t i = 0; i < kSmallRows; ++i) {
-    const bf16* b = op.lora_B + (n + i) * op.R;
-    f32x16 v[tiles];
-    for (int64_t tile = 0; tile < tiles; ++tile) v[tile] = load<float>(c + i * ld + tile * kTokenTile);
-    for (int64_t r = 0; r < op.R; ++r)
+  constexpr int64_t width = tiles * kTokenTile, kRows = 4;  // rows whose additions do not wait for each other
+  for (int64_t i = 0; i < kSmallRows; i += kRows) {
+    f32x16 v[kRows][tiles];
+    for (int64_t u = 0; u < kRows; ++u)
       for (int64_t tile = 0; tile < tiles; ++tile)
-        v[tile] += widen_one(b[r]) * load<float>(op.h + r * width + tile * kTokenTile);
-    const int64_t column = dealt_position(i);
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t t = 0; t < kTokenTile; ++t) turned[tile * kTokenTile + t][column] = v[tile][t];
+        v[u][tile] = load<float>(c + (i + u) * ld + tile * kTokenTile);
+    for (int64_t r = 0; r < op.R; ++r) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const f32x16 h = load<float>(op.h + r * width + tile * kTokenTile);
+#pragma GCC unroll 4
+        for (int64_t u = 0; u < kRows; ++u) v[u][tile] += b[(i + u) * op.R + r] * h;
+      }
+    }
+    for (int64_t u = 0; u < kRows; ++u) {
+      const int64_t column = kDealt<T> ? dealt_position(i + u) : i + u;
+      for (int64_t t = 0; t < op.tokens; ++t) turned[t][column] = v[u][t / kTokenTile][t % kTokenTile];
+    }
   }
 }
 
-// The sums of 32 outputs, c [32][ld], to y and product [tokens, N].
-LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t ld, int64_t n) {
+// 32 floats in the order of strips
+template <class T>
+LORA_FAST_INLINE Strip<float> load_in_order(const float* p) {
+  Strip<float> strip = load_packed(p);
+  if constexpr (kDealt<T>) deal_strip(strip.even, strip.odd);
+  return strip;
+}
+
+// The sums of 32 outputs, c [32][ld], to y and product [tokens, N]; b [32][R] is room for lora_B's rows
+template <class T>
+LORA_FAST_CLONES void finish_rows(const Small<T>& op, const float* c, int64_t ld, int64_t n, float* b) {
+  LORA_FAST_BY_DTYPE(op.dtype_B, B,
+                     convert_line(b, static_cast<const B*>(op.lora_B) + n * op.R, 1, kSmallRows * op.R))
   alignas(64) float turned[kSmallTokens][kStrip];
-  op.operand->token_width() > kTokenTile ? add_update<2>(op, c, ld, n, turned)
-                                         : add_update<1>(op, c, ld, n, turned);
-  Strip<float> gain = load_packed(op.gain + n), bias{};
-  deal_strip(gain.even, gain.odd);
-  if (op.bias != nullptr) {
-    bias = load_packed(op.bias + n);
-    deal_strip(bias.even, bias.odd);
-  }
+  op.operand->token_tiles() > 1 ? add_update<T, 2>(op, c, ld, b, turned)
+                                : add_update<T, 1>(op, c, ld, b, turned);
+  Strip<float> gain{splat(1.0f), splat(1.0f)}, bias{};
+  if (op.gain != nullptr) gain = load_in_order<T>(op.gain + n);
+  if (op.bias != nullptr) bias = load_in_order<T>(op.bias + n);
   for (int64_t t = 0; t < op.tokens; ++t) {
     Strip<float> v = load_packed(&turned[t][0]);
     if (op.product != nullptr) store_strip<float>(op.product + t * op.N + n, v);
@@ -135,48 +195,85 @@ LORA_FAST_CLONES void finish_rows(const Small& op, const float* c, int64_t ld, i
   }
 }
 
-void forward_rows(const Small& op, int64_t begin, int64_t end) {
+template <class T>
+void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   const int64_t width = op.operand->width();
-  const Scratch<float> c(kSmallRows * width);
-  const AmxScope scope(true, kSmallDepth);
+  const Scratch<float> c(kSmallRows * width + kSmallTokens);  // the last row is read in whole tiles
+  const Scratch<float> b(kSmallRows * op.R);
+  const AmxScope scope(op.operand->how() == Products::tiles, kSmallDepth);
   for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
-    const bf16* weight = op.weight + n * op.ld;
     float squares[kSmallRows];
-    op.operand->multiply(weight, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
+    op.operand->multiply(op.weight + n * op.ld, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
     if (op.factored != nullptr) {
-      op.factored->finish(n, kSmallRows, squares, c.data() + op.operand->token_width(), width,
+      op.factored->finish(n, kSmallRows, squares, c.data() + op.operand->norm_column(), width,
                           op.dora->magnitude + n, op.dora->norm + n, op.dora->gain.data() + n);
     }
-    finish_rows(op, c.data(), width, n);
+    finish_rows(op, c.data(), width, n, b.data());
     // while the rows are in the cache
     if (op.sampled != nullptr) *op.sample += sample_of_rows(*op.sampled, n, n + kSmallRows);
   }
 }
 
-// h = x lora_Aᵀ as [tokens, R] in bfloat16, and s times it as [R][tiles · 16] in float32
-void project(const Operand& operand, int64_t tokens, const AdapterMatrix& lora_A, double scaling, bf16* h,
-             float* scaled_h) {
-  const int64_t R = lora_A.rows, K = lora_A.cols;
-  const Scratch<bf16> rows(round_up(R, kSmallRows) * K);
-  for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
-    round_rows(lora_A, begin, end - begin, 1.0f, false, K, rows.data() + begin * K);
-  });
-  std::memset(rows.data() + R * K, 0, static_cast<size_t>((round_up(R, kSmallRows) - R) * K) * sizeof(bf16));
-  alignas(64) float c[kSmallRows * kSmallTokens];
-  const AmxScope scope(true, kSmallDepth);
-  const int64_t width = operand.token_width();
-  for (int64_t r0 = 0; r0 < R; r0 += kSmallRows) {
-    operand.multiply_tokens(rows.data() + r0 * K, K, c);
-    for (int64_t r = r0; r < std::min(R, r0 + kSmallRows); ++r) {
-      for (int64_t t = 0; t < width; ++t) {
-        const bf16 rounded = narrow_one(c[(r - r0) * kSmallTokens + t]);
-        if (t < tokens) h[t * R + r] = rounded;
-        scaled_h[r * width + t] = static_cast<float>(scaling) * widen_one(rounded);
-      }
+// Rows of c [count][32], rounded to T: h [tokens, R] from column r on, and s times them, scaled_h [R][width]
+template <class T>
+LORA_FAST_CLONES void store_projection(const float* c, int64_t count, int64_t tokens, int64_t r, int64_t R,
+                                       float scaling, int64_t width, T* h, float* scaled_h) {
+  for (int64_t i = 0; i < count; ++i) {
+    T rounded[kSmallTokens];
+    for (int64_t t = 0; t < width; t += kTokenTile) {
+      store<float>(rounded + t, load<float>(c + i * kSmallTokens + t));
+      store<float>(scaled_h + (r + i) * width + t, scaling * load<float>(rounded + t));
     }
+    for (int64_t t = 0; t < tokens; ++t) h[t * R + r + i] = rounded[t];
   }
 }
 
+// The elements of lora_A in T, its rows followed by zero rows up to a multiple of 32.
+template <class T>
+class ProjectionRows {
+ public:
+  explicit ProjectionRows(const Tensor& lora_A)
+      : R_(lora_A.size(0)), K_(lora_A.size(1)), rows_(round_up(R_, kSmallRows) * K_) {
+    const bool wide = lora_A.scalar_type() == ScalarType::Float;
+    for_chunks(chunk_count(R_, 8), R_, [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * K_, count = (end - begin) * K_;
+      if (wide) {
+        round_line(static_cast<const float*>(lora_A.const_data_ptr()) + at, count, rows_.data() + at);
+      } else {
+        round_line(static_cast<const T*>(lora_A.const_data_ptr()) + at, count, rows_.data() + at);
+      }
+    });
+    std::memset(rows_.data() + R_ * K_, 0,
+                static_cast<size_t>((round_up(R_, kSmallRows) - R_) * K_) * sizeof(T));
+  }
+  const T* data() const { return rows_.data(); }
+
+ private:
+  template <class In>
+  static LORA_FAST_CLONES void round_line(const In* from, int64_t count, T* to) {
+    for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
+  }
+
+  int64_t R_, K_;
+  Scratch<T> rows_;
+};
+
+// h = x lora_Aᵀ as [tokens, R], and s times it as [R][tokens in whole tiles] in float32
+template <class T>
+void project(const Operand<T>& operand, int64_t tokens, const Tensor& lora_A, double scaling, T* h,
+             float* scaled_h) {
+  const int64_t R = lora_A.size(0), K = lora_A.size(1);
+  const ProjectionRows<T> rows(lora_A);
+  alignas(64) float c[kSmallRows * kSmallTokens] = {};
+  const AmxScope scope(operand.how() == Products::tiles, kSmallDepth);
+  for (int64_t r = 0; r < R; r += kSmallRows) {
+    operand.multiply_tokens(rows.data() + r * K, K, tokens, c);
+    store_projection(c, std::min(kSmallRows, R - r), tokens, r, R, static_cast<float>(scaling),
+                     operand.token_tiles() * kTokenTile, h, scaled_h);
+  }
+}
+
+template <class T>
 Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                double scaling, const float* gain, const std::optional<Tensor>& bias, Tensor& y,
                std::optional<Tensor>& product, const DoraGain* dora, uint64_t* sample) {
@@ -184,57 +281,68 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   const int64_t h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
-  const RoundedMatrix rounded_B(AdapterMatrix{lora_B});
   std::optional<FactoredNorm> factored;
   if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
-  const Operand operand(elements(x), tokens, K, factored ? &*factored : nullptr);
+  const Operand<T> operand(data_of<T>(x), tokens, K, factored ? &*factored : nullptr);
   std::atomic<uint64_t> sum = 0;
-  const Small op{elements(weight),
-                 weight.stride(0),
-                 N,
-                 K,
-                 R,
-                 tokens,
-                 &operand,
-                 scaled_h.data(),
-                 rounded_B.data(),
-                 gain,
-                 bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-                 static_cast<bf16*>(y.mutable_data_ptr()),
-                 product ? static_cast<bf16*>(product->mutable_data_ptr()) : nullptr,
-                 factored ? &*factored : nullptr,
-                 dora,
-                 sample != nullptr ? &weight : nullptr,
-                 &sum};
-  project(operand, tokens, AdapterMatrix(lora_A), scaling, static_cast<bf16*>(h.mutable_data_ptr()),
-          scaled_h.data());
+  const Small<T> op{data_of<T>(weight),
+                    weight.stride(0),
+                    N,
+                    K,
+                    R,
+                    tokens,
+                    &operand,
+                    scaled_h.data(),
+                    lora_B.const_data_ptr(),
+                    lora_B.scalar_type(),
+                    gain,
+                    bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+                    static_cast<T*>(y.mutable_data_ptr()),
+                    product ? static_cast<T*>(product->mutable_data_ptr()) : nullptr,
+                    factored ? &*factored : nullptr,
+                    dora,
+                    sample != nullptr ? &weight : nullptr,
+                    &sum};
+  project(operand, tokens, lora_A, scaling, static_cast<T*>(h.mutable_data_ptr()), scaled_h.data());
   for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
   if (sample != nullptr) *sample = sum;
   return h;
 }
 
+// Whether the product's pass makes the norm too.
+bool makes_norm(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 && products_of<bf16>() != Products::vectors;
+}
+
 }  // namespace
 
 Tensor cpu::project_small(Tensor x, Tensor lora_A) {
   check_few_tokens(x, "x");
-  check_project(x, lora_A);
+  check_bf16(x, "x");
+  check_matrix(lora_A, "lora_A");
+  check_factor(lora_A, "lora_A", x.scalar_type());
+  check_activation(x, "x", x.scalar_type(), x.size(0), lora_A.size(1));
+  STD_TORCH_CHECK(lora_A.size(1) % kSmallDepth == 0, "lora_A must have a multiple of 32 columns, got ",
+                  lora_A.size(1));
   const int64_t tokens = x.size(0), R = lora_A.size(0), K = lora_A.size(1), h_size[] = {tokens, R};
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
-  const Operand operand(elements(x), tokens, K, nullptr);
-  const Scratch<float> scaled_h(R * operand.token_width());
-  project(operand, tokens, AdapterMatrix(lora_A), 1.0, static_cast<bf16*>(h.mutable_data_ptr()),
-          scaled_h.data());
+  const Operand<bf16> operand(elements(x), tokens, K, nullptr);
+  const Scratch<float> scaled_h(R * operand.token_tiles() * kTokenTile);
+  project(operand, tokens, lora_A, 1.0, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
   return h;
 }
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                                  Tensor gain, std::optional<Tensor> bias, Tensor y,
+                                  std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,
                                   std::optional<Tensor> product) {
   check_few_tokens(x, "x");
+  check_few_tokens_weight(weight);
   check_linear_fwd(x, weight, lora_A, lora_B, gain, bias, y, product);
-  return forward(x, weight, lora_A, lora_B, scaling, static_cast<const float*>(gain.const_data_ptr()), bias,
-                 y, product, nullptr, nullptr);
+  const float* gains = gain ? data_of<float>(*gain) : nullptr;
+  LORA_FAST_BY_SHORT_DTYPE(
+      weight.scalar_type(), T,
+      return forward<T>(x, weight, lora_A, lora_B, scaling, gains, bias, y, product, nullptr, nullptr))
 }
 
 Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
@@ -242,12 +350,22 @@ Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
                                   std::optional<Tensor> product, Tensor norm, std::optional<Tensor> kept_norm,
                                   std::optional<Tensor> kept_key, int64_t version) {
   check_few_tokens(x, "x");
+  check_few_tokens_weight(weight);
   check_linear_fwd(x, weight, lora_A, lora_B, magnitude, bias, y, product, "magnitude");
   check_float_vector(norm, "norm", weight.size(0));
   STD_TORCH_CHECK(kept_norm.has_value() == kept_key.has_value(), "kept_norm and kept_key go together");
   const auto run = [&](bool norm_known, uint64_t* sample) {
+    // where the products are not made of bfloat16, the norm is a reading of W of its own
+    if (!norm_known && !makes_norm(weight.scalar_type())) {
+      const Tensor made = weight_norm_fwd(weight, lora_A, lora_B, scaling, true);
+      std::memcpy(norm.mutable_data_ptr(), made.const_data_ptr(),
+                  static_cast<size_t>(made.numel()) * sizeof(float));
+      norm_known = true;
+    }
     const DoraGain dora(magnitude, norm, norm_known);
-    return forward(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y, product, &dora, sample);
+    LORA_FAST_BY_SHORT_DTYPE(weight.scalar_type(), T,
+                             return forward<T>(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y,
+                                               product, &dora, sample))
   };
   if (!kept_norm) return run(false, nullptr);
   // W's sample, a read of a page for each of its elements, is taken from the rows as they pass: the kept norm

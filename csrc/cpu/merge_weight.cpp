@@ -57,7 +57,7 @@ void cpu::merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
   const void* row_gain = factor && by_rows ? factor->data() : nullptr;
   const void* col_gain = factor && !by_rows ? factor->data() : nullptr;
   for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
-    const AmxScope scope(adapter.layout.amx, adapter.layout.step);
+    const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
     (v.wide ? merge_double : merge_float)(v, adapter, row_gain, col_gain, begin, end);
   });
 }

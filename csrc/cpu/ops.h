@@ -37,7 +37,7 @@ Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, 
                    int64_t version);
 
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
-                             Tensor gain, std::optional<Tensor> bias, Tensor y,
+                             std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,
                              std::optional<Tensor> product);
 
 // The same with gain = magnitude / norm; norm is written, from the kept one if that holds, and else kept.

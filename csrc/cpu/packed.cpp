@@ -14,7 +14,7 @@ int64_t grain_of(int64_t elements_each) {
 
 LORA_FAST_CLONES void pack_rows_any(void* dst, const Factor& f, const RankLayout& layout, bool wide,
                                     int64_t first, int64_t rows) {
-  if (layout.amx) {
+  if (layout.pairs) {
     pack_rows<bf16, bf16>(static_cast<bf16*>(dst), f, layout, first, rows);
   } else if (wide) {
     LORA_FAST_BY_DTYPE(f.dtype, T, pack_rows<double, T>(static_cast<double*>(dst), f, layout, first, rows))
@@ -25,7 +25,7 @@ LORA_FAST_CLONES void pack_rows_any(void* dst, const Factor& f, const RankLayout
 
 LORA_FAST_CLONES void pack_panel_any(void* dst, const Factor& f, const RankLayout& layout, bool wide,
                                      int64_t first, int64_t cols) {
-  if (layout.amx) {
+  if (layout.pairs) {
     pack_panel_pairs(static_cast<bf16*>(dst), f, layout, first, cols);
   } else if (wide) {
     LORA_FAST_BY_DTYPE(f.dtype, T, pack_panel<double, T>(static_cast<double*>(dst), f, layout, first, cols))

@@ -19,7 +19,7 @@ inline bool is_dealt(ScalarType dtype) {
 }
 
 inline int64_t packed_size(const RankLayout& layout, bool wide) {
-  return layout.amx ? 2 : wide ? 8 : 4;
+  return layout.pairs ? 2 : wide ? 8 : 4;
 }
 
 // P [count, rounded up to kTileRows][depth]

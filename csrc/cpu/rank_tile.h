@@ -1,7 +1,8 @@
 // The primitive that every kernel shares: one tile of the rank-R product,
 //   C[rows × cols] = P[rows × R] · Q[R × cols],   rows ≤ kTileRows, cols ≤ kTileCols,
-// from packed P and Q. Two ways: float or double vectors, and AMX for bfloat16 factors (exact products,
-// float32 accumulation). The caller adds W to the tile while it is in the first-level cache.
+// from packed P and Q. Two ways: float or double vectors, and for bfloat16 factors the pairwise products of
+// AMX or AVX512-BF16 (exact, accumulated in float32). The caller adds W to the tile while it is in the
+// first-level cache.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -52,24 +53,25 @@ struct Factor {
 
 // How P and Q are packed.
 //   vectors: P [rows][depth], Q panel [depth][kTileCols], of float or double; depth = R
-//   AMX:     P [rows][depth], Q panel [kTileCols / 16][depth / 2][16][2] of bfloat16; depth = steps · step ≥
+//   pairs:   P [rows][depth], Q panel [kTileCols / 16][depth / 2][16][2] of bfloat16; depth = steps · step ≥
 //   R
 struct RankLayout {
-  RankLayout(int64_t rank, bool use_amx, bool dealt)
+  RankLayout(int64_t rank, bool in_pairs, bool dealt)
       : rank(rank),
         dealt(dealt),
-        amx(use_amx && rank > 0),
-        steps(amx ? (rank + 31) / 32 : 1),
-        step(amx ? (rank + 2 * steps - 1) / (2 * steps) * 2 : rank),
+        pairs(in_pairs && rank > 0),
+        steps(pairs ? (rank + 31) / 32 : 1),
+        step(pairs ? (rank + 2 * steps - 1) / (2 * steps) * 2 : rank),
         depth(steps * step) {}
   int64_t rank;
   bool dealt;  // Q's columns are de-interleaved as those of a 16-bit W are, see Strip
-  bool amx;
+  bool pairs;
   int64_t steps, step, depth;
 };
 
-inline bool use_amx(const Factor& p, const Factor& q, bool wide) {
-  return !wide && p.dtype == ScalarType::BFloat16 && q.dtype == ScalarType::BFloat16 && amx_enabled();
+inline bool use_pairs(const Factor& p, const Factor& q, bool wide) {
+  return !wide && p.dtype == ScalarType::BFloat16 && q.dtype == ScalarType::BFloat16 &&
+         (amx_enabled() || avx512_bf16_enabled());
 }
 
 inline int64_t round_up(int64_t n, int64_t unit) {
@@ -164,7 +166,7 @@ LORA_FAST_INLINE void pack_panel(F* dst, const Factor& f, const RankLayout& layo
   if (layout.dealt) deal(dst, layout.rank * kTileCols);
 }
 
-// The same for AMX: dst [kTileCols / 16][depth / 2][16][2]; whole strips of columns are written.
+// The same in pairs: dst [kTileCols / 16][depth / 2][16][2]; whole strips of columns are written.
 LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, const RankLayout& layout, int64_t first,
                                        int64_t cols) {
   const int64_t rank = layout.rank, group = layout.depth * kLanes;  // elements of 16 columns
@@ -215,9 +217,10 @@ LORA_FAST_INLINE void rank_tile(const RankLayout& layout, const void* p, const v
   const int64_t written = round_up(cols, kStrip);
   bool done = false;
   if constexpr (sizeof(F) == 4) {
-    if (layout.amx) {
-      amx_rank_tile(static_cast<const bf16*>(p), static_cast<const bf16*>(panel), layout.steps, layout.step,
-                    c, rows, written);
+    if (layout.pairs) {
+      const auto tile = amx_enabled() ? amx_rank_tile : avx512_bf16_rank_tile;
+      tile(static_cast<const bf16*>(p), static_cast<const bf16*>(panel), layout.steps, layout.step, c, rows,
+           written);
       done = true;
     }
   }

@@ -84,7 +84,7 @@ LORA_FAST_AMX void tile_streamed(const bf16* p, const bf16* panel, int64_t steps
 
 }  // namespace
 
-AmxScope::AmxScope(bool active, int64_t step) : active_(active) {
+AmxScope::AmxScope(bool active, int64_t step) : active_(active && amx_enabled()) {
   if (active_) configure(step);
 }
 

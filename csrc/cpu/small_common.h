@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "few_tokens.h"
 #include "rank_tile.h"
-#include "small_batch.h"
 
 namespace lora_fast {
 
@@ -16,11 +16,16 @@ inline void check_bf16(const Tensor& tensor, const char* name) {
 }
 
 // weight [N, K] with adjacent columns, both sizes multiples of a tile step
-inline void check_tiled_shape(const Tensor& weight) {
+inline void check_shape_of_tiles(const Tensor& weight) {
   STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
   STD_TORCH_CHECK(weight.size(0) % kSmallRows == 0 && weight.size(1) % kSmallDepth == 0,
                   "weight must have sizes that are multiples of 32, got ", weight.size(0), " and ",
                   weight.size(1));
+}
+
+// The same, for AMX
+inline void check_tiled_shape(const Tensor& weight) {
+  check_shape_of_tiles(weight);
   STD_TORCH_CHECK(amx_enabled(),
                   "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
 }
@@ -30,15 +35,41 @@ inline void check_tiled_weight(const Tensor& weight) {
   check_tiled_shape(weight);
 }
 
+// The same, for few tokens, which any processor takes in the three dtypes that it reads
+inline void check_few_tokens_weight(const Tensor& weight) {
+  check_matrix(weight, "weight");
+  STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double,
+                  "weight must be float32, bfloat16 or float16, got float64");
+  check_shape_of_tiles(weight);
+}
+
 inline void check_few_tokens(const Tensor& tensor, const char* name) {
-  check_bf16(tensor, name);
+  check_matrix(tensor, name);
   STD_TORCH_CHECK(tensor.size(0) >= 1 && tensor.size(0) <= kSmallTokens, name,
                   " must have 1 to 32 rows, got ", tensor.size(0));
 }
 
-inline const bf16* elements(const Tensor& tensor) {
-  return static_cast<const bf16*>(tensor.const_data_ptr());
+template <class T>
+inline const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
 }
+
+inline const bf16* elements(const Tensor& tensor) {
+  return data_of<bf16>(tensor);
+}
+
+// Runs the statement with T bound to the storage type of dtype, which is no double.
+#define LORA_FAST_BY_SHORT_DTYPE(dtype, T, ...)              \
+  if (dtype == torch::headeronly::ScalarType::BFloat16) {    \
+    using T = bf16;                                          \
+    __VA_ARGS__;                                             \
+  } else if (dtype == torch::headeronly::ScalarType::Half) { \
+    using T = f16;                                           \
+    __VA_ARGS__;                                             \
+  } else {                                                   \
+    using T = float;                                         \
+    __VA_ARGS__;                                             \
+  }
 
 inline float widen_one(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

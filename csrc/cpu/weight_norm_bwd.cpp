@@ -132,7 +132,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     std::fill(q_rows.data() + v.cols * width, q_rows.data() + padded * width, F{});
     if (tiles.dealt) deal_rows(q_rows.data(), v.cols, width);
     for_chunks(row_chunks(v, 32768), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
-      const AmxScope scope(tiles.amx, tiles.step);
+      const AmxScope scope(tiles.pairs, tiles.step);
       (v.wide ? grad_p_double : grad_p_float)(g, q_rows.data(), width, out.data(), begin, end);
     });
     write_grad(out.data(), width, 1, false, *p_out.tensor, p_out.outer_dim, v.scaling);
@@ -144,7 +144,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     const int64_t blocks = col_blocks(v);
     const int64_t grain = std::max<int64_t>(1, 32768 / (kTileCols * v.rows));
     for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
-      const AmxScope scope(tiles.amx, tiles.step);
+      const AmxScope scope(tiles.pairs, tiles.step);
       (v.wide ? grad_q_double : grad_q_float)(g, p_rows.data(), v.rank, out.data(), width, begin, end);
     });
     write_grad(out.data(), 1, width, tiles.dealt, *q_out.tensor, q_out.outer_dim, v.scaling);

@@ -108,7 +108,7 @@ void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
   Scratch<double> squares(v.rows);
   for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
     {
-      const AmxScope scope(adapter.layout.amx, adapter.layout.step);
+      const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
       (v.wide ? square_rows_double : square_rows_float)(v, adapter, squares.data(), begin, end);
     }
     write_norms(v, true, squares.data(), norms, begin * kTileRows, std::min(v.rows, end * kTileRows));
@@ -123,7 +123,7 @@ void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms
   for_chunks(chunks, row_blocks(v), [&](int64_t chunk, int64_t begin, int64_t end) {
     F* own = sums.data() + chunk * width;
     std::fill(own, own + width, F{});
-    const AmxScope scope(adapter.layout.amx, adapter.layout.step);
+    const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
     (v.wide ? square_columns_double : square_columns_float)(v, adapter, own, begin, end);
   });
   Scratch<double> squares(v.cols);

@@ -35,7 +35,7 @@ _SCHEMAS = (
     "lora_linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? gain, Tensor? product, Tensor? h, bool need_x, bool need_A, bool need_B, bool need_gain, bool need_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor gain, "
+    "lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
     "dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor magnitude, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? product, Tensor(c!) norm, Tensor(d!)? kept_norm, Tensor(e!)? kept_key, "
@@ -71,6 +71,11 @@ def _module() -> ModuleType:
 def amx_enabled() -> bool:
     """Whether the CPU's kernels use AMX: the processor has it, and no test has turned it off."""
     return _module().amx_enabled()
+
+
+def avx512_bf16_enabled() -> bool:
+    """The same of the pairwise products of AVX512-BF16."""
+    return _module().avx512_bf16_enabled()
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import dora
+from lora_fast.backends.extension import amx_enabled, avx512_bf16_enabled
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 
@@ -38,7 +39,7 @@ def lora_linear_fwd(call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     if native is None:
         return _passes.lora_linear_fwd(call, plan)
     gain = call.gain
-    if gain is None:
+    if gain is None and native is _c.lora_linear_fwd:
         gain = call.weight.new_ones(call.weight.shape[0], dtype=torch.float32)
     return native_fwd(native, call, gain, _wide(call.bias))
 
@@ -70,8 +71,9 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
         return dora.dora_linear_fwd(call, plan, weight_norm_fwd, lora_linear_fwd)
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
     vectors, kept_norm, kept_key = (call.magnitude.float(), _wide(call.bias), norm), call.kept_norm, call.kept_key
-    # in training to make the norm costs less than to tell whether a kept one holds
-    if call.keep == "product" or not may_keep_norm(call):
+    # made in the product's pass, the norm costs less in training than to tell whether a kept one holds
+    in_pass = call.weight.dtype == torch.bfloat16 and (amx_enabled() or avx512_bf16_enabled())
+    if (in_pass and call.keep == "product") or not may_keep_norm(call):
         kept_norm = kept_key = None
     if plan.kernel("y, norm") == "dora_linear_small_fwd":
         version = -1 if kept_key is None else call.weight._version
@@ -93,7 +95,7 @@ def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
 def native_fwd(
     native: Callable[..., Tensor],
     call: calls.LoraLinear | calls.DoraLinear,
-    gain: Tensor,
+    gain: Tensor | None,
     bias: Tensor | None,
     *norm: Tensor | bool | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +103,8 @@ def native_fwd(
     y = call.x.new_empty(call.x.shape[0], call.weight.shape[0])
     product = torch.empty_like(y) if call.keep == "product" else None
     factors = call.lora_A.contiguous(), call.lora_B.contiguous(), call.scaling
-    h = native(call.x.contiguous(), call.weight, *factors, gain.contiguous(), bias, y, product, *norm)
+    gain = None if gain is None else gain.contiguous()
+    h = native(call.x.contiguous(), call.weight, *factors, gain, bias, y, product, *norm)
     return y, y.new_empty(0) if product is None else product, h
 
 

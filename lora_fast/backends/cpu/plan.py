@@ -29,7 +29,7 @@ PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no ga
 FLOAT_TOKENS = 64  # below, the time is that of reading W, which PyTorch's product does without repacking it
 FLOAT_WEIGHT = 1 << 19  # elements; a smaller W is split for too few products with each part, csrc/cpu/float_product.cpp
 TILE = 32  # of W's rows and columns
-ADAPTER_DTYPES = (torch.bfloat16, torch.float32)  # that kernels with AMX read
+FEW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _ONE_PASS = "one C++ pass over W, where torch makes several passes over each block of rows"
 _TILES = "on AMX, for whole tiles: update, gain and bias in the product"
@@ -58,12 +58,13 @@ def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
-    native = _native(call) and call.keep != "base"
-    if native and call.has_gain:
-        return _FEW_FWD if _is_small(call) else _TILES_FWD
+    few, native = _is_few(call), _native(call)
+    kernel = None if call.keep == "base" else _FEW_FWD if few else _TILES_FWD if native else None
+    if kernel is not None and call.has_gain:
+        return kernel
     h = Step("project_small", _FEW) if _projects(call) else _TORCH
-    if native and call.x.shape[0] <= PRODUCT_TOKENS:
-        return _without_gain(_FEW_FWD if _is_small(call) else _TILES_FWD, h)
+    if kernel is not None and call.x.shape[0] <= PRODUCT_TOKENS:
+        return _without_gain(kernel, h)
     return _passes(_PARTS if _splits(call) and call.lora_B.dtype != torch.float64 else _TORCH, h)
 
 
@@ -79,8 +80,10 @@ def _passes(base: Step, h: Step) -> Plan:
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
-    if _native(call) and call.kept != "base":
-        return _FEW_BWD if _is_small(call) else _TILES_BWD
+    if call.kept != "base" and _is_few(call):
+        return _FEW_BWD
+    if call.kept != "base" and _native(call):
+        return _TILES_BWD
     if call.grad_y.shape[0] <= SMALL_TOKENS and call.dropout_p == 0.0 and _in_tiles(call, torch.bfloat16):
         return _passes_grad(Step("input_grad_small", _FEW))
     return _passes_grad(_PARTS if _splits(call) else Step(MATMUL, "PyTorch's product"))
@@ -92,8 +95,11 @@ def _passes_grad(product: Step) -> Plan:
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
-    if call.lora_A.shape[0] <= FUSED_RANK and _native(call) and call.keep != "base":
-        return _FEW_DORA if call.x.shape[0] <= SMALL_TOKENS else _TILES_DORA
+    if call.keep != "base" and call.lora_A.shape[0] <= FUSED_RANK:
+        if _is_few(call):
+            return _FEW_DORA
+        if _native(call):
+            return _TILES_DORA
     return joined(weight_norm_fwd(call), lora_linear_fwd(call))
 
 
@@ -102,19 +108,31 @@ def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     return joined(weight_norm_bwd, linear) if call.through_norm else linear
 
 
-def _is_small(call: Linear | LinearGrad) -> bool:
-    """Whether the kernels for few tokens take what a native product takes."""
-    return call[0].shape[0] <= SMALL_TOKENS and call.lora_A.shape[0] <= SMALL_RANK
+def _is_few(call: Linear | LinearGrad) -> bool:
+    """Whether the kernels for few tokens take the linear, on whatever processor."""
+    return (
+        0 < call[0].shape[0] <= SMALL_TOKENS
+        and call.lora_A.shape[0] <= SMALL_RANK
+        and call.weight.dtype in FEW_DTYPES
+        and call[0].dtype == call.weight.dtype
+        and _is_plain(call)
+        and _whole_tiles(call.weight)
+    )
 
 
 def _native(call: Linear | LinearGrad) -> bool:
-    """Whether a native product takes the linear: an output gain or none, no dropout, adapters that it reads."""
+    """Whether the kernels on AMX take the linear."""
+    return _is_plain(call) and _in_tiles(call, torch.bfloat16)
+
+
+def _is_plain(call: Linear | LinearGrad) -> bool:
+    """An output gain or none, no dropout, adapters that native products read."""
+    dtypes = call.weight.dtype, torch.float32
     return (
         (call.axis == "output" or not call.has_gain)
         and call.dropout_p == 0.0
-        and call.lora_A.dtype in ADAPTER_DTYPES
-        and call.lora_B.dtype in ADAPTER_DTYPES
-        and _in_tiles(call, torch.bfloat16)
+        and call.lora_A.dtype in dtypes
+        and call.lora_B.dtype in dtypes
     )
 
 
@@ -123,7 +141,7 @@ def _projects(call: Linear) -> bool:
     return (
         0 < call.x.shape[0] <= SMALL_TOKENS
         and call.x.dtype == torch.bfloat16
-        and call.lora_A.dtype in ADAPTER_DTYPES
+        and call.lora_A.dtype in (torch.bfloat16, torch.float32)
         and call.lora_A.shape[1] % TILE == 0
         and amx_enabled()
     )
@@ -145,12 +163,13 @@ def _splits(call: Linear | LinearGrad) -> bool:
 def _in_tiles(call: Linear | LinearGrad, dtype: torch.dtype) -> bool:
     """Whether both operands of the product are ``dtype`` and W comes in whole tiles, on a processor with AMX."""
     activation: Tensor = call[0]
-    weight = call.weight
     return (
-        activation.dtype == weight.dtype == dtype
+        activation.dtype == call.weight.dtype == dtype
         and activation.shape[0] > 0
-        and weight.stride(1) == 1
-        and weight.shape[0] % TILE == 0
-        and weight.shape[1] % TILE == 0
+        and _whole_tiles(call.weight)
         and amx_enabled()
     )
+
+
+def _whole_tiles(weight: Tensor) -> bool:
+    return weight.stride(1) == 1 and weight.shape[0] % TILE == 0 and weight.shape[1] % TILE == 0

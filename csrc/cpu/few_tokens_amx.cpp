@@ -1,4 +1,4 @@
-#include "small_batch.h"
+#include "few_tokens.h"
 
 #include <cstdlib>
 
@@ -9,7 +9,7 @@
 namespace lora_fast {
 namespace {
 
-LORA_FAST_INLINE void prefetch_rows(const Ahead& ahead, int64_t ld, int64_t k) {
+LORA_FAST_INLINE void prefetch_rows(const Ahead<bf16>& ahead, int64_t ld, int64_t k) {
   for (int64_t i = 0; i < ahead.count; ++i)
     _mm_prefetch(reinterpret_cast<const char*>(ahead.rows + i * ld + k), _MM_HINT_T1);
 }
@@ -17,7 +17,7 @@ LORA_FAST_INLINE void prefetch_rows(const Ahead& ahead, int64_t ld, int64_t k) {
 // Registers: 0-3 hold C by (rows, tokens); 4, 5 two tiles of W; 6, 7 two of x.
 template <bool two_tiles>
 LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_t depth, float* c,
-                           int64_t ld_c, Ahead ahead) {
+                           int64_t ld_c, Ahead<bf16> ahead) {
   constexpr int64_t tiles = two_tiles ? 2 : 1;
   const int64_t c_stride = ld_c * 4;
   _tile_zero(0);
@@ -107,28 +107,29 @@ LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int
 
 }  // namespace
 
-void small_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c,
-                   int64_t ld_c, Ahead ahead) {
+void tiles_forward(const bf16* weight, int64_t ld, const bf16* x, int64_t tiles, int64_t depth, float* c,
+                   int64_t ld_c, Ahead<bf16> ahead) {
   __asm__ volatile("" : : : "memory");
   (tiles == 2 ? forward<true> : forward<false>)(weight, ld, x, depth, c, ld_c, ahead);
   __asm__ volatile("" : : : "memory");
 }
 
-void small_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
+void tiles_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
                     int64_t tiles, float* c) {
   __asm__ volatile("" : : : "memory");
   (tiles == 2 ? backward<true> : backward<false>)(g, ld_g, weight, ld, strips, c);
   __asm__ volatile("" : : : "memory");
 }
 
-__attribute__((target("avx512f,avx512bf16"))) void row_squares(const bf16* weight, int64_t ld, int64_t depth,
-                                                               float* sums, Ahead ahead) {
+__attribute__((target("avx512f,avx512bf16"))) void tiles_squares(const bf16* weight, int64_t ld,
+                                                                 int64_t depth, float* sums,
+                                                                 Ahead<bf16> ahead) {
   constexpr int64_t kRows = 4;  // additions need not wait for the ones before them
   constexpr int64_t kGroups = kSmallRows / kRows;
   for (int64_t group = 0; group < kGroups; ++group) {
     const bf16* rows = weight + group * kRows * ld;
-    const Ahead share{ahead.rows + group * ahead.count / kGroups * ld,
-                      (group + 1) * ahead.count / kGroups - group * ahead.count / kGroups};
+    const Ahead<bf16> share{ahead.rows + group * ahead.count / kGroups * ld,
+                            (group + 1) * ahead.count / kGroups - group * ahead.count / kGroups};
     __m512 squares[kRows] = {};
     for (int64_t k = 0; k < depth; k += kSmallDepth) {
       prefetch_rows(share, ld, k);
@@ -150,13 +151,13 @@ __attribute__((target("avx512f,avx512bf16"))) void row_squares(const bf16* weigh
 namespace lora_fast {
 
 // amx_enabled() is false here, so that nothing calls these.
-void small_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, Ahead) {
+void tiles_forward(const bf16*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, Ahead<bf16>) {
   std::abort();
 }
-void row_squares(const bf16*, int64_t, int64_t, float*, Ahead) {
+void tiles_squares(const bf16*, int64_t, int64_t, float*, Ahead<bf16>) {
   std::abort();
 }
-void small_backward(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {
+void tiles_backward(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {
   std::abort();
 }
 

@@ -1,0 +1,354 @@
+// The products of few_tokens.h by vectors, each W's own lanes: pairs of bfloat16 or float32. What the two and
+// the instruction sets differ in is a Unit:
+//   Row     an element of W's rows and of the columns that they are multiplied with
+//   Vector  one register of them, of kLanes 32-bit words
+//   Words   the same as integers
+//   Sum     as many float32 sums
+//   kRows, kColumns, kTokens   as many sums stay in registers, forward kRows · kColumns, backward 2 · kTokens
+#include "few_tokens.h"
+
+#include <algorithm>
+
+#include "rank_tile.h"
+
+#if LORA_FAST_HAS_AVX512_BF16
+#include <immintrin.h>
+#endif
+
+namespace lora_fast {
+namespace {
+
+// Vectors that are summed one after another. The error of such a sum grows with its length, so that longer
+// ones are sums of these stretches.
+constexpr int64_t kStretch = 64;
+constexpr int64_t kWidened = 1024;  // elements of a row that are widened at a time
+
+template <class V, class W, int64_t columns, int64_t tokens>
+struct Floats {
+  using Row = float;
+  using Vector = V;
+  using Words = W;
+  using Sum = V;
+  static constexpr int64_t kLanes = sizeof(V) / 4, kRows = 4, kColumns = columns, kTokens = tokens;
+
+  static LORA_FAST_INLINE Sum add(Sum sum, Vector x, Vector y) { return sum + x * y; }
+};
+
+#if LORA_FAST_HAS_AVX512_BF16
+struct Pairs {
+  using Row = bf16;
+  using Vector = short __attribute__((vector_size(64)));
+  using Words = u32x16;
+  using Sum = f32x16;
+  static constexpr int64_t kLanes = 16, kRows = 4, kColumns = 6, kTokens = 8;
+
+  static LORA_FAST_INLINE Sum add(Sum sum, Vector x, Vector y) {
+    return (Sum)__builtin_ia32_dpbf16ps_v16sf((__v16sf)sum, (__v32hi)x, (__v32hi)y);
+  }
+};
+#endif
+
+// A word in every lane. As integers, because GCC makes such a vector of floats lane by lane.
+template <class Unit>
+LORA_FAST_INLINE typename Unit::Vector repeat(const float* word) {
+  uint32_t bits;
+  std::memcpy(&bits, word, sizeof(bits));
+  return (typename Unit::Vector)(bits - typename Unit::Words{});
+}
+
+template <class Unit>
+constexpr int64_t kStep = sizeof(typename Unit::Vector) / sizeof(typename Unit::Row);
+
+// Unit::kRows rows of W at one place, and the same of the next rows, to be fetched, or null.
+template <class Unit>
+struct Rows {
+  const typename Unit::Row* at;
+  int64_t ld, length;
+  const char* next;
+  int64_t next_stride, next_size;  // bytes, of a row and of an element
+
+  LORA_FAST_INLINE typename Unit::Vector load(int64_t row, int64_t k) const {
+    return load_bits<typename Unit::Vector>(at + row * ld + k);
+  }
+};
+
+// sums[j · kRows + i] += row i times column j, for `count` columns
+template <class Unit, int64_t count>
+LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
+                                  int64_t offset, bool fetch, typename Unit::Sum* sums) {
+  constexpr int64_t R = Unit::kRows;
+  typename Unit::Sum acc[count][R] = {};
+  for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
+    typename Unit::Vector w[R];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) {
+      w[r] = rows.load(r, k);
+      if (fetch) __builtin_prefetch(rows.next + r * rows.next_stride + k * rows.next_size, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < count; ++j) {
+      const auto x = load_bits<typename Unit::Vector>(columns[j] + offset + k);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < R; ++r) acc[j][r] = Unit::add(acc[j][r], w[r], x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; ++r) sums[j * R + r] += acc[j][r];
+  }
+}
+
+// The same for at most `most` columns, as many as there are
+template <class Unit, int64_t most>
+LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
+                                int64_t count, int64_t offset, bool fetch, typename Unit::Sum* sums) {
+  if constexpr (most > 1) {
+    if (count < most) return add_up_to<Unit, most - 1>(rows, columns, count, offset, fetch, sums);
+  }
+  add_columns<Unit, most>(rows, columns, offset, fetch, sums);
+}
+
+template <class Unit>
+LORA_FAST_INLINE void add_squares(const Rows<Unit>& rows, typename Unit::Sum* sums) {
+  typename Unit::Sum acc[Unit::kRows] = {};
+  for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < Unit::kRows; ++r) {
+      const auto w = rows.load(r, k);
+      acc[r] = Unit::add(acc[r], w, w);
+    }
+  }
+  for (int64_t r = 0; r < Unit::kRows; ++r) sums[r] += acc[r];
+}
+
+template <class Sum>
+LORA_FAST_INLINE float sum_of(const Sum& v) {
+  constexpr int64_t lanes = sizeof(Sum) / sizeof(float);
+  float x[lanes];
+  std::memcpy(x, &v, sizeof(v));
+#pragma GCC unroll 8
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+template <class Unit, class T>
+LORA_FAST_INLINE void forward(const T* weight, int64_t ld, const void* const* columns, int64_t count,
+                              int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {
+  using Row = typename Unit::Row;
+  using Sum = typename Unit::Sum;
+  constexpr int64_t R = Unit::kRows;
+  constexpr bool widens = sizeof(T) < sizeof(Row);
+  constexpr int64_t stretch = widens ? kWidened : kStretch * kStep<Unit>;
+  const auto* at = reinterpret_cast<const Row* const*>(columns);
+  const Scratch<Sum> scratch((count + 1) * R);
+  Sum* sums = scratch.data();
+  alignas(64) Row widened[widens ? R * kWidened : 1];
+  for (int64_t row = 0; row < kSmallRows; row += R, weight += R * ld) {
+    std::memset(sums, 0, static_cast<size_t>((count + 1) * R) * sizeof(Sum));
+    for (int64_t k = 0; k < depth; k += stretch) {
+      const int64_t length = std::min(stretch, depth - k);
+      Rows<Unit> rows{nullptr,
+                      ld,
+                      length,
+                      reinterpret_cast<const char*>(weight + R * ld + k),
+                      ld * static_cast<int64_t>(sizeof(T)),
+                      sizeof(T)};
+      if constexpr (widens) {
+        for (int64_t r = 0; r < R; ++r)
+          for (int64_t i = 0; i < length; i += kStrip)
+            store_packed<float>(widened + r * kWidened + i, load_strip<float>(weight + r * ld + k + i));
+        rows.at = widened;
+        rows.ld = kWidened;
+      } else {
+        rows.at = weight + k;
+      }
+      for (int64_t j = 0; j < count; j += Unit::kColumns)
+        add_up_to<Unit, Unit::kColumns>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
+      if (squares != nullptr) add_squares(rows, sums + count * R);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      for (int64_t j = 0; j < count; ++j) c[(row + r) * ld_c + j] = sum_of(sums[j * R + r]);
+      if (squares != nullptr) squares[row + r] = sum_of(sums[count * R + r]);
+    }
+  }
+}
+
+// What a strip of some rows of W is multiplied from, in words: the rows themselves, or pairs of them, in the
+// order of strips.
+template <class Unit, class T>
+struct Operand {
+  static constexpr int64_t kRowsEach = 4 / sizeof(typename Unit::Row);  // of a word
+  const float* at;
+  int64_t ld;
+  alignas(64) float made[kSmallRows / kRowsEach * kStrip];
+
+  LORA_FAST_INLINE void make(const T* weight, int64_t stride, int64_t words) {
+    if constexpr (sizeof(T) == 4) {
+      at = weight;
+      ld = stride;
+      return;
+    }
+    at = made;
+    ld = kStrip;
+    for (int64_t i = 0; i < words; ++i) {
+      if constexpr (kRowsEach == 2) {
+        const auto a = load_bits<u32x16>(weight + 2 * i * stride);
+        const auto b = load_bits<u32x16>(weight + (2 * i + 1) * stride);
+        store_bits(made + i * kStrip, (a & 0xffffu) | (b << 16));
+        store_bits(made + i * kStrip + kLanes, (a >> 16) | (b & 0xffff0000u));
+      } else {
+        store_packed<float>(made + i * kStrip, load_strip<float>(weight + i * stride));
+      }
+    }
+  }
+};
+
+// c [count][32] += g · operand, two vectors of columns at a time; g in words, row stride ld_g
+template <class Unit, int64_t count>
+LORA_FAST_INLINE void add_tokens(const float* g, int64_t ld_g, const float* operand, int64_t ld,
+                                 int64_t words, float* c) {
+  constexpr int64_t lanes = Unit::kLanes;
+  for (int64_t j = 0; j < kStrip; j += 2 * lanes) {
+    typename Unit::Sum acc[count][2] = {};
+    for (int64_t i = 0; i < words; ++i) {
+      const auto low = load_bits<typename Unit::Vector>(operand + i * ld + j);
+      const auto high = load_bits<typename Unit::Vector>(operand + i * ld + j + lanes);
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < count; ++t) {
+        const auto x = repeat<Unit>(g + t * ld_g + i);
+        acc[t][0] = Unit::add(acc[t][0], x, low);
+        acc[t][1] = Unit::add(acc[t][1], x, high);
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < count; ++t) {
+      float* sums = c + t * kStrip + j;
+      store_bits(sums, load_bits<typename Unit::Sum>(sums) + acc[t][0]);
+      store_bits(sums + lanes, load_bits<typename Unit::Sum>(sums + lanes) + acc[t][1]);
+    }
+  }
+}
+
+template <class Unit, int64_t most>
+LORA_FAST_INLINE void add_tokens_up_to(const float* g, int64_t ld_g, const float* operand, int64_t ld,
+                                       int64_t words, int64_t count, float* c) {
+  if constexpr (most > 1) {
+    if (count < most) return add_tokens_up_to<Unit, most - 1>(g, ld_g, operand, ld, words, count, c);
+  }
+  add_tokens<Unit, most>(g, ld_g, operand, ld, words, c);
+}
+
+template <class Unit, class T>
+LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips,
+                               int64_t tokens, float* c) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kAhead = 4;  // strips: more rows are read side by side than the processor follows itself
+  constexpr int64_t words_of_all = kSmallRows / Operand<Unit, T>::kRowsEach;
+  Operand<Unit, T> operand;
+  alignas(64) float packed[kSmallTokens * words_of_all];  // g
+  for (int64_t t = 0; t < tokens; ++t) {
+    if constexpr (sizeof(T) == sizeof(typename Unit::Row)) {
+      std::memcpy(packed + t * words_of_all, g + t * ld_g, kSmallRows * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < kSmallRows; i += kLanes)
+        store<float>(packed + t * words_of_all + i, load<float>(g + t * ld_g + i));
+    }
+  }
+  // few tokens leave the time to reading W, which is quicker the fewer rows are read side by side
+  const int64_t rows = tokens <= 4 ? 8 : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
+  for (int64_t row = 0; row < kSmallRows; row += rows) {
+    const float* factors = packed + row / Operand<Unit, T>::kRowsEach;
+    const T* from = weight + row * ld;
+    for (int64_t s = 0; s < strips; ++s, from += kStrip) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t line = 0; line < kStrip; line += kLine)
+          __builtin_prefetch(from + i * ld + kAhead * kStrip + line, 0, 2);
+      operand.make(from, ld, words);
+      for (int64_t t = 0; t < tokens; t += Unit::kTokens)
+        add_tokens_up_to<Unit, Unit::kTokens>(factors + t * words_of_all, words_of_all, operand.at,
+                                              operand.ld, words, tokens - t, c + (s * tokens + t) * kStrip);
+    }
+  }
+}
+
+#define LORA_FAST_DOT(target, T, ...)                                                             \
+  target void forward_for(const T* weight, int64_t ld, const void* const* columns, int64_t count, \
+                          int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {    \
+    forward<__VA_ARGS__>(weight, ld, columns, count, depth, c, ld_c, squares, fetch);             \
+  }                                                                                               \
+  target void backward_for(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips, \
+                           int64_t tokens, float* c) {                                            \
+    backward<__VA_ARGS__>(g, ld_g, weight, ld, strips, tokens, c);                                \
+  }
+#define LORA_FAST_DOT_OF_EACH(target, ...)  \
+  LORA_FAST_DOT(target, float, __VA_ARGS__) \
+  LORA_FAST_DOT(target, bf16, __VA_ARGS__)  \
+  LORA_FAST_DOT(target, f16, __VA_ARGS__)
+
+using f32x8 = float __attribute__((vector_size(32)));
+using f32x4 = float __attribute__((vector_size(16)));
+using u32x8 = uint32_t __attribute__((vector_size(32)));
+using u32x4 = uint32_t __attribute__((vector_size(16)));
+using Floats512 = Floats<f32x16, u32x16, 6, 8>;
+using Floats256 = Floats<f32x8, u32x8, 3, 5>;
+using Floats128 = Floats<f32x4, u32x4, 2, 5>;
+#if LORA_FAST_HAS_CLONES
+LORA_FAST_DOT_OF_EACH(__attribute__((target("arch=x86-64-v4"))), Floats512)
+LORA_FAST_DOT_OF_EACH(__attribute__((target("arch=x86-64-v3"))), Floats256)
+LORA_FAST_DOT_OF_EACH(__attribute__((target("default"))), Floats128)
+#elif defined(__AVX512F__)
+LORA_FAST_DOT_OF_EACH(, Floats512)
+#elif defined(__AVX2__)
+LORA_FAST_DOT_OF_EACH(, Floats256)
+#else
+LORA_FAST_DOT_OF_EACH(, Floats128)
+#endif
+
+#if LORA_FAST_HAS_AVX512_BF16
+LORA_FAST_AVX512_BF16 void pairs_forward(const bf16* weight, int64_t ld, const void* const* columns,
+                                         int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,
+                                         bool fetch) {
+  forward<Pairs>(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+}
+LORA_FAST_AVX512_BF16 void pairs_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
+                                          int64_t strips, int64_t tokens, float* c) {
+  backward<Pairs>(g, ld_g, weight, ld, strips, tokens, c);
+}
+#endif
+
+}  // namespace
+
+template <class T>
+void dot_forward(const T* weight, int64_t ld, const void* const* columns, int64_t count, int64_t depth,
+                 float* c, int64_t ld_c, float* squares, bool fetch) {
+#if LORA_FAST_HAS_AVX512_BF16
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (products_of<T>() == Products::pairs)
+      return pairs_forward(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+  }
+#endif
+  forward_for(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+}
+
+template <class T>
+void dot_backward(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips, int64_t tokens,
+                  float* c) {
+#if LORA_FAST_HAS_AVX512_BF16
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (products_of<T>() == Products::pairs) return pairs_backward(g, ld_g, weight, ld, strips, tokens, c);
+  }
+#endif
+  backward_for(g, ld_g, weight, ld, strips, tokens, c);
+}
+
+#define LORA_FAST_INSTANTIATE(T)                                                                      \
+  template void dot_forward(const T*, int64_t, const void* const*, int64_t, int64_t, float*, int64_t, \
+                            float*, bool);                                                            \
+  template void dot_backward(const T*, int64_t, const T*, int64_t, int64_t, int64_t, float*);
+LORA_FAST_INSTANTIATE(float)
+LORA_FAST_INSTANTIATE(bf16)
+LORA_FAST_INSTANTIATE(f16)
+
+}  // namespace lora_fast
