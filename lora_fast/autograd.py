@@ -49,9 +49,8 @@ class WeightNormFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         _, need_A, need_B, *_ = ctx.needs_input_grad
-        grad_A, grad_B = ops.weight_norm_bwd(
-            grad, *ctx.saved_tensors, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend
-        )
+        call = calls.WeightNormGrad(grad, *ctx.saved_tensors, ctx.scaling, ctx.axis, need_A, need_B)
+        grad_A, grad_B = ops.weight_norm_bwd(call, ctx.backend)
         return None, _asked(grad_A, need_A), _asked(grad_B, need_B), *(None,) * 5
 
 
@@ -60,7 +59,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.lora_linear_fwd(*inputs)
+        return ops.lora_linear_fwd(calls.LoraLinear(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -74,7 +73,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 12
         common = _linear_gradient_fields(ctx, grad_y)[0]
-        gradients = ops.lora_linear_bwd(*common, ctx.backend)
+        gradients = ops.lora_linear_bwd(calls.LoraLinearGrad(*common), ctx.backend)
         return *_linear_gradients(ctx, gradients), *(None,) * 5
 
 
@@ -83,7 +82,7 @@ class DoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.dora_linear_fwd(*inputs[:-2], inputs[-1])
+        return ops.dora_linear_fwd(calls.DoraLinear(*inputs[:-2]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -99,7 +98,7 @@ class DoraLinearFunction(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 15
         common, norm = _linear_gradient_fields(ctx, grad_y)
-        gradients = ops.dora_linear_bwd(*common, *norm, ctx.detach_norm, ctx.backend)
+        gradients = ops.dora_linear_bwd(calls.DoraLinearGrad(*common, *norm, ctx.detach_norm), ctx.backend)
         return *_linear_gradients(ctx, gradients), *(None,) * 8
 
 
@@ -156,7 +155,7 @@ class LoraComposeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return ops.lora_compose_fwd(*inputs)
+        return ops.lora_compose_fwd(calls.LoraCompose(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -179,9 +178,8 @@ class LoraComposeFunction(torch.autograd.Function):
         product = None if product is None else product.reshape(-1, product.shape[-1])
         need_base, need_h, need_B, _, need_gain, need_bias, *_ = ctx.needs_input_grad
         needs = need_base, need_h, need_B, need_gain, need_bias
-        grad_base, grad_h, grad_B, grad_gain, grad_bias = ops.lora_compose_bwd(
-            grad_y, h, lora_B, ctx.scaling, gain, product, ctx.kept, *needs, ctx.backend
-        )
+        call = calls.LoraComposeGrad(grad_y, h, lora_B, ctx.scaling, gain, product, ctx.kept, *needs)
+        grad_base, grad_h, grad_B, grad_gain, grad_bias = ops.lora_compose_bwd(call, ctx.backend)
         return (
             _asked(grad_y if gain is None else grad_base, need_base),
             _asked(grad_h, need_h),
@@ -199,7 +197,7 @@ class DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return ops.dropout(*inputs)
+        return ops.dropout(calls.Dropout(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -210,7 +208,7 @@ class DropoutFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple:
         (seed,) = ctx.saved_tensors
-        return ops.dropout(grad_y, seed, ctx.p, ctx.backend), None, None, None
+        return ops.dropout(calls.Dropout(grad_y, seed, ctx.p), ctx.backend), None, None, None
 
 
 def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -183,7 +183,7 @@ def dora_linear(
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
         return apply(DoraLinearFunction, *call, detach_norm, name)[0]
-    return ops.dora_linear_fwd(*call, name)[0]
+    return ops.dora_linear_fwd(call, name)[0]
 
 
 def lora_compose(
@@ -228,7 +228,7 @@ def lora_compose(
     call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
     if _recorded(base, h, lora_B, gain, bias):
         return apply(LoraComposeFunction, *call, name)[0]
-    return ops.lora_compose_fwd(*call, name)[0]
+    return ops.lora_compose_fwd(call, name)[0]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto") -> Tensor:
@@ -243,8 +243,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto")
     checks.check_dropout(p, seed)
     if p == 0.0:
         return x
-    inputs = x, seed, float(p), resolved(backend)
-    return apply(DropoutFunction, *inputs) if _recorded(x) else ops.dropout(*inputs)
+    call, name = calls.Dropout(x, seed, float(p)), resolved(backend)
+    return apply(DropoutFunction, *call, name) if _recorded(x) else ops.dropout(call, name)
 
 
 def merge_weight(
@@ -270,7 +270,7 @@ def merge_weight(
     gain = _as_gain(gain, accumulate_dtype(weight, lora_A, lora_B))
     call = calls.MergeWeight(weight, lora_A, lora_B, float(scaling), gain, axis)
     with torch.no_grad():
-        ops.merge_weight(*call, resolved(backend))
+        ops.merge_weight(call, resolved(backend))
 
 
 def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
@@ -283,7 +283,7 @@ def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     call = call._replace(gain=gain, bias=bias, keep=keep)
     if _recorded(x, call.lora_A, call.lora_B, gain, bias):
         return apply(LoraLinearFunction, *call, name)[0]
-    return ops.lora_linear_fwd(*call, name)[0]
+    return ops.lora_linear_fwd(call, name)[0]
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:
