@@ -31,9 +31,9 @@ def _define(
 ) -> Callable:
     """Define ``schema``, whose kernel runs a call of ``call_type``, and register the decorated function as its fake.
 
-    The function's name is then that of what runs a call: ``(call, backend) -> outputs``. ``op`` is the op's name in the
-    backends, where that is another one. Of an op on activations the arguments ``rows``, and as many of the first outputs
-    as ``row_outputs``, are [..., C] in the schema and [T, C] below it.
+    The function's name is then that of what runs a call: ``(call, backend) -> outputs``. ``op`` is the op's name in
+    the backends, where that is another one. Of an op on activations the arguments ``rows``, and as many of the first
+    outputs as ``row_outputs``, are [..., C] in the schema and [T, C] below it.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -86,7 +86,7 @@ def _is_seen(call: calls.Call) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or not _PLAIN.issuperset(map(type, call))
         or call[0].is_meta
     )
