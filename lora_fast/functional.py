@@ -116,13 +116,15 @@ def lora_linear(
 
     Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
     """
-    checks.check_adapter(weight, lora_A, lora_B, scaling)
-    checks.check_frozen(weight)
-    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
-    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
-    checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
-    checks.check_dropout(dropout_p, seed)
-    given = (_cast(x, weight), weight, bias, lora_A, lora_B, float(scaling), gain)
+    if not checks.are_usual(x, weight, bias, lora_A, lora_B, scaling, gain, dropout_p):
+        checks.check_adapter(weight, lora_A, lora_B, scaling)
+        checks.check_frozen(weight)
+        checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+        checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+        checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
+        checks.check_dropout(dropout_p, seed)
+        x = _cast(x, weight)
+    given = (x, weight, bias, lora_A, lora_B, float(scaling), gain)
     return _lora_linear(calls.LoraLinear(*given, "output", *_dropout(dropout_p, seed), "nothing"), backend)
 
 
@@ -160,17 +162,19 @@ def dora_linear(
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """
-    checks.check_adapter(weight, lora_A, lora_B, scaling)
-    checks.check_frozen(weight)
-    checks.check_axis(axis)
-    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
-    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
-    size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
-    checks.check_tensor("magnitude", magnitude)
-    checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
-    checks.check_optional_vector("norm", norm, size, terms, weight.device)
-    checks.check_dropout(dropout_p, seed)
-    x = _cast(x, weight)
+    is_default = axis == "output" and norm is None and magnitude is not None
+    if not is_default or not checks.are_usual(x, weight, bias, lora_A, lora_B, scaling, magnitude, dropout_p):
+        checks.check_adapter(weight, lora_A, lora_B, scaling)
+        checks.check_frozen(weight)
+        checks.check_axis(axis)
+        checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+        checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+        size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
+        checks.check_tensor("magnitude", magnitude)
+        checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
+        checks.check_optional_vector("norm", norm, size, terms, weight.device)
+        checks.check_dropout(dropout_p, seed)
+        x = _cast(x, weight)
     if norm is not None:
         gain = dora_gain(magnitude, norm.detach() if detach_norm else norm)
         given = (x, weight, bias, lora_A, lora_B, float(scaling), gain, axis)
@@ -278,9 +282,11 @@ def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     name = resolved(backend)
     if operators.take(call, name):
         return operators.lora_linear(call)
-    x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
-    keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
-    call = call._replace(gain=gain, bias=bias, keep=keep)
+    x, gain, bias = call.x, call.gain, call.bias
+    if gain is not None or bias is not None:
+        gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
+        keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
+        call = call._replace(gain=gain, bias=bias, keep=keep)
     if _recorded(x, call.lora_A, call.lora_B, gain, bias):
         return apply(LoraLinearFunction, *call, name)[0]
     return ops.lora_linear_fwd(call, name)[0]
