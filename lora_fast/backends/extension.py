@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -61,6 +61,11 @@ _SCHEMAS = (
 _library = torch.library.Library("lora_fast_c", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
+
+# by name, without the choice of an overload, which takes the host half a microsecond at each call
+OPS = SimpleNamespace(
+    **{name: getattr(torch.ops.lora_fast_c, name).default for name in (schema.partition("(")[0] for schema in _SCHEMAS)}
+)
 
 
 @functools.cache

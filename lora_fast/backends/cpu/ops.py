@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends import dora
+from lora_fast.backends import dora, extension
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 
-_c = torch.ops.lora_fast_c
+_c = extension.OPS
 
 
 def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
