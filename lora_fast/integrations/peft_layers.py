@@ -65,11 +65,11 @@ class FastLayer(nn.Module, LoraLayer):
         # in this order: only a base layer without an obstacle is sure to have a weight that x can be held against
         if peft_names.obstacle(self, names) is not None or not self._takes(x):
             return super().forward(x, *args, **kwargs)
-        adapters = {name: peft_names.adapter(self, name) for name in names}
+        adapters = [peft_names.adapter(self, name) for name in names]
         if adapter_names is None:
-            return self._adapted(x, list(adapters.values()))
+            return self._adapted(x, adapters)
         peft_names.check_mixed(self, x, adapter_names)
-        return self._mixed(x, adapter_names, adapters)
+        return self._mixed(x, adapter_names, dict(zip(names, adapters, strict=True)))
 
     def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
         """Each sample with the adapter that its name says; a name that is no adapter of this layer has the base."""
@@ -201,9 +201,10 @@ class FastLinear(FastLayer, Linear):
         weight = parameter(self._modules["base_layer"], "weight")
         if not isinstance(x, Tensor) or x.dim() == 0 or x.device != weight.device:
             return False
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            return x.dtype != torch.float64 or weight.dtype == torch.float64
-        return x.dtype == weight.dtype
+        if x.dtype == weight.dtype:  # by far the most, and so under any autocast
+            return True
+        is_autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        return is_autocast and x.dtype != torch.float64
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
         if result is None and adapters and peft_names.is_direct(self):
