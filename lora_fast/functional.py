@@ -124,8 +124,9 @@ def lora_linear(
         checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
         checks.check_dropout(dropout_p, seed)
         x = _cast(x, weight)
-    given = (x, weight, bias, lora_A, lora_B, float(scaling), gain)
-    return _lora_linear(calls.LoraLinear(*given, "output", *_dropout(dropout_p, seed), "nothing"), backend)
+    drop = _dropout(dropout_p, seed)
+    call = calls.LoraLinear(x, weight, bias, lora_A, lora_B, float(scaling), gain, "output", *drop, "nothing")
+    return _lora_linear(call, backend)
 
 
 def dora_linear(

@@ -62,15 +62,16 @@ _library = torch.library.Library("lora_fast_c", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
 
-# by name, without the choice of an overload, which takes the host half a microsecond at each call
-OPS = SimpleNamespace(
-    **{name: getattr(torch.ops.lora_fast_c, name).default for name in (schema.partition("(")[0] for schema in _SCHEMAS)}
-)
-
-
 @functools.cache
 def _module() -> ModuleType:
     return importlib.import_module("lora_fast._C")
+
+
+@functools.cache
+def operators() -> SimpleNamespace:
+    """By name, without the choice of an overload, which takes the host half a microsecond at each call."""
+    names = (schema.partition("(")[0] for schema in _SCHEMAS)
+    return SimpleNamespace(**{name: getattr(torch.ops.lora_fast_c, name).default for name in names})
 
 
 def amx_enabled() -> bool:

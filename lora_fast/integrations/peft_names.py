@@ -115,7 +115,8 @@ def adapter(layer: Any, name: str) -> Adapter:
     if kind(layer) is Embedding:
         A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         return Adapter(name, A, B, scaling, None, None, magnitude, None, None)
-    lora_A, lora_B, dropout = (_member(layer, part, name) for part in ("lora_A", "lora_B", "lora_dropout"))
+    lora_A, lora_B = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
+    dropout = _member(layer, "lora_dropout", name)
     project, expand = (None, None) if kind(layer) is Linear else (lora_A, lora_B)
     A, B, bias = parameter(lora_A, "weight"), parameter(lora_B, "weight"), parameter(lora_B, "bias")
     return Adapter(name, A, B, scaling, dropout, bias, magnitude, project, expand)
@@ -215,7 +216,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
     """
     base = _base(layer)
-    if isinstance(base, BaseTunerLayer):
+    if type(base) is not nn.Linear and isinstance(base, BaseTunerLayer):  # an abstract class, which is slow to ask
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
     if not _is_readable(weight, gathers):

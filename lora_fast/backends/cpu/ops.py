@@ -12,7 +12,7 @@ from lora_fast.backends import dora, extension
 from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 
-_c = extension.OPS
+_c = extension.operators()
 
 
 def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
