@@ -62,6 +62,7 @@ _library = torch.library.Library("lora_fast_c", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema)
 
+
 @functools.cache
 def _module() -> ModuleType:
     return importlib.import_module("lora_fast._C")

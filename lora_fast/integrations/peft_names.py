@@ -216,7 +216,8 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
     """
     base = _base(layer)
-    if type(base) is not nn.Linear and isinstance(base, BaseTunerLayer):  # an abstract class, which is slow to ask
+    is_linear = type(base) is nn.Linear  # asked first: PEFT's class is an abstract one, which is slow to ask
+    if not is_linear and isinstance(base, BaseTunerLayer):
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
     if not _is_readable(weight, gathers):
@@ -229,7 +230,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     if weight.is_meta:
         return "the base weight is on the meta device (offloaded or not loaded yet)"
     if kind(layer) is Linear:
-        if type(base) is nn.Linear and layer.fan_in_fan_out:
+        if is_linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
     elif kind(layer) is Embedding:
         if base.max_norm is not None:
