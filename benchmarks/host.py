@@ -9,7 +9,7 @@ results, so that what happens in it is not in these figures.
 The layers beside them are computed, on tensors so small that computing takes next to nothing, and so is LoRA where
 "auto" leaves it to PyTorch's operators. A step of lora_fast's is split into parts:
 
-- dispatch: empty ops and an empty autograd Function of the same signatures, which allocate the same results; forward
+- dispatch: an empty autograd Function of the same signature, which allocates the same results and gradients; forward
   and backward without it are ours;
 - launches: by how much a step is longer than one whose launches do nothing;
 - operators: the same calls of PyTorch's functions that give a tensor made again, on the CPU and so computed there;
@@ -21,7 +21,6 @@ All are microseconds of this processor; another one's differ.
 from __future__ import annotations
 
 import argparse
-import itertools
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -282,15 +281,13 @@ def passes(module: torch.nn.Module, x: Tensor, grad_y: Tensor) -> tuple[Step, St
     return forward, both
 
 
-_library = torch.library.Library("lora_fast_host", "DEF")  # of empty ops, there as long as the process
-_numbers = itertools.count()
-
-
 def dispatch_alone(calls: Sequence[Call]) -> tuple[Step, Step]:
-    """The forward's op, and both ops of a step, with the Function around them, empty: of the same arguments and
-    results."""
+    """A forward and a step of the Function around two ops, empty: of the same arguments and results.
+
+    The ops' kernels are called at once (lora_fast/ops.py), and so are those that stand for them here.
+    """
     forward, backward = calls
-    forward_op, backward_op = map(_empty_op, calls)
+    forward_op, backward_op = map(_empty, calls)
     sources = {"grad_x": "x", "grad_A": "lora_A", "grad_B": "lora_B", "grad_bias": "bias"}
     sources |= {f"grad_{name}": name for name in ("gain", "magnitude")}
     inputs_of = [sources[result.name] for result in backward.op._schema.returns]
@@ -328,13 +325,9 @@ def dispatch_alone(calls: Sequence[Call]) -> tuple[Step, Step]:
     return forward_alone, step
 
 
-def _empty_op(call: Call) -> Any:
-    """An op of the same signature, in Python, which allocates the results."""
-    name, _, signature = str(call.op._schema).partition("::")[2].partition("(")
-    name = f"{name}_{next(_numbers)}"
-    _library.define(f"{name}({signature}")
-    _library.impl(name, lambda *_: tuple(map(torch.empty_like, call.outputs)), "CompositeExplicitAutograd")
-    return getattr(torch.ops.lora_fast_host, name).default
+def _empty(call: Call) -> Callable[..., tuple[Tensor, ...]]:
+    """What takes the arguments of an op and allocates its results."""
+    return lambda *_: tuple(map(torch.empty_like, call.outputs))
 
 
 Key = tuple[str, str]  # a subject and what is timed

@@ -7,11 +7,13 @@ place. A Function takes what its forward op takes, in that order.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd.function import once_differentiable
 
 from lora_fast import calls, ops
@@ -21,7 +23,20 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """As ``function.apply``, which binds the inputs to forward's signature first: 11 to 50 µs."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
+    # a tensor of a transform that has ended is unwrapped, as unwrap_dead_wrappers does it
+    inputs = tuple([_unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in inputs])
+    return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+
+
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``once_differentiable``, but for the block without gradients where there are none to record."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Any) -> Any:
+        return once(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return wrapper
 
 
 class WeightNormFunction(torch.autograd.Function):
@@ -44,14 +59,14 @@ class WeightNormFunction(torch.autograd.Function):
         ctx.save_for_backward(norm, call.weight, call.lora_A, call.lora_B)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         if grad is None:
             return (None,) * 8
         _, need_A, need_B, *_ = ctx.needs_input_grad
-        grad_A, grad_B = ops.weight_norm_bwd(
-            grad, *ctx.saved_tensors, ctx.scaling, ctx.axis, need_A, need_B, ctx.backend
-        )
+        norm, weight, lora_A, lora_B = ctx.saved_tensors
+        call = calls.WeightNormGrad(grad, norm, weight, lora_A, lora_B, ctx.scaling, ctx.axis, need_A, need_B)
+        grad_A, grad_B = ops.weight_norm_bwd(call, ctx.backend)
         return None, _asked(grad_A, need_A), _asked(grad_B, need_B), *(None,) * 5
 
 
@@ -60,7 +75,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.lora_linear_fwd(*inputs)
+        return ops.lora_linear_fwd(calls.LoraLinear(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -69,12 +84,12 @@ class LoraLinearFunction(torch.autograd.Function):
         _save_linear(ctx, call, call.gain, ctx.needs_input_grad[6], output)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
             return (None,) * 12
         common = _linear_gradient_fields(ctx, grad_y)[0]
-        gradients = ops.lora_linear_bwd(*common, ctx.backend)
+        gradients = ops.lora_linear_bwd(calls.LoraLinearGrad(*common), ctx.backend)
         return *_linear_gradients(ctx, gradients), *(None,) * 5
 
 
@@ -83,7 +98,7 @@ class DoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.dora_linear_fwd(*inputs[:-2], inputs[-1])
+        return ops.dora_linear_fwd(calls.DoraLinear(*inputs[:-2]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -94,12 +109,13 @@ class DoraLinearFunction(torch.autograd.Function):
         _save_linear(ctx, call, call.magnitude, need_gain, output)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
             return (None,) * 15
         common, norm = _linear_gradient_fields(ctx, grad_y)
-        gradients = ops.dora_linear_bwd(*common, *norm, ctx.detach_norm, ctx.backend)
+        fields = *common, *norm, ctx.detach_norm
+        gradients = ops.dora_linear_bwd(calls.DoraLinearGrad(*fields), ctx.backend)
         return *_linear_gradients(ctx, gradients), *(None,) * 8
 
 
@@ -156,7 +172,7 @@ class LoraComposeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return ops.lora_compose_fwd(*inputs)
+        return ops.lora_compose_fwd(calls.LoraCompose(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -171,7 +187,7 @@ class LoraComposeFunction(torch.autograd.Function):
         ctx.save_for_backward(call.h, call.lora_B, call.gain, kept)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
         if grad_y is None:
             return (None,) * 8
@@ -179,9 +195,8 @@ class LoraComposeFunction(torch.autograd.Function):
         product = None if product is None else product.reshape(-1, product.shape[-1])
         need_base, need_h, need_B, _, need_gain, need_bias, *_ = ctx.needs_input_grad
         needs = need_base, need_h, need_B, need_gain, need_bias
-        grad_base, grad_h, grad_B, grad_gain, grad_bias = ops.lora_compose_bwd(
-            grad_y, h, lora_B, ctx.scaling, gain, product, ctx.kept, *needs, ctx.backend
-        )
+        call = calls.LoraComposeGrad(grad_y, h, lora_B, ctx.scaling, gain, product, ctx.kept, *needs)
+        grad_base, grad_h, grad_B, grad_gain, grad_bias = ops.lora_compose_bwd(call, ctx.backend)
         return (
             _asked(grad_y if gain is None else grad_base, need_base),
             _asked(grad_h, need_h),
@@ -199,7 +214,7 @@ class DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return ops.dropout(*inputs)
+        return ops.dropout(calls.Dropout(*inputs[:-1]), inputs[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -207,10 +222,10 @@ class DropoutFunction(torch.autograd.Function):
         ctx.save_for_backward(seed)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple:
         (seed,) = ctx.saved_tensors
-        return ops.dropout(grad_y, seed, ctx.p, ctx.backend), None, None, None
+        return ops.dropout(calls.Dropout(grad_y, seed, ctx.p), ctx.backend), None, None, None
 
 
 def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:

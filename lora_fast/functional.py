@@ -116,14 +116,17 @@ def lora_linear(
 
     Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5.
     """
-    checks.check_adapter(weight, lora_A, lora_B, scaling)
-    checks.check_frozen(weight)
-    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
-    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
-    checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
-    checks.check_dropout(dropout_p, seed)
-    given = (_cast(x, weight), weight, bias, lora_A, lora_B, float(scaling), gain)
-    return _lora_linear(calls.LoraLinear(*given, "output", *_dropout(dropout_p, seed), "nothing"), backend)
+    if not checks.are_usual(x, weight, bias, lora_A, lora_B, scaling, gain, dropout_p):
+        checks.check_adapter(weight, lora_A, lora_B, scaling)
+        checks.check_frozen(weight)
+        checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+        checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+        checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
+        checks.check_dropout(dropout_p, seed)
+        x = _cast(x, weight)
+    drop = _dropout(dropout_p, seed)
+    call = calls.LoraLinear(x, weight, bias, lora_A, lora_B, float(scaling), gain, "output", *drop, "nothing")
+    return _lora_linear(call, backend)
 
 
 def dora_linear(
@@ -160,17 +163,19 @@ def dora_linear(
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """
-    checks.check_adapter(weight, lora_A, lora_B, scaling)
-    checks.check_frozen(weight)
-    checks.check_axis(axis)
-    checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
-    checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
-    size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
-    checks.check_tensor("magnitude", magnitude)
-    checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
-    checks.check_optional_vector("norm", norm, size, terms, weight.device)
-    checks.check_dropout(dropout_p, seed)
-    x = _cast(x, weight)
+    is_default = axis == "output" and norm is None and magnitude is not None
+    if not is_default or not checks.are_usual(x, weight, bias, lora_A, lora_B, scaling, magnitude, dropout_p):
+        checks.check_adapter(weight, lora_A, lora_B, scaling)
+        checks.check_frozen(weight)
+        checks.check_axis(axis)
+        checks.check_activation("x", x, weight.shape[1], "[..., K]", weight)
+        checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
+        size, terms = (weight.shape[0], "[N]") if axis == "output" else (weight.shape[1], "[K]")
+        checks.check_tensor("magnitude", magnitude)
+        checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
+        checks.check_optional_vector("norm", norm, size, terms, weight.device)
+        checks.check_dropout(dropout_p, seed)
+        x = _cast(x, weight)
     if norm is not None:
         gain = dora_gain(magnitude, norm.detach() if detach_norm else norm)
         given = (x, weight, bias, lora_A, lora_B, float(scaling), gain, axis)
@@ -183,7 +188,7 @@ def dora_linear(
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
     if _recorded(x, lora_A, lora_B, magnitude, bias):
         return apply(DoraLinearFunction, *call, detach_norm, name)[0]
-    return ops.dora_linear_fwd(*call, name)[0]
+    return ops.dora_linear_fwd(call, name)[0]
 
 
 def lora_compose(
@@ -228,7 +233,7 @@ def lora_compose(
     call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
     if _recorded(base, h, lora_B, gain, bias):
         return apply(LoraComposeFunction, *call, name)[0]
-    return ops.lora_compose_fwd(*call, name)[0]
+    return ops.lora_compose_fwd(call, name)[0]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto") -> Tensor:
@@ -243,8 +248,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto")
     checks.check_dropout(p, seed)
     if p == 0.0:
         return x
-    inputs = x, seed, float(p), resolved(backend)
-    return apply(DropoutFunction, *inputs) if _recorded(x) else ops.dropout(*inputs)
+    call, name = calls.Dropout(x, seed, float(p)), resolved(backend)
+    return apply(DropoutFunction, *call, name) if _recorded(x) else ops.dropout(call, name)
 
 
 def merge_weight(
@@ -270,7 +275,7 @@ def merge_weight(
     gain = _as_gain(gain, accumulate_dtype(weight, lora_A, lora_B))
     call = calls.MergeWeight(weight, lora_A, lora_B, float(scaling), gain, axis)
     with torch.no_grad():
-        ops.merge_weight(*call, resolved(backend))
+        ops.merge_weight(call, resolved(backend))
 
 
 def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
@@ -278,12 +283,14 @@ def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
     name = resolved(backend)
     if operators.take(call, name):
         return operators.lora_linear(call)
-    x, gain, bias = call.x, _as_gain(call.gain, call.x.dtype), _as_bias(call.bias, call.x.dtype)
-    keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
-    call = call._replace(gain=gain, bias=bias, keep=keep)
+    x, gain, bias = call.x, call.gain, call.bias
+    if gain is not None or bias is not None:
+        gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
+        keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
+        call = call._replace(gain=gain, bias=bias, keep=keep)
     if _recorded(x, call.lora_A, call.lora_B, gain, bias):
         return apply(LoraLinearFunction, *call, name)[0]
-    return ops.lora_linear_fwd(*call, name)[0]
+    return ops.lora_linear_fwd(call, name)[0]
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, Tensor | None]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``m / n`` in the norm's dtype, 0 where n = 0: dividing by infinity gives 0, and finite gradients to both."""
-    return magnitude.to(norm.dtype) / divisor(norm)
+    return divided(magnitude, divisor(norm))
+
+
+def divided(magnitude: Tensor, divisor: Tensor) -> Tensor:
+    """The gain, where the norm's :func:`divisor` is there already."""
+    return magnitude.to(divisor.dtype) / divisor
 
 
 def divisor(norm: Tensor) -> Tensor:
     """n, and infinity where n = 0."""
     # a norm is positive, zero or NaN, which a threshold leaves alone
-    return F.threshold(norm, 0.0, torch.inf)
+    return torch.threshold(norm, 0.0, torch.inf)
 
 
 def to_gain_dtype(gain: Tensor, dtype: torch.dtype) -> Tensor:

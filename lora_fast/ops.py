@@ -23,6 +23,7 @@ from lora_fast.backends import registry
 from lora_fast.dtypes import accumulate_dtype
 
 _library = torch.library.Library("lora_fast", "DEF")
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, str}  # classes of a call's fields
 
 
 def _define(
@@ -30,38 +31,70 @@ def _define(
 ) -> Callable:
     """Define ``schema``, whose kernel runs a call of ``call_type``, and register the decorated function as its fake.
 
-    The function's name is then the op's, to be called with its arguments. ``op`` is its name in the backends, where
-    that is another one. Of an op on activations the arguments ``rows``, and as many of the first outputs as
-    ``row_outputs``, are [..., C] in the schema and [T, C] below it.
+    The function's name is then that of what runs a call: ``(call, backend) -> outputs``. ``op`` is the op's name in
+    the backends, where that is another one. Of an op on activations the arguments ``rows``, and as many of the first
+    outputs as ``row_outputs``, are [..., C] in the schema and [T, C] below it.
     """
     name = schema[: schema.index("(")]
-    row_fields = [call_type._fields.index(field) for field in rows]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    def kernel(*arguments: Any) -> Any:
+    def compute(call: Any, backend: str) -> Any:
         if torch.is_grad_enabled():  # an exported graph calls it so, with parameters that want gradients
             with torch.no_grad():
-                return kernel(*arguments)
-        *fields, backend = arguments
-        first = fields[0]
-        leading = None if not row_fields or first.dim() == 2 else first.shape[:-1]
+                return compute(call, backend)
+        first = call[0]
+        leading = None if not rows or first.dim() == 2 else first.shape[:-1]
         if leading is not None:
-            for i in row_fields:
-                fields[i] = None if fields[i] is None else fields[i].reshape(-1, fields[i].shape[-1])
-        with _outside_autocast(first):
-            outputs = registry.run(op or name, call_type(*fields), backend)
+            call = call._replace(**{row: _as_rows(getattr(call, row)) for row in rows})
+        if torch._C._is_any_autocast_enabled():
+            with _outside_autocast(first):
+                outputs = registry.run(op or name, call, backend)
+        else:
+            outputs = registry.run(op or name, call, backend)
         if leading is not None:
             for output in outputs[:row_outputs] if isinstance(outputs, tuple) else (outputs,):
                 _lead(output, leading)
         return outputs
 
+    def kernel(*arguments: Any) -> Any:
+        return compute(call_type(*arguments[:-1]), arguments[-1])
+
     _library.impl(name, kernel, "CompositeExplicitAutograd")
 
     def register(fake: Callable) -> Callable:
         torch.library.register_fake(f"lora_fast::{name}", lambda *arguments: fake(call_type(*arguments[:-1])))
-        return getattr(torch.ops.lora_fast, name).default  # which takes the host 1.5 µs less than the op's name
+        dispatched = getattr(torch.ops.lora_fast, name).default  # takes the host 1.5 µs less than the op's name
+        fields = len(dispatched._schema.arguments) - 1  # weight_norm_fwd has none for what is kept
+
+        def run(call: Any, backend: str) -> Any:
+            return dispatched(*call[:fields], backend) if _is_seen(call) else compute(call, backend)
+
+        return run
 
     return register
+
+
+def _is_seen(call: calls.Call) -> bool:
+    """Whether anybody but its kernel would see an op: else the kernel is called at once.
+
+    To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by torch.compile, export and other
+    tracers, transforms of torch.func, modes, profilers, and by tensors of other classes or without memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, call))
+        or call[0].is_meta
+    )
+
+
+def _as_rows(tensor: Tensor | None) -> Tensor | None:
+    """[..., C] as [T, C]"""
+    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _lead(output: Tensor, leading: torch.Size) -> None:
@@ -99,10 +132,7 @@ def weight_norm_kept(call: calls.WeightNorm) -> Tensor:
 
 def weight_norm(call: calls.WeightNorm, backend: str) -> Tensor:
     """One of the two: Inductor (torch 2.13) fails on an op of one output if the tensors that it may write are None."""
-    *factors, kept_norm, kept_key = call
-    if kept_norm is None or kept_key is None:
-        return weight_norm_fwd(*factors, backend)
-    return weight_norm_kept(*factors, kept_norm, kept_key, backend)
+    return (weight_norm_fwd if call.kept_norm is None else weight_norm_kept)(call, backend)
 
 
 @_define(

@@ -13,7 +13,7 @@ pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the dem
 import torch
 
 from lora_fast import backends
-from lora_fast.benchmarks import contenders as c, host
+from lora_fast.benchmarks import contenders as c, host, host_cpu
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's launches are not a GPU's", allow_module_level=True)
@@ -62,7 +62,7 @@ def test_a_step_is_split_into_what_it_calls() -> None:
         assert set(rows[name].parts) == {"dispatch", "operators"}
 
 
-def test_the_empty_ops_have_the_arguments_and_results_of_a_step() -> None:
+def test_what_stands_for_the_ops_has_the_arguments_and_results_of_a_step() -> None:
     inputs = c.layer_inputs(96, 96, 16, 8, torch.bfloat16)
     with host.stubbed():
         module = c.dora("triton").build(inputs).module.train()
@@ -70,13 +70,42 @@ def test_the_empty_ops_have_the_arguments_and_results_of_a_step() -> None:
     forward, backward = found.calls
     assert forward.op is torch.ops.lora_fast.dora_linear_fwd.default
     assert backward.op is torch.ops.lora_fast.dora_linear_bwd.default
-    empty = host._empty_op(forward)
-    assert str(empty._schema).partition("(")[2] == str(forward.op._schema).partition("(")[2]
-    for one, other in zip(empty(*forward.args), forward.outputs, strict=True):
+    for one, other in zip(host._empty(forward)(*forward.args), forward.outputs, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
     for alone in host.dispatch_alone(found.calls):
         alone()
     assert inputs.x.grad is None
+
+
+def test_the_command_for_a_cpu_shows_every_layer_and_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["host_cpu", "--rounds", "1"])
+    if backends.get("cpu").missing():
+        assert host_cpu.main() == 1
+        return
+    assert host_cpu.main() == 0
+    out = capsys.readouterr().out
+    for subject in host_cpu.SUBJECTS:
+        there = subject.contender.missing() is None
+        assert out.count(f"{subject.name} ") == (len(host_cpu.SIZES) if there else 0)
+    for heading in host_cpu.HEADINGS:
+        assert heading in out
+
+
+def test_the_parts_of_a_forward_on_a_cpu_are_all_of_it() -> None:
+    if missing := backends.get("cpu").missing():
+        pytest.skip(missing)
+    times = {"inference": 9.0, "module": 9.0, "function": 7.0, "op": 4.0, "backend": 3.5, "kernels": 2.0, "step": 30.0}
+    parts = host_cpu.apart(times)
+    assert sum(parts[part] for part in host_cpu.PARTS) == times["inference"] == parts["inference"]
+    assert (parts["module"], parts["kernels"], parts["step"]) == (2.0, 2.0, 30.0)
+    with_kernels = {"LinearWithLoRA", "LinearWithDoRA, kept norm", "LinearWithDoRA, frozen norm"}
+    for subject in host_cpu.SUBJECTS:
+        if subject.name in with_kernels:
+            steps = host_cpu.steps_of(subject, 64)
+            assert set(steps) >= {"inference", *host_cpu.PARTS}
+            assert ("step" in steps) is ("backward's op" in steps) is not subject.frozen_norm
 
 
 def test_nothing_stays_stubbed() -> None:

@@ -41,6 +41,7 @@ class _Block:
     graph_task: int
 
 
+_AS_IT_IS = contextlib.nullcontext()  # one for all: it holds nothing
 _NO_BACKWARD = -1  # what autograd's engine gives as the number of its task outside of a backward
 _process_default: str | None = None
 _block: ContextVar[_Block | None] = ContextVar("lora_fast_backend", default=None)
@@ -123,10 +124,10 @@ class ForwardDefault:
     def in_force(self) -> contextlib.AbstractContextManager[None]:
         """The context for one call of the layer: remembers the default in a forward, brings it back in a backward."""
         if torch.compiler.is_compiling():  # a traced graph has its backends' names in it, in the recomputation too
-            return contextlib.nullcontext()
+            return _AS_IT_IS
         graph_task, block = torch._C._current_graph_task_id(), _block.get()
         if graph_task == _NO_BACKWARD:
             self._backend = default_backend()
         elif self._backend is not None and (block is None or block.graph_task != graph_task):
             return _open_block(self._backend)
-        return contextlib.nullcontext()  # a block that the recomputation itself has entered again holds as it is
+        return _AS_IT_IS  # a block that the recomputation itself has entered again holds as it is

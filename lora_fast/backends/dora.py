@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_fast import calls
 from lora_fast.backends.passes import Gradients
 from lora_fast.backends.plan import Plan
-from lora_fast.gain import divisor, dora_gain, to_gain_dtype
+from lora_fast.gain import divided, divisor, dora_gain, to_gain_dtype
 
 Op = Callable[[Any, Plan], Any]  # one of a backend's
 
@@ -32,11 +32,12 @@ def dora_linear_fwd(
 
 def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan, weight_norm_bwd: Op, lora_linear_bwd: Op) -> Gradients:
     """The gradients to x, lora_A, lora_B, magnitude and bias, for a plan with the steps of both ops."""
-    gain = to_gain_dtype(dora_gain(call.magnitude, call.norm), call.grad_y.dtype)
+    divides = divisor(call.norm)
+    gain = to_gain_dtype(divided(call.magnitude, divides), call.grad_y.dtype)
     grad_x, grad_A, grad_B, grad_gain, grad_bias = lora_linear_bwd(call.lora_linear(gain), plan)
     if not (call.need_magnitude or call.through_norm):
         return grad_x, grad_A, grad_B, grad_gain, grad_bias
-    gradients = grad_x, grad_A, grad_B, grad_gain / divisor(call.norm), grad_bias
+    gradients = grad_x, grad_A, grad_B, grad_gain / divides, grad_bias
     if call.through_norm:
         gradients = add_through_norm(call, plan, gain, gradients, weight_norm_bwd)
     # the norm may be float64 where the sums over tokens are not

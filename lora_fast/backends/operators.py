@@ -45,6 +45,8 @@ def take(call: calls.LoraLinear | LinearGrad, backend: str) -> bool:
     be less than ours. It may not be float16, in which the update without its scaling would overflow.
     """
     activation, weight = call[0], call.weight
+    if backend != "auto" or activation.device.type not in DEVICES:
+        return False  # as are_faster says, without the size that it is asked with
     dtype, bias = activation.dtype, getattr(call, "bias", None)
     return (
         are_faster(activation.device, math.prod(activation.shape[:-1]) * weight.numel(), backend)

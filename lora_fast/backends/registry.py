@@ -123,7 +123,7 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
     """The first backend that neither refuses nor yields; else the first that does not refuse."""
     yielding = None
     for backend in _candidates(_device_type(call)):
-        if (op, backend.name) in _failed:
+        if _failed and (op, backend.name) in _failed:
             continue
         plan = planned(backend, op, call)
         if isinstance(plan, Refusal):

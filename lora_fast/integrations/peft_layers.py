@@ -23,6 +23,7 @@ from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.integrations import fsdp, peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from lora_fast.nn.hooks import parameter
 from lora_fast.norm_cache import NormCache
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of x and W
@@ -64,11 +65,11 @@ class FastLayer(nn.Module, LoraLayer):
         # in this order: only a base layer without an obstacle is sure to have a weight that x can be held against
         if peft_names.obstacle(self, names) is not None or not self._takes(x):
             return super().forward(x, *args, **kwargs)
-        adapters = {name: peft_names.adapter(self, name) for name in names}
+        adapters = [peft_names.adapter(self, name) for name in names]
         if adapter_names is None:
-            return self._adapted(x, list(adapters.values()))
+            return self._adapted(x, adapters)
         peft_names.check_mixed(self, x, adapter_names)
-        return self._mixed(x, adapter_names, adapters)
+        return self._mixed(x, adapter_names, dict(zip(names, adapters, strict=True)))
 
     def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
         """Each sample with the adapter that its name says; a name that is no adapter of this layer has the base."""
@@ -197,26 +198,29 @@ class FastLinear(FastLayer, Linear):
         return operators.are_faster(x.device, multiply_adds, "auto")
 
     def _takes(self, x: Any) -> bool:
-        weight = self.base_layer.weight
+        weight = parameter(self._modules["base_layer"], "weight")
         if not isinstance(x, Tensor) or x.dim() == 0 or x.device != weight.device:
             return False
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            return x.dtype != torch.float64 or weight.dtype == torch.float64
-        return x.dtype == weight.dtype
+        if x.dtype == weight.dtype:  # by far the most, and so under any autocast
+            return True
+        is_autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        return is_autocast and x.dtype != torch.float64
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
         if result is None and adapters and peft_names.is_direct(self):
             first = adapters[0]
-            autocast = torch.is_autocast_enabled(x.device.type)
-            if autocast or self._product_dtype(x, first) == x.dtype:
-                x = x.to(self._product_dtype(x, first))
+            dtype = self._product_dtype(x, first)
+            if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+                x = x.to(dtype)
                 result, adapters = self._linear(x, first), adapters[1:]
+                if not adapters:
+                    return result
         return super()._adapted(x, adapters, result)
 
     def _linear(self, x: Tensor, adapter: Adapter) -> Tensor:
         """The base layer's product and the adapter's in one."""
         _, lora_A, lora_B, scaling, *_ = adapter
-        weight, bias = peft_names.base_weight(self), self.base_layer.bias
+        weight, bias = peft_names.base_weight(self), parameter(self._modules["base_layer"], "bias")
         p = peft_names.dropout_p(self, adapter)
         seed = functional.draw_seed(x.device) if p > 0.0 else None
         if adapter.magnitude is None:

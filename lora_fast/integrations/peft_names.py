@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast.integrations import fsdp
+from lora_fast.nn.hooks import parameter
 
 BASE_ONLY = "__base__"  # in adapter_names: a sample without an adapter
 # what PEFT may hand to a layer's forward beside x: names per sample, and what other variants take and ours do not
@@ -76,6 +77,11 @@ def kind(layer: Any) -> Any:
     return known or next((known for known in DORA if isinstance(layer, known)), None)
 
 
+def _base(layer: Any) -> Any:
+    """``layer.base_layer``, past the attribute lookup of a module, which takes the host a microsecond."""
+    return layer._modules["base_layer"]
+
+
 def _member(layer: Any, container: str, name: str) -> Any:
     """``getattr(layer, container)[name]`` of an nn.ModuleDict, past the attribute lookups of two modules."""
     return layer._modules[container]._modules[name]
@@ -104,14 +110,22 @@ def active(layer: Any) -> list[str]:
 
 def adapter(layer: Any, name: str) -> Adapter:
     """The adapter ``name``, which has no obstacle."""
-    magnitude = _member(layer, "lora_magnitude_vector", name).weight.flatten() if is_dora(layer, name) else None
+    magnitude = _magnitude(layer, name) if is_dora(layer, name) else None
     scaling = float(layer.scaling[name])
     if kind(layer) is Embedding:
         A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         return Adapter(name, A, B, scaling, None, None, magnitude, None, None)
-    lora_A, lora_B, dropout = (_member(layer, part, name) for part in ("lora_A", "lora_B", "lora_dropout"))
+    lora_A, lora_B = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
+    dropout = _member(layer, "lora_dropout", name)
     project, expand = (None, None) if kind(layer) is Linear else (lora_A, lora_B)
-    return Adapter(name, lora_A.weight, lora_B.weight, scaling, dropout, lora_B.bias, magnitude, project, expand)
+    A, B, bias = parameter(lora_A, "weight"), parameter(lora_B, "weight"), parameter(lora_B, "bias")
+    return Adapter(name, A, B, scaling, dropout, bias, magnitude, project, expand)
+
+
+def _magnitude(layer: Any, name: str) -> Tensor:
+    """[N]; a convolution's is stored with a dimension for each of its weight's."""
+    magnitude = parameter(_member(layer, "lora_magnitude_vector", name), "weight")
+    return magnitude if magnitude.dim() == 1 else magnitude.flatten()
 
 
 def dropout_p(layer: Any, adapter: Adapter) -> float:
@@ -153,7 +167,7 @@ def convolve(module: Any, x: Tensor) -> Tensor:
 
 def base_weight(layer: Any) -> Tensor:
     """W: [N, K] of a linear, whichever way the base layer stores it; [V, D], [N, C, *kernel] of the others."""
-    weight = layer.base_layer.weight
+    weight = parameter(_base(layer), "weight")
     return weight.T if kind(layer) is Linear and layer.fan_in_fan_out else weight
 
 
@@ -172,18 +186,19 @@ def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
 
 def is_direct(layer: Any) -> bool:
     """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
-    base = layer.base_layer
+    base = _base(layer)
     return type(base) in READ_DIRECTLY.get(kind(layer), ()) and not has_hooks(base)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class's forward."""
+    own = module.__dict__
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 
@@ -200,8 +215,9 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
 
     ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
     """
-    base = layer.base_layer
-    if isinstance(base, BaseTunerLayer):
+    base = _base(layer)
+    is_linear = type(base) is nn.Linear  # asked first: PEFT's class is an abstract one, which is slow to ask
+    if not is_linear and isinstance(base, BaseTunerLayer):
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
     if not _is_readable(weight, gathers):
@@ -214,7 +230,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     if weight.is_meta:
         return "the base weight is on the meta device (offloaded or not loaded yet)"
     if kind(layer) is Linear:
-        if type(base) is nn.Linear and layer.fan_in_fan_out:
+        if is_linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
     elif kind(layer) is Embedding:
         if base.max_norm is not None:
@@ -245,13 +261,13 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
         modules = [_member(layer, "lora_A", name), _member(layer, "lora_B", name)]
         if type(modules[0]) is not part or type(modules[1]) is not part:
             return f"lora_A or lora_B is no plain {part.__name__}"
-        lora_A, lora_B = modules[0].weight, modules[1].weight
+        lora_A, lora_B = parameter(modules[0], "weight"), parameter(modules[1], "weight")
         dropout = _member(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
-        if layer_kind is Linear and modules[0].bias is not None:
+        if layer_kind is Linear and parameter(modules[0], "bias") is not None:
             return "its lora_A has a bias"
-        if layer_kind is Linear and variant is not None and modules[1].bias is not None:
+        if layer_kind is Linear and variant is not None and parameter(modules[1], "bias") is not None:
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
         if layer_kind in CONVOLUTIONS and variant is not None and not _fit(layer.base_layer.weight, lora_A, lora_B):
             return "lora_B @ lora_A is not of the base weight's shape"
@@ -262,11 +278,11 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
         if type(magnitude) is not dora_module:
             return f"its magnitude is {type(magnitude).__name__}"
         modules.append(magnitude)
-        tensors.append(magnitude.weight)
+        tensors.append(parameter(magnitude, "weight"))
     for module in modules:
         if has_hooks(module):
             return f"its {type(module).__name__} has hooks or a forward of its own"
-    device = layer.base_layer.weight.device
+    device = parameter(_base(layer), "weight").device
     for tensor in tensors:
         if not _is_readable(tensor, gathers) or tensor.dtype not in DTYPES:
             return f"its tensors are {type(tensor).__name__} of {tensor.dtype}"

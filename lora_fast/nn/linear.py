@@ -94,18 +94,24 @@ class AdaptedLinear(nn.Module):
         return self._merged is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        if hooks.is_plain(self.linear):
+        linear: Any = self._modules["linear"]  # past the attribute lookup of a module, as hooks.parameter
+        if hooks.is_plain(linear):
             return self._forward(x)
-        return hooks.call_inside(self.linear, self._forward, x)
+        return hooks.call_inside(linear, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.is_merged:
+        if self._merged is not None:
             return self._merged_forward(x)
         with self._forward_default.in_force():
             return self._adapted_forward(x)
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _factors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """weight, bias, lora_A and lora_B"""
+        linear, read = self._modules["linear"], hooks.parameter
+        return read(linear, "weight"), read(linear, "bias"), read(self, "lora_A"), read(self, "lora_B")
 
     def extra_repr(self) -> str:
         text = f"rank={self.rank}, alpha={self.alpha:g}"
@@ -274,9 +280,9 @@ class LinearWithLoRA(AdaptedLinear):
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         dropout_p, seed = self._draw_dropout(x)
-        linear = self.linear  # each lookup of a module's attribute takes the host a microsecond
-        given = x, linear.weight, linear.bias, self.lora_A, self.lora_B, self.alpha
-        return functional.lora_linear(*given, dropout_p=dropout_p, seed=seed, backend=self.backend)
+        return functional.lora_linear(
+            x, *self._factors(), self.alpha, dropout_p=dropout_p, seed=seed, backend=self.backend
+        )
 
 
 class LinearWithDoRA(AdaptedLinear):
@@ -362,14 +368,10 @@ class LinearWithDoRA(AdaptedLinear):
         if self._frozen_gain is not None:
             return self._frozen_forward(x, self._frozen_gain)
         dropout_p, seed = self._draw_dropout(x)
-        linear = self.linear
         return functional.dora_linear(
             x,
-            linear.weight,
-            linear.bias,
-            self.lora_A,
-            self.lora_B,
-            self.magnitude,
+            *self._factors(),
+            hooks.parameter(self, "magnitude"),
             self.alpha,
             axis=self.norm_axis,
             detach_norm=self.detach_norm,
@@ -457,9 +459,7 @@ class LinearWithDoRA(AdaptedLinear):
             x, gain_after = (x * gain).to(x.dtype), None
         else:
             gain_after = gain
-        return functional.lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.alpha, gain_after, backend=self.backend
-        )
+        return functional.lora_linear(x, *self._factors(), self.alpha, gain_after, backend=self.backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithDoRA:
         if self._frozen_gain is not None:  # which has to be computed anew afterwards

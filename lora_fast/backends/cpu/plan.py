@@ -1,9 +1,9 @@
 """The plans of the C++ kernels.
 
-PyTorch makes the products, and passes of ours come around them (:mod:`lora_fast.backends.passes`). On a processor with
-AMX, for sizes of whole tiles, bfloat16 products are made here with those passes in them, DoRA's norm too, and float32
-products of three bfloat16 parts. Measured on Intel Xeons with AMX, 2 threads. In these products the sums begin with the
-update, so that what they can keep is the product, not the base's part of it.
+PyTorch makes the products, and passes of ours come around them (:mod:`lora_fast.backends.passes`). For sizes of whole
+tiles there are products of ours with those passes in them, DoRA's norm too: of few tokens on every processor, and on
+one with AMX of any number in bfloat16; and float32 products of three bfloat16 parts there. Measured on Intel Xeons with
+AMX, also turned off, 2 threads. What these products can keep is the product, not the base's part of it.
 
 Two things that GPUs do were tried around PyTorch's products, on an Intel Xeon with AMX, 2 threads. To keep base, a step
 of 512 tokens took 1.07 to 1.10 times as long in float32 at 2048², one of 256 at 4096² 1.03 to 1.07. dx as one product
@@ -22,7 +22,7 @@ from lora_fast.backends.extension import amx_enabled
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
 
-SMALL_TOKENS = 32  # two AMX tiles: W is read once and not repacked
+SMALL_TOKENS = 32  # two AMX tiles; the time is that of reading W, which is read once and not repacked
 SMALL_RANK = 128  # the kernels for few tokens do the rank step on vectors, not in AMX tiles
 FUSED_RANK = 128  # above, W lora_Aᵀ, from which the fused norm is made, is as much work as a product of many tokens
 PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no gain to apply
@@ -33,10 +33,11 @@ FEW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _ONE_PASS = "one C++ pass over W, where torch makes several passes over each block of rows"
 _TILES = "on AMX, for whole tiles: update, gain and bias in the product"
-_FEW = f"on AMX, up to {SMALL_TOKENS} tokens: W is read once and not repacked"
+_FEW = f"up to {SMALL_TOKENS} tokens: W is read once and not repacked"
 _COMPOSE = Step("lora_compose_fwd", "update, gain and bias in one C++ pass after the product")
 _GAIN_BWD = Step("lora_gain_bwd", "dv and the sums of the gain and the bias in one C++ pass")
 _TORCH = Step(LINEAR, "PyTorch's product")
+_PROJECT = Step("project_small", f"on AMX, {_FEW}")
 _PARTS = Step("float_product", "on AMX: a float32 product of three bfloat16 parts, as exact as PyTorch's")
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_PASS)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_PASS}, if anything has changed")})
@@ -58,25 +59,25 @@ def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
-    few, native = _is_few(call), _native(call)
-    kernel = None if call.keep == "base" else _FEW_FWD if few else _TILES_FWD if native else None
+    kernel = None if call.keep == "base" else _FEW_FWD if _is_few(call) else _TILES_FWD if _native(call) else None
     if kernel is not None and call.has_gain:
         return kernel
-    h = Step("project_small", _FEW) if _projects(call) else _TORCH
+    h = _PROJECT if _projects(call) else _TORCH
     if kernel is not None and call.x.shape[0] <= PRODUCT_TOKENS:
-        return _without_gain(kernel, h)
+        return _without_gain(kernel is _FEW_FWD, h)
     return _passes(_PARTS if _splits(call) and call.lora_B.dtype != torch.float64 else _TORCH, h)
 
 
-def _without_gain(plan: Plan, h: Step) -> Plan:
+@functools.cache
+def _without_gain(few: bool, h: Step) -> Plan:
     """A fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then."""
-    return plan._replace(where_B_is_zero=_passes(_TORCH, h))
+    return (_FEW_FWD if few else _TILES_FWD)._replace(where_B_is_zero=_passes(_TORCH, h))
 
 
 @functools.cache
 def _passes(base: Step, h: Step) -> Plan:
     plan = Plan({"h": h, "base": base, "y": _COMPOSE})
-    return plan if base is _TORCH else _without_gain(plan, h)
+    return plan if base is _TORCH else plan._replace(where_B_is_zero=_passes(_TORCH, h))
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
@@ -85,7 +86,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
     if call.kept != "base" and _native(call):
         return _TILES_BWD
     if call.grad_y.shape[0] <= SMALL_TOKENS and call.dropout_p == 0.0 and _in_tiles(call, torch.bfloat16):
-        return _passes_grad(Step("input_grad_small", _FEW))
+        return _passes_grad(Step("input_grad_small", f"on AMX, {_FEW}"))
     return _passes_grad(_PARTS if _splits(call) else Step(MATMUL, "PyTorch's product"))
 
 
@@ -137,7 +138,7 @@ def _is_plain(call: Linear | LinearGrad) -> bool:
 
 
 def _projects(call: Linear) -> bool:
-    """Whether h = x lora_Aᵀ has a kernel for few tokens."""
+    """Whether h = x lora_Aᵀ has a kernel for few tokens, where the linear's own does not take the call."""
     return (
         0 < call.x.shape[0] <= SMALL_TOKENS
         and call.x.dtype == torch.bfloat16
