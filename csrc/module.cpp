@@ -19,7 +19,9 @@ std::vector<std::string> isa_compiled() {
   isa.emplace_back("avx2");
   isa.emplace_back("avx512");
 #endif
-#if LORA_FAST_HAS_AMX
+#if defined(LORA_FAST_EMULATE_AMX)
+  isa.emplace_back("amx_bf16 (emulated)");
+#elif LORA_FAST_HAS_AMX
   isa.emplace_back("amx_bf16");
 #endif
   return isa;

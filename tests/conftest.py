@@ -130,6 +130,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--built-for", metavar="ISA", help="demand the extension from a folder of this name (.ci/portable)"
     )
+    parser.addoption("--emulated-amx", action="store_true", help="demand an extension that emulates AMX")
     parser.addoption("--failures", metavar="FILE", help="append each failure to FILE as it happens")
 
 
@@ -149,6 +150,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if built_for not in Path(_C.__file__).parts:  # in each worker too
             raise pytest.UsageError(f"--built-for {built_for}: the extension that is loaded is {_C.__file__}")
+    if config.getoption("emulated_amx"):
+        from lora_fast import _C
+
+        if "amx_bf16 (emulated)" not in _C.build_info()["isa"]:  # else its tests would be skipped, or try the processor
+            raise pytest.UsageError(f"--emulated-amx: the extension is built for {_C.build_info()['isa']}")
     if config.getoption("no_amx"):
         from lora_fast import _C
 

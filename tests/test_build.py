@@ -219,3 +219,6 @@ def test_the_module_says_how_it_was_built() -> None:
     assert info["kind"] == ("cuda" if "cuda_archs" in info else "cpu")
     assert info["isa"][0] == "generic"
     assert set(_C.cpu_features()) <= {"avx2", "avx512", "amx_bf16"}
+    # where AMX is emulated, kernels use it, and it is still none of the processor's
+    assert not {"amx_bf16", "amx_bf16 (emulated)"} <= set(info["isa"])
+    assert "amx_bf16" in info["isa"] or "amx_bf16" not in _C.cpu_features()

@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#if LORA_FAST_HAS_AMX
+#if LORA_FAST_HAS_AMX && defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,7 +12,9 @@ namespace lora_fast {
 namespace {
 
 bool detect_amx() {
-#if LORA_FAST_HAS_AMX
+#if defined(LORA_FAST_EMULATE_AMX)
+  return true;
+#elif LORA_FAST_HAS_AMX
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
@@ -45,7 +47,9 @@ std::vector<std::string> cpu_features() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.emplace_back("avx512");
 #endif
+#ifndef LORA_FAST_EMULATE_AMX
   if (amx_available()) found.emplace_back("amx_bf16");
+#endif
   return found;
 }
 

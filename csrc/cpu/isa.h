@@ -15,7 +15,8 @@
 #define LORA_FAST_HAS_CLONES 0
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
+#if defined(LORA_FAST_EMULATE_AMX) || (defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
+                                       (defined(__clang__) || __GNUC__ >= 12))
 #define LORA_FAST_HAS_AMX 1
 #else
 #define LORA_FAST_HAS_AMX 0
@@ -28,7 +29,8 @@ namespace lora_fast {
 
 std::vector<std::string> cpu_features();
 
-// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off.
+// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
+// where it is emulated (tiles.h), everywhere.
 bool amx_enabled();
 void allow_amx(bool allowed);
 
