@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
         "nvcc": _no_nvcc(),
+        "objdump": None if shutil.which("objdump") else "no objdump (binutils)",
+        "qemu": None if shutil.which("qemu-x86_64") else "no qemu-x86_64 (qemu-user)",
     }
     for item in items:
         for marker, reason in reasons.items():
