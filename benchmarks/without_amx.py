@@ -7,6 +7,7 @@ reads it once when the process starts. lora_fast's kernels follow it in the benc
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -26,9 +27,7 @@ def turn_off() -> None:
 def follow() -> None:
     """lora_fast's kernels take AMX where oneDNN's do, and only there. Every benchmark calls this before it measures."""
     if VARIABLE in os.environ and extension.missing() is None:
-        from lora_fast import _C
-
-        _C.allow_amx(False)
+        importlib.import_module("lora_fast._C").allow_amx(False)
 
 
 def used() -> bool:
@@ -48,6 +47,4 @@ def suffix() -> str:
 
 
 def _features() -> list[str]:
-    from lora_fast import _C
-
-    return _C.cpu_features()
+    return importlib.import_module("lora_fast._C").cpu_features()
