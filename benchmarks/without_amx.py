@@ -7,7 +7,6 @@ reads it once when the process starts. lora_fast's kernels follow it in the benc
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 
@@ -27,7 +26,7 @@ def turn_off() -> None:
 def follow() -> None:
     """lora_fast's kernels take AMX where oneDNN's do, and only there. Every benchmark calls this before it measures."""
     if VARIABLE in os.environ and extension.missing() is None:
-        importlib.import_module("lora_fast._C").allow_amx(False)
+        extension._module().allow_amx(False)
 
 
 def used() -> bool:
@@ -47,4 +46,4 @@ def suffix() -> str:
 
 
 def _features() -> list[str]:
-    return importlib.import_module("lora_fast._C").cpu_features()
+    return extension._module().cpu_features()
