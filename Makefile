@@ -85,12 +85,10 @@ peft-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
 
-# One layer, and one PEFT model before and after acceleration, against their bars.
-bench-layer: setup
-	$(BIN)/pytest benchmarks/bench_layer.py
-
-bench-peft: setup
-	$(BIN)/pytest benchmarks/bench_peft.py
+# One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
+# without AMX, with results of its own (benchmarks/without_amx.py).
+bench-layer bench-peft: bench-%: setup
+	$(if $(WITHOUT_AMX),ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) $(BIN)/pytest benchmarks/bench_$*.py
 
 clean:
 	rm -rf $(VENV) $(GPU) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache

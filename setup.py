@@ -32,7 +32,7 @@ MINIMUM_ARCH = 8  # the first with bfloat16 on its tensor cores
 # Modules that no command of lora-fast runs, but pytest and make in the source tree. They are in no wheel.
 SOURCE_TREE_ONLY = {
     "lora_fast.benchmarks": {
-        *("bench_layer", "bench_peft", "test_ops", "readme"),
+        *("bench_layer", "bench_peft", "grid", "test_ops", "readme"),
         *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
     },
     "lora_fast.triton_kernels": {"aot", "prewarm"},

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import gpu_timing, report, roofline, suite
+from . import gpu_timing, report, roofline, suite, without_amx
 from .gate import WRONG
 from .memory import available_bytes, resident_growth
 from .records import Change, ResultFile, changes, load_other, write_csv
@@ -39,6 +39,7 @@ def run(
 ) -> int:
     """Measure what is not in `path` yet and write it there; the exit status: 0, or 1 if one of ours was wrong."""
     console = console or Console(width=None if sys.stdout.isatty() else 140)
+    without_amx.follow()
     if threads is not None:
         torch.set_num_threads(threads)
     compared = load_other(against, path) if against else None  # before minutes of work

@@ -17,11 +17,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_fast.benchmarks import layer, report
+from lora_fast.benchmarks import layer, report, without_amx
 from lora_fast.benchmarks.registry import Case, Row
 
 THREADS = 2
 RESULTS = Path(__file__).resolve().parent / "results"
+without_amx.follow()  # before the cases are made: their bars are those of the kind of processor
 
 
 @pytest.fixture(scope="module", autouse=True)

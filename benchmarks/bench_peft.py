@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_fast.benchmarks import peft_model, report
+from lora_fast.benchmarks import peft_model, report, without_amx
 from lora_fast.benchmarks.readme import bars_lines
 
 THREADS = 2
@@ -22,6 +22,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def test_peft_model(pytestconfig: pytest.Config) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
+    without_amx.follow()
     provenance = report.provenance()
     rows: list[dict[str, Any]] = list(peft_model.run())
     path = RESULTS / report.device_slug() / "peft.json"

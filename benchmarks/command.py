@@ -38,6 +38,9 @@ def add_commands(commands: Any) -> None:
     bench.add_argument(
         "--budget", type=float, metavar="SECONDS", help="of measuring, for each contender of a row (default: 2)"
     )
+    bench.add_argument(
+        "--without-amx", action="store_true", help="as on the same processor without AMX, and named so in the results"
+    )
     bench.set_defaults(run=_guarded(_bench, bench))
     cases = bench.add_subparsers(metavar="CASE", title="a case of its own")
     # parses its options itself: with this prefix none of them is an option here
@@ -86,7 +89,10 @@ def _guarded(
 def _bench(args: argparse.Namespace) -> int:
     import torch
 
-    from . import bench, suite
+    from . import bench, suite, without_amx
+
+    if args.without_amx:
+        without_amx.turn_off()
 
     if args.list:
         workloads = bench.selected(suite.quick_cases() if args.quick else suite.cases(), args.only)
@@ -105,8 +111,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _t0_3b(args: argparse.Namespace) -> int:
-    from . import t0_3b
+    from . import t0_3b, without_amx
 
+    if args.without_amx:
+        without_amx.turn_off()
     return t0_3b.main(args.arguments)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lora_fast import check, reference
 from lora_fast.backends import BackendName
 
-from . import contenders as c, norms
+from . import contenders as c, norms, without_amx
 from .gate import WRONG, Gate, error_fault
 from .registry import FROZEN, INFERENCE, NORM, STEP, Case, Row
 from .runner import Step, measure
@@ -22,33 +23,60 @@ from .runner import Step, measure
 LEARNING_RATE = 1e-4
 
 
+# What of a row is bound, by the kind of processor: DoRA's and LoRA's rows by mode, dtype and tokens, the norm's by
+# rank. A row without bars is measured all the same.
+Bars = dict[str, Any]
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+_FASTER = {"DoRA": c.PEFT_DORA.name, "LoRA": c.PEFT_LORA.name}
+WITH_AMX: dict[tuple[Any, ...], Bars] = {
+    ("DoRA", STEP, BF16, 512): {"at_most": 1.20, "faster": {_FASTER["DoRA"]: 3.0}},
+    ("DoRA", STEP, BF16, 16): {"at_most": 1.45, "aim": 1.35, "faster": {_FASTER["DoRA"]: 15.0}},
+    ("DoRA", INFERENCE, BF16, 16): {"at_most": 1.10, "faster": {_FASTER["DoRA"]: 30.0}},
+    ("LoRA", STEP, BF16, 512): {"at_most": 1.10, "faster": {_FASTER["LoRA"]: 1.0}},
+    (NORM, 16): {"at_most": 1.0},
+    (NORM, 64): {"at_most": 2.5, "aim": 2.0},
+    ("DoRA", STEP, FLOAT32, 512): {"at_most": 1.15},
+}
+WITHOUT_AMX: dict[tuple[Any, ...], Bars] = {
+    ("DoRA", STEP, BF16, 512): {"at_most": 1.15},
+    ("DoRA", STEP, BF16, 16): {"at_most": 1.40},
+    ("DoRA", STEP, BF16, 1): {"at_most": 1.50},
+    ("DoRA", INFERENCE, BF16, 16): {"at_most": 1.10},
+    ("DoRA", INFERENCE, BF16, 1): {"at_most": 1.15},
+    **{("LoRA", STEP, BF16, tokens): {"faster": {_FASTER["LoRA"]: 1.0}} for tokens in (512, 16, 1)},
+    (NORM, 16): {"at_most": 0.9},
+    (NORM, 64): {"at_most": 2.9},
+    ("DoRA", STEP, FLOAT32, 512): {"at_most": 1.10},
+    ("DoRA", STEP, FLOAT32, 16): {"at_most": 1.35},
+    ("DoRA", STEP, FLOAT32, 1): {"at_most": 2.7},
+    ("DoRA", INFERENCE, FLOAT32, 16): {"at_most": 1.12},
+    ("DoRA", INFERENCE, FLOAT32, 1): {"at_most": 1.4},
+}
+
+
 def speed_cases() -> list[Case]:
-    """The table of one layer's speed, with its bars."""
-    bf16, size = torch.bfloat16, (4096, 4096)
+    """The table of one layer's speed, with the bars of this kind of processor."""
+    size, small = (4096, 4096), (2048, 2048)
+    bars = WITH_AMX if without_amx.used() else WITHOUT_AMX
     per_backend = installed_backends()
     doras = (c.dora(), *(c.dora(name) for name in per_backend))
     loras = (c.lora(), *(c.lora(name) for name in per_backend))
-    peft_doras = (c.PEFT_DORA, c.PEFT_DORA_FP32)
-    float32 = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, c.PEFT_DORA)
-    everything = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, *peft_doras)
-    dora, lora, peft_dora, peft_lora = c.dora().name, c.lora().name, c.PEFT_DORA.name, c.PEFT_LORA.name
-    step = Case(STEP, *size, 512, bf16, everything, dora)
-    norm = Case(NORM, *size, 16, bf16, (), NORM, at_most=1.0, memory_fraction=1 / 16)
-    return [
-        replace(step, at_most=1.20, faster={peft_dora: 3.0}),
-        replace(step, tokens=16, at_most=1.45, aim=1.35, faster={peft_dora: 15.0}),
-        replace(step, mode=INFERENCE, tokens=16, at_most=1.10, faster={peft_dora: 30.0}),
-        replace(
-            step,
-            contenders=(c.FROZEN, *loras, c.PEFT_LORA, c.PEFT_LORA_FP32),
-            subject=lora,
-            at_most=1.10,
-            faster={peft_lora: 1.0},
-        ),
-        norm,
-        replace(norm, rank=64, at_most=2.5, aim=2.0),
-        Case(STEP, 2048, 2048, 512, torch.float32, float32, dora, at_most=1.15),
+    everything = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, c.PEFT_LORA, c.PEFT_DORA, c.PEFT_DORA_FP32)
+    float32 = (c.FROZEN, *doras, c.DENSE, c.ARTICLE, c.PEFT_LORA, c.PEFT_DORA)
+    only_lora = (c.FROZEN, *loras, c.PEFT_LORA, c.PEFT_LORA_FP32)
+    steps, inferences = [(STEP, 512), (STEP, 16), (STEP, 1)], [(INFERENCE, 16), (INFERENCE, 1)]
+    kinds = (
+        ("DoRA", size, BF16, everything, steps + inferences),
+        ("LoRA", size, BF16, only_lora, steps),
+        ("DoRA", small, FLOAT32, float32, steps + inferences),
+    )
+    cases = [
+        Case(mode, *shape, tokens, dtype, contenders, f"lora_fast {kind}", **bars.get((kind, mode, dtype, tokens), {}))
+        for kind, shape, dtype, contenders, rows in kinds
+        for mode, tokens in rows
     ]
+    norm = Case(NORM, *size, 16, BF16, (), NORM, memory_fraction=1 / 16)
+    return [*cases, *(replace(norm, rank=rank, **bars[NORM, rank]) for rank in (16, 64))]
 
 
 def installed_backends() -> list[BackendName]:

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import grid as grid_of_sizes
 from .report import bound, digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
+# The same processor with AMX turned off, whose tables stand after the other's as soon as there are results of it.
+WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md")))
 REGION = re.compile(
@@ -35,6 +38,12 @@ SUMMARY = (
     ("peft.json", "training step with the optimizer step, 16 tokens", "PEFT model of four layers, ", _PEFT),
     ("t0-3b.json", "T0-3B, training step, 4×128 tokens and 4×32 targets, bfloat16, rank 16", "", _T0_3B),
 )
+SUMMARY_WITHOUT_AMX = (
+    ("layer.json", "inference, 16 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
+    ("layer.json", "training step, 512 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
+    ("layer.json", "training step, 16 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
+    SUMMARY[3],
+)
 OURS = re.compile(r"lora_fast (LoRA|DoRA)$")  # what auto takes; the backends by name are contenders of their own
 
 
@@ -48,8 +57,13 @@ def main() -> None:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
+    return json.loads(((folder or RESULTS) / name).read_text(encoding="utf-8"))
+
+
+def for_each_processor(section: Callable[[Path], str], name: str) -> str:
+    """The section of each kind of processor that has this result file, one after the other."""
+    return "\n".join(section(folder) for folder in (RESULTS, WITHOUT_AMX) if (folder / name).exists())
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -57,8 +71,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
-def origin(results: dict[str, Any], name: str) -> str:
-    link = f"benchmarks/results/{RESULTS.name}/{name}"
+def origin(results: dict[str, Any], name: str, folder: Path | None = None) -> str:
+    link = f"benchmarks/results/{(folder or RESULTS).name}/{name}"
     return f"{_conditions(results)}: [{link}](../{link})\n"
 
 
@@ -69,14 +83,23 @@ def _conditions(results: dict[str, Any]) -> str:
 
 
 def summary() -> str:
-    """The README's table: lora_fast's DoRA beside the frozen linear and PEFT, in time and memory."""
-    files = {name: read(name) for name, *_ in SUMMARY}
+    """The README's tables: lora_fast's DoRA beside the frozen linear and PEFT, in time and memory."""
+    return "\n".join(
+        _summary(folder, [row for row in rows if (folder / row[0]).exists()])
+        for folder, rows in ((RESULTS, SUMMARY), (WITHOUT_AMX, SUMMARY_WITHOUT_AMX))
+        if (folder / rows[0][0]).exists()
+    )
+
+
+def _summary(folder: Path, chosen: Sequence[tuple[str, str, str, Sequence[str | None]]]) -> str:
+    files = {name: read(name, folder) for name, *_ in chosen}
     links: dict[str, list[str]] = {}
     for name, results in files.items():
-        links.setdefault(_conditions(results), []).append(f"[{name}](benchmarks/results/{RESULTS.name}/{name})")
+        links.setdefault(_conditions(results), []).append(f"[{name}](benchmarks/results/{folder.name}/{name})")
     lines = []
-    for name, start, prefix, contenders in SUMMARY:
-        row = next(row for row in files[name]["rows"] if row["title"].startswith(start))
+    for name, start, prefix, contenders in chosen:
+        rows = (row for row in files[name]["rows"] if row["title"].startswith(start))
+        row = next(row for row in rows if contenders[1] in row["records"])  # of LoRA's rows and DoRA's, the one of DoRA
         records = [row["records"].get(contender, {}) for contender in contenders]
         completed = [record for record in records[1:] if record.get("outcome", "completed") == "completed"]
         fastest = min(completed, key=lambda record: record["median_ms"])
@@ -99,7 +122,11 @@ def _cell(record: dict[str, Any]) -> str:
 
 def layer() -> str:
     """One layer: each contender in units of the frozen linear, then every target."""
-    results = read("layer.json")
+    return for_each_processor(_layer, "layer.json")
+
+
+def _layer(folder: Path) -> str:
+    results = read("layer.json", folder)
     steps = [row for row in results["rows"] if row["dtype"] == "bfloat16" and row["mode"] != "weight_norm"]
     columns = sorted({(row["mode"], row["tokens"]) for row in steps})
     names = dict.fromkeys(name for row in steps for name in row["records"] if not re.search(", (torch|cpu)$", name))
@@ -116,7 +143,7 @@ def layer() -> str:
         ["", *(f"{mode}, {tokens} tokens" for mode, tokens in columns)],
         ([name, *(cell(name, column) for column in columns)] for name in names),
     )
-    return f"{origin(results, 'layer.json')}\n{first}\n{bars_lines(results['rows'])}"
+    return f"{origin(results, 'layer.json', folder)}\n{first}\n{bars_lines(results['rows'])}"
 
 
 def bars_lines(rows: Iterable[dict[str, Any]]) -> str:
@@ -137,7 +164,11 @@ def _subject(row: dict[str, Any]) -> str:
 
 def peft() -> str:
     """A PEFT model before and after acceleration: time and memory in units of PEFT's LoRA, then every target."""
-    results = read("peft.json")
+    return for_each_processor(_peft, "peft.json")
+
+
+def _peft(folder: Path) -> str:
+    results = read("peft.json", folder)
     rows = results["rows"]
 
     def cell(row: dict[str, Any], name: str) -> str:
@@ -149,7 +180,7 @@ def peft() -> str:
         ["", *(row["title"] for row in rows)],
         ([name, *(cell(row, name) for row in rows)] for name in rows[0]["records"]),
     )
-    return f"{origin(results, 'peft.json')}\n{first}\n{bars_lines(rows)}"
+    return f"{origin(results, 'peft.json', folder)}\n{first}\n{bars_lines(rows)}"
 
 
 def _target(bar: dict[str, Any]) -> str:
@@ -208,6 +239,43 @@ def _losses(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
                 if ratio > 1:
                     times = (f"{digits(entry['median_ms'])} ms" for entry in (records[name], record))
                     yield [row["title"], name, next(times), peer, next(times), digits(ratio)]
+
+
+def grid() -> str:
+    """The grid of sizes and numbers of tokens, of each kind of processor that has one; nothing without any."""
+    found = for_each_processor(_grid, grid_of_sizes.NAME)
+    return f"{GRID}\n{found}" if found else ""
+
+
+GRID = """\
+## Sizes and numbers of tokens
+
+The tables have lora_fast's median time as a multiple of PEFT's LoRA's, rank 16, by the number of tokens. LoRA is
+compared with PEFT's LoRA with adapters of the same dtype, and DoRA with PEFT's LoRA as users get it, with float32
+adapters: in inference with nothing changed, and in training steps of 256 tokens and more. lora_fast is meant to be
+slower nowhere; a ratio up to 1.02 counts as noise, and what is above it is bold. `python -m lora_fast.benchmarks.grid`
+repeats the measurement.
+"""
+
+
+def _grid(folder: Path) -> str:
+    results = read(grid_of_sizes.NAME, folder)
+    parts = [origin(results, grid_of_sizes.NAME, folder)]
+    for kind, lines in grid_of_sizes.ratios(results["rows"]).items():
+        headings = [f"lora_fast {kind}", *(f"{tokens}" for tokens in grid_of_sizes.TOKENS)]
+        cells = (
+            [f"{mode}, {size} {dtype}", *(_ratio(line.get(tokens)) for tokens in grid_of_sizes.TOKENS)]
+            for (mode, dtype, size), line in lines.items()
+        )
+        parts.append(table(headings, cells))
+    return "\n".join(parts)
+
+
+def _ratio(measured: tuple[float, bool] | None) -> str:
+    if measured is None:
+        return ""
+    ratio, broken = measured
+    return f"**{ratio:.2f}**" if broken else f"{ratio:.2f}"
 
 
 def gpu_status() -> str:
@@ -328,6 +396,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "peft": peft,
     "t0-3b": t0_3b,
     "losses": losses,
+    "grid": grid,
     "gpu": gpu,
     "gpu-bars": gpu_bars,
     "gpu-settings": gpu_settings,

@@ -16,6 +16,7 @@ import torch
 
 from lora_fast.backends import extension
 
+from . import without_amx
 from .commit import commit_of
 from .registry import FROZEN, NORM, Bar, Row
 from .runner import Record
@@ -30,7 +31,7 @@ def provenance() -> dict[str, Any]:
     loaded, reason, build = extension.status()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": cpu_model(),
+        "device": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # far above the threads used here, others had their share of the cores; Windows tells none
@@ -51,9 +52,14 @@ def cpu_model() -> str:
     return found.group(1) if found else platform.processor() or platform.machine()
 
 
+def device_name() -> str:
+    """The CPU, and what was turned off in it for this process."""
+    return cpu_model() + without_amx.suffix()
+
+
 def device_slug() -> str:
-    """Folder name of this device's results: the CPU and the number of threads."""
-    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", cpu_model().lower())
+    """Folder name of this device's results: the CPU, what was turned off in it, and the number of threads."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", cpu_model().lower()) + without_amx.suffix().lower()
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {torch.get_num_threads()} threads").strip("-")
 
 

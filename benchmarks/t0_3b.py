@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from . import report
+from . import report, without_amx
 from .registry import Bar
 from .t0_3b_child import SIZES, Task
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("transformers") is None:
         print("t0-3b needs the package transformers: pip install 'lora_fast[demo]'", file=sys.stderr)
         return 1
+    without_amx.follow()
     folder = arguments.out or Path(__file__).resolve().parent / "results" / report.device_slug()
     path = folder / "t0-3b.json"
     runs = _read_runs(path)

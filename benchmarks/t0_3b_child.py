@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fast
+from lora_fast.benchmarks import without_amx
 from lora_fast.testing import peak_bytes
 
 SCALING = 2.0
@@ -280,6 +281,7 @@ def main(argument: str) -> int:
         fix_mmap_threshold(task.mmap_threshold_bytes)
     if task.limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (task.limit_bytes, task.limit_bytes))
+    without_amx.follow()
     torch.set_num_threads(task.threads)
     fault = None
     try:

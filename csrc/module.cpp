@@ -22,7 +22,9 @@ std::vector<std::string> isa_compiled() {
 #if LORA_FAST_HAS_AVX512_BF16
   isa.emplace_back("avx512_bf16");
 #endif
-#if LORA_FAST_HAS_AMX
+#if defined(LORA_FAST_EMULATE_AMX)
+  isa.emplace_back("amx_bf16 (emulated)");
+#elif LORA_FAST_HAS_AMX
   isa.emplace_back("amx_bf16");
 #endif
   return isa;

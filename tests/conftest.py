@@ -76,6 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
         "nvcc": _no_nvcc(),
+        "objdump": None if shutil.which("objdump") else "no objdump (binutils)",
+        "qemu": None if shutil.which("qemu-x86_64") else "no qemu-x86_64 (qemu-user)",
     }
     for item in items:
         for marker, reason in reasons.items():
@@ -140,6 +142,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--built-for", metavar="ISA", help="demand the extension from a folder of this name (.ci/portable)"
     )
+    parser.addoption("--emulated-amx", action="store_true", help="demand an extension that emulates AMX")
     parser.addoption("--failures", metavar="FILE", help="append each failure to FILE as it happens")
 
 
@@ -159,6 +162,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if built_for not in Path(_C.__file__).parts:  # in each worker too
             raise pytest.UsageError(f"--built-for {built_for}: the extension that is loaded is {_C.__file__}")
+    if config.getoption("emulated_amx"):
+        from lora_fast import _C
+
+        if "amx_bf16 (emulated)" not in _C.build_info()["isa"]:  # else its tests would be skipped, or try the processor
+            raise pytest.UsageError(f"--emulated-amx: the extension is built for {_C.build_info()['isa']}")
     if config.getoption("no_amx"):
         from lora_fast import _C
 

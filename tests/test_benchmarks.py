@@ -18,7 +18,7 @@ from torch import nn
 pytest.importorskip("numpy", reason="the benchmarks need numpy, of the extras demo and test")
 pytest.importorskip("rich", reason="the benchmarks' tables need rich, of the demo extra")
 
-from lora_fast.benchmarks import commit, contenders as c, layer, report
+from lora_fast.benchmarks import commit, contenders as c, layer, report, without_amx
 from lora_fast.benchmarks.gate import Gate, error_fault
 from lora_fast.benchmarks.registry import FROZEN, INFERENCE, NORM, STEP, Bar, Case, Row
 from lora_fast.benchmarks.runner import Record, alternate, measure
@@ -243,17 +243,26 @@ def test_bars_are_ratios_of_medians() -> None:
     assert Row(case, {FROZEN: record(10)}, {case.subject: "wrong"}).bars() == []
 
 
-def test_the_speed_table_has_the_promised_rows() -> None:
-    bars = [(case.mode, case.tokens, case.rank, case.at_most) for case in layer.speed_cases()]
-    assert bars == [
-        (STEP, 512, 16, 1.20),
-        (STEP, 16, 16, 1.45),
-        (INFERENCE, 16, 16, 1.10),
-        (STEP, 512, 16, 1.10),
-        (NORM, 16, 16, 1.0),
-        (NORM, 16, 64, 2.5),
-        (STEP, 512, 16, 1.15),
-    ]
+@pytest.mark.parametrize(
+    ("amx", "dora", "lora", "norms", "float32"),
+    [
+        (True, [1.20, 1.45, None, 1.10, None], [1.10, None, None], [1.0, 2.5], [1.15, None, None, None, None]),
+        (False, [1.15, 1.40, 1.50, 1.10, 1.15], [None, None, None], [0.9, 2.9], [1.10, 1.35, 2.7, 1.12, 1.4]),
+    ],
+    ids=["with AMX", "without"],
+)
+def test_the_speed_table_has_the_promised_rows(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, dora: list, lora: list, norms: list, float32: list
+) -> None:
+    monkeypatch.setattr(without_amx, "used", lambda: amx)
+    cases, steps = layer.speed_cases(), [(STEP, 512), (STEP, 16), (STEP, 1)]
+    rows = [*steps, (INFERENCE, 16), (INFERENCE, 1), *steps, *steps, (INFERENCE, 16), (INFERENCE, 1)]
+    assert [(case.mode, case.tokens) for case in cases] == [*rows, (NORM, 16), (NORM, 16)]
+    assert [case.at_most for case in cases] == [*dora, *lora, *float32, *norms]
+    assert {(case.dtype, case.out_features) for case in cases} == {(torch.bfloat16, 4096), (torch.float32, 2048)}
+    assert all(case.subject in {contender.name for contender in case.contenders} for case in cases[:-2])
+    beside_peft = [case.faster.get(c.PEFT_LORA.name) for case in cases[5:8]]
+    assert beside_peft == ([1.0, None, None] if amx else [1.0, 1.0, 1.0])
 
 
 def test_contenders_share_the_frozen_weight() -> None:

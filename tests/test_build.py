@@ -44,6 +44,13 @@ def test_the_module_includes_nothing_of_torch() -> None:
     assert any(name.startswith("pybind11/") for name in names)
 
 
+def test_tiles_come_from_the_header_that_emulates_them() -> None:
+    """A source that took them from the compiler's header would have no AMX in .ci/portable."""
+    users = [path for path in SOURCES if "_tile_dp" in path.read_text(encoding="utf-8") and path.name != "tiles.h"]
+    assert users
+    assert [path.name for path in users if "tiles.h" not in includes(path) or "immintrin.h" in includes(path)] == []
+
+
 def decide(platform: str = sys.platform, **variables: str) -> subprocess.CompletedProcess[str]:
     """What setup.py decides in this environment with these variables, told that it runs on this platform."""
     environment = {name: value for name, value in os.environ.items() if name != "LORA_FAST_BUILD"} | variables
@@ -219,3 +226,6 @@ def test_the_module_says_how_it_was_built() -> None:
     assert info["kind"] == ("cuda" if "cuda_archs" in info else "cpu")
     assert info["isa"][0] == "generic"
     assert set(_C.cpu_features()) <= {"avx2", "avx512", "avx512_bf16", "amx_bf16"}
+    # where AMX is emulated, kernels use it, and it is still none of the processor's
+    assert not {"amx_bf16", "amx_bf16 (emulated)"} <= set(info["isa"])
+    assert "amx_bf16" in info["isa"] or "amx_bf16" not in _C.cpu_features()

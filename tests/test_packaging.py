@@ -44,7 +44,7 @@ SOURCE_TREE_ONLY = {
     *(
         f"lora_fast/benchmarks/{name}.py"
         for name in (
-            *("bench_layer", "bench_peft", "test_ops", "readme"),
+            *("bench_layer", "bench_peft", "grid", "test_ops", "readme"),
             *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
         )
     ),

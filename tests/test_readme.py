@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,72 @@ def test_the_readmes_table_is_five_rows_with_one_in_which_peft_is_faster() -> No
     fastest = {column for _, *times in cells for column, time in enumerate(times) if time.startswith("**")}
     assert fastest == {1, 2}  # lora_fast's DoRA, PEFT's LoRA
     assert all(sum(time.startswith("**") for time in times) == 1 for times in cells)
+
+
+@pytest.fixture
+def without_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for the results of the same processor without AMX."""
+    folder = tmp_path / "a-processor-without-amx"
+    folder.mkdir()
+    monkeypatch.setattr(readme, "WITHOUT_AMX", folder)
+    return folder
+
+
+def layer_results() -> dict[str, Any]:
+    record = {"median_ms": 2.0, "peak_bytes": 2**20}
+    records = {
+        "DoRA": dict.fromkeys(("frozen linear", "lora_fast DoRA", "PEFT LoRA", "PEFT DoRA"), record),
+        "LoRA": dict.fromkeys(("frozen linear", "lora_fast LoRA", "PEFT LoRA"), record),
+    }
+    cases = [("LoRA", "training step", 512), *(("DoRA", "training step", tokens) for tokens in (512, 16))]
+    rows = [
+        {
+            "title": f"{mode}, {tokens} tokens, 4096×4096 bfloat16",
+            "mode": mode,
+            "tokens": tokens,
+            "dtype": "bfloat16",
+            "records": records[kind],
+            "bars": [],
+        }
+        for kind, mode, tokens in [*cases, ("DoRA", "inference", 16)]
+    ]
+    device = {"device": "A processor without AMX", "threads": 2, "versions": {"torch": "2.13"}, "date": "2026-12-01T"}
+    return device | {"rows": rows}
+
+
+def test_the_same_processor_without_amx_has_tables_of_its_own(without_amx: Path) -> None:
+    sections = (readme.summary, readme.layer, readme.peft)
+    before = [section() for section in sections]
+    assert "without AMX" not in "".join(before)
+    (without_amx / "layer.json").write_text(json.dumps(layer_results()))
+    summary, layer, peft = (section() for section in sections)
+    assert summary.startswith(before[0])
+    assert layer.startswith(before[1])
+    assert peft == before[2]
+    added = summary.removeprefix(before[0]).strip().splitlines()
+    assert added[0].startswith("A processor without AMX, 2 threads, torch 2.13, 2026-12-01: [layer.json](")
+    assert [line.split(" | ")[0] for line in added[4:]] == [
+        "| layer, inference, 16 tokens, 4096×4096 bfloat16",
+        "| layer, training step, 512 tokens, 4096×4096 bfloat16",
+        "| layer, training step, 16 tokens, 4096×4096 bfloat16",
+    ]
+    assert all(line.count("2.00 ms") == 4 for line in added[4:])
+
+
+def test_the_grid_is_there_once_it_was_measured(without_amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", without_amx.parent)
+    assert readme.grid() == ""
+    row = {"mode": "inference", "dtype": "bfloat16", "size": "64×64", "tokens": 16}
+    bars = [
+        {"what": "lora_fast LoRA, × PEFT LoRA", "measured": 0.98, "met": True},
+        {"what": "lora_fast DoRA, × PEFT LoRA, fp32 adapters", "measured": 1.25, "met": False},
+    ]
+    (without_amx / "grid.json").write_text(json.dumps(layer_results() | {"rows": [row | {"bars": bars}]}))
+    section = readme.grid()
+    assert section.startswith("## Sizes and numbers of tokens\n")
+    assert "| lora_fast LoRA | 1 | 4 | 16 | 64 | 256 | 512 | 2048 |" in section
+    assert "| inference, 64×64 bfloat16 |  |  | 0.98 |  |  |  |  |" in section
+    assert "| inference, 64×64 bfloat16 |  |  | **1.25** |  |  |  |  |" in section
 
 
 def test_the_readme_states_the_figures_of_the_gpu() -> None:

@@ -119,7 +119,7 @@ LORA_FAST_CLONES uint32_t split_pairs(const float* m, int64_t ld, int64_t steps,
 
 }  // namespace lora_fast
 
-#include <immintrin.h>
+#include "tiles.h"
 
 namespace lora_fast {
 

@@ -62,7 +62,7 @@ LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_
 
 }  // namespace lora_fast
 
-#include <immintrin.h>
+#include "tiles.h"
 
 namespace lora_fast {
 

@@ -10,10 +10,7 @@
 #include <algorithm>
 
 #include "rank_tile.h"
-
-#if LORA_FAST_HAS_AVX512_BF16
-#include <immintrin.h>
-#endif
+#include "tiles.h"
 
 namespace lora_fast {
 namespace {

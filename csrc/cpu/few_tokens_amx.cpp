@@ -4,14 +4,13 @@
 
 #if LORA_FAST_HAS_AMX
 
-#include <immintrin.h>
+#include "tiles.h"
 
 namespace lora_fast {
 namespace {
 
 LORA_FAST_INLINE void prefetch_rows(const Ahead<bf16>& ahead, int64_t ld, int64_t k) {
-  for (int64_t i = 0; i < ahead.count; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(ahead.rows + i * ld + k), _MM_HINT_T1);
+  for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.rows + i * ld + k, 0, 2);
 }
 
 // Registers: 0-3 hold C by (rows, tokens); 4, 5 two tiles of W; 6, 7 two of x.
@@ -54,15 +53,11 @@ using Pairs = uint32_t[kGroup][2][16 * 16];
 // Rows n and n + 1 of 32 in pairs, the even columns and the odd ones apart: what a tile product wants of its
 // second operand.
 LORA_FAST_AMX LORA_FAST_INLINE void pair_rows(const bf16* weight, int64_t ld, int64_t strips, Pairs& pairs) {
-  constexpr __mmask32 odd_words = 0xaaaaaaaau;
   for (int64_t p = 0; p < 16; ++p, weight += 2 * ld) {
     for (int64_t s = 0; s < strips; ++s) {
-      const __m512i a = _mm512_loadu_si512(weight + s * kStrip),
-                    b = _mm512_loadu_si512(weight + ld + s * kStrip);
-      _mm512_store_si512(pairs[s][0] + 16 * p,
-                         _mm512_mask_blend_epi16(odd_words, a, _mm512_slli_epi32(b, 16)));
-      _mm512_store_si512(pairs[s][1] + 16 * p,
-                         _mm512_mask_blend_epi16(odd_words, _mm512_srli_epi32(a, 16), b));
+      const auto a = load_bits<u32x16>(weight + s * kStrip), b = load_bits<u32x16>(weight + ld + s * kStrip);
+      store_bits(pairs[s][0] + 16 * p, (a & 0xffffu) | (b << 16));
+      store_bits(pairs[s][1] + 16 * p, (a >> 16) | (b & 0xffff0000u));
     }
   }
 }
@@ -121,26 +116,25 @@ void tiles_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
   __asm__ volatile("" : : : "memory");
 }
 
-__attribute__((target("avx512f,avx512bf16"))) void tiles_squares(const bf16* weight, int64_t ld,
-                                                                 int64_t depth, float* sums,
-                                                                 Ahead<bf16> ahead) {
+LORA_FAST_AVX512_BF16 void tiles_squares(const bf16* weight, int64_t ld, int64_t depth, float* sums,
+                                         Ahead<bf16> ahead) {
   constexpr int64_t kRows = 4;  // additions need not wait for the ones before them
   constexpr int64_t kGroups = kSmallRows / kRows;
   for (int64_t group = 0; group < kGroups; ++group) {
     const bf16* rows = weight + group * kRows * ld;
     const Ahead<bf16> share{ahead.rows + group * ahead.count / kGroups * ld,
                             (group + 1) * ahead.count / kGroups - group * ahead.count / kGroups};
-    __m512 squares[kRows] = {};
+    f32x16 squares[kRows] = {};
     for (int64_t k = 0; k < depth; k += kSmallDepth) {
       prefetch_rows(share, ld, k);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
-        const auto w = (__m512bh)_mm512_loadu_si512(rows + r * ld + k);
-        squares[r] = _mm512_dpbf16_ps(squares[r], w, w);
+        const auto w = load_bits<u32x16>(rows + r * ld + k);
+        squares[r] = add_pair_products(squares[r], w, w);
       }
     }
     for (int64_t r = 0; r < kRows; ++r)
-      sums[group * kRows + r] += static_cast<float>(sum_lanes<float>((f32x16)squares[r]));
+      sums[group * kRows + r] += static_cast<float>(sum_lanes<float>(squares[r]));
   }
 }
 

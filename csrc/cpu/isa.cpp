@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#if LORA_FAST_HAS_AMX
+#if LORA_FAST_HAS_AMX && defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -26,7 +26,9 @@ bool detect_avx512_bf16() {
 }
 
 bool detect_amx() {
-#if LORA_FAST_HAS_AMX
+#if defined(LORA_FAST_EMULATE_AMX)
+  return true;
+#elif LORA_FAST_HAS_AMX
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
@@ -64,7 +66,9 @@ std::vector<std::string> cpu_features() {
     found.emplace_back("avx512");
 #endif
   if (avx512_bf16_available()) found.emplace_back("avx512_bf16");
+#ifndef LORA_FAST_EMULATE_AMX
   if (amx_available()) found.emplace_back("amx_bf16");
+#endif
   return found;
 }
 

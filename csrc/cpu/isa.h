@@ -15,15 +15,14 @@
 #define LORA_FAST_HAS_CLONES 0
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
+#if defined(LORA_FAST_EMULATE_AMX) || (defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
+                                       (defined(__clang__) || __GNUC__ >= 12))
 #define LORA_FAST_HAS_AMX 1
 #else
 #define LORA_FAST_HAS_AMX 0
 #endif
 #if LORA_FAST_HAS_CLONES
 #define LORA_FAST_HAS_AVX512_BF16 1
-// What a function needs that uses pairwise products; such a processor has all of them.
-#define LORA_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #else
 #define LORA_FAST_HAS_AVX512_BF16 0
 #endif
@@ -36,7 +35,9 @@ namespace lora_fast {
 std::vector<std::string> cpu_features();
 
 // AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
-// the pairwise products of AVX512-BF16 likewise.
+// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
+// where it is emulated (tiles.h), everywhere. The pairwise products of AVX512-BF16 likewise, but for the
+// emulation.
 bool amx_enabled();
 void allow_amx(bool allowed);
 bool avx512_bf16_enabled();

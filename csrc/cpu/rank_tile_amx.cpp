@@ -2,7 +2,7 @@
 
 #if LORA_FAST_HAS_AMX
 
-#include <immintrin.h>
+#include "tiles.h"
 
 namespace lora_fast {
 namespace {

@@ -5,11 +5,6 @@
 
 #include "vec.h"
 
-#if LORA_FAST_HAS_AMX
-// What a function needs that uses the tiles; every processor with AMX has these vectors.
-#define LORA_FAST_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
-#endif
-
 namespace lora_fast {
 
 constexpr int64_t kTileRows = 32;

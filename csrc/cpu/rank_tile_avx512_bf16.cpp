@@ -1,8 +1,7 @@
 #include "rank_tile_amx.h"
+#include "tiles.h"
 
 #if LORA_FAST_HAS_AVX512_BF16
-
-#include <immintrin.h>
 
 namespace lora_fast {
 namespace {
@@ -12,23 +11,21 @@ namespace {
 LORA_FAST_AVX512_BF16 LORA_FAST_INLINE void multiply(const bf16* p, const bf16* panel, int64_t depth,
                                                      float* c) {
   constexpr int64_t kRows = 8;
-  __m512 acc[kRows][2] = {};
+  f32x16 acc[kRows][2] = {};
   for (int64_t k = 0; k < depth; k += 2) {
-    const auto low = (__m512bh)_mm512_loadu_si512(panel + k * kLanes);
-    const auto high = (__m512bh)_mm512_loadu_si512(panel + (depth + k) * kLanes);
+    const auto low = load_bits<u32x16>(panel + k * kLanes),
+               high = load_bits<u32x16>(panel + (depth + k) * kLanes);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, p + r * depth + k, sizeof(pair));
-      const auto x = (__m512bh)_mm512_set1_epi32(pair);
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, low);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, high);
+      const u32x16 x = load_bits<uint32_t>(p + r * depth + k) - u32x16{};
+      acc[r][0] = add_pair_products(acc[r][0], x, low);
+      acc[r][1] = add_pair_products(acc[r][1], x, high);
     }
   }
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; ++r) {
-    _mm512_storeu_ps(c + r * kTileCols, acc[r][0]);
-    _mm512_storeu_ps(c + r * kTileCols + kLanes, acc[r][1]);
+    store_bits(c + r * kTileCols, acc[r][0]);
+    store_bits(c + r * kTileCols + kLanes, acc[r][1]);
   }
 }
 
