@@ -62,5 +62,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("avx512_bf16_enabled", &lora_fast::avx512_bf16_enabled,
         "Whether kernels use the pairwise products of AVX512-BF16 where they do not use AMX.");
   m.def("allow_avx512_bf16", &lora_fast::allow_avx512_bf16, pybind11::arg("allowed"),
-        "Tests turn AVX512-BF16 off to reach the kernels without it.");
+        "Tests turn AVX512-BF16 on and off to reach the kernels with and without it.");
 }

@@ -45,7 +45,8 @@ def _no_avx512_bf16() -> str | None:
         return native
     from lora_fast import _C
 
-    return None if _C.avx512_bf16_enabled() else "lora_fast._C does not use AVX512-BF16 on this processor"
+    there = "avx512_bf16" in set(_C.build_info()["isa"]) & set(_C.cpu_features())
+    return None if there else "this processor, or this build of lora_fast._C, has no AVX512-BF16"
 
 
 def _no_triton() -> str | None:

@@ -21,7 +21,7 @@ def limited_to(isa: str) -> Iterator[None]:
 
     before = _C.amx_enabled(), _C.avx512_bf16_enabled()
     _C.allow_amx(isa == "amx")
-    _C.allow_avx512_bf16(isa != "vectors")
+    _C.allow_avx512_bf16(isa == "avx512_bf16")
     yield
     _C.allow_amx(before[0])
     _C.allow_avx512_bf16(before[1])

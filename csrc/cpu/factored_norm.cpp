@@ -32,14 +32,9 @@ LORA_FAST_INLINE void widen_row_as(const T* row, int64_t length, float* out) {
   }
 }
 
-// out [length in whole vectors] = a row of bfloat16 or float32, zero-padded
-LORA_FAST_CLONES void widen_row(const void* row, bool wide, int64_t length, float* out) {
-  if (wide) {
-    widen_row_as(static_cast<const float*>(row), length, out);
-  } else {
-    widen_row_as(static_cast<const bf16*>(row), length, out);
-  }
-}
+// out [length in whole vectors] = a row, zero-padded
+LORA_FAST_CLONES void widen_row(const void* row, ScalarType dtype, int64_t length, float* out){
+    LORA_FAST_BY_DTYPE(dtype, T, widen_row_as(static_cast<const T*>(row), length, out))}
 
 LORA_FAST_INLINE f32x16 absolute(f32x16 x) {
   return (f32x16)((u32x16)x & 0x7fffffffu);
@@ -138,44 +133,48 @@ float coherence(const float* gram, const float* lengths, int64_t rank, int64_t w
 
 }  // namespace
 
-FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling)
+FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                           bool in_parts)
     : v_(weight, lora_A, lora_B, scaling),
-      parts_count_(lora_A.scalar_type() == ScalarType::Float ? 2 : 1),
+      parts_count_(in_parts && lora_A.scalar_type() == ScalarType::Float ? 2 : 1),
       width_(round_up(v_.rank, kLanes)),
-      parts_(padded_columns() * weight.size(1)),
+      parts_(in_parts ? padded_columns() * weight.size(1) : 0),
+      widened_(lora_A.scalar_type() == ScalarType::Float ? 0 : v_.rank * weight.size(1)),
+      rows_(widened_.data()),
       gram_(v_.rank * width_),
       lengths_(width_),
       lora_B_(weight.size(0) * width_) {
   const int64_t R = v_.rank, N = weight.size(0), K = weight.size(1);
-  const bool wide_A = parts_count_ == 2, wide_B = lora_B.scalar_type() == ScalarType::Float;
-  const auto row_of = [](const Tensor& m, int64_t row, int64_t cols, bool wide) -> const void* {
-    return static_cast<const char*>(m.const_data_ptr()) + row * cols * (wide ? 4 : 2);
+  const auto row_of = [](const Tensor& m, int64_t row, int64_t cols) -> const void* {
+    return static_cast<const char*>(m.const_data_ptr()) + row * cols * static_cast<int64_t>(m.element_size());
   };
-  const Scratch<float> widened(wide_A ? 0 : R * K);
-  const float* rows = wide_A ? static_cast<const float*>(lora_A.const_data_ptr()) : widened.data();
+  const bool wide_A = lora_A.scalar_type() == ScalarType::Float;
+  if (wide_A) rows_ = static_cast<const float*>(lora_A.const_data_ptr());
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
+      if (!wide_A) widen_row(row_of(lora_A, r, K), lora_A.scalar_type(), K, widened_.data() + r * K);
+      if (!in_parts) continue;
       bf16* part = parts_.data() + r * K;
       if (wide_A) {
-        split_row(rows + r * K, K, part, part + R * K);
+        split_row(rows_ + r * K, K, part, part + R * K);
       } else {
-        std::memcpy(part, row_of(lora_A, r, K, false), static_cast<size_t>(K) * sizeof(bf16));
-        widen_row(part, false, K, widened.data() + r * K);
+        std::memcpy(part, row_of(lora_A, r, K), static_cast<size_t>(K) * sizeof(bf16));
       }
     }
   });
-  std::memset(parts_.data() + columns() * K, 0,
-              static_cast<size_t>((padded_columns() - columns()) * K) * sizeof(bf16));
+  if (in_parts)
+    std::memset(parts_.data() + columns() * K, 0,
+                static_cast<size_t>((padded_columns() - columns()) * K) * sizeof(bf16));
   std::memset(gram_.data(), 0, static_cast<size_t>(R * width_) * sizeof(float));
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) dot_rows(rows + r * K, rows, R, K, gram_.data() + r * width_);
+    for (int64_t r = begin; r < end; ++r) dot_rows(rows_ + r * K, rows_, R, K, gram_.data() + r * width_);
   });
   for (int64_t r = 0; r < width_; ++r)
     lengths_.data()[r] = r < R ? std::sqrt(gram_.data()[r * width_ + r]) : 0;
   coherence_ = coherence(gram_.data(), lengths_.data(), R, width_);
   for_chunks(chunk_count(N, 1024), N, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
-      widen_row(row_of(lora_B, n, R, wide_B), wide_B, R, lora_B_.data() + n * width_);
+      widen_row(row_of(lora_B, n, R), lora_B.scalar_type(), R, lora_B_.data() + n * width_);
   });
 }
 

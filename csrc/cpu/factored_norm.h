@@ -12,13 +12,17 @@ namespace lora_fast {
 
 class FactoredNorm {
  public:
-  FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling);
+  // in_parts: W's products are of bfloat16, else of float32
+  FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+               bool in_parts);
 
   // The parts of A, [columns(), rounded up to kPartRows][K], zero-padded: the columns of U.
   static constexpr int64_t kPartRows = 32;
   int64_t columns() const { return parts_count_ * v_.rank; }
   int64_t padded_columns() const { return round_up(columns(), kPartRows); }
   const bf16* parts() const { return parts_.data(); }
+  // Without parts: A itself, [R][K]
+  const float* rows() const { return rows_; }
 
   // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for `rows` rows of W, a multiple of 4, from
   // `first` on; squares [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
@@ -29,6 +33,8 @@ class FactoredNorm {
   AdaptedWeight v_;
   int64_t parts_count_, width_;  // width_: the rank in whole vectors
   Scratch<bf16> parts_;
+  Scratch<float> widened_;
+  const float* rows_;       // A in float32
   Scratch<float> gram_;     // G [R][width]
   Scratch<float> lengths_;  // √G_rr [width]
   Scratch<float> lora_B_;   // [N][width]

@@ -4,7 +4,7 @@
 //   Vector  one register of them, of kLanes 32-bit words
 //   Words   the same as integers
 //   Sum     as many float32 sums
-//   kRows, kColumns, kTokens   as many sums stay in registers, forward kRows · kColumns, backward 2 · kTokens
+//   kColumns, kTokens   as many sums stay in registers, forward kDotRows · kColumns, backward 2 · kTokens
 #include "few_tokens.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct Floats {
   using Vector = V;
   using Words = W;
   using Sum = V;
-  static constexpr int64_t kLanes = sizeof(V) / 4, kRows = 4, kColumns = columns, kTokens = tokens;
+  static constexpr int64_t kLanes = sizeof(V) / 4, kColumns = columns, kTokens = tokens;
 
   static LORA_FAST_INLINE Sum add(Sum sum, Vector x, Vector y) { return sum + x * y; }
 };
@@ -37,7 +37,7 @@ struct Pairs {
   using Vector = short __attribute__((vector_size(64)));
   using Words = u32x16;
   using Sum = f32x16;
-  static constexpr int64_t kLanes = 16, kRows = 4, kColumns = 6, kTokens = 8;
+  static constexpr int64_t kLanes = 16, kColumns = 6, kTokens = 8;
 
   static LORA_FAST_INLINE Sum add(Sum sum, Vector x, Vector y) {
     return (Sum)__builtin_ia32_dpbf16ps_v16sf((__v16sf)sum, (__v32hi)x, (__v32hi)y);
@@ -56,7 +56,7 @@ LORA_FAST_INLINE typename Unit::Vector repeat(const float* word) {
 template <class Unit>
 constexpr int64_t kStep = sizeof(typename Unit::Vector) / sizeof(typename Unit::Row);
 
-// Unit::kRows rows of W at one place, and the same of the next rows, to be fetched, or null.
+// kDotRows rows of W at one place, and the same of the next rows, to be fetched, or null.
 template <class Unit>
 struct Rows {
   const typename Unit::Row* at;
@@ -73,7 +73,7 @@ struct Rows {
 template <class Unit, int64_t count>
 LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
                                   int64_t offset, bool fetch, typename Unit::Sum* sums) {
-  constexpr int64_t R = Unit::kRows;
+  constexpr int64_t R = kDotRows;
   typename Unit::Sum acc[count][R] = {};
   for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
     typename Unit::Vector w[R];
@@ -108,15 +108,15 @@ LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row
 
 template <class Unit>
 LORA_FAST_INLINE void add_squares(const Rows<Unit>& rows, typename Unit::Sum* sums) {
-  typename Unit::Sum acc[Unit::kRows] = {};
+  typename Unit::Sum acc[kDotRows] = {};
   for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < Unit::kRows; ++r) {
+    for (int64_t r = 0; r < kDotRows; ++r) {
       const auto w = rows.load(r, k);
       acc[r] = Unit::add(acc[r], w, w);
     }
   }
-  for (int64_t r = 0; r < Unit::kRows; ++r) sums[r] += acc[r];
+  for (int64_t r = 0; r < kDotRows; ++r) sums[r] += acc[r];
 }
 
 template <class Sum>
@@ -131,18 +131,19 @@ LORA_FAST_INLINE float sum_of(const Sum& v) {
 }
 
 template <class Unit, class T>
-LORA_FAST_INLINE void forward(const T* weight, int64_t ld, const void* const* columns, int64_t count,
-                              int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {
+LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, const void* const* columns,
+                              int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,
+                              bool fetch) {
   using Row = typename Unit::Row;
   using Sum = typename Unit::Sum;
-  constexpr int64_t R = Unit::kRows;
+  constexpr int64_t R = kDotRows;
   constexpr bool widens = sizeof(T) < sizeof(Row);
   constexpr int64_t stretch = widens ? kWidened : kStretch * kStep<Unit>;
   const auto* at = reinterpret_cast<const Row* const*>(columns);
   const Scratch<Sum> scratch((count + 1) * R);
   Sum* sums = scratch.data();
   alignas(64) Row widened[widens ? R * kWidened : 1];
-  for (int64_t row = 0; row < kSmallRows; row += R, weight += R * ld) {
+  for (int64_t row = 0; row < row_count; row += R, weight += R * ld) {
     std::memset(sums, 0, static_cast<size_t>((count + 1) * R) * sizeof(Sum));
     for (int64_t k = 0; k < depth; k += stretch) {
       const int64_t length = std::min(stretch, depth - k);
@@ -270,14 +271,15 @@ LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_
   }
 }
 
-#define LORA_FAST_DOT(target, T, ...)                                                             \
-  target void forward_for(const T* weight, int64_t ld, const void* const* columns, int64_t count, \
-                          int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {    \
-    forward<__VA_ARGS__>(weight, ld, columns, count, depth, c, ld_c, squares, fetch);             \
-  }                                                                                               \
-  target void backward_for(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips, \
-                           int64_t tokens, float* c) {                                            \
-    backward<__VA_ARGS__>(g, ld_g, weight, ld, strips, tokens, c);                                \
+#define LORA_FAST_DOT(target, T, ...)                                                                 \
+  target void forward_for(const T* weight, int64_t ld, int64_t row_count, const void* const* columns, \
+                          int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,       \
+                          bool fetch) {                                                               \
+    forward<__VA_ARGS__>(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);      \
+  }                                                                                                   \
+  target void backward_for(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips,     \
+                           int64_t tokens, float* c) {                                                \
+    backward<__VA_ARGS__>(g, ld_g, weight, ld, strips, tokens, c);                                    \
   }
 #define LORA_FAST_DOT_OF_EACH(target, ...)  \
   LORA_FAST_DOT(target, float, __VA_ARGS__) \
@@ -304,10 +306,10 @@ LORA_FAST_DOT_OF_EACH(, Floats128)
 #endif
 
 #if LORA_FAST_HAS_AVX512_BF16
-LORA_FAST_AVX512_BF16 void pairs_forward(const bf16* weight, int64_t ld, const void* const* columns,
-                                         int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,
-                                         bool fetch) {
-  forward<Pairs>(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+LORA_FAST_AVX512_BF16 void pairs_forward(const bf16* weight, int64_t ld, int64_t row_count,
+                                         const void* const* columns, int64_t count, int64_t depth, float* c,
+                                         int64_t ld_c, float* squares, bool fetch) {
+  forward<Pairs>(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
 }
 LORA_FAST_AVX512_BF16 void pairs_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
                                           int64_t strips, int64_t tokens, float* c) {
@@ -318,15 +320,15 @@ LORA_FAST_AVX512_BF16 void pairs_backward(const bf16* g, int64_t ld_g, const bf1
 }  // namespace
 
 template <class T>
-void dot_forward(const T* weight, int64_t ld, const void* const* columns, int64_t count, int64_t depth,
-                 float* c, int64_t ld_c, float* squares, bool fetch) {
+void dot_forward(const T* weight, int64_t ld, int64_t row_count, const void* const* columns, int64_t count,
+                 int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {
 #if LORA_FAST_HAS_AVX512_BF16
   if constexpr (std::is_same_v<T, bf16>) {
     if (products_of<T>() == Products::pairs)
-      return pairs_forward(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+      return pairs_forward(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
   }
 #endif
-  forward_for(weight, ld, columns, count, depth, c, ld_c, squares, fetch);
+  forward_for(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
 }
 
 template <class T>
@@ -341,8 +343,8 @@ void dot_backward(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t
 }
 
 #define LORA_FAST_INSTANTIATE(T)                                                                      \
-  template void dot_forward(const T*, int64_t, const void* const*, int64_t, int64_t, float*, int64_t, \
-                            float*, bool);                                                            \
+  template void dot_forward(const T*, int64_t, int64_t, const void* const*, int64_t, int64_t, float*, \
+                            int64_t, float*, bool);                                                   \
   template void dot_backward(const T*, int64_t, const T*, int64_t, int64_t, int64_t, float*);
 LORA_FAST_INSTANTIATE(float)
 LORA_FAST_INSTANTIATE(bf16)

@@ -51,12 +51,14 @@ void tiles_squares(const bf16* weight, int64_t ld, int64_t depth, float* sums, A
 void tiles_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
                     int64_t tiles, float* c);
 
-// c [32][ld_c] = W x for 32 rows of W (row stride ld elements) and `count` columns of `depth` elements: of
-// bfloat16 for pairs, else of float32, and for 16-bit weights in the order of strips (see Strip). Where
-// squares is given, squares [32] = those of the rows. With `fetch` the next 32 rows are fetched meanwhile.
+// c [rows][ld_c] = W x for some rows of W, a multiple of kDotRows (row stride ld elements), and `count`
+// columns of `depth` elements: of bfloat16 for pairs, else of float32, and for 16-bit weights in the order of
+// strips (see Strip). Where squares is given, squares [rows] = those of the rows. With `fetch` the next rows
+// are fetched meanwhile.
+constexpr int64_t kDotRows = 4;
 template <class T>
-void dot_forward(const T* weight, int64_t ld, const void* const* columns, int64_t count, int64_t depth,
-                 float* c, int64_t ld_c, float* squares, bool fetch);
+void dot_forward(const T* weight, int64_t ld, int64_t rows, const void* const* columns, int64_t count,
+                 int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch);
 
 // c [strips][tokens][32] += g W for 32 rows of W (row stride ld elements) and `strips` strips of 32 columns;
 // g is [tokens][32] with row stride ld_g. Of 16-bit weights the columns of c are de-interleaved.

@@ -35,9 +35,8 @@ namespace lora_fast {
 std::vector<std::string> cpu_features();
 
 // AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
-// AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
-// where it is emulated (tiles.h), everywhere. The pairwise products of AVX512-BF16 likewise, but for the
-// emulation.
+// where it is emulated (tiles.h), everywhere. The pairwise products of AVX512-BF16 are used where they are
+// faster than float32's, or where a test allowed them.
 bool amx_enabled();
 void allow_amx(bool allowed);
 bool avx512_bf16_enabled();

@@ -165,7 +165,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   auto* h_data = static_cast<bf16*>(h.mutable_data_ptr());
 
   std::optional<FactoredNorm> factored;
-  if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
+  if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling, true);
   const int64_t steps = K / kDepth;
   const int64_t norm_panels = factored ? factored->padded_columns() / kPanel : 0;
   const Scratch<bf16> packed_parts(norm_panels * steps * kPanelStep);

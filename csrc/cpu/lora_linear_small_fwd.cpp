@@ -26,10 +26,18 @@ LORA_FAST_CLONES void pack_tile(const bf16* x, int64_t depth, int64_t tiles, bf1
   }
 }
 
-// Rows of `depth` elements as float32 in the order of strips.
+// Rows of `depth` elements as float32 in the order of 16-bit strips.
 template <class T>
 LORA_FAST_CLONES void widen_strips(const T* x, int64_t depth, float* out) {
   for (int64_t k = 0; k < depth; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
+}
+
+LORA_FAST_CLONES void deal_strips(const float* x, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; k += kStrip) {
+    Strip<float> strip = load_packed(x + k);
+    deal_strip(strip.even, strip.odd);
+    store_packed<float>(out + k, strip);
+  }
 }
 
 // What W is multiplied with, in rows of length K: the tokens', then those of the norm's parts of A. In tiles,
@@ -46,25 +54,28 @@ class Operand {
                                        : tokens + (norm != nullptr ? norm->columns() : 0)),
         K_(K),
         packed_(how_ == Products::tiles ? tiles_ * kTokenTile * K : 0),
-        widened_(how_ == Products::vectors && sizeof(T) == 2 ? tokens * K : 0) {
+        widened_(how_ == Products::vectors && sizeof(T) == 2 ? width_ * K : 0) {
     if constexpr (std::is_same_v<T, bf16>) {
       if (how_ == Products::tiles) {
         pack_tiles(x, tokens, norm);
         return;
       }
     }
+    const bool widens = how_ == Products::vectors && sizeof(T) == 2;
     for (int64_t t = 0; t < tokens; ++t) {
-      columns_.push_back(x + t * K);
-      if (how_ == Products::pairs || sizeof(T) == 4) continue;
       float* row = widened_.data() + t * K;
-      widen_strips(x + t * K, K, row);
-      columns_.back() = row;
+      if (widens) widen_strips(x + t * K, K, row);
+      columns_.push_back(widens ? static_cast<const void*>(row) : x + t * K);
     }
-    for (int64_t j = 0; norm != nullptr && j < norm->columns(); ++j)
-      columns_.push_back(norm->parts() + j * K);
+    for (int64_t j = 0; norm != nullptr && j < norm->columns(); ++j) {
+      float* row = widened_.data() + (tokens + j) * K;
+      if (widens) deal_strips(norm->rows() + j * K, K, row);
+      columns_.push_back(widens ? static_cast<const void*>(row) : norm->parts() + j * K);
+    }
   }
 
   Products how() const { return how_; }
+  int64_t row_step() const { return how_ == Products::tiles ? kSmallRows : kDotRows; }
   int64_t width() const { return width_; }
   int64_t norm_column() const { return norm_column_; }
   int64_t token_tiles() const { return token_tiles_; }
@@ -73,14 +84,14 @@ class Operand {
   // stay in the second-level cache from one pass to the next, and each pass fetches its share of the next 32.
   void multiply(const T* weight, int64_t ld, float* c, float* squares) const {
     if (how_ != Products::tiles)
-      return dot_forward(weight, ld, columns_.data(), width_, K_, c, width_, squares, true);
+      return dot_forward(weight, ld, kSmallRows, columns_.data(), width_, K_, c, width_, squares, true);
     if constexpr (std::is_same_v<T, bf16>) multiply_tiles(weight, ld, c, squares);
   }
 
-  // c [32][32] = the product with the tokens' rows
-  void multiply_tokens(const T* weight, int64_t ld, int64_t tokens, float* c) const {
+  // c [32][32] = the product with the tokens' rows of up to 32 rows of W, but a multiple of row_step()
+  void multiply_tokens(const T* weight, int64_t ld, int64_t rows, int64_t tokens, float* c) const {
     if (how_ != Products::tiles)
-      return dot_forward(weight, ld, columns_.data(), tokens, K_, c, kSmallTokens, nullptr, false);
+      return dot_forward(weight, ld, rows, columns_.data(), tokens, K_, c, kSmallTokens, nullptr, false);
     if constexpr (std::is_same_v<T, bf16>)
       tiles_forward(weight, ld, packed_.data(), tiles_of(0), K_, c, kSmallTokens,
                     {weight + kAhead, kSmallRows});
@@ -228,34 +239,43 @@ LORA_FAST_CLONES void store_projection(const float* c, int64_t count, int64_t to
   }
 }
 
-// The elements of lora_A in T, its rows followed by zero rows up to a multiple of 32.
+// The elements of lora_A in T, its rows followed by zero rows up to a multiple of `step`; copied only where
+// they are of another dtype or rows are missing.
 template <class T>
 class ProjectionRows {
  public:
-  explicit ProjectionRows(const Tensor& lora_A)
-      : R_(lora_A.size(0)), K_(lora_A.size(1)), rows_(round_up(R_, kSmallRows) * K_) {
-    const bool wide = lora_A.scalar_type() == ScalarType::Float;
-    for_chunks(chunk_count(R_, 8), R_, [&](int64_t, int64_t begin, int64_t end) {
-      const int64_t at = begin * K_, count = (end - begin) * K_;
-      if (wide) {
-        round_line(static_cast<const float*>(lora_A.const_data_ptr()) + at, count, rows_.data() + at);
+  ProjectionRows(const Tensor& lora_A, int64_t step)
+      : wide_(lora_A.element_size() != sizeof(T)),
+        count_(round_up(lora_A.size(0), step)),
+        copied_(wide_ || count_ != lora_A.size(0) ? count_ * lora_A.size(1) : 0),
+        data_(copied_.data()) {
+    const int64_t R = lora_A.size(0), K = lora_A.size(1);
+    if (!wide_ && count_ == R) {
+      data_ = data_of<T>(lora_A);
+      return;
+    }
+    for_chunks(std::min(R, chunk_count(R * K, 65536)), R, [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * K, count = (end - begin) * K;
+      if (wide_) {
+        round_line(data_of<float>(lora_A) + at, count, copied_.data() + at);
       } else {
-        round_line(static_cast<const T*>(lora_A.const_data_ptr()) + at, count, rows_.data() + at);
+        std::memcpy(copied_.data() + at, data_of<T>(lora_A) + at, static_cast<size_t>(count) * sizeof(T));
       }
     });
-    std::memset(rows_.data() + R_ * K_, 0,
-                static_cast<size_t>((round_up(R_, kSmallRows) - R_) * K_) * sizeof(T));
+    std::memset(copied_.data() + R * K, 0, static_cast<size_t>((count_ - R) * K) * sizeof(T));
   }
-  const T* data() const { return rows_.data(); }
+  const T* data() const { return data_; }
+  int64_t count() const { return count_; }
 
  private:
-  template <class In>
-  static LORA_FAST_CLONES void round_line(const In* from, int64_t count, T* to) {
+  static LORA_FAST_CLONES void round_line(const float* from, int64_t count, T* to) {
     for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
   }
 
-  int64_t R_, K_;
-  Scratch<T> rows_;
+  bool wide_;
+  int64_t count_;
+  Scratch<T> copied_;
+  const T* data_;
 };
 
 // h = x lora_Aᵀ as [tokens, R], and s times it as [R][tokens in whole tiles] in float32
@@ -263,11 +283,11 @@ template <class T>
 void project(const Operand<T>& operand, int64_t tokens, const Tensor& lora_A, double scaling, T* h,
              float* scaled_h) {
   const int64_t R = lora_A.size(0), K = lora_A.size(1);
-  const ProjectionRows<T> rows(lora_A);
+  const ProjectionRows<T> rows(lora_A, operand.row_step());
   alignas(64) float c[kSmallRows * kSmallTokens] = {};
   const AmxScope scope(operand.how() == Products::tiles, kSmallDepth);
   for (int64_t r = 0; r < R; r += kSmallRows) {
-    operand.multiply_tokens(rows.data() + r * K, K, tokens, c);
+    operand.multiply_tokens(rows.data() + r * K, K, std::min(kSmallRows, rows.count() - r), tokens, c);
     store_projection(c, std::min(kSmallRows, R - r), tokens, r, R, static_cast<float>(scaling),
                      operand.token_tiles() * kTokenTile, h, scaled_h);
   }
@@ -282,7 +302,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   Tensor h = torch::stable::new_empty(x, {h_size, 2});
   const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
   std::optional<FactoredNorm> factored;
-  if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling);
+  if (dora != nullptr && !dora->known)
+    factored.emplace(weight, lora_A, lora_B, scaling, products_of<T>() != Products::vectors);
   const Operand<T> operand(data_of<T>(x), tokens, K, factored ? &*factored : nullptr);
   std::atomic<uint64_t> sum = 0;
   const Small<T> op{data_of<T>(weight),
@@ -310,9 +331,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   return h;
 }
 
-// Whether the product's pass makes the norm too.
+// Whether the product's pass makes the norm too: the factored form has digits to spare for 16-bit weights.
 bool makes_norm(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 && products_of<bf16>() != Products::vectors;
+  return dtype != ScalarType::Float;
 }
 
 }  // namespace
@@ -355,7 +376,7 @@ Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   check_float_vector(norm, "norm", weight.size(0));
   STD_TORCH_CHECK(kept_norm.has_value() == kept_key.has_value(), "kept_norm and kept_key go together");
   const auto run = [&](bool norm_known, uint64_t* sample) {
-    // where the products are not made of bfloat16, the norm is a reading of W of its own
+    // else the norm is a reading of W of its own
     if (!norm_known && !makes_norm(weight.scalar_type())) {
       const Tensor made = weight_norm_fwd(weight, lora_A, lora_B, scaling, true);
       std::memcpy(norm.mutable_data_ptr(), made.const_data_ptr(),

@@ -71,7 +71,7 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
     vectors, kept_norm, kept_key = (call.magnitude.float(), _wide(call.bias), norm), call.kept_norm, call.kept_key
     # made in the product's pass, the norm costs less in training than to tell whether a kept one holds
-    in_pass = call.weight.dtype == torch.bfloat16 and (extension.amx_enabled() or extension.avx512_bf16_enabled())
+    in_pass = call.weight.dtype != torch.float32
     if (in_pass and call.keep == "product") or not may_keep_norm(call):
         kept_norm = kept_key = None
     if plan.kernel("y, norm") == "dora_linear_small_fwd":
