@@ -70,13 +70,19 @@ def test_a_figure_that_was_changed_by_hand_is_seen() -> None:
     assert readme.render(changed) == text
 
 
-def test_the_readmes_table_is_five_rows_with_one_in_which_peft_is_faster() -> None:
-    _, _, *rows = [line for line in readme.summary().splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+def rows_of(table: str) -> list[list[str]]:
+    _, _, *rows = table.splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_readmes_first_table_is_five_rows_with_one_in_which_peft_is_faster() -> None:
+    with_amx, *others = [part for part in readme.summary().split("\n\n") if part.startswith("|")]
+    cells = rows_of(with_amx)
     assert len(cells) == 5
     fastest = {column for _, *times in cells for column, time in enumerate(times) if time.startswith("**")}
     assert fastest == {1, 2}  # lora_fast's DoRA, PEFT's LoRA
-    assert all(sum(time.startswith("**") for time in times) == 1 for times in cells)
+    for _, *times in [*cells, *(row for table in others for row in rows_of(table))]:
+        assert sum(time.startswith("**") for time in times) == 1
 
 
 @pytest.fixture
