@@ -78,7 +78,7 @@ def test_newer_instructions_are_in_their_own_functions_only() -> None:
     from lora_fast import _C
 
     allowed = functions_of_newer_sets()
-    assert {"panel_product", "row_squares", "tile_resident"} <= allowed  # the sources are read as they are written
+    assert {"panel_product", "tiles_squares", "tile_resident"} <= allowed  # the sources are read as they are written
     found = newer_instructions(Path(_C.__file__))
     assert outside(found, allowed) == {}
     assert any("panel_product" in name for name in outside(found, allowed - {"panel_product"}))
