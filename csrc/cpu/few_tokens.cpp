@@ -10,7 +10,9 @@
 #include <algorithm>
 
 #include "rank_tile.h"
+#if LORA_FAST_HAS_AVX512_BF16
 #include "tiles.h"
+#endif
 
 namespace lora_fast {
 namespace {
