@@ -45,7 +45,7 @@ def _no_avx512_bf16() -> str | None:
         return native
     from lora_fast import _C
 
-    there = "avx512_bf16" in set(_C.build_info()["isa"]) & set(_C.cpu_features())
+    there = "avx512_bf16" in _C.build_info()["isa"] and "avx512_bf16" in _C.cpu_features()
     return None if there else "this processor, or this build of lora_fast._C, has no AVX512-BF16"
 
 

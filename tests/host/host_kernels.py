@@ -19,7 +19,7 @@ LARGEST = 130  # rank, and both sides of the weight: a simulated tile takes 10 m
 
 # in place of the extension, whose kernels would take the names
 _C = types.ModuleType("lora_fast._C")
-_C.build_info = lambda: {"kind": "cuda"}
+_C.build_info = lambda: {"kind": "cuda", "isa": []}
 _C.amx_enabled = lambda: False
 sys.modules[_C.__name__] = _C
 
