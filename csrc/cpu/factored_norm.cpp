@@ -19,22 +19,11 @@ LORA_FAST_CLONES void split_row(const float* row, int64_t length, bf16* first, b
   }
 }
 
-template <class T>
-LORA_FAST_INLINE void widen_row_as(const T* row, int64_t length, float* out) {
-  for (int64_t k = 0; k < length; k += kLanes) {
-    if (k + kLanes <= length) {
-      store<float>(out + k, load<float>(row + k));
-      continue;
-    }
-    T part[kLanes] = {};
-    std::memcpy(part, row + k, static_cast<size_t>(length - k) * sizeof(T));
-    store<float>(out + k, load<float>(part));
-  }
-}
-
 // out [length in whole vectors] = a row, zero-padded
-LORA_FAST_CLONES void widen_row(const void* row, ScalarType dtype, int64_t length, float* out){
-    LORA_FAST_BY_DTYPE(dtype, T, widen_row_as(static_cast<const T*>(row), length, out))}
+LORA_FAST_CLONES void widen_row(const void* row, ScalarType dtype, int64_t length, float* out) {
+  LORA_FAST_BY_DTYPE(dtype, T, convert_line(out, static_cast<const T*>(row), 1, length))
+  std::fill(out + length, out + round_up(length, kLanes), 0.0f);
+}
 
 LORA_FAST_INLINE f32x16 absolute(f32x16 x) {
   return (f32x16)((u32x16)x & 0x7fffffffu);

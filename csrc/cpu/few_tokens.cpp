@@ -71,7 +71,7 @@ struct Rows {
   }
 };
 
-// sums[j · kRows + i] += row i times column j, for `count` columns
+// sums[j · kDotRows + i] += row i times column j, for `count` columns
 template <class Unit, int64_t count>
 LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
                                   int64_t offset, bool fetch, typename Unit::Sum* sums) {

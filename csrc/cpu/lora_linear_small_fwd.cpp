@@ -1,4 +1,4 @@
-// lora_linear for up to 32 tokens in bfloat16: one read of W, the rank step, gain and bias on the float32
+// lora_linear for up to 32 tokens: one read of W, the rank step, gain and bias on the float32
 // sums; with the norm, if it is asked for, from the same read.
 #include <atomic>
 #include <vector>
@@ -33,11 +33,8 @@ LORA_FAST_CLONES void widen_strips(const T* x, int64_t depth, float* out) {
 }
 
 LORA_FAST_CLONES void deal_strips(const float* x, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += kStrip) {
-    Strip<float> strip = load_packed(x + k);
-    deal_strip(strip.even, strip.odd);
-    store_packed<float>(out + k, strip);
-  }
+  std::copy_n(x, depth, out);
+  deal(out, depth);
 }
 
 // What W is multiplied with, in rows of length K: the tokens', then those of the norm's parts of A. In tiles,

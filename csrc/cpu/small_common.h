@@ -71,20 +71,6 @@ inline const bf16* elements(const Tensor& tensor) {
     __VA_ARGS__;                                             \
   }
 
-inline float widen_one(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline bf16 narrow_one(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-
 // A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are
 // missing.
 class PaddedRows {
