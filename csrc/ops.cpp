@@ -33,10 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("lora_linear_small_fwd", TORCH_BOX(&cpu::lora_linear_small_fwd));
   m.impl("dora_linear_small_fwd", TORCH_BOX(&cpu::dora_linear_small_fwd));
   m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
-  m.impl("project_small", TORCH_BOX(&cpu::project_small));
   m.impl("is_zero", TORCH_BOX(&cpu::is_zero));
-  m.impl("float_product", TORCH_BOX(&cpu::float_product));
-  m.impl("input_grad_small", TORCH_BOX(&cpu::input_grad_small));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));
   m.impl("content_key", TORCH_BOX(&cpu::content_key));

@@ -301,35 +301,6 @@ def test_the_norm_adds_far_less_than_the_weights_memory(ops, tokens, adapter_dty
     assert fused <= plain + weight.nbytes / 12
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17, 32])
-@adapter_dtypes
-def test_project_small(ops, threads, tokens, adapter_dtype) -> None:
-    for R in (1, 16, 33, 128):
-        x, lora_A = torch.randn(tokens, 160).bfloat16(), torch.randn(R, 160).to(adapter_dtype)
-        h = ops.project_small(x, lora_A)
-        rounded = lora_A.bfloat16().double()
-        expected, magnitude = x.double() @ rounded.T, x.double().abs() @ rounded.abs().T
-        assert h.dtype == torch.bfloat16
-        assert ((h.double() - expected).abs() <= 2.0**-8 * expected.abs() + 4e-6 * magnitude).all()
-
-
-@pytest.mark.parametrize(
-    ("x", "lora_A", "message"),
-    [
-        (torch.ones(3, 64), torch.ones(4, 64), "x must be bfloat16"),
-        (torch.ones(33, 64).bfloat16(), torch.ones(4, 64), "x must have 1 to 32 rows, got 33"),
-        (torch.ones(3, 32).bfloat16(), torch.ones(4, 64), "x must have size 64"),
-        (torch.ones(3, 40).bfloat16(), torch.ones(4, 40), "lora_A must have a multiple of 32 columns, got 40"),
-        (torch.ones(3, 64).bfloat16(), torch.ones(4, 64).half(), "lora_A must have the weight's dtype or float32"),
-        (torch.ones(3, 64).bfloat16(), torch.ones(64, 4).T, "lora_A must be contiguous"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_project_small_names_what_is_bad(ops, x, lora_A, message) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        ops.project_small(x, lora_A)
-
-
 def test_the_native_forwards_name_a_bad_norm_or_magnitude(ops) -> None:
     x, weight, bias, lora_A, lora_B, magnitude = tensors(3, (64, 96, 5)).values()
     y = torch.empty(3, 64).bfloat16()

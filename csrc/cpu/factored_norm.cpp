@@ -8,8 +8,9 @@
 namespace lora_fast {
 namespace {
 
-// Where the terms of n² are this many times n² together, too few digits of n² are left.
-constexpr float kCancellation = 8;
+// Where the terms of n² are this many times n² together, too few digits of n² are left: of sums that are
+// rounded to 16 bits, and of those that stay float32.
+constexpr float kCancellation = 8, kCancellationFloat = 2;
 
 LORA_FAST_CLONES void split_row(const float* row, int64_t length, bf16* first, bf16* second) {
   for (int64_t k = 0; k < length; k += kLanes) {
@@ -171,6 +172,7 @@ void FactoredNorm::finish(int64_t first, int64_t rows, const float* squares, con
                           const float* magnitude, float* norm, float* gain) const {
   std::optional<Scratch<double>> buffer;
   Update updates[kRows];
+  const float cancellation = v_.dtype == ScalarType::Float ? kCancellationFloat : kCancellation;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = first + i;
     const Adapter op{
@@ -181,7 +183,7 @@ void FactoredNorm::finish(int64_t first, int64_t rows, const float* squares, con
     const float sum = squares[i] + update.sum;
     const float terms = squares[i] + update.linear + update.quadratic;
     // written so that NaN is redone too
-    const bool redo = needs_redo(sum, false) || !(kCancellation * sum >= terms);
+    const bool redo = needs_redo(sum, false) || !(cancellation * sum >= terms);
     if (redo) {
       if (!buffer) buffer.emplace(2 * v_.cols + v_.rank);
       norm[i] = static_cast<float>(norm_of_line(v_, true, row, buffer->data()));

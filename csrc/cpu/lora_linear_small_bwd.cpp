@@ -203,15 +203,6 @@ void weight_product(const T* g, const Tensor& weight, int64_t tokens, float* sum
   }
 }
 
-LORA_FAST_CLONES void round_strips(const float* c, bf16* out, int64_t tokens, int64_t rows, int64_t K,
-                                   int64_t begin, int64_t end) {
-  for (int64_t strip = begin; strip < end; ++strip) {
-    const float* tile = c + strip * rows * kStrip;
-    for (int64_t t = 0; t < tokens; ++t)
-      store_strip<float>(out + t * K + strip * kStrip, load_packed(tile + t * kStrip));
-  }
-}
-
 template <class T>
 T* writable(Tensor& tensor, bool wanted) {
   return wanted ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
@@ -278,26 +269,6 @@ void backward(const Call& call, Gradients& grad) {
 }
 
 }  // namespace
-
-Tensor cpu::input_grad_small(Tensor grad_v, Tensor weight) {
-  check_few_tokens(grad_v, "grad_v");
-  check_bf16(grad_v, "grad_v");
-  check_contiguous(grad_v, "grad_v");
-  check_bf16(weight, "weight");
-  check_shape_of_tiles(weight);
-  const int64_t tokens = grad_v.size(0), N = weight.size(0), K = weight.size(1);
-  check_size(grad_v, "grad_v", 1, N);
-  const int64_t strips = K / kStrip, sum_row_count = sum_rows<bf16>(tokens);
-  const PaddedRows rows(elements(grad_v), tokens, N, kTokenTile);
-  const int64_t size[] = {tokens, K};
-  Tensor grad_x = torch::stable::new_empty(grad_v, {size, 2});
-  const Scratch<float> sums(strips * sum_row_count * kStrip);
-  for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
-    weight_product(rows.data(), weight, tokens, sums.data(), begin, end);
-    round_strips(sums.data(), writable<bf16>(grad_x, true), tokens, sum_row_count, K, begin, end);
-  });
-  return grad_x;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_small_bwd(
     Tensor grad_y, std::optional<Tensor> x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,

@@ -67,7 +67,9 @@ class Operand {
     for (int64_t j = 0; norm != nullptr && j < norm->columns(); ++j) {
       float* row = widened_.data() + (tokens + j) * K;
       if (widens) deal_strips(norm->rows() + j * K, K, row);
-      columns_.push_back(widens ? static_cast<const void*>(row) : norm->parts() + j * K);
+      const void* in_place =
+          how_ == Products::pairs ? static_cast<const void*>(norm->parts() + j * K) : norm->rows() + j * K;
+      columns_.push_back(widens ? row : in_place);
     }
   }
 
@@ -328,28 +330,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   return h;
 }
 
-// Whether the product's pass makes the norm too: the factored form has digits to spare for 16-bit weights.
-bool makes_norm(ScalarType dtype) {
-  return dtype != ScalarType::Float;
-}
-
 }  // namespace
-
-Tensor cpu::project_small(Tensor x, Tensor lora_A) {
-  check_few_tokens(x, "x");
-  check_bf16(x, "x");
-  check_matrix(lora_A, "lora_A");
-  check_factor(lora_A, "lora_A", x.scalar_type());
-  check_activation(x, "x", x.scalar_type(), x.size(0), lora_A.size(1));
-  STD_TORCH_CHECK(lora_A.size(1) % kSmallDepth == 0, "lora_A must have a multiple of 32 columns, got ",
-                  lora_A.size(1));
-  const int64_t tokens = x.size(0), R = lora_A.size(0), K = lora_A.size(1), h_size[] = {tokens, R};
-  Tensor h = torch::stable::new_empty(x, {h_size, 2});
-  const Operand<bf16> operand(elements(x), tokens, K, nullptr);
-  const Scratch<float> scaled_h(R * operand.token_tiles() * kTokenTile);
-  project(operand, tokens, lora_A, 1.0, static_cast<bf16*>(h.mutable_data_ptr()), scaled_h.data());
-  return h;
-}
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,
@@ -373,13 +354,6 @@ Tensor cpu::dora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor
   check_float_vector(norm, "norm", weight.size(0));
   STD_TORCH_CHECK(kept_norm.has_value() == kept_key.has_value(), "kept_norm and kept_key go together");
   const auto run = [&](bool norm_known, uint64_t* sample) {
-    // else the norm is a reading of W of its own
-    if (!norm_known && !makes_norm(weight.scalar_type())) {
-      const Tensor made = weight_norm_fwd(weight, lora_A, lora_B, scaling, true);
-      std::memcpy(norm.mutable_data_ptr(), made.const_data_ptr(),
-                  static_cast<size_t>(made.numel()) * sizeof(float));
-      norm_known = true;
-    }
     const DoraGain dora(magnitude, norm, norm_known);
     LORA_FAST_BY_SHORT_DTYPE(weight.scalar_type(), T,
                              return forward<T>(x, weight, lora_A, lora_B, scaling, dora.gain.data(), bias, y,

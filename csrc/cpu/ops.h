@@ -64,15 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
     std::optional<Tensor> gain, std::optional<Tensor> product, std::optional<Tensor> h, bool need_x,
     bool need_A, bool need_B, bool need_gain, bool need_bias);
 
-Tensor project_small(Tensor x, Tensor lora_A);
-
 bool is_zero(Tensor matrix);
-
-// out = x Wᵀ, or x W if not transposed, in float32. False where the operands' range does not allow it; out
-// then holds nothing of use.
-bool float_product(Tensor x, Tensor weight, bool transposed, Tensor out);
-
-Tensor input_grad_small(Tensor grad_v, Tensor weight);
 
 // int64 [n, 2], see take_scratch_events
 Tensor scratch_events(bool record);

@@ -9,12 +9,6 @@
 
 namespace lora_fast {
 
-inline void check_bf16(const Tensor& tensor, const char* name) {
-  check_matrix(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16, got dtype number ",
-                  static_cast<int>(tensor.scalar_type()));
-}
-
 // weight [N, K] with adjacent columns, both sizes multiples of a tile step
 inline void check_shape_of_tiles(const Tensor& weight) {
   STD_TORCH_CHECK(weight.stride(1) == 1, "weight must have adjacent columns");
@@ -24,15 +18,13 @@ inline void check_shape_of_tiles(const Tensor& weight) {
 }
 
 // The same, for AMX
-inline void check_tiled_shape(const Tensor& weight) {
+inline void check_tiled_weight(const Tensor& weight) {
+  check_matrix(weight, "weight");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16, "weight must be bfloat16, got dtype number ",
+                  static_cast<int>(weight.scalar_type()));
   check_shape_of_tiles(weight);
   STD_TORCH_CHECK(amx_enabled(),
                   "weight needs AMX-bf16 here, which this processor lacks or allow_amx turned off");
-}
-
-inline void check_tiled_weight(const Tensor& weight) {
-  check_bf16(weight, "weight");
-  check_tiled_shape(weight);
 }
 
 // The same, for few tokens, which any processor takes in the three dtypes that it reads

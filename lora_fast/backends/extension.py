@@ -48,10 +48,7 @@ _SCHEMAS = (
     "linear_bwd(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, "
     "Tensor? magnitude, Tensor? norm, Tensor? product, Tensor? h, bool from_base, bool need_x, bool need_A, "
     "bool need_B, bool need_gain, bool need_bias, Tensor? stacked=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "project_small(Tensor x, Tensor lora_A) -> Tensor",
     "is_zero(Tensor matrix) -> bool",
-    "float_product(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> bool",
-    "input_grad_small(Tensor grad_v, Tensor weight) -> Tensor",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",

@@ -7,13 +7,12 @@
 Where forward kept base instead of v, dgain = Σ_t dy ⊙ base + s rowsum((dyᵀ h) ⊙ B).
 
 With axis "input", x ⊙ gain takes the place of x, and is made again in backward instead of being kept.
-Activations are [T, features]. The products are PyTorch's, or a kernel's that the backend's plan names for the steps
-"base", "h" and "grad_x".
+Activations are [T, features]. The products are PyTorch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -65,13 +64,11 @@ def results_beside(base: Tensor, keep: calls.Kept) -> tuple[Tensor, Tensor | Non
 
 
 class Passes:
-    """The linears of one backend, from its three passes over activations [T, N] and the products it has besides.
+    """The linears of one backend, from its three passes over activations [T, N].
 
     compose(base, h, lora_B, scaling, gain, bias, out, product): out ← gain ⊙ v + bias, product ← v,
         v = base + s h lora_Bᵀ; all contiguous, out may be base.
     dropout(x, seed, p) → drop(x)
-    linears: by name, (x, weight, bias) → x Wᵀ + bias [T, N] in x's dtype, contiguous
-    products: by name, (grad_v, weight) → grad_v W [T, K] in grad_v's dtype, contiguous
     """
 
     def __init__(
@@ -79,25 +76,21 @@ class Passes:
         compose: Callable[..., None],
         gain_bwd: GainBackward,
         dropout: Callable[[Tensor, Tensor, float], Tensor],
-        linears: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] | None = None,
-        products: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     ) -> None:
         self.compose = compose
         self.gain_bwd = gain_bwd
         self.drop = dropout
-        self.linears = {LINEAR: _linear, **(linears or {})}
-        self.products = {MATMUL: _matmul, **(products or {})}
 
     def lora_linear_fwd(self, call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, gain = call.x, call.weight, call.bias, call.gain
         if call.axis == "input" and gain is not None:
             x, gain = self._scaled_input(x, gain), None
-        h = self.linears[plan.kernel("h")](self._dropped(x, call), call.lora_A, None)
+        h = _linear(self._dropped(x, call), call.lora_A, None)
         if gain is None:
-            y = self.linears[plan.kernel("base")](x, weight, None if bias is None else bias.to(x.dtype))
+            y = _linear(x, weight, None if bias is None else bias.to(x.dtype))
             self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
             return y, y.new_empty(0), h
-        base = self.linears[plan.kernel("base")](x, weight, None)
+        base = _linear(x, weight, None)
         y, product, kept = results_beside(base, call.keep)
         self.compose(base, h, call.lora_B, call.scaling, gain, bias, y, product)
         return y, kept, h
@@ -130,7 +123,7 @@ class Passes:
             x = call.x if gain_in is None else self._scaled_input(call.x, gain_in)
             grad_A = (grad_h.T @ self._dropped(x, call)).to(call.lora_A.dtype)
         if need_input:
-            grad_x = self._input_grad(call, grad_v, grad_h, plan.kernel("grad_x"))
+            grad_x = self._input_grad(call, grad_v, grad_h)
             if gain_in is not None:
                 grad_x, grad_gain, _ = self.gain_bwd(
                     grad_x, call.x, gain_in, need_scaled=call.need_x, need_gain=call.need_gain, need_bias=False
@@ -180,9 +173,9 @@ class Passes:
         assert call.seed is not None
         return self.drop(x, call.seed, call.dropout_p)
 
-    def _input_grad(self, call: calls.LoraLinearGrad, grad_v: Tensor, grad_h: Tensor, kernel: str) -> Tensor:
+    def _input_grad(self, call: calls.LoraLinearGrad, grad_v: Tensor, grad_h: Tensor) -> Tensor:
         """grad_v W + drop(grad_h lora_A), [T, K]; grad_h is scaled already"""
-        grad_x = self.products[kernel](grad_v, call.weight)
+        grad_x = (grad_v @ call.weight.to(grad_v.dtype)).contiguous()
         if call.dropout_p > 0.0:
             return grad_x.add_(self._dropped(grad_h @ call.lora_A.to(grad_h.dtype), call))
         self.compose(grad_x, grad_h, call.lora_A.T, 1.0, None, None, grad_x, None)
@@ -210,10 +203,6 @@ def _contraction(grad_y: Tensor, h: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias).contiguous()
-
-
-def _matmul(grad_v: Tensor, weight: Tensor) -> Tensor:
-    return (grad_v @ weight.to(grad_v.dtype)).contiguous()
 
 
 def _scaled(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import dora, extension
-from lora_fast.backends.passes import LINEAR, MATMUL, Gradients, Passes
+from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 
 _c = extension.operators()
@@ -71,8 +71,7 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
     norm = call.weight.new_empty(call.weight.shape[0], dtype=torch.float32)
     vectors, kept_norm, kept_key = (call.magnitude.float(), _wide(call.bias), norm), call.kept_norm, call.kept_key
     # made in the product's pass, the norm costs less in training than to tell whether a kept one holds
-    in_pass = call.weight.dtype != torch.float32
-    if (in_pass and call.keep == "product") or not may_keep_norm(call):
+    if call.keep == "product" or not may_keep_norm(call):
         kept_norm = kept_key = None
     if plan.kernel("y, norm") == "dora_linear_small_fwd":
         version = -1 if kept_key is None else call.weight._version
@@ -111,36 +110,8 @@ def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if not _c.float_product(x.contiguous(), weight, True, y):
-        return _passes.linears[LINEAR](x, weight, bias)  # it met magnitudes that the parts cannot hold
-    return y if bias is None else y.add_(bias)
-
-
-def _float_product_grad(grad_v: Tensor, weight: Tensor) -> Tensor:
-    grad_x = grad_v.new_empty(grad_v.shape[0], weight.shape[1])
-    if not _c.float_product(grad_v.contiguous(), weight, False, grad_x):
-        return _passes.products[MATMUL](grad_v, weight)
-    return grad_x
-
-
-def _project_small(x: Tensor, lora_A: Tensor, bias: Tensor | None) -> Tensor:
-    return _c.project_small(x.contiguous(), lora_A.contiguous())
-
-
-def _input_grad_small(grad_v: Tensor, weight: Tensor) -> Tensor:
-    return _c.input_grad_small(grad_v.contiguous(), weight)
-
-
 _FORWARDS = {"lora_linear_small_fwd": _c.lora_linear_small_fwd, "lora_linear_fwd": _c.lora_linear_fwd}
-_passes = Passes(
-    _c.lora_compose_fwd,
-    _c.lora_gain_bwd,
-    _c.dropout,
-    linears={"float_product": _float_product, "project_small": _project_small},
-    products={"float_product": _float_product_grad, "input_grad_small": _input_grad_small},
-)
+_passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout)
 lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout

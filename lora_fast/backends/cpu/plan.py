@@ -2,8 +2,8 @@
 
 PyTorch makes the products, and passes of ours come around them (:mod:`lora_fast.backends.passes`). For sizes of whole
 tiles there are products of ours with those passes in them, DoRA's norm too: of few tokens on every processor, and on
-one with AMX of any number in bfloat16; and float32 products of three bfloat16 parts there. Measured on Intel Xeons with
-AMX, also turned off, 2 threads. What these products can keep is the product, not the base's part of it.
+one with AMX of any number in bfloat16. Measured on Intel Xeons with AMX, also turned off, 2 threads. What these
+products can keep is the product, not the base's part of it.
 
 Two things that GPUs do were tried around PyTorch's products, on an Intel Xeon with AMX, 2 threads. To keep base, a step
 of 512 tokens took 1.07 to 1.10 times as long in float32 at 2048², one of 256 at 4096² 1.03 to 1.07. dx as one product
@@ -11,8 +11,6 @@ of [dv | dh] and [W; lora_A] took 0.97 to 1.04 times product and pass in float32
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -26,8 +24,6 @@ SMALL_TOKENS = 32  # two AMX tiles; the time is that of reading W, which is read
 SMALL_RANK = 128  # the kernels for few tokens do the rank step on vectors, not in AMX tiles
 FUSED_RANK = 128  # above, W lora_Aᵀ, from which the fused norm is made, is as much work as a product of many tokens
 PRODUCT_TOKENS = 1024  # above, PyTorch's product is faster where there is no gain to apply
-FLOAT_TOKENS = 64  # below, the time is that of reading W, which PyTorch's product does without repacking it
-FLOAT_WEIGHT = 1 << 19  # elements; a smaller W is split for too few products with each part, csrc/cpu/float_product.cpp
 TILE = 32  # of W's rows and columns
 FEW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -37,11 +33,12 @@ _FEW = f"up to {SMALL_TOKENS} tokens: W is read once and not repacked"
 _COMPOSE = Step("lora_compose_fwd", "update, gain and bias in one C++ pass after the product")
 _GAIN_BWD = Step("lora_gain_bwd", "dv and the sums of the gain and the bias in one C++ pass")
 _TORCH = Step(LINEAR, "PyTorch's product")
-_PROJECT = Step("project_small", f"on AMX, {_FEW}")
-_PARTS = Step("float_product", "on AMX: a float32 product of three bfloat16 parts, as exact as PyTorch's")
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_PASS)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_PASS}, if anything has changed")})
+_PASSES = Plan({"h": _TORCH, "base": _TORCH, "y": _COMPOSE})
+_PASSES_GRAD = Plan({"grad_v": _GAIN_BWD, "grad_x": Step(MATMUL, "PyTorch's product")})
 _FEW_FWD, _TILES_FWD = Plan({"y": Step("lora_linear_small_fwd", _FEW)}), Plan({"y": Step("lora_linear_fwd", _TILES)})
+_FEW_LORA, _TILES_LORA = (plan._replace(where_B_is_zero=_PASSES) for plan in (_FEW_FWD, _TILES_FWD))
 _FEW_BWD = Plan({"gradients": Step("lora_linear_small_bwd", _FEW)})
 _TILES_BWD = Plan({"gradients": Step("lora_linear_bwd", _TILES)})
 _FEW_DORA = Plan({"y, norm": Step("dora_linear_small_fwd", f"{_FEW}, for the norm too")})
@@ -62,22 +59,10 @@ def lora_linear_fwd(call: Linear) -> Plan:
     kernel = None if call.keep == "base" else _FEW_FWD if _is_few(call) else _TILES_FWD if _native(call) else None
     if kernel is not None and call.has_gain:
         return kernel
-    h = _PROJECT if _projects(call) else _TORCH
     if kernel is not None and call.x.shape[0] <= PRODUCT_TOKENS:
-        return _without_gain(kernel is _FEW_FWD, h)
-    return _passes(_PARTS if _splits(call) and call.lora_B.dtype != torch.float64 else _TORCH, h)
-
-
-@functools.cache
-def _without_gain(few: bool, h: Step) -> Plan:
-    """A fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then."""
-    return (_FEW_FWD if few else _TILES_FWD)._replace(where_B_is_zero=_passes(_TORCH, h))
-
-
-@functools.cache
-def _passes(base: Step, h: Step) -> Plan:
-    plan = Plan({"h": h, "base": base, "y": _COMPOSE})
-    return plan if base is _TORCH else plan._replace(where_B_is_zero=_passes(_TORCH, h))
+        # a fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then
+        return _FEW_LORA if kernel is _FEW_FWD else _TILES_LORA
+    return _PASSES
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
@@ -85,14 +70,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
         return _FEW_BWD
     if call.kept != "base" and _native(call):
         return _TILES_BWD
-    if call.grad_y.shape[0] <= SMALL_TOKENS and call.dropout_p == 0.0 and _in_tiles(call, torch.bfloat16):
-        return _passes_grad(Step("input_grad_small", f"on AMX, {_FEW}"))
-    return _passes_grad(_PARTS if _splits(call) else Step(MATMUL, "PyTorch's product"))
-
-
-@functools.cache
-def _passes_grad(product: Step) -> Plan:
-    return Plan({"grad_v": _GAIN_BWD, "grad_x": product})
+    return _PASSES_GRAD
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
@@ -122,8 +100,14 @@ def _is_few(call: Linear | LinearGrad) -> bool:
 
 
 def _native(call: Linear | LinearGrad) -> bool:
-    """Whether the kernels on AMX take the linear."""
-    return _is_plain(call) and _in_tiles(call, torch.bfloat16)
+    """Whether the kernels on AMX take the linear: both operands of the product in bfloat16."""
+    return (
+        call[0].dtype == call.weight.dtype == torch.bfloat16
+        and call[0].shape[0] > 0
+        and _is_plain(call)
+        and _whole_tiles(call.weight)
+        and amx_enabled()
+    )
 
 
 def _is_plain(call: Linear | LinearGrad) -> bool:
@@ -134,41 +118,6 @@ def _is_plain(call: Linear | LinearGrad) -> bool:
         and call.dropout_p == 0.0
         and call.lora_A.dtype in dtypes
         and call.lora_B.dtype in dtypes
-    )
-
-
-def _projects(call: Linear) -> bool:
-    """Whether h = x lora_Aᵀ has a kernel for few tokens, where the linear's own does not take the call."""
-    return (
-        0 < call.x.shape[0] <= SMALL_TOKENS
-        and call.x.dtype == torch.bfloat16
-        and call.lora_A.dtype in (torch.bfloat16, torch.float32)
-        and call.lora_A.shape[1] % TILE == 0
-        and amx_enabled()
-    )
-
-
-def _splits(call: Linear | LinearGrad) -> bool:
-    """Whether a product in float32 is made of bfloat16's: many tokens, a large weight.
-
-    Not where PyTorch's matmul setting allows less than float32: its own product is quicker then.
-    """
-    return (
-        call[0].shape[0] >= FLOAT_TOKENS
-        and call.weight.numel() >= FLOAT_WEIGHT
-        and _in_tiles(call, torch.float32)
-        and torch.get_float32_matmul_precision() == "highest"
-    )
-
-
-def _in_tiles(call: Linear | LinearGrad, dtype: torch.dtype) -> bool:
-    """Whether both operands of the product are ``dtype`` and W comes in whole tiles, on a processor with AMX."""
-    activation: Tensor = call[0]
-    return (
-        activation.dtype == call.weight.dtype == dtype
-        and activation.shape[0] > 0
-        and _whole_tiles(call.weight)
-        and amx_enabled()
     )
 
 
