@@ -208,6 +208,53 @@ def test_the_bits_do_not_depend_on_the_threads(ops, few_dtype) -> None:
             assert torch.equal(one, other)
 
 
+def norm_of(ops, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """DoRA's norm from the product's pass, and the truth, in float64."""
+    N, K = weight.shape
+    y, norm = weight.new_empty(2, N), torch.full((N,), math.nan)
+    unkept = None, None, -1
+    factors = randn(2, K, dtype=weight.dtype), weight, lora_A, lora_B, SCALING, torch.ones(N)
+    ops.dora_linear_small_fwd(*factors, None, y, None, norm, *unkept)
+    return norm.double(), (weight.double() + SCALING * lora_B.double() @ lora_A.double()).norm(dim=1)
+
+
+@pytest.mark.parametrize("adapter", ["plain", "alike", "tiny", "as long as W"])
+def test_the_norm_of_the_pass(ops, threads, adapter, few_dtype) -> None:
+    """Within two units of float32, and of float32 weights as close as a norm of the built V, whose sums are longer."""
+    for N, K, R in ((96, 160, 16), (64, 2048, 33), (160, 64, 128)):
+        weight, lora_A, lora_B = torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
+        if adapter == "alike":
+            lora_A = lora_A[:1] + 1e-2 * lora_A
+        elif adapter == "tiny":
+            lora_B *= 1e-6
+        elif adapter == "as long as W":
+            lora_B /= SCALING * R**0.5
+        weight, lora_A, lora_B = (matrix.to(few_dtype) for matrix in (weight, lora_A, lora_B))
+        norm, truth = norm_of(ops, weight, lora_A, lora_B)
+        assert ((norm - truth) / truth).abs().max() <= 2 * torch.finfo(torch.float32).eps, (N, K, R)
+        if few_dtype == torch.float32:
+            built = (weight + SCALING * lora_B @ lora_A).norm(dim=1).double()
+            ours, eager = (((n - truth) / truth).square().mean().sqrt() for n in (norm, built))
+            assert ours <= max(eager, 0.5 * torch.finfo(torch.float32).eps), (N, K, R)
+
+
+def test_rows_in_which_the_norms_terms_cancel_or_leave_the_range(ops, few_dtype) -> None:
+    N, K, R = 96, 160, 16
+    weight, lora_A, lora_B = torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
+    update = SCALING * lora_B @ lora_A
+    weight[3] = -update[3]  # all but nothing is left of V
+    weight[4] = -update[4] + 1e-3 * weight[4]
+    weight[5], lora_B[5] = 0, 0  # exactly nothing
+    if few_dtype != torch.float16:
+        for row, scale in ((6, 1e-30), (7, 1e-18), (8, 1e-12), (9, 1e12), (10, 1e18), (11, 1e25)):
+            weight[row] *= scale
+            lora_B[row] *= scale
+    norm, truth = norm_of(ops, *(matrix.to(few_dtype) for matrix in (weight, lora_A, lora_B)))
+    others = torch.arange(N) != 5
+    assert norm[5] == 0
+    assert ((norm - truth) / truth)[others].abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
 def transposed(matrix: Tensor) -> Tensor:
     return matrix.t().contiguous().t()
 

@@ -8,9 +8,12 @@
 namespace lora_fast {
 namespace {
 
-// Where the terms of n² are this many times n² together, too few digits of n² are left: of sums that are
+// n² has too few digits left where ‖W‖² and the cross terms are this many times n² together: of sums that are
 // rounded to 16 bits, and of those that stay float32.
-constexpr float kCancellation = 8, kCancellationFloat = 2;
+constexpr double kCancellation = 8, kCancellationFloat = 2;
+// And where it is less than this many times |s| ‖W‖ Σ_r |B_r| ‖A_r‖ / √K, to which the error of U is
+// proportional: with A in two parts, and in float32.
+constexpr double kErrorOfParts = 32, kErrorOfFloat = 8;
 
 LORA_FAST_CLONES void split_row(const float* row, int64_t length, bf16* first, bf16* second) {
   for (int64_t k = 0; k < length; k += kLanes) {
@@ -30,36 +33,30 @@ LORA_FAST_INLINE f32x16 absolute(f32x16 x) {
   return (f32x16)((u32x16)x & 0x7fffffffu);
 }
 
-// The sum of the lanes, in pairs.
-LORA_FAST_INLINE float lane_sum(f32x16 v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
-
 constexpr int64_t kRows = 4;  // that share a load
 
-// gram[q] = Σ_k a[k] rows[q][k] for q < count
+// gram[q] = Σ_k a[k] rows[q][k] for q < count, in double: B G Bᵀ may cancel
 LORA_FAST_CLONES void dot_rows(const float* a, const float* rows, int64_t count, int64_t length,
-                               float* gram) {
+                               double* gram) {
   for (int64_t q = 0; q < count; q += kRows) {
-    f32x16 sums[kRows] = {};
+    f64x16 sums[kRows] = {};
     const float* at[kRows];
     for (int64_t i = 0; i < kRows; ++i) at[i] = rows + std::min(q + i, count - 1) * length;
     for (int64_t k = 0; k < length; k += kLanes) {
-      const f32x16 here = load<float>(a + k);
+      const f64x16 here = load<double>(a + k);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kRows; ++i) sums[i] += here * load<float>(at[i] + k);
+      for (int64_t i = 0; i < kRows; ++i) sums[i] += here * load<double>(at[i] + k);
     }
-    for (int64_t i = 0; i < std::min(kRows, count - q); ++i) gram[q + i] = lane_sum(sums[i]);
+    for (int64_t i = 0; i < std::min(kRows, count - q); ++i) gram[q + i] = sum_lanes<double>(sums[i]);
   }
 }
 
 struct Adapter {
-  const float *lora_B, *gram, *lengths;  // of the row, [width]; G [rank][width]; √G_rr [width]
+  const float* lora_B;   // of the rows, [kRows][width]
+  const double* gram;    // G [rank][width]
+  const float* lengths;  // ‖A_r‖ [width]
   int64_t rank, width, parts;
-  float scaling, coherence;
+  double scaling;
 };
 
 // U of one row, sixteen ranks from `at` on, zero past the last: the sum of its parts
@@ -77,48 +74,35 @@ LORA_FAST_INLINE f32x16 projected(const Adapter& op, const float* u, int64_t at)
   return sum;
 }
 
-// What an adapter adds to ‖W‖², and how large its terms are.
 struct Update {
-  float sum;        // 2 s B U + s² B G Bᵀ
-  float linear;     // 2 |s| Σ_r |B_r U_r|
-  float quadratic;  // s² coherence Σ_r B_r² G_rr, at least s² Σ_rq |B_r G_rq B_q|
+  double sum;      // what the adapter adds to ‖W‖²: 2 s B U + s² B G Bᵀ
+  double cross;    // 2 |s| Σ_r |B_r U_r|
+  double lengths;  // |s| Σ_r |B_r| ‖A_r‖
 };
 
 // Of kRows rows.
 LORA_FAST_CLONES void update_squares(const Adapter& op, const float* u, int64_t ld, Update* updates) {
-  f32x16 sum[kRows] = {}, linear[kRows] = {}, length[kRows] = {};
-  const float s = op.scaling;
+  f64x16 sum[kRows] = {};
+  f32x16 cross[kRows] = {}, lengths[kRows] = {};
+  const double s = op.scaling;
   for (int64_t at = 0; at < op.width; at += kLanes) {
-    f32x16 row[kRows] = {};
+    f64x16 row[kRows] = {};
     for (int64_t r = 0; r < op.rank; ++r) {
-      const f32x16 g = load<float>(op.gram + r * op.width + at);
+      const f64x16 g = load<double>(op.gram + r * op.width + at);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kRows; ++i) row[i] += op.lora_B[i * op.width + r] * g;
+      for (int64_t i = 0; i < kRows; ++i) row[i] += static_cast<double>(op.lora_B[i * op.width + r]) * g;
     }
-    const f32x16 lengths = load<float>(op.lengths + at);
+    const f32x16 length = load<float>(op.lengths + at);
     for (int64_t i = 0; i < kRows; ++i) {
-      const f32x16 b = load<float>(op.lora_B + i * op.width + at), cross = b * projected(op, u + i * ld, at);
-      sum[i] += 2 * s * cross + s * s * (b * row[i]);
-      linear[i] += absolute(cross);
-      length[i] += (b * lengths) * (b * lengths);
+      const f32x16 b = load<float>(op.lora_B + i * op.width + at), own = projected(op, u + i * ld, at);
+      sum[i] += from_f32<double>(b) * (2 * s * from_f32<double>(own) + s * s * row[i]);
+      cross[i] += absolute(b * own);
+      lengths[i] += absolute(b) * length;
     }
   }
-  for (int64_t i = 0; i < kRows; ++i) {
-    updates[i] = {lane_sum(sum[i]), 2 * std::fabs(s) * lane_sum(linear[i]),
-                  s * s * op.coherence * lane_sum(length[i])};
-  }
-}
-
-// max_r Σ_q |G_rq| / √(G_rr G_qq): how far the rows of A are from orthogonal, from 1 to the rank.
-float coherence(const float* gram, const float* lengths, int64_t rank, int64_t width) {
-  float largest = 0;
-  for (int64_t r = 0; r < rank; ++r) {
-    float sum = 0;
-    for (int64_t q = 0; q < rank; ++q)
-      if (gram[r * width + q] != 0) sum += std::fabs(gram[r * width + q]) / (lengths[r] * lengths[q]);
-    largest = std::max(largest, sum);
-  }
-  return largest;
+  for (int64_t i = 0; i < kRows; ++i)
+    updates[i] = {sum_lanes<double>(sum[i]), 2 * std::abs(s) * sum_lanes<float>(cross[i]),
+                  std::abs(s) * sum_lanes<float>(lengths[i])};
 }
 
 }  // namespace
@@ -155,42 +139,44 @@ FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Ten
   if (in_parts)
     std::memset(parts_.data() + columns() * K, 0,
                 static_cast<size_t>((padded_columns() - columns()) * K) * sizeof(bf16));
-  std::memset(gram_.data(), 0, static_cast<size_t>(R * width_) * sizeof(float));
+  std::memset(gram_.data(), 0, static_cast<size_t>(R * width_) * sizeof(double));
+  std::memset(lengths_.data(), 0, static_cast<size_t>(width_) * sizeof(float));
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) dot_rows(rows_ + r * K, rows_, R, K, gram_.data() + r * width_);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i % 2 == 0 ? i / 2 : R - 1 - i / 2;  // long and short rows of the triangle in turn
+      dot_rows(rows_ + r * K, rows_, r + 1, K, gram_.data() + r * width_);
+      lengths_.data()[r] = static_cast<float>(std::sqrt(gram_.data()[r * width_ + r]));
+    }
   });
-  for (int64_t r = 0; r < width_; ++r)
-    lengths_.data()[r] = r < R ? std::sqrt(gram_.data()[r * width_ + r]) : 0;
-  coherence_ = coherence(gram_.data(), lengths_.data(), R, width_);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t q = r + 1; q < R; ++q) gram_.data()[r * width_ + q] = gram_.data()[q * width_ + r];
   for_chunks(chunk_count(N, 1024), N, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       widen_row(row_of(lora_B, n, R), lora_B.scalar_type(), R, lora_B_.data() + n * width_);
   });
 }
 
-void FactoredNorm::finish(int64_t first, int64_t rows, const float* squares, const float* u, int64_t ld,
+void FactoredNorm::finish(int64_t first, const float* squares, const float* u, int64_t ld,
                           const float* magnitude, float* norm, float* gain) const {
+  const double cancellation = v_.dtype == ScalarType::Float ? kCancellationFloat : kCancellation;
+  const double error_of_U = (parts_count_ == 2 ? kErrorOfParts : kErrorOfFloat) / std::sqrt(v_.cols);
   std::optional<Scratch<double>> buffer;
-  Update updates[kRows];
-  const float cancellation = v_.dtype == ScalarType::Float ? kCancellationFloat : kCancellation;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = first + i;
-    const Adapter op{
-        lora_B_.data() + row * width_,  gram_.data(), lengths_.data(), v_.rank, width_, parts_count_,
-        static_cast<float>(v_.scaling), coherence_};
-    if (i % kRows == 0) update_squares(op, u + i * ld, ld, updates);
-    const Update& update = updates[i % kRows];
-    const float sum = squares[i] + update.sum;
-    const float terms = squares[i] + update.linear + update.quadratic;
-    // written so that NaN is redone too
-    const bool redo = needs_redo(sum, false) || !(cancellation * sum >= terms);
-    if (redo) {
-      if (!buffer) buffer.emplace(2 * v_.cols + v_.rank);
-      norm[i] = static_cast<float>(norm_of_line(v_, true, row, buffer->data()));
-    } else {
-      norm[i] = std::sqrt(sum);
+  for (int64_t i = 0; i < kBlock; i += kRows) {
+    Update updates[kRows];
+    update_squares({lora_B_.data() + (first + i) * width_, gram_.data(), lengths_.data(), v_.rank, width_,
+                    parts_count_, v_.scaling},
+                   u + i * ld, ld, updates);
+    for (int64_t j = 0; j < kRows; ++j) {
+      const int64_t row = i + j;
+      const double square = squares[row], sum = square + updates[j].sum;
+      // written so that NaN is redone too
+      const bool redo = needs_redo(sum, false) || !(cancellation * sum >= square + updates[j].cross) ||
+                        !(sum >= error_of_U * std::sqrt(square) * updates[j].lengths);
+      if (redo && !buffer) buffer.emplace(2 * v_.cols + v_.rank);
+      norm[row] =
+          static_cast<float>(redo ? norm_of_line(v_, true, first + row, buffer->data()) : std::sqrt(sum));
+      gain[row] = norm[row] == 0.0f ? 0.0f : magnitude[row] / norm[row];
     }
-    gain[i] = norm[i] == 0.0f ? 0.0f : magnitude[i] / norm[i];
   }
 }
 

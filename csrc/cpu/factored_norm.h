@@ -3,7 +3,7 @@
 //   n² = ‖W‖² + 2 s Σ_r B_r U_r + s² B G Bᵀ     U = W Aᵀ     G = A Aᵀ
 // U is made beside x Wᵀ, from A as further tokens: a float32 A as the sum of two bfloat16 matrices, which is
 // A to 2^-17, and as those errors have no sign, n² to about 2^-17 / √K of its middle term. Rows in which the
-// terms cancel, or leave float's range, are redone by the direct sum.
+// terms cancel, or leave float's range, are redone by the direct sum in double.
 #pragma once
 
 #include "norm_of_line.h"
@@ -24,10 +24,11 @@ class FactoredNorm {
   // Without parts: A itself, [R][K]
   const float* rows() const { return rows_; }
 
-  // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for `rows` rows of W, a multiple of 4, from
-  // `first` on; squares [rows] holds their ‖W‖² and u [rows][ld] their U in parts.
-  void finish(int64_t first, int64_t rows, const float* squares, const float* u, int64_t ld,
-              const float* magnitude, float* norm, float* gain) const;
+  // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for the kBlock rows of W from `first` on;
+  // squares [kBlock] holds their ‖W‖² and u [kBlock][ld] their U in parts.
+  static constexpr int64_t kBlock = kTileRows;
+  void finish(int64_t first, const float* squares, const float* u, int64_t ld, const float* magnitude,
+              float* norm, float* gain) const;
 
  private:
   AdaptedWeight v_;
@@ -35,10 +36,9 @@ class FactoredNorm {
   Scratch<bf16> parts_;
   Scratch<float> widened_;
   const float* rows_;       // A in float32
-  Scratch<float> gram_;     // G [R][width]
-  Scratch<float> lengths_;  // √G_rr [width]
+  Scratch<double> gram_;    // G [R][width]
+  Scratch<float> lengths_;  // ‖A_r‖ [width]
   Scratch<float> lora_B_;   // [N][width]
-  float coherence_;
 };
 
 }  // namespace lora_fast

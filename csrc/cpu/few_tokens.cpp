@@ -71,12 +71,13 @@ struct Rows {
   }
 };
 
-// sums[j · kDotRows + i] += row i times column j, for `count` columns
-template <class Unit, int64_t count>
+// sums[j · kDotRows + i] += row i times column j, for `count` columns, and with `squares` those of the rows
+// behind them
+template <class Unit, int64_t count, bool squares>
 LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
                                   int64_t offset, bool fetch, typename Unit::Sum* sums) {
   constexpr int64_t R = kDotRows;
-  typename Unit::Sum acc[count][R] = {};
+  typename Unit::Sum acc[count + squares][R] = {};
   for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
     typename Unit::Vector w[R];
 #pragma GCC unroll 8
@@ -90,35 +91,26 @@ LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::R
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r) acc[j][r] = Unit::add(acc[j][r], w[r], x);
     }
+    if constexpr (squares) {
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < R; ++r) acc[count][r] = Unit::add(acc[count][r], w[r], w[r]);
+    }
   }
 #pragma GCC unroll 8
-  for (int64_t j = 0; j < count; ++j) {
+  for (int64_t j = 0; j < count + squares; ++j) {
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) sums[j * R + r] += acc[j][r];
   }
 }
 
 // The same for at most `most` columns, as many as there are
-template <class Unit, int64_t most>
+template <class Unit, int64_t most, bool squares>
 LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
                                 int64_t count, int64_t offset, bool fetch, typename Unit::Sum* sums) {
-  if constexpr (most > 1) {
-    if (count < most) return add_up_to<Unit, most - 1>(rows, columns, count, offset, fetch, sums);
+  if constexpr (most > 0) {
+    if (count < most) return add_up_to<Unit, most - 1, squares>(rows, columns, count, offset, fetch, sums);
   }
-  add_columns<Unit, most>(rows, columns, offset, fetch, sums);
-}
-
-template <class Unit>
-LORA_FAST_INLINE void add_squares(const Rows<Unit>& rows, typename Unit::Sum* sums) {
-  typename Unit::Sum acc[kDotRows] = {};
-  for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kDotRows; ++r) {
-      const auto w = rows.load(r, k);
-      acc[r] = Unit::add(acc[r], w, w);
-    }
-  }
-  for (int64_t r = 0; r < kDotRows; ++r) sums[r] += acc[r];
+  add_columns<Unit, most, squares>(rows, columns, offset, fetch, sums);
 }
 
 template <class Sum>
@@ -164,9 +156,15 @@ LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, co
       } else {
         rows.at = weight + k;
       }
-      for (int64_t j = 0; j < count; j += Unit::kColumns)
-        add_up_to<Unit, Unit::kColumns>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
-      if (squares != nullptr) add_squares(rows, sums + count * R);
+      // in whole groups, and then with the squares in the place of a column
+      int64_t j = 0;
+      for (; count - j >= Unit::kColumns; j += Unit::kColumns)
+        add_columns<Unit, Unit::kColumns, false>(rows, at + j, k, fetch && j == 0, sums + j * R);
+      if (squares != nullptr) {
+        add_up_to<Unit, Unit::kColumns - 1, true>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
+      } else if (j < count) {
+        add_up_to<Unit, Unit::kColumns - 1, false>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
+      }
     }
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t j = 0; j < count; ++j) c[(row + r) * ld_c + j] = sum_of(sums[j * R + r]);

@@ -78,7 +78,7 @@ void finish_norms(const Linear& op, int64_t norm_panels, const float* squares, c
         std::memcpy(u + row * width + panel * kPanel + half * 16,
                     sums + panel * stride + row % 2 * (kBlock / 2) + half * 256 + row / 2 * 16,
                     16 * sizeof(float));
-  op.factored->finish(n, kPanel, squares, u, width, op.dora->magnitude + n, op.dora->norm + n,
+  op.factored->finish(n, squares, u, width, op.dora->magnitude + n, op.dora->norm + n,
                       op.dora->gain.data() + n);
 }
 

@@ -215,8 +215,8 @@ void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
     float squares[kSmallRows];
     op.operand->multiply(op.weight + n * op.ld, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
     if (op.factored != nullptr) {
-      op.factored->finish(n, kSmallRows, squares, c.data() + op.operand->norm_column(), width,
-                          op.dora->magnitude + n, op.dora->norm + n, op.dora->gain.data() + n);
+      op.factored->finish(n, squares, c.data() + op.operand->norm_column(), width, op.dora->magnitude + n,
+                          op.dora->norm + n, op.dora->gain.data() + n);
     }
     finish_rows(op, c.data(), width, n, b.data());
     // while the rows are in the cache
