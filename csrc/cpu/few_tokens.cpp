@@ -21,6 +21,13 @@ namespace {
 // ones are sums of these stretches.
 constexpr int64_t kStretch = 64;
 constexpr int64_t kWidened = 1024;  // elements of a row that are widened at a time
+constexpr int64_t kFewest = 4;      // columns or tokens that leave the time to reading W
+
+// Whether rows are to be fetched: the processor itself follows a few rows of float32 that nothing delays.
+template <class T>
+constexpr bool needs_fetching(int64_t columns) {
+  return sizeof(T) == 2 || columns > kFewest;
+}
 
 template <class V, class W, int64_t columns, int64_t tokens>
 struct Floats {
@@ -137,6 +144,7 @@ LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, co
   const Scratch<Sum> scratch((count + 1) * R);
   Sum* sums = scratch.data();
   alignas(64) Row widened[widens ? R * kWidened : 1];
+  fetch = fetch && needs_fetching<T>(count);
   for (int64_t row = 0; row < row_count; row += R, weight += R * ld) {
     std::memset(sums, 0, static_cast<size_t>((count + 1) * R) * sizeof(Sum));
     for (int64_t k = 0; k < depth; k += stretch) {
@@ -255,12 +263,13 @@ LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_
     }
   }
   // few tokens leave the time to reading W, which is quicker the fewer rows are read side by side
-  const int64_t rows = tokens <= 4 ? 8 : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
+  const int64_t rows = tokens <= kFewest ? 8 : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
+  const bool fetch = needs_fetching<T>(tokens);
   for (int64_t row = 0; row < kSmallRows; row += rows) {
     const float* factors = packed + row / Operand<Unit, T>::kRowsEach;
     const T* from = weight + row * ld;
     for (int64_t s = 0; s < strips; ++s, from += kStrip) {
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; fetch && i < rows; ++i)
         for (int64_t line = 0; line < kStrip; line += kLine)
           __builtin_prefetch(from + i * ld + kAhead * kStrip + line, 0, 2);
       operand.make(from, ld, words);
