@@ -263,8 +263,9 @@ def test_recomputation_takes_its_forwards_backend(
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_without_a_block_is_as_the_forward_was(reentrant: bool, calls: list[tuple[str, str]]) -> None:
-    layer = make_layer("lora")
-    y = checkpoint(layer, torch.randn(3, IN, requires_grad=True), use_reentrant=reentrant)
+    layer = make_layer("lora").double()  # in float32 PyTorch's operators would take it
+    x = torch.randn(3, IN, requires_grad=True, dtype=torch.float64)
+    y = checkpoint(layer, x, use_reentrant=reentrant)
     lora_fast.set_backend("torch")
     with lora_fast.use_backend("torch"):
         y.sum().backward()

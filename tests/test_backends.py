@@ -302,7 +302,7 @@ def test_a_backend_is_a_package_and_its_name_in_the_list(toy: types.SimpleNamesp
     with lora_fast.use_backend("toy"):
         norm()
     assert len(toy.ran) == 2
-    assert {row["backend"] for row in explain.explain(explain.Size(3, 4, 5, 2, torch.float32))} == {"toy"}
+    assert {row["backend"] for row in explain.explain(explain.Size(3, 4, 5, 2, torch.float64))} == {"toy"}
 
 
 def test_auto_passes_over_a_backend_that_refuses(toy: types.SimpleNamespace) -> None:

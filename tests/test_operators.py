@@ -1,4 +1,4 @@
-"""LoRA by PyTorch's operators, to which "auto" leaves what a GPU would wait for the host for; here on any device."""
+"""LoRA by PyTorch's operators, to which "auto" leaves calls whose time is the host's; a GPU's here on any device."""
 
 from __future__ import annotations
 
@@ -113,6 +113,23 @@ def test_they_take_calls_up_to_the_constant() -> None:
 def test_only_a_gpu_works_behind_the_hosts_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert operators.take(one_call(), "auto") == (torch.get_default_device().type == "cuda")
+
+
+def test_a_cpu_has_them_in_float32_for_one_token_or_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    def taken(tokens: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> bool:
+        example = explain.example_calls(explain.Size(tokens, N, K, 8, dtype, "cpu"))
+        forward, backward = (operators.take(example[f"lora_linear_{side}"], "auto") for side in ("fwd", "bwd"))
+        assert forward == backward
+        return forward
+
+    assert taken(1, 2048, 2048)
+    assert not taken(2, 2048, 2048)
+    assert taken(16, 512, 512)
+    assert not taken(17, 512, 512)
+    assert not taken(1, 64, 64, torch.bfloat16)
+    assert not taken(1, 64, 64, torch.float64)
 
 
 def test_a_graph_has_the_op_in_it(taken: list[Tensor]) -> None:

@@ -241,7 +241,7 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator
         how = "lora_linear"
     else:
         how = f"base_layer(x), lora_compose: {type(layer.base_layer).__name__} has hooks or a forward of its own"
-    if isinstance(layer, peft_layers.FastLinear) and layer.may_be_left_to_peft(layer.base_layer.weight.device):
+    if isinstance(layer, peft_layers.FastLinear) and layer.may_be_left_to_peft(layer.base_layer.weight):
         how += ", and PEFT's own forward for few tokens"
     for adapter, obstacle in obstacles.items():
         if obstacle is not None:

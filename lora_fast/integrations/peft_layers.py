@@ -174,17 +174,18 @@ class FastLinear(FastLayer, Linear):
             return Linear.forward(self, x, *args, **kwargs)
         return super()._forward(x, *args, **kwargs)
 
-    def may_be_left_to_peft(self, device: torch.device) -> bool:
-        """Whether some calls on ``device`` are: LoRA on a GPU."""
-        return device.type in operators.DEVICES and not self.lora_variant and default_backend() == "auto"
+    def may_be_left_to_peft(self, like: Tensor) -> bool:
+        """Whether some calls with an x of that device and dtype are: LoRA on a GPU, or in float32 on a CPU."""
+        fast = operators.may_be_faster(like.device, like.dtype)
+        return fast and not self.lora_variant and default_backend() == "auto"
 
     def _is_left_to_peft(self, x: Any) -> bool:
-        """For LoRA where the device would wait for the host: PEFT's forward is PyTorch's operators, and little else.
+        """For LoRA where the time is the host's: PEFT's forward is PyTorch's operators, and little else.
 
         Whether autograd records makes no difference: reentrant checkpointing runs a forward both ways. Of float32
         adapters PEFT keeps a copy of x, and of a dropout its mask, so that training with them is ours.
         """
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not self.may_be_left_to_peft(x.device):
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not self.may_be_left_to_peft(x):
             return False
         if peft_names.drops(self) or not operators.keeps_x_alone(x):
             return False
@@ -195,7 +196,7 @@ class FastLinear(FastLayer, Linear):
             multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
         elif x.dtype == torch.float16:  # in which the update without its scaling overflows
             return False
-        return operators.are_faster(x.device, multiply_adds, "auto")
+        return operators.are_faster(x, multiply_adds, "auto")
 
     def _takes(self, x: Any) -> bool:
         weight = parameter(self._modules["base_layer"], "weight")
