@@ -26,7 +26,7 @@ def turn_off() -> None:
 def follow() -> None:
     """lora_fast's kernels take AMX where oneDNN's do, and only there. Every benchmark calls this before it measures."""
     if VARIABLE in os.environ and extension.missing() is None:
-        extension._module().allow_amx(False)
+        extension.module().allow_amx(False)
 
 
 def used() -> bool:
@@ -46,4 +46,4 @@ def suffix() -> str:
 
 
 def _features() -> list[str]:
-    return extension._module().cpu_features()
+    return extension.module().cpu_features()

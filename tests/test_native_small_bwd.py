@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from support import Draw, hold_to_budget
 from torch import Tensor
 
 pytestmark = pytest.mark.native
@@ -117,3 +118,26 @@ def test_float32_adapters_get_float32_gradients(ops, size: tuple[int, int, int, 
         assert near(actual, expected)
         assert torch.equal(actual.to(rounded.dtype), rounded)
     assert [gradient.dtype for gradient in call(ops, given, **wide)[1:3]] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive"])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_long_sums_keep_to_float32s_budget(ops, threads, tokens, kind) -> None:
+    """dx and dh are sums over W's 8192 rows: running sums would be several times as far from the truth as PyTorch's."""
+
+    def draw(_: int) -> Draw:
+        shapes = {"grad_y": (tokens, 8192), "x": (tokens, 64), "weight": (8192, 64), "lora_A": (4, 64)}
+        shapes |= {"lora_B": (8192, 4)}
+        given = {name: torch.randn(shape) for name, shape in shapes.items()}
+        if kind == "positive":
+            given = {name: tensor.abs() for name, tensor in given.items()}
+        ours = ops.lora_linear_small_bwd(*given.values(), 1.0, *(None,) * 3, True, True, False, False, False)
+
+        def plain(grad_y: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+            grad_h = grad_y @ lora_B
+            return {"x": grad_y @ weight + grad_h @ lora_A, "lora_A": grad_h.T @ x}
+
+        wide = [tensor.double() for tensor in given.values()]
+        return {"x": ours[0], "lora_A": ours[1]}, [plain(*given.values())], plain(*wide)
+
+    hold_to_budget(torch.float32, draw)

@@ -12,8 +12,8 @@ namespace {
 // rounded to 16 bits, and of those that stay float32.
 constexpr double kCancellation = 8, kCancellationFloat = 2;
 // And where it is less than this many times |s| ‖W‖ Σ_r |B_r| ‖A_r‖ / √K, to which the error of U is
-// proportional: with A in two parts, and in float32.
-constexpr double kErrorOfParts = 32, kErrorOfFloat = 8;
+// proportional, which then may reach four units of float32: with A in two parts, and in float32.
+constexpr double kErrorOfParts = 32, kErrorOfFloat = 2;
 
 LORA_FAST_CLONES void split_row(const float* row, int64_t length, bf16* first, bf16* second) {
   for (int64_t k = 0; k < length; k += kLanes) {

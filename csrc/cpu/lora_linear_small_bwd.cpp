@@ -38,6 +38,18 @@ LORA_FAST_INLINE void store_lanes(void* out, bool wide, int64_t at, f32x16 v, in
   }
 }
 
+// The error of a running sum grows with its length. Those over the rows of W are sums of stretches, of so
+// many rows each.
+constexpr int64_t kStretch = 256;
+
+// sums += part, which becomes zero
+LORA_FAST_CLONES void add_part(float* part, int64_t size, float* sums) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    store<float>(sums + i, load<float>(sums + i) + load<float>(part + i));
+    store<float>(part + i, f32x16{});
+  }
+}
+
 template <class T>
 struct OutputSide {
   const T *grad_y, *product;  // [tokens, N]; product may be null
@@ -59,7 +71,8 @@ LORA_FAST_CLONES void output_strips(const OutputSide<T>& op, float* grad_h, floa
   const auto place = [](int64_t i) { return kDealt<T> ? dealt_position(i) : i; };
   const int64_t width = padded_rank(op.R);
   alignas(64) float dv[kSmallTokens][kStrip];
-  const Scratch<float> rows(kStrip * width);
+  const Scratch<float> rows(kStrip * width), part_h(op.tokens * width);
+  std::memset(part_h.data(), 0, static_cast<size_t>(op.tokens * width) * sizeof(float));
   for (int64_t n = begin * kStrip; n < end * kStrip; n += kStrip) {
     Strip<float> dgain{}, dbias{}, gain{splat(1.0f), splat(1.0f)};
     if (op.gain != nullptr) {
@@ -93,13 +106,15 @@ LORA_FAST_CLONES void output_strips(const OutputSide<T>& op, float* grad_h, floa
       for (int64_t r = 0; r < width; r += kLanes) {
         for (int64_t t = 0; t < op.tokens; ++t) {
           // four sums, so that an addition need not wait for the one before it
-          Vec<float> part[4] = {load<float>(grad_h + t * width + r)};
+          Vec<float> part[4] = {load<float>(part_h.data() + t * width + r)};
           for (int64_t i = 0; i < kStrip; i += 4)
             for (int64_t u = 0; u < 4; ++u)
               part[u] += dv[t][place(i + u)] * load<float>(rows.data() + (i + u) * width + r);
-          store<float>(grad_h + t * width + r, (part[0] + part[1]) + (part[2] + part[3]));
+          store<float>(part_h.data() + t * width + r, (part[0] + part[1]) + (part[2] + part[3]));
         }
       }
+      if ((n + kStrip) % kStretch == 0 || n + kStrip == end * kStrip)
+        add_part(part_h.data(), op.tokens * width, grad_h);
     }
     if (op.grad_B != nullptr) {
       for (int64_t i = 0; i < kStrip; ++i) {
@@ -183,22 +198,39 @@ int64_t sum_rows(int64_t tokens) {
   return products_of<T>() == Products::tiles ? round_up(tokens, kTokenTile) : tokens;
 }
 
-// sums [strips][sum_rows][32] of the strips [begin, end) = g W, g [tokens in whole tiles, N]
+// sums [strips][sum_rows][32] of the strips [begin, end) += g W over the rows [first, last) of W; g [tokens
+// in whole tiles, N]
 template <class T>
-void weight_product(const T* g, const Tensor& weight, int64_t tokens, float* sums, int64_t begin,
-                    int64_t end) {
+void add_weight_product(const T* g, const Tensor& weight, int64_t tokens, float* sums, int64_t begin,
+                        int64_t end, int64_t first, int64_t last) {
   const int64_t N = weight.size(0), ld = weight.stride(0), strips = end - begin;
-  const int64_t size = sum_rows<T>(tokens) * kStrip;
   const bool in_tiles = products_of<T>() == Products::tiles;
-  sums += begin * size;
-  std::memset(sums, 0, static_cast<size_t>(strips * size) * sizeof(float));
   const AmxScope scope(in_tiles, kSmallDepth);
-  for (int64_t n = 0; n < N; n += kSmallRows) {
+  for (int64_t n = first; n < last; n += kSmallRows) {
     const T* rows = data_of<T>(weight) + n * ld + begin * kStrip;
     if (!in_tiles) {
       dot_backward(g + n, N, rows, ld, strips, tokens, sums);
     } else if constexpr (std::is_same_v<T, bf16>) {
       tiles_backward(g + n, N, rows, ld, strips, round_up(tokens, kTokenTile) / kTokenTile, sums);
+    }
+  }
+}
+
+// The same over all rows, from zero. A rounding to 16 bits hides the error of a running sum.
+template <class T>
+void weight_product(const T* g, const Tensor& weight, int64_t tokens, float* sums, int64_t begin,
+                    int64_t end) {
+  const int64_t N = weight.size(0), size = (end - begin) * sum_rows<T>(tokens) * kStrip;
+  sums += begin * sum_rows<T>(tokens) * kStrip;
+  std::memset(sums, 0, static_cast<size_t>(size) * sizeof(float));
+  if constexpr (sizeof(T) == 2) {
+    add_weight_product(g, weight, tokens, sums, begin, end, 0, N);
+  } else {
+    const Scratch<float> part(size);
+    std::memset(part.data(), 0, static_cast<size_t>(size) * sizeof(float));
+    for (int64_t n = 0; n < N; n += kStretch) {
+      add_weight_product(g, weight, tokens, part.data(), begin, end, n, std::min(N, n + kStretch));
+      add_part(part.data(), size, sums);
     }
   }
 }

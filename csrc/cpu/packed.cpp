@@ -46,7 +46,8 @@ void pack_panel_into(void* dst, const Factor& factor, const RankLayout& layout, 
   pack_panel_any(dst, factor, layout, wide, first, cols);
 }
 
-void widen_line(double* dst, const void* data, ScalarType dtype, int64_t offset, int64_t stride, int64_t n){
+LORA_FAST_CLONES void widen_line(double* dst, const void* data, ScalarType dtype, int64_t offset,
+                                 int64_t stride, int64_t n){
     LORA_FAST_BY_DTYPE(dtype, T, convert_line(dst, static_cast<const T*>(data) + offset, stride, n))}
 
 PackedRows::PackedRows(const Factor& factor, int64_t count, const RankLayout& layout, bool wide)

@@ -61,7 +61,8 @@ for _schema in _SCHEMAS:
 
 
 @functools.cache
-def _module() -> ModuleType:
+def module() -> ModuleType:
+    """The extension, which is to be there."""
     return importlib.import_module("lora_fast._C")
 
 
@@ -74,12 +75,12 @@ def operators() -> SimpleNamespace:
 
 def amx_enabled() -> bool:
     """Whether the CPU's kernels use AMX: the processor has it, and no test has turned it off."""
-    return _module().amx_enabled()
+    return module().amx_enabled()
 
 
 def avx512_bf16_enabled() -> bool:
     """The same of the pairwise products of AVX512-BF16."""
-    return _module().avx512_bf16_enabled()
+    return module().avx512_bf16_enabled()
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def status() -> tuple[bool, str, dict]:
     ``reason`` says why it is missing, or "loaded"; ``build_info`` is what the extension says of itself.
     """
     try:
-        return True, "loaded", _module().build_info()
+        return True, "loaded", module().build_info()
     except Exception as error:  # a broken binary raises anything from ImportError to OSError; it is reported
         return False, _why_missing(error), {}
 
