@@ -268,11 +268,15 @@ LORA_FAST_INLINE void store_packed(F* p, Strip<F> s) {
   store<F>(p + kLanes, s.odd);
 }
 
+// The sum of the lanes in double, in pairs, so that an addition waits for three others at most.
 template <class F>
 LORA_FAST_INLINE double sum_lanes(Vec<F> v) {
-  double sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += static_cast<double>(v[i]);
-  return sum;
+  double sums[kLanes];
+  store_bits(sums, __builtin_convertvector(v, f64x16));
+#pragma GCC unroll 4
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
 }
 
 }  // namespace lora_fast
