@@ -46,10 +46,20 @@ def provenance() -> dict[str, Any]:
 
 def cpu_model() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = cpu_in(Path("/proc/cpuinfo").read_text())
     except OSError:
         found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    return found or platform.processor() or platform.machine()
+
+
+def cpu_in(cpuinfo: str) -> str | None:
+    """The processor named in Linux's /proc/cpuinfo, with family and model where its name, as in many virtual machines,
+    has no number that would tell it from its maker's others."""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE))
+    name = found.get("model name")
+    if name is None or re.search(r"\d", name) or not found.keys() >= {"cpu family", "model"}:
+        return name
+    return f"{name}, family {found['cpu family']} model {found['model']}"
 
 
 def device_name() -> str:

@@ -115,6 +115,19 @@ def test_a_device_is_named_by_what_was_turned_off(
         assert len(report.device_slug()) > len("some-1234-without-amx-2-threads")
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC, family 26 model 2"),
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9354\n", "AMD EPYC 9354"),
+        ("model name\t: Some CPU\n", "Some CPU"),
+        ("processor\t: 0\n", None),
+    ],
+)
+def test_a_processor_whose_name_has_no_number_is_named_by_its_family(cpuinfo: str, name: str | None) -> None:
+    assert report.cpu_in(cpuinfo) == name
+
+
 @pytest.mark.native
 def test_turning_amx_off_starts_anew_with_both_turned_off() -> None:
     code = (
