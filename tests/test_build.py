@@ -44,7 +44,7 @@ def test_the_module_includes_nothing_of_torch() -> None:
     assert any(name.startswith("pybind11/") for name in names)
 
 
-def test_tiles_come_from_the_header_that_emulates_them() -> None:
+def test_tiles_come_from_the_header_that_may_emulate_them() -> None:
     """A source that took them from the compiler's header would have no AMX in .ci/portable."""
     users = [path for path in SOURCES if "_tile_dp" in path.read_text(encoding="utf-8") and path.name != "tiles.h"]
     assert users

@@ -115,8 +115,13 @@ def test_only_a_gpu_works_behind_the_hosts_back(monkeypatch: pytest.MonkeyPatch)
     assert operators.take(one_call(), "auto") == (torch.get_default_device().type == "cuda")
 
 
-def test_a_cpu_has_them_in_float32_for_one_token_or_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+def test_a_cpu_has_them_in_float32_for_little_work_and_intels_for_one_token(
+    monkeypatch: pytest.MonkeyPatch, maker: str
+) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(operators, "_is_intel", lambda: maker == "GenuineIntel")
+    is_intel = maker == "GenuineIntel"
 
     def taken(tokens: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> bool:
         example = explain.example_calls(explain.Size(tokens, N, K, 8, dtype, "cpu"))
@@ -124,10 +129,13 @@ def test_a_cpu_has_them_in_float32_for_one_token_or_little_work(monkeypatch: pyt
         assert forward == backward
         return forward
 
-    assert taken(1, 2048, 2048)
+    assert taken(1, 512, 512)
+    assert taken(1, 2048, 2048) == is_intel
     assert not taken(2, 2048, 2048)
-    assert taken(16, 512, 512)
+    assert taken(16, 512, 512) == is_intel
     assert not taken(17, 512, 512)
+    assert taken(4, 256, 256)
+    assert taken(5, 256, 256) == is_intel
     assert not taken(1, 64, 64, torch.bfloat16)
     assert not taken(1, 64, 64, torch.float64)
 

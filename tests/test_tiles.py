@@ -24,7 +24,7 @@ def compiled(folder: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("emulated"), "-DLORA_FAST_EMULATE_AMX")
+    return compiled(tmp_path_factory.mktemp("emulated"), "-DLORA_FAST_EMULATE_AMX", f"-I{PROGRAM.parent}")
 
 
 def numbers(program: Path) -> list[str]:

@@ -52,8 +52,7 @@ LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_
       if (2 * pair < rows) a = load_bits<u32x16>(upper + strip * kStrip);
       if (2 * pair + 1 < rows) b = load_bits<u32x16>(lower + strip * kStrip);
       bf16* to = out + strip * out_stride + pair * kDepth;
-      store_bits(to, (a & 0xffffu) | (b << 16));
-      store_bits(to + kPanelStep / 2, (a >> 16) | (b & 0xffff0000u));
+      store_pairs(a, b, to, to + kPanelStep / 2);
     }
   }
 }

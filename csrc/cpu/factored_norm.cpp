@@ -161,7 +161,7 @@ void FactoredNorm::finish(int64_t first, const float* squares, const float* u, i
   const double cancellation = v_.dtype == ScalarType::Float ? kCancellationFloat : kCancellation;
   const double error_of_U = (parts_count_ == 2 ? kErrorOfParts : kErrorOfFloat) / std::sqrt(v_.cols);
   std::optional<Scratch<double>> buffer;
-  for (int64_t i = 0; i < kBlock; i += kRows) {
+  for (int64_t i = 0; i < kTileRows; i += kRows) {
     Update updates[kRows];
     update_squares({lora_B_.data() + (first + i) * width_, gram_.data(), lengths_.data(), v_.rank, width_,
                     parts_count_, v_.scaling},

@@ -24,9 +24,8 @@ class FactoredNorm {
   // Without parts: A itself, [R][K]
   const float* rows() const { return rows_; }
 
-  // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for the kBlock rows of W from `first` on;
-  // squares [kBlock] holds their ‖W‖² and u [kBlock][ld] their U in parts.
-  static constexpr int64_t kBlock = kTileRows;
+  // norm[i] = n and gain[i] = magnitude[i] / n, 0 where n is 0, for the kTileRows rows of W from `first` on;
+  // squares [kTileRows] holds their ‖W‖² and u [kTileRows][ld] their U in parts.
   void finish(int64_t first, const float* squares, const float* u, int64_t ld, const float* magnitude,
               float* norm, float* gain) const;
 

@@ -200,10 +200,9 @@ struct Operand {
     ld = kStrip;
     for (int64_t i = 0; i < words; ++i) {
       if constexpr (kRowsEach == 2) {
-        const auto a = load_bits<u32x16>(weight + 2 * i * stride);
-        const auto b = load_bits<u32x16>(weight + (2 * i + 1) * stride);
-        store_bits(made + i * kStrip, (a & 0xffffu) | (b << 16));
-        store_bits(made + i * kStrip + kLanes, (a >> 16) | (b & 0xffff0000u));
+        store_pairs(load_bits<u32x16>(weight + 2 * i * stride),
+                    load_bits<u32x16>(weight + (2 * i + 1) * stride), made + i * kStrip,
+                    made + i * kStrip + kLanes);
       } else {
         store_packed<float>(made + i * kStrip, load_strip<float>(weight + i * stride));
       }

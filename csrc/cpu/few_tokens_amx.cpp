@@ -55,9 +55,8 @@ using Pairs = uint32_t[kGroup][2][16 * 16];
 LORA_FAST_AMX LORA_FAST_INLINE void pair_rows(const bf16* weight, int64_t ld, int64_t strips, Pairs& pairs) {
   for (int64_t p = 0; p < 16; ++p, weight += 2 * ld) {
     for (int64_t s = 0; s < strips; ++s) {
-      const auto a = load_bits<u32x16>(weight + s * kStrip), b = load_bits<u32x16>(weight + ld + s * kStrip);
-      store_bits(pairs[s][0] + 16 * p, (a & 0xffffu) | (b << 16));
-      store_bits(pairs[s][1] + 16 * p, (a >> 16) | (b & 0xffff0000u));
+      store_pairs(load_bits<u32x16>(weight + s * kStrip), load_bits<u32x16>(weight + ld + s * kStrip),
+                  pairs[s][0] + 16 * p, pairs[s][1] + 16 * p);
     }
   }
 }

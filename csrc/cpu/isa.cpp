@@ -1,9 +1,12 @@
 #include "isa.h"
 
 #include <atomic>
+#include <cstring>
 
-#if LORA_FAST_HAS_AMX && defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
+#endif
+#if LORA_FAST_HAS_AMX && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -82,6 +85,22 @@ std::vector<std::string> cpu_features() {
   if (amx_available()) found.emplace_back("amx_bf16");
 #endif
   return found;
+}
+
+std::pair<std::string, int> cpu_family() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return {};
+  char maker[12];
+  std::memcpy(maker, &ebx, 4);
+  std::memcpy(maker + 4, &edx, 4);
+  std::memcpy(maker + 8, &ecx, 4);
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  const unsigned family = eax >> 8 & 0xf, extended = eax >> 20 & 0xff;
+  return {{maker, sizeof(maker)}, static_cast<int>(family == 0xf ? family + extended : family)};
+#else
+  return {};
+#endif
 }
 
 bool amx_enabled() {

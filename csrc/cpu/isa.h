@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -33,6 +34,9 @@
 namespace lora_fast {
 
 std::vector<std::string> cpu_features();
+
+// The maker of an x86 processor and its family: {"AuthenticAMD", 26} is Zen 5. Of others {"", 0}.
+std::pair<std::string, int> cpu_family();
 
 // AMX is used where it was compiled in, the processor has it, the kernel grants it and no test turned it off;
 // where it is emulated (tiles.h), everywhere. The pairwise products of AVX512-BF16 are used where they are

@@ -158,7 +158,7 @@ void gather_rank_grads(const Linear& op, const Tokens& tokens, int64_t chunks, i
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t count = std::min(kPanel, tokens.count - panel * kPanel);
     sum_rank_grads(op, tokens, chunks, panel, count, sums.data());
-    round_rows(AdapterMatrix(sums.data(), count, op.R), 0, count, 1.0f, true, width, rows.data());
+    round_rows(AdapterMatrix(sums.data(), true, count, op.R), 0, count, 1.0f, true, width, rows.data());
     pack_rows(rows.data(), width, count, steps, RowOrder::plain,
               tokens.rank_rows + panel * steps * kPanelStep);
     turn_columns(rows.data(), count, width, width, tokens.panels, tokens.grad_h_turned + panel * kPanelStep);
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu::lora_linear_bwd(
   const int64_t rank_panels = round_up(R, kPanel) / kPanel;
   const Scratch<float> sums_A(need_A ? K * round_up(2 * R, kPanel) : 0);
   const Scratch<float> sums_B(need_B ? N * rank_panels * kPanel : 0);
-  const RoundedMatrix factor(AdapterMatrix{lora_A});
+  const WholeRows<bf16> factor(AdapterMatrix{lora_A});
   const Linear op{elements(weight),
                   weight.stride(0),
                   N,

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "amx_product.h"
+#include "parallel.h"
 #include "small_common.h"
 
 namespace lora_fast {
@@ -55,7 +56,7 @@ struct Gradients {
   Tensor x, A, B, gain, bias;
 };
 
-// A contiguous matrix of bfloat16 or float32.
+// A contiguous matrix of a 16-bit type or float32.
 struct AdapterMatrix {
   const void* data;
   int64_t rows, cols;
@@ -66,8 +67,8 @@ struct AdapterMatrix {
         rows(tensor.size(0)),
         cols(tensor.size(1)),
         wide(tensor.scalar_type() == ScalarType::Float) {}
-  AdapterMatrix(const float* m, int64_t row_count, int64_t col_count)
-      : data(m), rows(row_count), cols(col_count), wide(true) {}
+  AdapterMatrix(const void* m, bool is_wide, int64_t row_count, int64_t col_count)
+      : data(m), rows(row_count), cols(col_count), wide(is_wide) {}
 };
 
 // Whether every bfloat16 stays one when multiplied by the scaling: a power of two (or its negative, or zero).
@@ -82,20 +83,41 @@ inline bool keeps_bf16(double scaling) {
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out);
 
-// The elements as a row-major bfloat16 matrix, copied only where they are float32.
-class RoundedMatrix {
+// The rows of a matrix in the 16-bit or float32 type T, and zero rows up to a multiple of `step`; copied only
+// where its elements are of another type or rows are missing. Its columns are whole vectors.
+template <class T>
+class WholeRows {
  public:
-  explicit RoundedMatrix(const AdapterMatrix& m)
-      : rounded_(m.wide ? m.rows * m.cols : 0), data_(static_cast<const bf16*>(m.data)) {
-    if (!m.wide) return;
-    round_rows(m, 0, m.rows, 1.0f, false, m.cols, rounded_.data());
-    data_ = rounded_.data();
+  explicit WholeRows(const AdapterMatrix& m, int64_t step = 1)
+      : count_(round_up(m.rows, step)),
+        rounds_(m.wide && sizeof(T) == 2),
+        copied_(rounds_ || count_ != m.rows ? count_ * m.cols : 0),
+        data_(static_cast<const T*>(m.data)) {
+    if (!rounds_ && count_ == m.rows) return;
+    const int64_t size = m.rows * m.cols;
+    for_chunks(std::min(m.rows, chunk_count(size, 65536)), m.rows, [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * m.cols, count = (end - begin) * m.cols;
+      if (rounds_) {
+        round_line(static_cast<const float*>(m.data) + at, count, copied_.data() + at);
+      } else {
+        std::memcpy(copied_.data() + at, data_ + at, static_cast<size_t>(count) * sizeof(T));
+      }
+    });
+    std::memset(copied_.data() + size, 0, static_cast<size_t>((count_ - m.rows) * m.cols) * sizeof(T));
+    data_ = copied_.data();
   }
-  const bf16* data() const { return data_; }
+  const T* data() const { return data_; }
+  int64_t count() const { return count_; }
 
  private:
-  Scratch<bf16> rounded_;
-  const bf16* data_;
+  static LORA_FAST_CLONES void round_line(const float* from, int64_t count, T* to) {
+    for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
+  }
+
+  int64_t count_;
+  bool rounds_;
+  Scratch<T> copied_;
+  const T* data_;
 };
 
 }  // namespace lora_fast

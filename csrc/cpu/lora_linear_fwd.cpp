@@ -189,7 +189,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   const int64_t rank_steps = round_up(op.split ? 2 * R : R, kDepth) / kDepth;
   const int64_t most_panels = round_up(std::min(tokens, kTokenBlock), kPanel) / kPanel;
   const Scratch<bf16> packed_A(round_up(R, kPanel) * K);
-  const RoundedMatrix factor(AdapterMatrix{lora_A});
+  const WholeRows<bf16> factor(AdapterMatrix{lora_A});
   for (int64_t r = 0; r < R; r += kPanel)
     pack_rows(factor.data() + r * K, K, std::min(kPanel, R - r), steps, RowOrder::dealt,
               packed_A.data() + r * K);

@@ -102,7 +102,7 @@ class Operand {
   int64_t tiles_of(int64_t pair) const { return std::min<int64_t>(2, tiles_ - 2 * pair); }
 
   void pack_tiles(const bf16* x, int64_t tokens, const FactoredNorm* norm) {
-    const PaddedRows rows(x, tokens, K_, kTokenTile);
+    const WholeRows<bf16> rows({x, false, tokens, K_}, kTokenTile);
     const int64_t blocks = K_ / kSmallDepth;
     for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
@@ -238,51 +238,12 @@ LORA_FAST_CLONES void store_projection(const float* c, int64_t count, int64_t to
   }
 }
 
-// The elements of lora_A in T, its rows followed by zero rows up to a multiple of `step`; copied only where
-// they are of another dtype or rows are missing.
-template <class T>
-class ProjectionRows {
- public:
-  ProjectionRows(const Tensor& lora_A, int64_t step)
-      : wide_(lora_A.element_size() != sizeof(T)),
-        count_(round_up(lora_A.size(0), step)),
-        copied_(wide_ || count_ != lora_A.size(0) ? count_ * lora_A.size(1) : 0),
-        data_(copied_.data()) {
-    const int64_t R = lora_A.size(0), K = lora_A.size(1);
-    if (!wide_ && count_ == R) {
-      data_ = data_of<T>(lora_A);
-      return;
-    }
-    for_chunks(std::min(R, chunk_count(R * K, 65536)), R, [&](int64_t, int64_t begin, int64_t end) {
-      const int64_t at = begin * K, count = (end - begin) * K;
-      if (wide_) {
-        round_line(data_of<float>(lora_A) + at, count, copied_.data() + at);
-      } else {
-        std::memcpy(copied_.data() + at, data_of<T>(lora_A) + at, static_cast<size_t>(count) * sizeof(T));
-      }
-    });
-    std::memset(copied_.data() + R * K, 0, static_cast<size_t>((count_ - R) * K) * sizeof(T));
-  }
-  const T* data() const { return data_; }
-  int64_t count() const { return count_; }
-
- private:
-  static LORA_FAST_CLONES void round_line(const float* from, int64_t count, T* to) {
-    for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
-  }
-
-  bool wide_;
-  int64_t count_;
-  Scratch<T> copied_;
-  const T* data_;
-};
-
 // h = x lora_Aᵀ as [tokens, R], and s times it as [R][tokens in whole tiles] in float32
 template <class T>
 void project(const Operand<T>& operand, int64_t tokens, const Tensor& lora_A, double scaling, T* h,
              float* scaled_h) {
   const int64_t R = lora_A.size(0), K = lora_A.size(1);
-  const ProjectionRows<T> rows(lora_A, operand.row_step());
+  const WholeRows<T> rows(AdapterMatrix{lora_A}, operand.row_step());
   alignas(64) float c[kSmallRows * kSmallTokens] = {};
   const AmxScope scope(operand.how() == Products::tiles, kSmallDepth);
   for (int64_t r = 0; r < R; r += kSmallRows) {

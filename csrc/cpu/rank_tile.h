@@ -177,10 +177,9 @@ LORA_FAST_INLINE void pack_panel_pairs(bf16* dst, const Factor& f, const RankLay
     const bool whole = count == kStrip && rank == layout.depth && layout.dealt;
     if (whole && f.stride_outer == 1) {
       for (int64_t r = 0; r < rank; r += 2) {
-        const u32x16 low = load_bits<u32x16>(src + r * f.stride_rank);
-        const u32x16 high = load_bits<u32x16>(src + (r + 1) * f.stride_rank);
-        store_bits(out + r * kLanes, (low & 0xffffu) | (high << 16));
-        store_bits(out + group + r * kLanes, (low >> 16) | (high & 0xffff0000u));
+        store_pairs(load_bits<u32x16>(src + r * f.stride_rank),
+                    load_bits<u32x16>(src + (r + 1) * f.stride_rank), out + r * kLanes,
+                    out + group + r * kLanes);
       }
     } else if (whole && f.stride_rank == 1 && rank % 16 == 0) {
       for (int64_t half = 0; half < 2; ++half) {

@@ -63,23 +63,4 @@ inline const bf16* elements(const Tensor& tensor) {
     __VA_ARGS__;                                             \
   }
 
-// A matrix whose rows are followed by zero rows up to a multiple of `step`; copied only where some are
-// missing.
-class PaddedRows {
- public:
-  PaddedRows(const bf16* data, int64_t rows, int64_t cols, int64_t step)
-      : padded_(rows % step == 0 ? 0 : round_up(rows, step) * cols), data_(data) {
-    if (rows % step == 0) return;
-    std::memcpy(padded_.data(), data, static_cast<size_t>(rows * cols) * sizeof(bf16));
-    std::memset(padded_.data() + rows * cols, 0,
-                static_cast<size_t>((round_up(rows, step) - rows) * cols) * sizeof(bf16));
-    data_ = padded_.data();
-  }
-  const bf16* data() const { return data_; }
-
- private:
-  Scratch<bf16> padded_;
-  const bf16* data_;
-};
-
 }  // namespace lora_fast

@@ -221,6 +221,14 @@ LORA_FAST_INLINE void undeal_strip(V& even, V& odd) {
   even = first;
 }
 
+// Two rows of 32 16-bit elements, column by column in pairs: those of the even columns and those of the odd
+// ones.
+template <class P>
+LORA_FAST_INLINE void store_pairs(u32x16 upper, u32x16 lower, P* even, P* odd) {
+  store_bits(even, (upper & 0xffffu) | (lower << 16));
+  store_bits(odd, (upper >> 16) | (lower & 0xffff0000u));
+}
+
 // out[p] lane l = word p of row l, for sixteen rows of eight 32-bit words: 8 × 8 blocks are transposed by
 // exchanging one bit of the row with one bit of the word at a time.
 LORA_FAST_INLINE void transpose_words(const void* rows, int64_t row_bytes, u32x16 out[8]) {

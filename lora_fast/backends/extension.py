@@ -83,6 +83,11 @@ def avx512_bf16_enabled() -> bool:
     return module().avx512_bf16_enabled()
 
 
+def cpu_family() -> tuple[str, int]:
+    """The maker of an x86 processor and its family, ("AuthenticAMD", 26) for Zen 5; ("", 0) of others."""
+    return module().cpu_family()
+
+
 @functools.cache
 def status() -> tuple[bool, str, dict]:
     """``(loaded, reason, build_info)`` of the extension; never raises.

@@ -12,7 +12,8 @@ Activations are [T, features]. The products are PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -69,6 +70,7 @@ class Passes:
     compose(base, h, lora_B, scaling, gain, bias, out, product): out ← gain ⊙ v + bias, product ← v,
         v = base + s h lora_Bᵀ; all contiguous, out may be base.
     dropout(x, seed, p) → drop(x)
+    products: x Wᵀ + bias by the kernels for "base" and "grad_x" that its plans name beside PyTorch's own
     """
 
     def __init__(
@@ -76,21 +78,24 @@ class Passes:
         compose: Callable[..., None],
         gain_bwd: GainBackward,
         dropout: Callable[[Tensor, Tensor, float], Tensor],
+        products: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = MappingProxyType({}),
     ) -> None:
         self.compose = compose
         self.gain_bwd = gain_bwd
         self.drop = dropout
+        self.products = products
 
     def lora_linear_fwd(self, call: calls.LoraLinear, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, gain = call.x, call.weight, call.bias, call.gain
         if call.axis == "input" and gain is not None:
             x, gain = self._scaled_input(x, gain), None
         h = _linear(self._dropped(x, call), call.lora_A, None)
+        linear = self.products.get(plan.kernel("base"), _linear)
         if gain is None:
-            y = _linear(x, weight, None if bias is None else bias.to(x.dtype))
+            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
             self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
             return y, y.new_empty(0), h
-        base = _linear(x, weight, None)
+        base = linear(x, weight, None)
         y, product, kept = results_beside(base, call.keep)
         self.compose(base, h, call.lora_B, call.scaling, gain, bias, y, product)
         return y, kept, h
@@ -123,7 +128,8 @@ class Passes:
             x = call.x if gain_in is None else self._scaled_input(call.x, gain_in)
             grad_A = (grad_h.T @ self._dropped(x, call)).to(call.lora_A.dtype)
         if need_input:
-            grad_x = self._input_grad(call, grad_v, grad_h)
+            linear = self.products.get(plan.kernel("grad_x"), _linear)
+            grad_x = self._input_grad(call, linear(grad_v, call.weight.T, None), grad_h)
             if gain_in is not None:
                 grad_x, grad_gain, _ = self.gain_bwd(
                     grad_x, call.x, gain_in, need_scaled=call.need_x, need_gain=call.need_gain, need_bias=False
@@ -173,9 +179,8 @@ class Passes:
         assert call.seed is not None
         return self.drop(x, call.seed, call.dropout_p)
 
-    def _input_grad(self, call: calls.LoraLinearGrad, grad_v: Tensor, grad_h: Tensor) -> Tensor:
-        """grad_v W + drop(grad_h lora_A), [T, K]; grad_h is scaled already"""
-        grad_x = (grad_v @ call.weight.to(grad_v.dtype)).contiguous()
+    def _input_grad(self, call: calls.LoraLinearGrad, grad_x: Tensor, grad_h: Tensor) -> Tensor:
+        """grad_x + drop(grad_h lora_A), [T, K], in grad_x; grad_h is scaled already"""
         if call.dropout_p > 0.0:
             return grad_x.add_(self._dropped(grad_h @ call.lora_A.to(grad_h.dtype), call))
         self.compose(grad_x, grad_h, call.lora_A.T, 1.0, None, None, grad_x, None)

@@ -196,7 +196,7 @@ class FastLinear(FastLayer, Linear):
             multiply_adds *= 4  # in float32 its products along the rank take the device longer, and there are casts
         elif x.dtype == torch.float16:  # in which the update without its scaling overflows
             return False
-        return operators.are_faster(x, multiply_adds, "auto")
+        return operators.are_faster(x, multiply_adds)
 
     def _takes(self, x: Any) -> bool:
         weight = parameter(self._modules["base_layer"], "weight")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import dora, extension
+from lora_fast.backends.cpu import onednn
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 
@@ -111,7 +112,7 @@ def _wide(bias: Tensor | None) -> Tensor | None:
 
 
 _FORWARDS = {"lora_linear_small_fwd": _c.lora_linear_small_fwd, "lora_linear_fwd": _c.lora_linear_fwd}
-_passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout)
+_passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout, {onednn.KERNEL: onednn.linear})
 lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
