@@ -105,24 +105,25 @@ class Passes:
         gain_in, gain = (call.gain, None) if call.axis == "input" else (None, call.gain)
         need_input = call.need_x or (gain_in is not None and call.need_gain)
 
-        grad_v, grad_gain, grad_bias = self.gain_bwd(
-            grad_y,
-            call.product,
-            gain,
-            need_scaled=need_input or call.need_A or call.need_B,
-            need_gain=call.need_gain and gain_in is None,
-            need_bias=call.need_bias,
-        )
-        grad_v = grad_y if gain is None else grad_v
-        grad_x, grad_A, grad_B = (grad_y.new_empty(0) for _ in range(3))
+        grad_v = grad_y
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = (grad_y.new_empty(0) for _ in range(5))
+        if "grad_v" in plan.steps:  # there is a gain, or a bias that wants its gradient
+            scaled, grad_gain, grad_bias = self.gain_bwd(
+                grad_y,
+                call.product,
+                gain,
+                need_scaled=need_input or call.need_A or call.need_B,
+                need_gain=call.need_gain and gain_in is None,
+                need_bias=call.need_bias,
+            )
+            grad_v = grad_y if gain is None else scaled
         if call.kept == "base" and call.need_gain:
             grad_gain += _update_of_gain(call)
         if call.need_B:
             assert call.h is not None
-            grad_B = grad_v.new_empty(call.lora_B.shape)
-            grad_B = grad_B.addmm_(grad_v.T, call.h, beta=0, alpha=call.scaling).to(call.lora_B.dtype)
+            grad_B = _scaled_product(grad_v.T, call.h, call.scaling).to(call.lora_B.dtype)
         if need_input or call.need_A:
-            grad_h = grad_v @ _scaled(call.lora_B, call.scaling, dtype)
+            grad_h = _scaled_product(grad_v, call.lora_B.to(dtype), call.scaling)
         if call.need_A:
             assert call.x is not None
             x = call.x if gain_in is None else self._scaled_input(call.x, gain_in)
@@ -156,12 +157,11 @@ class Passes:
         grad_v = grad_y if gain is None else grad_base
         grad_h, grad_B = (grad_y.new_empty(0) for _ in range(2))
         if call.need_h:
-            grad_h = grad_v @ _scaled(call.lora_B, call.scaling, grad_v.dtype)
-            grad_h = grad_h.to(call.h.dtype)
+            grad_h = _scaled_product(grad_v, call.lora_B.to(grad_v.dtype), call.scaling).to(call.h.dtype)
         if call.kept == "base" and call.need_gain:
             grad_gain += _update_of_gain(call)
         if call.need_B:
-            grad_B = (grad_v.T @ (call.h.to(grad_v.dtype) * call.scaling)).to(call.lora_B.dtype)
+            grad_B = _scaled_product(grad_v.T, call.h.to(grad_v.dtype), call.scaling).to(call.lora_B.dtype)
         if not call.need_base:
             grad_base = grad_y.new_empty(0)
         return grad_base, grad_h, grad_B, grad_gain, grad_bias
@@ -210,6 +210,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias).contiguous()
 
 
-def _scaled(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s lora_B in ``dtype``, so that dh = dv (s lora_B) is rounded once and not again by s."""
-    return (lora_B.to(torch.promote_types(lora_B.dtype, dtype)) * scaling).to(dtype)
+def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """s (left right), rounded once."""
+    product = left.new_empty(left.shape[0], right.shape[1])
+    return product.addmm_(left, right, beta=0, alpha=scaling)

@@ -41,12 +41,20 @@ _TORCH = Step(LINEAR, "PyTorch's product")
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_PASS)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_PASS}, if anything has changed")})
 _PASSES = Plan({"h": _TORCH, "base": _TORCH, "y": _COMPOSE})
-_PASSES_GRAD = Plan({"grad_v": _GAIN_BWD, "grad_x": Step(MATMUL, "PyTorch's product")})
+_MATMUL = Step(MATMUL, "PyTorch's product")
 _ONEDNN = Step(onednn.KERNEL, "oneDNN's product, by vectors of 512 bits where MKL's has 256")
 _PASSES_BY_ONEDNN = Plan({**_PASSES.steps, "base": _ONEDNN})
-_PASSES_GRAD_BY_ONEDNN = Plan({**_PASSES_GRAD.steps, "grad_x": _ONEDNN})
+# by whether there is a gain or a bias, and whether the product is oneDNN's
+_PASSES_GRAD = {
+    (passes, by_onednn): Plan(({"grad_v": _GAIN_BWD} if passes else {}) | {"grad_x": _ONEDNN if by_onednn else _MATMUL})
+    for passes in (False, True)
+    for by_onednn in (False, True)
+}
 _FEW_FWD, _TILES_FWD = Plan({"y": Step("lora_linear_small_fwd", _FEW)}), Plan({"y": Step("lora_linear_fwd", _TILES)})
-_FEW_LORA, _TILES_LORA = (plan._replace(where_B_is_zero=_PASSES) for plan in (_FEW_FWD, _TILES_FWD))
+# a fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then
+_FEW_LORA, _TILES_LORA, _ONEDNN_LORA = (
+    plan._replace(where_B_is_zero=_PASSES) for plan in (_FEW_FWD, _TILES_FWD, _PASSES_BY_ONEDNN)
+)
 _FEW_BWD = Plan({"gradients": Step("lora_linear_small_bwd", _FEW)})
 _TILES_BWD = Plan({"gradients": Step("lora_linear_bwd", _TILES)})
 _FEW_DORA = Plan({"y, norm": Step("dora_linear_small_fwd", f"{_FEW}, for the norm too")})
@@ -68,9 +76,10 @@ def lora_linear_fwd(call: Linear) -> Plan:
     if kernel is not None and call.has_gain:
         return kernel
     if kernel is not None and call.x.shape[0] <= PRODUCT_TOKENS:
-        # a fresh adapter leaves nn.Linear's output as it is, to the bit: the product is PyTorch's then
         return _FEW_LORA if kernel is _FEW_FWD else _TILES_LORA
-    return _PASSES_BY_ONEDNN if _is_onednns(call) else _PASSES
+    if _is_onednns(call):
+        return _PASSES_BY_ONEDNN if call.has_gain else _ONEDNN_LORA
+    return _PASSES
 
 
 def lora_linear_bwd(call: LinearGrad) -> Plan:
@@ -78,7 +87,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
         return _FEW_BWD
     if call.kept != "base" and _native(call):
         return _TILES_BWD
-    return _PASSES_GRAD_BY_ONEDNN if _is_onednns(call) else _PASSES_GRAD
+    return _PASSES_GRAD[call.has_gain or call.need_bias, _is_onednns(call)]
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
