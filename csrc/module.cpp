@@ -56,7 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "How this module was built: kind, compiler, torch, torch_target, isa, cuda_archs.");
   m.def("cpu_features", &lora_fast::cpu_features, "What this processor has of isa.");
-  m.def("cpu_family", &lora_fast::cpu_family, "The maker and the family of an x86 processor, or an empty name and 0.");
+  m.def("cpu_family", &lora_fast::cpu_family,
+        "The maker and the family of an x86 processor, or an empty name and 0.");
   m.def("amx_enabled", &lora_fast::amx_enabled, "Whether kernels use AMX.");
   m.def("allow_amx", &lora_fast::allow_amx, pybind11::arg("allowed"),
         "Tests turn AMX off to reach the other kernels.");
