@@ -9,6 +9,8 @@ import torch
 from support import Draw, hold_to_budget
 from torch import Tensor
 
+from lora_fast.testing import recorded_scratch, thread_count
+
 pytestmark = pytest.mark.native
 
 SIZES = [(1, 32, 32, 1), (2, 64, 96, 3), (15, 96, 64, 16), (16, 160, 1024, 17), (17, 1024, 160, 33), (32, 96, 160, 128)]
@@ -141,3 +143,22 @@ def test_long_sums_keep_to_float32s_budget(ops, threads, tokens, kind) -> None:
         return {"x": ours[0], "lora_A": ours[1]}, [plain(*given.values())], plain(*wide)
 
     hold_to_budget(torch.float32, draw)
+
+
+@pytest.mark.parametrize("threads", [3, 8, 64])
+@pytest.mark.parametrize("size", [2048, 4096])
+def test_no_thread_is_idle_at_the_benchmarks_sizes(ops, size: int, threads: int) -> None:
+    """By the scratch that each has. But in backward of 2048 columns 32 threads have a pair of cache lines each."""
+    tokens, strip = 16, 32
+    given = tensors(tokens, size, size, 4, torch.float32)
+    weight, lora_A, lora_B = (given[name] for name in ("weight", "lora_A", "lora_B"))
+    y = torch.empty(tokens, size)
+    with thread_count(threads):
+        with recorded_scratch() as forward:
+            ops.lora_linear_small_fwd(given["x"], weight, lora_A, lora_B, 1.0, None, None, y, None)
+        with recorded_scratch() as backward:
+            call(ops, given)
+    assert sum(taken == 4 * strip * (tokens + 1) for _, taken in forward) == threads
+    shares = min(threads, size // strip // 2)
+    strips = {size // strip // shares, -(-size // strip // shares)}
+    assert sum(taken in {4 * tokens * strip * count for count in strips} for _, taken in backward) == shares

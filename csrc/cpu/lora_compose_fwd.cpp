@@ -101,8 +101,7 @@ void rows_double(const Compose& op, const PackedPanels& panels, int64_t begin, i
   LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<double, T>(op, panels, begin, end))
 }
 
-// Fewer tokens than this leave too few blocks of them for the threads, and a whole packed lora_B to be read
-// for little.
+// Of fewer tokens than this a whole packed lora_B would be read for little.
 constexpr int64_t kManyTokens = 8 * kTileRows;
 
 }  // namespace
@@ -151,16 +150,17 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
                    packed_h ? &*packed_h : nullptr,
                    packed_gain ? packed_gain->data() : nullptr,
                    packed_bias ? packed_bias->data() : nullptr};
-  if (tokens >= kManyTokens) {
+  const int64_t token_blocks = round_up(tokens, kTileRows) / kTileRows;
+  const int64_t blocks = round_up(width, kTileCols) / kTileCols;
+  const int64_t token_chunks = chunk_count(token_blocks, 1);
+  if (tokens >= kManyTokens && token_chunks >= chunk_count(blocks, 1)) {
     const PackedPanels panels(columns, width, layout, wide);
-    const int64_t blocks = round_up(tokens, kTileRows) / kTileRows;
-    for_chunks(chunk_count(blocks, 1), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    for_chunks(token_chunks, token_blocks, [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(layout.pairs, layout.step);
       (wide ? rows_double : rows_float)(op, panels, begin, end);
     });
     return;
   }
-  const int64_t blocks = round_up(width, kTileCols) / kTileCols;
   const int64_t grain = std::max<int64_t>(1, 16384 / (kTileCols * (tokens + rank)));
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
     const Scratch<char> panel(layout.depth * kTileCols * packed_size(layout, wide));

@@ -294,7 +294,9 @@ void backward(const Call& call, Gradients& grad) {
                             writable<T>(grad.x, needs.x),
                             needs.A ? grad.A.mutable_data_ptr() : nullptr,
                             call.lora_A.scalar_type() == ScalarType::Float};
-  for_chunks(chunk_count(strips, 8), strips, [&](int64_t, int64_t begin, int64_t end) {
+  // two strips at least, since memory is read in pairs of lines
+  const int64_t grain = std::max<int64_t>(2, blocks_of_a_thread<T>(N));
+  for_chunks(chunk_count(strips, grain), strips, [&](int64_t, int64_t begin, int64_t end) {
     if (needs.x) weight_product(grad_v.data(), call.weight, tokens, sums.data(), begin, end);
     input_strips(inputs, begin, end);
   });

@@ -285,7 +285,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
                     sample != nullptr ? &weight : nullptr,
                     &sum};
   project(operand, tokens, lora_A, scaling, static_cast<T*>(h.mutable_data_ptr()), scaled_h.data());
-  for_chunks(chunk_count(N / kSmallRows, 4), N / kSmallRows,
+  for_chunks(chunk_count(N / kSmallRows, blocks_of_a_thread<T>(K)), N / kSmallRows,
              [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
   if (sample != nullptr) *sample = sum;
   return h;

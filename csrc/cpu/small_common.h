@@ -50,6 +50,13 @@ inline const bf16* elements(const Tensor& tensor) {
   return data_of<bf16>(tensor);
 }
 
+// How many blocks of 32 rows or columns of W, `length` long, are worth a thread: 64 KB of them.
+template <class T>
+inline int64_t blocks_of_a_thread(int64_t length) {
+  constexpr int64_t kElements = 65536 / sizeof(T);
+  return std::max<int64_t>(1, kElements / (32 * length));
+}
+
 // Runs the statement with T bound to the storage type of dtype, which is no double.
 #define LORA_FAST_BY_SHORT_DTYPE(dtype, T, ...)              \
   if (dtype == torch::headeronly::ScalarType::BFloat16) {    \
