@@ -11,7 +11,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
-.PHONY: setup demo test portable builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
+.PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
 	peft-oldest bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
@@ -29,6 +29,10 @@ builds: setup
 # The numeric tests as other processors run them.
 portable: setup
 	.ci/portable $(VENV) $(JOBS)
+
+# The same as ARM runs them, by emulation; .ci/arm says which of Debian's packages it needs.
+arm: setup
+	.ci/arm $(VENV) .arm
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && .ci/types $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cuh %.cu,$(NATIVE)) benchmarks/few_tokens.cu
@@ -91,7 +95,7 @@ bench-layer bench-peft: bench-%: setup
 	$(if $(WITHOUT_AMX),ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) $(BIN)/pytest benchmarks/bench_$*.py
 
 clean:
-	rm -rf $(VENV) $(GPU) build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU) .arm build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone: the extension is compiled against it.
 $(VENV)/.torch:

@@ -18,7 +18,8 @@ from .report import bound, digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
-# The same processor with AMX turned off, whose tables stand after the other's as soon as there are results of it.
+# Processors without AMX, whose tables stand after the other's: Zen 5, and the same Intel with AMX turned off.
+ZEN_5 = ROOT / "benchmarks" / "results" / "amd-epyc-family-26-model-2-2-threads"
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md")))
@@ -42,6 +43,7 @@ SUMMARY_WITHOUT_AMX = (
     ("layer.json", "inference, 16 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
     ("layer.json", "training step, 512 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
     ("layer.json", "training step, 16 tokens, 4096×4096 bfloat16", "layer, ", _LAYER),
+    ("layer.json", "training step, 512 tokens, 2048×2048 float32", "layer, ", _LAYER),
     SUMMARY[3],
 )
 OURS = re.compile(r"lora_fast (LoRA|DoRA)$")  # what auto takes; the backends by name are contenders of their own
@@ -63,7 +65,7 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 def for_each_processor(section: Callable[[Path], str], name: str) -> str:
     """The section of each kind of processor that has this result file, one after the other."""
-    return "\n".join(section(folder) for folder in (RESULTS, WITHOUT_AMX) if (folder / name).exists())
+    return "\n".join(section(folder) for folder in (RESULTS, ZEN_5, WITHOUT_AMX) if (folder / name).exists())
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -84,11 +86,7 @@ def _conditions(results: dict[str, Any]) -> str:
 
 def summary() -> str:
     """The README's tables: lora_fast's DoRA beside the frozen linear and PEFT, in time and memory."""
-    return "\n".join(
-        _summary(folder, [row for row in rows if (folder / row[0]).exists()])
-        for folder, rows in ((RESULTS, SUMMARY), (WITHOUT_AMX, SUMMARY_WITHOUT_AMX))
-        if (folder / rows[0][0]).exists()
-    )
+    return "\n".join(_summary(folder, rows) for folder, rows in ((RESULTS, SUMMARY), (ZEN_5, SUMMARY_WITHOUT_AMX)))
 
 
 def _summary(folder: Path, chosen: Sequence[tuple[str, str, str, Sequence[str | None]]]) -> str:

@@ -21,6 +21,7 @@ pytestmark = [
 FORMS = ("lora", "output", "input")
 FLOAT32 = [case for case in CASES if case.dtype == torch.float32]
 RAGGED = Case((35,), 600, 1300, 4)  # whole stretches and parts of one, both ways
+LONG = Case((1030,), 48, 80, 4)  # two whole blocks of tokens and a part
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", [*FLOAT32, RAGGED], ids=str)
+@pytest.mark.parametrize("case", [*FLOAT32, RAGGED, LONG], ids=str)
 def test_against_the_reference(case: Case, form: str) -> None:
     if (form == "output" and case.K == 1) or (form == "input" and case.N == 1):
         pytest.skip("a norm over one element is |V|, whose error is no yardstick")
@@ -112,7 +113,10 @@ def test_where_it_is_faster(
     monkeypatch.setattr(onednn.extension, "cpu_family", lambda: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_op)
-    assert onednn.is_faster.__wrapped__() is is_faster
+    monkeypatch.setattr(onednn, "_has_wider_vectors", onednn._has_wider_vectors.__wrapped__)
+    assert onednn.is_faster() is is_faster
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not onednn.is_faster()
 
 
 def test_what_the_plan_leaves_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

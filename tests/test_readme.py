@@ -117,15 +117,22 @@ def layer_results() -> dict[str, Any]:
 
 
 def test_the_same_processor_without_amx_has_tables_of_its_own(without_amx: Path) -> None:
-    sections = (readme.summary, readme.layer, readme.peft)
-    before = [section() for section in sections]
-    assert "without AMX" not in "".join(before)
+    layer, peft = readme.layer(), readme.peft()
+    assert "without AMX" not in layer + peft
     (without_amx / "layer.json").write_text(json.dumps(layer_results()))
-    summary, layer, peft = (section() for section in sections)
-    assert summary.startswith(before[0])
-    assert layer.startswith(before[1])
-    assert peft == before[2]
-    added = summary.removeprefix(before[0]).strip().splitlines()
+    added = readme.layer().removeprefix(layer).strip()
+    assert added.startswith("A processor without AMX, 2 threads, torch 2.13, 2026-12-01: [benchmarks/results/")
+    assert "2.00" not in added  # in units of the frozen linear
+    assert readme.peft() == peft
+
+
+def test_the_readme_has_two_kinds_of_processor(without_amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_amx = readme.summary().split("\n\nAMD")[0]
+    for name in ("layer", "peft"):
+        (without_amx / f"{name}.json").write_text(json.dumps(layer_results()))
+    monkeypatch.setattr(readme, "ZEN_5", without_amx)
+    monkeypatch.setattr(readme, "SUMMARY_WITHOUT_AMX", readme.SUMMARY_WITHOUT_AMX[:3])
+    added = readme.summary().removeprefix(with_amx).strip().splitlines()
     assert added[0].startswith("A processor without AMX, 2 threads, torch 2.13, 2026-12-01: [layer.json](")
     assert [line.split(" | ")[0] for line in added[4:]] == [
         "| layer, inference, 16 tokens, 4096×4096 bfloat16",
@@ -136,7 +143,8 @@ def test_the_same_processor_without_amx_has_tables_of_its_own(without_amx: Path)
 
 
 def test_the_grid_is_there_once_it_was_measured(without_amx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RESULTS", without_amx.parent)
+    for name in ("RESULTS", "ZEN_5"):
+        monkeypatch.setattr(readme, name, without_amx.parent)
     assert readme.grid() == ""
     row = {"mode": "inference", "dtype": "bfloat16", "size": "64×64", "tokens": 16}
     bars = [

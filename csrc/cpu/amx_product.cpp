@@ -20,27 +20,30 @@ LORA_FAST_CLONES void pack_rows(const bf16* m, int64_t ld, int64_t rows, int64_t
   }
 }
 
-LORA_FAST_CLONES void pack_columns(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out) {
-  for (int64_t step = 0; step < steps; ++step, m += kDepth) {
-    for (int64_t tile = 0; tile < 2; ++tile, out += kPanelStep / 2) {
-      const int64_t present = rows - tile * 16;
-      bf16 padded[16 * kDepth];
-      const bf16* from = m + tile * 16 * ld;
-      int64_t stride = ld;
-      if (present < 16) {
-        std::memset(padded, 0, sizeof(padded));
-        for (int64_t i = 0; i < present; ++i)
-          std::memcpy(padded + i * kDepth, from + i * ld, kDepth * sizeof(bf16));
-        from = padded;
-        stride = kDepth;
-      }
-      for (int64_t half = 0; half < 2; ++half) {
-        u32x16 words[8];
-        transpose_words(from + half * 16, stride * 2, words);
-        for (int64_t p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * kDepth, words[p]);
-      }
+LORA_FAST_CLONES void pack_column_tile(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out,
+                                       int64_t out_stride) {
+  for (int64_t step = 0; step < steps; ++step, m += kDepth, out += out_stride) {
+    alignas(64) bf16 padded[16 * kDepth];
+    const bf16* from = m;
+    int64_t stride = ld;
+    if (rows < 16) {
+      std::memset(padded, 0, sizeof(padded));
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(padded + i * kDepth, m + i * ld, kDepth * sizeof(bf16));
+      from = padded;
+      stride = kDepth;
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      u32x16 words[8];
+      transpose_words(from + half * 16, stride * 2, words);
+      for (int64_t p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * kDepth, words[p]);
     }
   }
+}
+
+void pack_columns(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out) {
+  for (int64_t tile = 0; tile < 2; ++tile)
+    pack_column_tile(m + tile * 16 * ld, ld, rows - tile * 16, steps, out + tile * kPanelStep / 2,
+                     kPanelStep);
 }
 
 LORA_FAST_CLONES void pack_pairs(const bf16* m, int64_t ld, int64_t rows, int64_t strips, bf16* out,

@@ -37,6 +37,10 @@ enum class RowOrder { plain, dealt };
 // An a-panel from up to 32 rows of m (row stride ld), `steps` steps of 32 columns; missing rows are zero.
 void pack_rows(const bf16* m, int64_t ld, int64_t rows, int64_t steps, RowOrder order, bf16* out);
 
+// One tile of each step of a b-panel, `out_stride` elements apart: the columns are up to 16 rows of m, or
+// none; missing ones are zero.
+void pack_column_tile(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out, int64_t out_stride);
+
 // A b-panel whose columns are up to 32 rows of m; missing ones are zero.
 void pack_columns(const bf16* m, int64_t ld, int64_t rows, int64_t steps, bf16* out);
 

@@ -4,6 +4,7 @@
 
 #if LORA_FAST_HAS_AMX
 
+#include "amx_product.h"
 #include "tiles.h"
 
 namespace lora_fast {
@@ -48,18 +49,6 @@ LORA_FAST_AMX void forward(const bf16* weight, int64_t ld, const bf16* x, int64_
 
 // Strips that are paired at a time, so that memory is read 256 bytes of a row at a time.
 constexpr int64_t kGroup = 4;
-using Pairs = uint32_t[kGroup][2][16 * 16];
-
-// Rows n and n + 1 of 32 in pairs, the even columns and the odd ones apart: what a tile product wants of its
-// second operand.
-LORA_FAST_AMX LORA_FAST_INLINE void pair_rows(const bf16* weight, int64_t ld, int64_t strips, Pairs& pairs) {
-  for (int64_t p = 0; p < 16; ++p, weight += 2 * ld) {
-    for (int64_t s = 0; s < strips; ++s) {
-      store_pairs(load_bits<u32x16>(weight + s * kStrip), load_bits<u32x16>(weight + ld + s * kStrip),
-                  pairs[s][0] + 16 * p, pairs[s][1] + 16 * p);
-    }
-  }
-}
 
 // Registers: 0-3 hold C by (tokens, even | odd columns); 4, 5 two tiles of g; 6, 7 the pairs of W.
 template <bool two_tiles>
@@ -67,14 +56,15 @@ LORA_FAST_AMX void backward(const bf16* g, int64_t ld_g, const bf16* weight, int
                             float* c) {
   constexpr int64_t c_stride = kStrip * 4, c_size = (two_tiles ? 2 : 1) * kTokenTile * kStrip;
   // two buffers, so that the tile loads do not wait for the stores of the next group
-  alignas(64) Pairs pairs[2];
+  alignas(64) bf16 pairs[2][kGroup][2][kPanelStep / 2];
   _tile_loadd(4, g, ld_g * 2);
   if constexpr (two_tiles) _tile_loadd(5, g + kTokenTile * ld_g, ld_g * 2);
-  pair_rows(weight, ld, strips < kGroup ? strips : kGroup, pairs[0]);
+  pack_pairs(weight, ld, kSmallRows, strips < kGroup ? strips : kGroup, pairs[0][0][0], kPanelStep);
   for (int64_t first = 0, turn = 0; first < strips; first += kGroup, turn ^= 1) {
     const int64_t left = strips - first, next = left - kGroup;
     if (next > 0) {
-      pair_rows(weight + (first + kGroup) * kStrip, ld, next < kGroup ? next : kGroup, pairs[turn ^ 1]);
+      pack_pairs(weight + (first + kGroup) * kStrip, ld, kSmallRows, next < kGroup ? next : kGroup,
+                 pairs[turn ^ 1][0][0], kPanelStep);
     }
     __asm__ volatile("" : : : "memory");  // the tile loads name no memory that they read
     for (int64_t s = 0; s < (left < kGroup ? left : kGroup); ++s, c += c_size) {

@@ -12,20 +12,6 @@
 namespace lora_fast {
 namespace {
 
-// Sixteen rows of x [16][depth], the blocks [begin, end) of 32 columns, as pairs of a packed operand (see
-// tiles_forward) of `tiles` tiles; packed is the tile's own place in the first block.
-LORA_FAST_CLONES void pack_tile(const bf16* x, int64_t depth, int64_t tiles, bf16* packed, int64_t begin,
-                                int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    bf16* out = packed + block * tiles * kSmallDepth * kTokenTile;
-    for (int half = 0; half < 2; ++half) {
-      u32x16 words[8];
-      transpose_words(x + block * kSmallDepth + half * 16, depth * 2, words);
-      for (int p = 0; p < 8; ++p) store_bits(out + (half * 8 + p) * 32, words[p]);
-    }
-  }
-}
-
 // Rows of `depth` elements as float32 in the order of 16-bit strips.
 template <class T>
 LORA_FAST_CLONES void widen_strips(const T* x, int64_t depth, float* out) {
@@ -102,16 +88,17 @@ class Operand {
   int64_t tiles_of(int64_t pair) const { return std::min<int64_t>(2, tiles_ - 2 * pair); }
 
   void pack_tiles(const bf16* x, int64_t tokens, const FactoredNorm* norm) {
-    const WholeRows<bf16> rows({x, false, tokens, K_}, kTokenTile);
-    const int64_t blocks = K_ / kSmallDepth;
-    for_chunks(chunk_count(blocks, 32), blocks, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t steps = K_ / kSmallDepth;
+    for_chunks(chunk_count(steps, 32), steps, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const bf16* from = tile < token_tiles_ ? rows.data() + tile * kTokenTile * K_
-                                               : norm->parts() + (tile - token_tiles_) * kTokenTile * K_;
-        const int64_t pair = tile / 2;
-        pack_tile(from, K_, tiles_of(pair),
-                  packed_.data() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth, begin,
-                  end);
+        const bool of_tokens = tile < token_tiles_;
+        const int64_t row = (of_tokens ? tile : tile - token_tiles_) * kTokenTile, pair = tile / 2;
+        const int64_t step_size = tiles_of(pair) * kTokenTile * kSmallDepth;
+        pack_column_tile((of_tokens ? x : norm->parts()) + row * K_ + begin * kSmallDepth, K_,
+                         of_tokens ? tokens - row : kTokenTile, end - begin,
+                         packed_.data() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth +
+                             begin * step_size,
+                         step_size);
       }
     });
   }

@@ -1,8 +1,6 @@
 // What csrc/cpu/tiles.h gives, in plain C++ that gives the same bits as the processor's instructions, so that
-// the tests run the AMX sources on every processor (.ci/portable).
+// the tests run the AMX sources on every processor (.ci/portable). tiles.h includes it, behind vec.h.
 #pragma once
-
-#include "vec.h"
 
 #include <algorithm>
 #include <cstdio>
