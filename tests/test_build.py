@@ -217,6 +217,14 @@ def test_the_kernels_are_for_linux(platform: str) -> None:
 
 
 @pytest.mark.native
+def test_the_processors_family_is_the_systems() -> None:
+    from lora_fast import _C
+
+    said = dict(re.findall(r"^(vendor_id|cpu family)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    assert _C.cpu_family() == (said.get("vendor_id", ""), int(said.get("cpu family", 0)))
+
+
+@pytest.mark.native
 def test_the_module_says_how_it_was_built() -> None:
     from lora_fast import _C
 

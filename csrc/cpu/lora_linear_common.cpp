@@ -31,6 +31,11 @@ LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, bf16* ou
   if (left != nullptr) std::memcpy(left + i, rest, count * sizeof(bf16));
 }
 
+template <class T>
+LORA_FAST_CLONES void round_whole(const float* from, int64_t count, T* to) {
+  for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
+}
+
 void check_factors(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_adapter(weight, lora_A, lora_B);
   check_factor(lora_A, "lora_A", weight.scalar_type());
@@ -119,6 +124,14 @@ Gradients::Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& l
       B(empty_if(needs.B, lora_B, {lora_B.size(0), lora_B.size(1)}, lora_B.scalar_type())),
       gain(empty_if(needs.gain, grad_y, {weight.size(0)}, ScalarType::Float)),
       bias(empty_if(needs.bias, grad_y, {weight.size(0)}, ScalarType::Float)) {}
+
+void round_line(const float* from, int64_t count, bf16* to) {
+  round_whole(from, count, to);
+}
+
+void round_line(const float* from, int64_t count, f16* to) {
+  round_whole(from, count, to);
+}
 
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out) {

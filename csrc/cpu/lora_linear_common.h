@@ -83,6 +83,10 @@ inline bool keeps_bf16(double scaling) {
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out);
 
+// Whole vectors of float32, rounded to 16 bits.
+void round_line(const float* from, int64_t count, bf16* to);
+void round_line(const float* from, int64_t count, f16* to);
+
 // The rows of a matrix in the 16-bit or float32 type T, and zero rows up to a multiple of `step`; copied only
 // where its elements are of another type or rows are missing. Its columns are whole vectors.
 template <class T>
@@ -97,11 +101,10 @@ class WholeRows {
     const int64_t size = m.rows * m.cols;
     for_chunks(std::min(m.rows, chunk_count(size, 65536)), m.rows, [&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * m.cols, count = (end - begin) * m.cols;
-      if (rounds_) {
-        round_line(static_cast<const float*>(m.data) + at, count, copied_.data() + at);
-      } else {
-        std::memcpy(copied_.data() + at, data_ + at, static_cast<size_t>(count) * sizeof(T));
+      if constexpr (sizeof(T) == 2) {
+        if (rounds_) return round_line(static_cast<const float*>(m.data) + at, count, copied_.data() + at);
       }
+      std::memcpy(copied_.data() + at, data_ + at, static_cast<size_t>(count) * sizeof(T));
     });
     std::memset(copied_.data() + size, 0, static_cast<size_t>((count_ - m.rows) * m.cols) * sizeof(T));
     data_ = copied_.data();
@@ -110,10 +113,6 @@ class WholeRows {
   int64_t count() const { return count_; }
 
  private:
-  static LORA_FAST_CLONES void round_line(const float* from, int64_t count, T* to) {
-    for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
-  }
-
   int64_t count_;
   bool rounds_;
   Scratch<T> copied_;
