@@ -284,8 +284,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     return host::bits_to_float(static_cast<uint16_t>(k % 2 != 0 ? word >> 16 : word),
                                static_cast<T*>(nullptr));
   };
-  // tensor cores round the sum of an instruction once, at its end (Fasi et al., "Numerical behavior of NVIDIA tensor
-  // cores", 2021)
+  // tensor cores round the sum of an instruction once, at its end (Fasi et al., "Numerical behavior of NVIDIA
+  // tensor cores", 2021)
   double sums[4] = {c[0], c[1], c[2], c[3]};
   for (int k = 0; k < 16; ++k) {
     const Operands row = lanes(4 * g + k % 8 / 2);
