@@ -153,6 +153,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   const int64_t token_blocks = round_up(tokens, kTileRows) / kTileRows;
   const int64_t blocks = round_up(width, kTileCols) / kTileCols;
   const int64_t token_chunks = chunk_count(token_blocks, 1);
+  // by blocks of tokens where there are as many as the threads, or as columns give
   if (tokens >= kManyTokens && token_chunks >= chunk_count(blocks, 1)) {
     const PackedPanels panels(columns, width, layout, wide);
     for_chunks(token_chunks, token_blocks, [&](int64_t, int64_t begin, int64_t end) {

@@ -2,8 +2,9 @@
 
 PyTorch makes the products, and passes of ours come around them (:mod:`lora_fast.backends.passes`). For sizes of whole
 tiles there are products of ours with those passes in them, DoRA's norm too: of few tokens on every processor, and on
-one with AMX of any number in bfloat16. Measured on Intel Xeons with AMX, also turned off, 2 threads. What these
-products can keep is the product, not the base's part of it.
+one with AMX of any number in bfloat16. Measured on Intel Xeons with AMX, also turned off, and on an AMD EPYC (Zen 5),
+2 threads. What these products can keep is the product, not the base's part of it. On Zen 5 the product in float32 is
+oneDNN's (:mod:`lora_fast.backends.cpu.onednn`).
 
 Two things that GPUs do were tried around PyTorch's products, on an Intel Xeon with AMX, 2 threads. To keep base, a step
 of 512 tokens took 1.07 to 1.10 times as long in float32 at 2048², one of 256 at 4096² 1.03 to 1.07. dx as one product
