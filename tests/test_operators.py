@@ -120,7 +120,7 @@ def test_a_cpu_has_them_in_float32_for_little_work_and_intels_for_one_token(
     monkeypatch: pytest.MonkeyPatch, maker: str
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(operators, "_is_intel", lambda: maker == "GenuineIntel")
+    monkeypatch.setattr(operators, "_counts_as_intel", lambda: maker == "GenuineIntel")
     is_intel = maker == "GenuineIntel"
 
     def taken(tokens: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> bool:

@@ -6,8 +6,8 @@ namespace lora_fast {
 namespace {
 
 // out = factor · m, and left what the rounding leaves, for one vector
-template <class T>
-LORA_FAST_INLINE void round_lanes(const T* m, float factor, bf16* out, bf16* left) {
+template <class T, class Out>
+LORA_FAST_INLINE void round_lanes(const T* m, float factor, Out* out, Out* left) {
   const f32x16 value = factor * load<float>(m);
   store<float>(out, value);
   if (left == nullptr) return;
@@ -16,24 +16,19 @@ LORA_FAST_INLINE void round_lanes(const T* m, float factor, bf16* out, bf16* lef
   store<float>(left, rest == rest ? rest : f32x16{});
 }
 
-template <class T>
-LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, bf16* out, bf16* left) {
+template <class T, class Out>
+LORA_FAST_CLONES void round_row(const T* m, int64_t cols, float factor, Out* out, Out* left) {
   int64_t i = 0;
   for (; i + kLanes <= cols; i += kLanes)
     round_lanes(m + i, factor, out + i, left != nullptr ? left + i : nullptr);
   if (i == cols) return;
   const auto count = static_cast<size_t>(cols - i);
   T part[kLanes] = {};
-  bf16 rounded[kLanes], rest[kLanes];
+  Out rounded[kLanes], rest[kLanes];
   std::memcpy(part, m + i, count * sizeof(T));
-  round_lanes(part, factor, rounded, rest);
-  std::memcpy(out + i, rounded, count * sizeof(bf16));
-  if (left != nullptr) std::memcpy(left + i, rest, count * sizeof(bf16));
-}
-
-template <class T>
-LORA_FAST_CLONES void round_whole(const float* from, int64_t count, T* to) {
-  for (int64_t k = 0; k < count; k += kLanes) store<float>(to + k, load<float>(from + k));
+  round_lanes(part, factor, rounded, left != nullptr ? rest : nullptr);
+  std::memcpy(out + i, rounded, count * sizeof(Out));
+  if (left != nullptr) std::memcpy(left + i, rest, count * sizeof(Out));
 }
 
 void check_factors(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
@@ -125,13 +120,12 @@ Gradients::Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& l
       gain(empty_if(needs.gain, grad_y, {weight.size(0)}, ScalarType::Float)),
       bias(empty_if(needs.bias, grad_y, {weight.size(0)}, ScalarType::Float)) {}
 
-void round_line(const float* from, int64_t count, bf16* to) {
-  round_whole(from, count, to);
+template <class T>
+void round_line(const float* from, int64_t count, T* to) {
+  round_row<float, T>(from, count, 1.0f, to, nullptr);
 }
-
-void round_line(const float* from, int64_t count, f16* to) {
-  round_whole(from, count, to);
-}
+template void round_line(const float*, int64_t, bf16*);
+template void round_line(const float*, int64_t, f16*);
 
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out) {

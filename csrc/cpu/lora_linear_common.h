@@ -83,9 +83,9 @@ inline bool keeps_bf16(double scaling) {
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out);
 
-// Whole vectors of float32, rounded to 16 bits.
-void round_line(const float* from, int64_t count, bf16* to);
-void round_line(const float* from, int64_t count, f16* to);
+// A line of float32, rounded to 16 bits.
+template <class T>
+void round_line(const float* from, int64_t count, T* to);
 
 // The rows of a matrix in the 16-bit or float32 type T, and zero rows up to a multiple of `step`; copied only
 // where its elements are of another type or rows are missing. Its columns are whole vectors.

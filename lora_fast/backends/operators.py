@@ -42,7 +42,7 @@ def are_faster(x: Tensor, multiply_adds: int) -> bool:
     if torch.compiler.is_compiling() or not may_be_faster(x.device, x.dtype):  # a graph moves between devices and sizes
         return False
     if x.device.type not in DEVICES:
-        if _is_intel():
+        if _counts_as_intel():
             return multiply_adds <= INTEL_BOUND or math.prod(x.shape[:-1]) == 1
         return multiply_adds <= CPU_BOUND
     from lora_fast.backends.device import constants_of
@@ -51,8 +51,8 @@ def are_faster(x: Tensor, multiply_adds: int) -> bool:
 
 
 @functools.cache
-def _is_intel() -> bool:
-    """Or nothing tells: without the extension, beside whose kernels the bounds were measured."""
+def _counts_as_intel() -> bool:
+    """Intel's, or without the extension, beside whose kernels the bounds were measured, nothing tells whose it is."""
     return extension.missing() is not None or extension.cpu_family()[0] == "GenuineIntel"
 
 
