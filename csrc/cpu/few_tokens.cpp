@@ -54,6 +54,10 @@ struct Pairs {
 };
 #endif
 
+// Whether rows of T are bfloat16 that is widened, by a shift or a mask.
+template <class Unit, class T>
+constexpr bool kWidensBf16 = std::is_same_v<T, bf16> && std::is_same_v<typename Unit::Row, float>;
+
 // A word in every lane. As integers, because GCC makes such a vector of floats lane by lane.
 template <class Unit>
 LORA_FAST_INLINE typename Unit::Vector repeat(const float* word) {
@@ -131,8 +135,8 @@ LORA_FAST_INLINE float sum_of(const Sum& v) {
   return x[0];
 }
 
-// Rows of bfloat16 times one column of float32, which is in the order of strips. They are widened in
-// registers and read two at a time: the time goes into reading them.
+// Rows of bfloat16 times one column of float32, which is in the order of strips. One column leaves the time
+// to reading W: the rows are widened in registers, and not in memory first.
 template <class Unit>
 LORA_FAST_INLINE void forward_column(const bf16* weight, int64_t ld, int64_t row_count, const float* column,
                                      int64_t depth, float* c, int64_t ld_c) {
@@ -172,7 +176,7 @@ LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, co
   constexpr bool widens = sizeof(T) < sizeof(Row);
   constexpr int64_t stretch = widens ? kWidened : kStretch * kStep<Unit>;
   const auto* at = reinterpret_cast<const Row* const*>(columns);
-  if constexpr (widens && std::is_same_v<T, bf16>) {
+  if constexpr (kWidensBf16<Unit, T>) {
     if (count == 1 && squares == nullptr)
       return forward_column<Unit>(weight, ld, row_count, at[0], depth, c, ld_c);
   }
@@ -280,11 +284,42 @@ LORA_FAST_INLINE void add_tokens_up_to(const float* g, int64_t ld_g, const float
   add_tokens<Unit, most>(g, ld_g, operand, ld, words, c);
 }
 
+// Rows of W that are read side by side where the time goes into that: fewer are quicker.
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kAhead = 4;  // strips: more rows are read side by side than the processor follows itself
+
+// c [strips][32] += g W for one token and 32 rows of bfloat16, which are widened in registers too
+template <class Unit>
+LORA_FAST_INLINE void backward_token(const float* g, const bf16* weight, int64_t ld, int64_t strips,
+                                     float* c) {
+  constexpr int64_t lanes = Unit::kLanes;
+  for (int64_t row = 0; row < kSmallRows; row += kFewRows, g += kFewRows, weight += kFewRows * ld) {
+    typename Unit::Vector factors[kFewRows];
+    for (int64_t r = 0; r < kFewRows; ++r) factors[r] = repeat<Unit>(g + r);
+    for (int64_t s = 0; s < strips; ++s) {
+      const bf16* from = weight + s * kStrip;
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kLanes; j += lanes) {
+        float* sums = c + s * kStrip + j;
+        typename Unit::Sum even{}, odd{};
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kFewRows; ++r) {
+          if (j == 0) __builtin_prefetch(from + r * ld + kAhead * kStrip, 0, 2);
+          const auto w = load_bits<typename Unit::Words>(from + r * ld + 2 * j);
+          even = Unit::add(even, factors[r], (typename Unit::Vector)(w << 16));
+          odd = Unit::add(odd, factors[r], (typename Unit::Vector)(w & 0xffff0000u));
+        }
+        store_bits(sums, load_bits<typename Unit::Sum>(sums) + even);
+        store_bits(sums + kLanes, load_bits<typename Unit::Sum>(sums + kLanes) + odd);
+      }
+    }
+  }
+}
+
 template <class Unit, class T>
 LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips,
                                int64_t tokens, float* c) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int64_t kAhead = 4;  // strips: more rows are read side by side than the processor follows itself
   constexpr int64_t words_of_all = kSmallRows / Operand<Unit, T>::kRowsEach;
   Operand<Unit, T> operand;
   alignas(64) float packed[kSmallTokens * words_of_all];  // g
@@ -296,8 +331,10 @@ LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_
         store<float>(packed + t * words_of_all + i, load<float>(g + t * ld_g + i));
     }
   }
-  // few tokens leave the time to reading W, which is quicker the fewer rows are read side by side
-  const int64_t rows = tokens <= kFewest ? 8 : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
+  if constexpr (kWidensBf16<Unit, T>) {
+    if (tokens == 1) return backward_token<Unit>(packed, weight, ld, strips, c);
+  }
+  const int64_t rows = tokens <= kFewest ? kFewRows : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
   const bool fetch = needs_fetching<T>(tokens);
   for (int64_t row = 0; row < kSmallRows; row += rows) {
     const float* factors = packed + row / Operand<Unit, T>::kRowsEach;
