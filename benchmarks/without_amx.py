@@ -13,6 +13,7 @@ import sys
 from lora_fast.backends import extension
 
 VARIABLE, WITHOUT_AMX = "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
+WITHOUT_BF16 = frozenset(("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"))
 
 
 def turn_off() -> None:
@@ -24,9 +25,11 @@ def turn_off() -> None:
 
 
 def follow() -> None:
-    """lora_fast's kernels take AMX where oneDNN's do, and only there. Every benchmark calls this before it measures."""
+    """lora_fast's kernels take AMX and AVX512-BF16 only where oneDNN may. Every benchmark calls this first."""
     if VARIABLE in os.environ and extension.missing() is None:
         extension.module().allow_amx(False)
+        if os.environ[VARIABLE] in WITHOUT_BF16:
+            extension.module().allow_avx512_bf16(False)
 
 
 def used() -> bool:

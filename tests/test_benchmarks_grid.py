@@ -142,6 +142,20 @@ def test_turning_amx_off_starts_anew_with_both_turned_off() -> None:
     assert said == f"False {report.cpu_model()} without AMX ['an argument']"
 
 
+@pytest.mark.avx512_bf16
+@pytest.mark.parametrize(
+    ("limit", "pairs"), [("AVX512_CORE_BF16", "True"), ("AVX512_CORE", "False"), ("AVX2", "False")]
+)
+def test_kernels_follow_a_limit_below_avx512_bf16(limit: str, pairs: str) -> None:
+    code = (
+        "from lora_fast import _C; from lora_fast.benchmarks import without_amx; _C.allow_avx512_bf16(True); "
+        "without_amx.follow(); print(_C.avx512_bf16_enabled())"
+    )
+    environment = os.environ | {without_amx.VARIABLE: limit}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == pairs
+
+
 @pytest.mark.parametrize("command", [["bench", "--without-amx"], ["bench", "--without-amx", "t0-3b"]])
 def test_the_option_turns_amx_off_before_anything_else(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class StartedAnewError(Exception):
