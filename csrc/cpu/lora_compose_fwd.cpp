@@ -65,7 +65,7 @@ LORA_FAST_INLINE void compose_tile(const Compose& op, const void* panel, int64_t
 
 // Column blocks [begin, end), all tokens: lora_B is packed one panel at a time.
 template <class F, class T>
-LORA_FAST_INLINE void compose_columns(const Compose& op, void* panel, int64_t begin, int64_t end) {
+LORA_FAST_INLINE void columns_of(const Compose& op, void* panel, int64_t begin, int64_t end) {
   for (int64_t j = begin * kTileCols; j < std::min(op.width, end * kTileCols); j += kTileCols) {
     const int64_t cols = std::min(kTileCols, op.width - j);
     if (op.h != nullptr) pack_panel_into(panel, op.lora_B, op.layout, op.wide, j, cols);
@@ -76,8 +76,7 @@ LORA_FAST_INLINE void compose_columns(const Compose& op, void* panel, int64_t be
 
 // Token blocks [begin, end), all columns: memory is passed over row by row.
 template <class F, class T>
-LORA_FAST_INLINE void compose_rows(const Compose& op, const PackedPanels& panels, int64_t begin,
-                                   int64_t end) {
+LORA_FAST_INLINE void rows_of(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
   for (int64_t i = begin * kTileRows; i < std::min(op.tokens, end * kTileRows); i += kTileRows) {
     for (int64_t j = 0; j < op.width; j += kTileCols) {
       compose_tile<F, T>(op, panels.at(j), i, std::min(kTileRows, op.tokens - i), j,
@@ -86,19 +85,15 @@ LORA_FAST_INLINE void compose_rows(const Compose& op, const PackedPanels& panels
   }
 }
 
-LORA_FAST_CLONES void columns_float(const Compose& op, void* panel, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<float, T>(op, panel, begin, end))
+template <class F>
+LORA_FAST_CLONES void compose_columns(const Compose& op, void* panel, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, columns_of<F, T>(op, panel, begin, end))
 }
 
-void columns_double(const Compose& op, void* panel, int64_t begin, int64_t end){
-    LORA_FAST_BY_DTYPE(op.dtype, T, compose_columns<double, T>(op, panel, begin, end))}
-
-LORA_FAST_CLONES void rows_float(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<float, T>(op, panels, begin, end))
-}
-
-void rows_double(const Compose& op, const PackedPanels& panels, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, compose_rows<double, T>(op, panels, begin, end))
+template <class F>
+LORA_FAST_CLONES void compose_rows(const Compose& op, const PackedPanels& panels, int64_t begin,
+                                   int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, rows_of<F, T>(op, panels, begin, end))
 }
 
 // Of fewer tokens than this a whole packed lora_B would be read for little.
@@ -158,7 +153,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
     const PackedPanels panels(columns, width, layout, wide);
     for_chunks(token_chunks, token_blocks, [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(layout.pairs, layout.step);
-      (wide ? rows_double : rows_float)(op, panels, begin, end);
+      (wide ? compose_rows<double> : compose_rows<float>)(op, panels, begin, end);
     });
     return;
   }
@@ -166,7 +161,7 @@ void cpu::lora_compose_fwd(Tensor base, Tensor h, Tensor lora_B, double scaling,
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
     const Scratch<char> panel(layout.depth * kTileCols * packed_size(layout, wide));
     const AmxScope scope(layout.pairs, layout.step);
-    (wide ? columns_double : columns_float)(op, panel.data(), begin, end);
+    (wide ? compose_columns<double> : compose_columns<float>)(op, panel.data(), begin, end);
   });
 }
 

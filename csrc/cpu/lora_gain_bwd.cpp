@@ -78,7 +78,7 @@ LORA_FAST_INLINE void write_sums(void* out, const F* sums, int64_t j0, int64_t c
 }
 
 template <class F, class T>
-LORA_FAST_INLINE void gain_grad(const GainGrad& op, int64_t begin, int64_t end) {
+LORA_FAST_INLINE void gain_grad_of(const GainGrad& op, int64_t begin, int64_t end) {
   for (int64_t j0 = begin; j0 < end; j0 += kPass) {
     const int64_t cols = std::min(kPass, end - j0);
     Sums<F> gain, bias;
@@ -94,12 +94,9 @@ LORA_FAST_INLINE void gain_grad(const GainGrad& op, int64_t begin, int64_t end) 
   }
 }
 
-LORA_FAST_CLONES void gain_grad_float(const GainGrad& op, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, gain_grad<float, T>(op, begin, end))
-}
-
-void gain_grad_double(const GainGrad& op, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(op.dtype, T, gain_grad<double, T>(op, begin, end))
+template <class F>
+LORA_FAST_CLONES void gain_grad(const GainGrad& op, int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(op.dtype, T, gain_grad_of<F, T>(op, begin, end))
 }
 
 }  // namespace
@@ -137,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu::lora_gain_bwd(Tensor grad_y, std::option
   const int64_t blocks = round_up(width, kStrip) / kStrip;
   const int64_t grain = std::max<int64_t>(1, 32768 / (kStrip * std::max<int64_t>(1, tokens)));
   for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
-    (wide ? gain_grad_double : gain_grad_float)(op, begin * kStrip, std::min(width, end * kStrip));
+    (wide ? gain_grad<double> : gain_grad<float>)(op, begin * kStrip, std::min(width, end * kStrip));
   });
   return {scaled, grad_gain, grad_bias};
 }

@@ -7,8 +7,8 @@ namespace {
 
 // Row blocks [begin, end). row_gain and col_gain: at most one is given; col_gain is packed.
 template <class F, class T>
-LORA_FAST_INLINE void merge(const AdaptedWeight& v, const PackedAdapter& adapter, const F* row_gain,
-                            const F* col_gain, int64_t begin, int64_t end) {
+LORA_FAST_INLINE void merge_of(const AdaptedWeight& v, const PackedAdapter& adapter, const F* row_gain,
+                               const F* col_gain, int64_t begin, int64_t end) {
   const TileRange range{begin, end, 0, col_blocks(v)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -27,18 +27,12 @@ LORA_FAST_INLINE void merge(const AdaptedWeight& v, const PackedAdapter& adapter
   });
 }
 
-LORA_FAST_CLONES void merge_float(const AdaptedWeight& v, const PackedAdapter& adapter, const void* row_gain,
-                                  const void* col_gain, int64_t begin, int64_t end) {
+template <class F>
+LORA_FAST_CLONES void merge(const AdaptedWeight& v, const PackedAdapter& adapter, const void* row_gain,
+                            const void* col_gain, int64_t begin, int64_t end) {
   LORA_FAST_BY_DTYPE(v.dtype, T,
-                     merge<float, T>(v, adapter, static_cast<const float*>(row_gain),
-                                     static_cast<const float*>(col_gain), begin, end))
-}
-
-void merge_double(const AdaptedWeight& v, const PackedAdapter& adapter, const void* row_gain,
-                  const void* col_gain, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(v.dtype, T,
-                     merge<double, T>(v, adapter, static_cast<const double*>(row_gain),
-                                      static_cast<const double*>(col_gain), begin, end))
+                     merge_of<F, T>(v, adapter, static_cast<const F*>(row_gain),
+                                    static_cast<const F*>(col_gain), begin, end))
 }
 
 }  // namespace
@@ -58,7 +52,7 @@ void cpu::merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
   const void* col_gain = factor && !by_rows ? factor->data() : nullptr;
   for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
     const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
-    (v.wide ? merge_double : merge_float)(v, adapter, row_gain, col_gain, begin, end);
+    (v.wide ? merge<double> : merge<float>)(v, adapter, row_gain, col_gain, begin, end);
   });
 }
 

@@ -31,8 +31,8 @@ LORA_FAST_INLINE void make_grad(const NormGrad& g, const AdaptedTile<F, T>& tile
 
 // out [rows of P][width] += dV Qᵀ over the row blocks [begin, end); q_rows [cols][width] is Qᵀ
 template <class F, class T>
-LORA_FAST_INLINE void grad_p(const NormGrad& g, const F* q_rows, int64_t width, F* out, int64_t begin,
-                             int64_t end) {
+LORA_FAST_INLINE void grad_p_of(const NormGrad& g, const F* q_rows, int64_t width, F* out, int64_t begin,
+                                int64_t end) {
   const TileRange range{begin, end, 0, col_blocks(g.v)};
   for_each_tile<F, T>(g.v, g.adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
     make_grad(g, tile);
@@ -43,8 +43,8 @@ LORA_FAST_INLINE void grad_p(const NormGrad& g, const F* q_rows, int64_t width, 
 
 // out [R][width] += Pᵀ dV over the column blocks [begin, end); p_rows [rows][depth] is P
 template <class F, class T>
-LORA_FAST_INLINE void grad_q(const NormGrad& g, const F* p_rows, int64_t depth, F* out, int64_t width,
-                             int64_t begin, int64_t end) {
+LORA_FAST_INLINE void grad_q_of(const NormGrad& g, const F* p_rows, int64_t depth, F* out, int64_t width,
+                                int64_t begin, int64_t end) {
   const TileRange range{0, row_blocks(g.v), begin, end};
   for_each_tile<F, T>(g.v, g.adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
     make_grad(g, tile);
@@ -53,31 +53,16 @@ LORA_FAST_INLINE void grad_q(const NormGrad& g, const F* p_rows, int64_t depth, 
   });
 }
 
-LORA_FAST_CLONES void grad_p_float(const NormGrad& g, const void* q_rows, int64_t width, void* out,
-                                   int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(
-      g.v.dtype, T,
-      grad_p<float, T>(g, static_cast<const float*>(q_rows), width, static_cast<float*>(out), begin, end))
+template <class F>
+LORA_FAST_CLONES void grad_p(const NormGrad& g, const F* q_rows, int64_t width, F* out, int64_t begin,
+                             int64_t end) {
+  LORA_FAST_BY_DTYPE(g.v.dtype, T, grad_p_of<F, T>(g, q_rows, width, out, begin, end))
 }
 
-void grad_p_double(const NormGrad& g, const void* q_rows, int64_t width, void* out, int64_t begin,
-                   int64_t end){
-    LORA_FAST_BY_DTYPE(g.v.dtype, T,
-                       grad_p<double, T>(g, static_cast<const double*>(q_rows), width,
-                                         static_cast<double*>(out), begin, end))}
-
-LORA_FAST_CLONES void grad_q_float(const NormGrad& g, const void* p_rows, int64_t depth, void* out,
-                                   int64_t width, int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(g.v.dtype, T,
-                     grad_q<float, T>(g, static_cast<const float*>(p_rows), depth, static_cast<float*>(out),
-                                      width, begin, end))
-}
-
-void grad_q_double(const NormGrad& g, const void* p_rows, int64_t depth, void* out, int64_t width,
-                   int64_t begin, int64_t end){
-    LORA_FAST_BY_DTYPE(g.v.dtype, T,
-                       grad_q<double, T>(g, static_cast<const double*>(p_rows), depth,
-                                         static_cast<double*>(out), width, begin, end))}
+template <class F>
+LORA_FAST_CLONES void grad_q(const NormGrad& g, const F* p_rows, int64_t depth, F* out, int64_t width,
+                             int64_t begin, int64_t end){
+    LORA_FAST_BY_DTYPE(g.v.dtype, T, grad_q_of<F, T>(g, p_rows, depth, out, width, begin, end))}
 
 // A factor's rows, unpadded but for width, whatever way the tiles are made.
 RankLayout plain_rows(const AdaptedWeight& v, int64_t width) {
@@ -133,7 +118,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     if (tiles.dealt) deal_rows(q_rows.data(), v.cols, width);
     for_chunks(row_chunks(v, 32768), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(tiles.pairs, tiles.step);
-      (v.wide ? grad_p_double : grad_p_float)(g, q_rows.data(), width, out.data(), begin, end);
+      grad_p<F>(g, q_rows.data(), width, out.data(), begin, end);
     });
     write_grad(out.data(), width, 1, false, *p_out.tensor, p_out.outer_dim, v.scaling);
   }
@@ -145,7 +130,7 @@ void norm_grads(const NormGrad& g, GradOut p_out, GradOut q_out) {
     const int64_t grain = std::max<int64_t>(1, 32768 / (kTileCols * v.rows));
     for_chunks(chunk_count(blocks, grain), blocks, [&](int64_t, int64_t begin, int64_t end) {
       const AmxScope scope(tiles.pairs, tiles.step);
-      (v.wide ? grad_q_double : grad_q_float)(g, p_rows.data(), v.rank, out.data(), width, begin, end);
+      grad_q<F>(g, p_rows.data(), v.rank, out.data(), width, begin, end);
     });
     write_grad(out.data(), 1, width, tiles.dealt, *q_out.tensor, q_out.outer_dim, v.scaling);
   }

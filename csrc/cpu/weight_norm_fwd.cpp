@@ -24,8 +24,8 @@ LORA_FAST_INLINE void add_squares(Strip<F>& sums, const Strip<F>& x) {
 
 // squares[i] for the blocks of kTileRows rows in [begin, end)
 template <class F, class T>
-LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
-                                  int64_t begin, int64_t end) {
+LORA_FAST_INLINE void square_rows_of(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
+                                     int64_t begin, int64_t end) {
   alignas(64) F sums[kTileRows * kLanes];
   const TileRange range{begin, end, 0, col_blocks(v)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
@@ -45,8 +45,8 @@ LORA_FAST_INLINE void square_rows(const AdaptedWeight& v, const PackedAdapter& a
 
 // sums[j] += the squares of the same rows; sums [cols rounded up to kTileCols], in the order of strips
 template <class F, class T>
-LORA_FAST_INLINE void square_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
-                                     int64_t begin, int64_t end) {
+LORA_FAST_INLINE void square_columns_of(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
+                                        int64_t begin, int64_t end) {
   constexpr int64_t kStrips = kTileCols / kStrip;
   const TileRange range{begin, end, 0, col_blocks(v)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
@@ -68,24 +68,16 @@ LORA_FAST_INLINE void square_columns(const AdaptedWeight& v, const PackedAdapter
   });
 }
 
-LORA_FAST_CLONES void square_rows_float(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
-                                        int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(v.dtype, T, square_rows<float, T>(v, adapter, squares, begin, end))
+template <class F>
+LORA_FAST_CLONES void square_rows(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
+                                  int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(v.dtype, T, square_rows_of<F, T>(v, adapter, squares, begin, end))
 }
 
-void square_rows_double(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares, int64_t begin,
-                        int64_t end){
-    LORA_FAST_BY_DTYPE(v.dtype, T, square_rows<double, T>(v, adapter, squares, begin, end))}
-
-LORA_FAST_CLONES void square_columns_float(const AdaptedWeight& v, const PackedAdapter& adapter, void* sums,
-                                           int64_t begin, int64_t end) {
-  LORA_FAST_BY_DTYPE(v.dtype, T, square_columns<float, T>(v, adapter, static_cast<float*>(sums), begin, end))
-}
-
-void square_columns_double(const AdaptedWeight& v, const PackedAdapter& adapter, void* sums, int64_t begin,
-                           int64_t end) {
-  LORA_FAST_BY_DTYPE(v.dtype, T,
-                     square_columns<double, T>(v, adapter, static_cast<double*>(sums), begin, end))
+template <class F>
+LORA_FAST_CLONES void square_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
+                                     int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(v.dtype, T, square_columns_of<F, T>(v, adapter, sums, begin, end))
 }
 
 template <class F>
@@ -109,7 +101,7 @@ void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
   for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
     {
       const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
-      (v.wide ? square_rows_double : square_rows_float)(v, adapter, squares.data(), begin, end);
+      square_rows<F>(v, adapter, squares.data(), begin, end);
     }
     write_norms(v, true, squares.data(), norms, begin * kTileRows, std::min(v.rows, end * kTileRows));
   });
@@ -124,7 +116,7 @@ void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms
     F* own = sums.data() + chunk * width;
     std::fill(own, own + width, F{});
     const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
-    (v.wide ? square_columns_double : square_columns_float)(v, adapter, own, begin, end);
+    square_columns(v, adapter, own, begin, end);
   });
   Scratch<double> squares(v.cols);
   for (int64_t j = 0; j < v.cols; ++j) {
