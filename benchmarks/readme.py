@@ -18,8 +18,13 @@ from .report import bound, digits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
-# Processors without AMX, whose tables stand after the other's: Zen 5, and the same Intel with AMX turned off.
+# Processors without AMX, whose tables stand after the other's: Zen 5, the same with fewer instruction sets, and the
+# same Intel with AMX turned off.
 ZEN_5 = ROOT / "benchmarks" / "results" / "amd-epyc-family-26-model-2-2-threads"
+ZEN_5_AVX512, ZEN_5_AVX2 = (
+    ZEN_5.with_name(f"amd-epyc-family-26-model-2-with-onednn-max-cpu-isa-{isa}-2-threads")
+    for isa in ("avx512-core", "avx2")
+)
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md")))
@@ -65,7 +70,8 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 def for_each_processor(section: Callable[[Path], str], name: str) -> str:
     """The section of each kind of processor that has this result file, one after the other."""
-    return "\n".join(section(folder) for folder in (RESULTS, ZEN_5, WITHOUT_AMX) if (folder / name).exists())
+    folders = (RESULTS, ZEN_5, ZEN_5_AVX512, ZEN_5_AVX2, WITHOUT_AMX)
+    return "\n".join(section(folder) for folder in folders if (folder / name).exists())
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
