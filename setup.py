@@ -29,6 +29,12 @@ MINIMUM_TORCH = (2, 10)
 # Of TORCH_CUDA_ARCH_LIST, unset: what this CUDA toolkit knows of these. The PTX is for what comes after them.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 MINIMUM_ARCH = 8  # the first with bfloat16 on its tensor cores
+# What the sources want of a compiler beside C++20: vectors that GCC has since 12.
+TRIAL = """\
+#include <optional>
+using Vector = int __attribute__((vector_size(16)));
+Vector turned(Vector v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+"""
 # Modules that no command of lora-fast runs, but pytest and make in the source tree. They are in no wheel.
 SOURCE_TREE_ONLY = {
     "lora_fast.benchmarks": {
@@ -70,13 +76,16 @@ def obstacle() -> str | None:
         return f"no C++ compiler was found{named}"
     trial = subprocess.run(
         [compiler, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"],
-        input="#include <optional>\n",
+        input=TRIAL,
         capture_output=True,
         text=True,
         check=False,
     )
     if trial.returncode != 0:
-        return f"{compiler} does not compile C++20: {trial.stderr.strip().splitlines()[-1:]}"
+        return (
+            f"{compiler} does not compile C++20 with the vectors of GCC 12 and later, or of Clang: "
+            f"{trial.stderr.strip().splitlines()[-1:]}"
+        )
     return None
 
 

@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "How this module was built: kind, compiler, torch, torch_target, isa, cuda_archs.");
   m.def("cpu_features", &lora_fast::cpu_features, "What this processor has of isa.");
+  m.def("vectors", &lora_fast::vectors,
+        "Whose vectors the kernels use here, in PyTorch's words: AVX512, AVX2 or DEFAULT.");
   m.def("cpu_family", &lora_fast::cpu_family,
         "The maker and the family of an x86 processor, or an empty name and 0.");
   m.def("amx_enabled", &lora_fast::amx_enabled, "Whether kernels use AMX.");

@@ -63,7 +63,13 @@ def collect(sizes: Sequence[Size] | None = None) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "gpu": _gpu(),
-        "extension": {"loaded": loaded, "reason": reason, "build": build, "remedy": [] if loaded else _remedy()},
+        "extension": {
+            "loaded": loaded,
+            "reason": reason,
+            "build": build,
+            "has_torchs_vectors": loaded and extension.has_torchs_vectors(),
+            "remedy": [] if loaded else _remedy(),
+        },
         "default_backend": {"name": backend, "from": source},
         "plans": plans,
     }
@@ -98,7 +104,7 @@ def _remedy() -> list[str]:
     steps = []
     compiler = os.environ.get("CXX", "c++")
     if not any(shutil.which(name) for name in (compiler.split()[0], "g++", "clang++")):
-        steps.append("# install a C++20 compiler, for example: apt-get install g++ python3-dev")
+        steps.append("# install a C++20 compiler, GCC 12 or later, for example: apt-get install g++ python3-dev")
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     missing = [
         requirement for name, requirement in BUILD_REQUIREMENTS.items() if importlib.util.find_spec(name) is None
@@ -143,6 +149,10 @@ def render(state: dict[str, Any]) -> str:
             for key, value in extension["build"].items()
         )
         lines.append(f"extension  loaded{': ' if build else ''}{build}")
+        if not extension["has_torchs_vectors"]:
+            lines.append(
+                "           its vectors are narrower than PyTorch's, and it is slower: build it with GCC 12 or later"
+            )
     else:
         lines.append(f"extension  missing: {extension['reason']}")
         lines.append("           to build it:")

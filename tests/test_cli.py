@@ -76,6 +76,16 @@ def test_info_names_what_is_wrong_with_a_size(arguments: list[str], message: str
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("wide", [True, False])
+def test_info_says_that_the_extension_is_slower_than_it_could_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wide: bool
+) -> None:
+    monkeypatch.setattr(extension, "has_torchs_vectors", lambda: wide)
+    assert cli.main(["info", "--size", "5", "7", "9", "3"]) == 0
+    assert ("build it with GCC 12 or later" in capsys.readouterr().out) is not wide
+
+
 def test_info_tells_the_reason_and_the_remedy(missing_extension: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

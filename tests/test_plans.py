@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fast import backends, calls, functional
-from lora_fast.backends import explain, registry
+from lora_fast.backends import explain, extension, registry
 from lora_fast.backends.explain import Size
 from lora_fast.backends.plan import Plan
 from lora_fast.content_key import KEY_LENGTH
@@ -108,6 +109,46 @@ def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
     if isa == "amx":
         expected |= {"lora_linear_fwd", "dora_linear_fwd", "lora_linear_bwd"}
     assert seen == expected
+
+
+@pytest.mark.native
+def test_narrow_vectors_leave_few_tokens_but_one_to_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_fast.backends.cpu import plan
+
+    monkeypatch.setattr(plan, "has_torchs_vectors", lambda: False)
+    for dtype, tokens, few in (
+        (torch.float32, 1, True),
+        (torch.float32, 2, False),
+        (torch.bfloat16, 2, extension.amx_enabled()),
+    ):
+        example = explain.example_calls(Size(tokens, 64, 64, 8, dtype, "cpu"))
+        for op in ("lora_linear_fwd", "lora_linear_bwd", "dora_linear_fwd"):
+            kernels = {step.kernel for step in getattr(plan, op)(example[op]).steps.values()}
+            assert any("small" in kernel for kernel in kernels) == few, (op, dtype, tokens)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("vectors", "capability", "wide"),
+    [
+        *(("AVX512", "AVX512", True), ("AVX512", "AVX2", True), ("AVX2", "AVX512", False)),
+        *(("DEFAULT", "AVX2", False), ("DEFAULT", "DEFAULT", True), ("DEFAULT", "SVE256", True)),
+    ],
+)
+def test_whose_vectors_are_wider(monkeypatch: pytest.MonkeyPatch, vectors: str, capability: str, wide: bool) -> None:
+    monkeypatch.setattr(extension, "module", lambda: SimpleNamespace(vectors=lambda: vectors))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert extension.has_torchs_vectors.__wrapped__() is wide
+
+
+@pytest.mark.native
+def test_the_kernels_have_the_widest_vectors_that_the_processor_has() -> None:
+    from lora_fast import _C
+
+    if "avx2" not in _C.build_info()["isa"]:
+        pytest.skip("this build of lora_fast._C has one instruction set")
+    features = _C.cpu_features()
+    assert _C.vectors() == ("AVX512" if "avx512" in features else "AVX2" if "avx2" in features else "DEFAULT")
 
 
 def launched(call: Callable[[], Any]) -> set[str]:

@@ -87,6 +87,19 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
+std::string vectors() {
+#if LORA_FAST_HAS_CLONES
+  if (__builtin_cpu_supports("x86-64-v4")) return "AVX512";
+  return __builtin_cpu_supports("x86-64-v3") ? "AVX2" : "DEFAULT";
+#elif defined(__AVX512F__)
+  return "AVX512";
+#elif defined(__AVX2__)
+  return "AVX2";
+#else
+  return "DEFAULT";
+#endif
+}
+
 std::pair<std::string, int> cpu_family() {
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

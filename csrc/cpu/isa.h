@@ -17,7 +17,7 @@
 #endif
 
 #if defined(LORA_FAST_EMULATE_AMX) || (defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
-                                       (defined(__clang__) || __GNUC__ >= 12))
+                                       !defined(__clang__) && __GNUC__ >= 12)
 #define LORA_FAST_HAS_AMX 1
 #else
 #define LORA_FAST_HAS_AMX 0
@@ -34,6 +34,9 @@
 namespace lora_fast {
 
 std::vector<std::string> cpu_features();
+
+// Whose vectors the kernels use here, in PyTorch's words: AVX512, AVX2 or DEFAULT.
+std::string vectors();
 
 // The maker of an x86 processor and its family: {"AuthenticAMD", 26} is Zen 5. Of others {"", 0}.
 std::pair<std::string, int> cpu_family();

@@ -83,6 +83,13 @@ def avx512_bf16_enabled() -> bool:
     return module().avx512_bf16_enabled()
 
 
+@functools.cache
+def has_torchs_vectors() -> bool:
+    """Whether the kernels' vectors are as wide as PyTorch's here: not every compiler makes more than generic ones."""
+    widths, capability = ("DEFAULT", "AVX2", "AVX512"), torch.backends.cpu.get_cpu_capability()
+    return capability not in widths or widths.index(module().vectors()) >= widths.index(capability)
+
+
 def cpu_family() -> tuple[str, int]:
     """The maker of an x86 processor and its family, ("AuthenticAMD", 26) for Zen 5; ("", 0) of others."""
     return module().cpu_family()
