@@ -77,6 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
         "nvcc": _no_nvcc(),
+        "clang": None if shutil.which("clang++") else "no clang++ (clang)",
         "objdump": None if shutil.which("objdump") else "no objdump (binutils)",
         "qemu": None if shutil.which("qemu-x86_64") else "no qemu-x86_64 (qemu-user)",
     }

@@ -216,6 +216,44 @@ def test_the_kernels_are_for_linux(platform: str) -> None:
     assert f"LORA_FAST_BUILD=cpu was demanded, but {said}" in demanded.stderr
 
 
+# of the extension that Clang compiled, beside the reference in float64
+TRY_IT = """
+import torch
+from lora_fast import _C, functional, reference
+print(_C.build_info()["compiler"].split()[0], *_C.build_info()["isa"])
+for dtype, bound in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+    for tokens in (1, 16, 40):
+        shapes = (tokens, 64), (96, 64), (96,), (8, 64), (96, 8), (96,)
+        tensors = [torch.randn(shape, generator=torch.manual_seed(0)).to(dtype).requires_grad_() for shape in shapes]
+        tensors[1].requires_grad_(False)
+        results = []
+        for module, options in ((functional, {"backend": "cpu"}), (reference, {})):
+            wide = [tensor.double() if module is reference else tensor for tensor in tensors]
+            y = module.dora_linear(*wide, 2.0, **options)
+            wanted = [tensor for tensor in tensors if tensor.requires_grad]
+            results.append([y, *torch.autograd.grad(y.sum(), wanted)])
+        for actual, expected in zip(*results, strict=True):
+            error = (actual.double() - expected.double()).norm() / expected.double().norm()
+            assert error < bound, (dtype, tokens, float(error))
+"""
+
+
+@pytest.mark.build
+@pytest.mark.clang
+@pytest.mark.slow
+def test_clang_compiles_it_for_one_instruction_set(tmp_path: Path) -> None:
+    folders = ["--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
+    environment = os.environ | {"CXX": "clang++", "CC": "clang", "LORA_FAST_BUILD": "cpu"}
+    command = [sys.executable, "setup.py", "-q", "build", *folders]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    command = [sys.executable, "-c", TRY_IT]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["clang", "generic"]
+
+
 @pytest.mark.native
 def test_the_processors_family_is_the_systems() -> None:
     from lora_fast import _C
