@@ -52,7 +52,7 @@ def are_faster(x: Tensor, multiply_adds: int) -> bool:
 
 @functools.cache
 def _counts_as_intel() -> bool:
-    """Intel's, or without the extension, beside whose kernels the bounds were measured, nothing tells whose it is."""
+    """Whether the processor is Intel's, or nothing tells: without the extension, beside which they were measured."""
     return extension.missing() is not None or extension.cpu_family()[0] == "GenuineIntel"
 
 

@@ -122,8 +122,9 @@ def _is_few(call: Linear | LinearGrad) -> bool:
 
 
 def _few_tokens(dtype: torch.dtype) -> int:
-    in_tiles = dtype == torch.bfloat16 and amx_enabled()
-    return SMALL_TOKENS if in_tiles or has_torchs_vectors() else NARROW_TOKENS
+    """How many tokens the kernels for few take, whose products are made by AMX or by the compiler's vectors."""
+    is_fast = has_torchs_vectors() or (dtype == torch.bfloat16 and amx_enabled())
+    return SMALL_TOKENS if is_fast else NARROW_TOKENS
 
 
 def _native(call: Linear | LinearGrad) -> bool:
