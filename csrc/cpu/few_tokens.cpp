@@ -17,18 +17,6 @@
 namespace lora_fast {
 namespace {
 
-// Vectors that are summed one after another. The error of such a sum grows with its length, so that longer
-// ones are sums of these stretches.
-constexpr int64_t kStretch = 64;
-constexpr int64_t kWidened = 1024;  // elements of a row that are widened at a time
-constexpr int64_t kFewest = 4;      // columns or tokens that leave the time to reading W
-
-// Whether rows are to be fetched: the processor itself follows a few rows of float32 that nothing delays.
-template <class T>
-constexpr bool needs_fetching(int64_t columns) {
-  return sizeof(T) == 2 || columns > kFewest;
-}
-
 template <class V, class W, int64_t columns, int64_t tokens>
 struct Floats {
   using Row = float;
@@ -69,24 +57,24 @@ LORA_FAST_INLINE typename Unit::Vector repeat(const float* word) {
 template <class Unit>
 constexpr int64_t kStep = sizeof(typename Unit::Vector) / sizeof(typename Unit::Row);
 
-// kDotRows rows of W at one place, and the same of the next rows, to be fetched, or null.
+// kDotRows rows of W in a stretch, and some rows that are fetched meanwhile.
 template <class Unit>
 struct Rows {
   const typename Unit::Row* at;
   int64_t ld, length;
   const char* next;
-  int64_t next_stride, next_size;  // bytes, of a row and of an element
+  int64_t fetched, next_stride, next_size;  // rows; bytes of a row and of an element
 
   LORA_FAST_INLINE typename Unit::Vector load(int64_t row, int64_t k) const {
     return load_bits<typename Unit::Vector>(at + row * ld + k);
   }
 };
 
-// sums[j · kDotRows + i] += row i times column j, for `count` columns, and with `squares` those of the rows
-// behind them
+// sums[j · kDotRows + i] += row i times column j, for `count` columns of the rows' length, and with `squares`
+// those of the rows behind them
 template <class Unit, int64_t count, bool squares>
-LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
-                                  int64_t offset, bool fetch, typename Unit::Sum* sums) {
+LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::Row* columns,
+                                  typename Unit::Sum* sums) {
   constexpr int64_t R = kDotRows;
   typename Unit::Sum acc[count + squares][R] = {};
   for (int64_t k = 0; k < rows.length; k += kStep<Unit>) {
@@ -94,11 +82,11 @@ LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::R
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
       w[r] = rows.load(r, k);
-      if (fetch) __builtin_prefetch(rows.next + r * rows.next_stride + k * rows.next_size, 0, 2);
+      if (r < rows.fetched) __builtin_prefetch(rows.next + r * rows.next_stride + k * rows.next_size, 0, 2);
     }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < count; ++j) {
-      const auto x = load_bits<typename Unit::Vector>(columns[j] + offset + k);
+      const auto x = load_bits<typename Unit::Vector>(columns + j * rows.length + k);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r) acc[j][r] = Unit::add(acc[j][r], w[r], x);
     }
@@ -116,12 +104,12 @@ LORA_FAST_INLINE void add_columns(const Rows<Unit>& rows, const typename Unit::R
 
 // The same for at most `most` columns, as many as there are
 template <class Unit, int64_t most, bool squares>
-LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row* const* columns,
-                                int64_t count, int64_t offset, bool fetch, typename Unit::Sum* sums) {
+LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row* columns, int64_t count,
+                                typename Unit::Sum* sums) {
   if constexpr (most > 0) {
-    if (count < most) return add_up_to<Unit, most - 1, squares>(rows, columns, count, offset, fetch, sums);
+    if (count < most) return add_up_to<Unit, most - 1, squares>(rows, columns, count, sums);
   }
-  add_columns<Unit, most, squares>(rows, columns, offset, fetch, sums);
+  add_columns<Unit, most, squares>(rows, columns, sums);
 }
 
 template <class Sum>
@@ -141,11 +129,12 @@ template <class Unit>
 LORA_FAST_INLINE void forward_column(const bf16* weight, int64_t ld, int64_t row_count, const float* column,
                                      int64_t depth, float* c, int64_t ld_c) {
   constexpr int64_t R = 2, lanes = Unit::kLanes, parts = kLanes / lanes;
+  const int64_t stretch = dot_stretch<float>(1);
   for (int64_t row = 0; row < row_count; row += R, weight += R * ld) {
     typename Unit::Sum sums[R] = {};
-    for (int64_t begin = 0; begin < depth; begin += kWidened) {
+    for (int64_t begin = 0; begin < depth; begin += stretch) {
       typename Unit::Sum acc[R][parts][2] = {};
-      for (int64_t k = begin; k < std::min(depth, begin + kWidened); k += kStrip) {
+      for (int64_t k = begin; k < std::min(depth, begin + stretch); k += kStrip) {
 #pragma GCC unroll 8
         for (int64_t j = 0; j < parts; ++j) {
           const auto even = load_bits<typename Unit::Vector>(column + k + j * lanes);
@@ -166,53 +155,66 @@ LORA_FAST_INLINE void forward_column(const bf16* weight, int64_t ld, int64_t row
   }
 }
 
+// A stretch of the columns stays in the first-level cache while it meets all the rows, kDotRows at a time.
+// Meanwhile the rows are fetched that follow kAhead bytes of W later, an even share beside each group of
+// columns.
 template <class Unit, class T>
-LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, const void* const* columns,
-                              int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,
-                              bool fetch) {
+LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, const DotColumns& columns,
+                              float* c, int64_t ld_c, float* squares, float* room) {
   using Row = typename Unit::Row;
   using Sum = typename Unit::Sum;
-  constexpr int64_t R = kDotRows;
+  constexpr int64_t R = kDotRows, kAhead = 16384, size = sizeof(T);
   constexpr bool widens = sizeof(T) < sizeof(Row);
-  constexpr int64_t stretch = widens ? kWidened : kStretch * kStep<Unit>;
-  const auto* at = reinterpret_cast<const Row* const*>(columns);
+  const int64_t count = columns.count, depth = columns.depth, stretch = dot_stretch<Row>(columns.packed);
+  const Row* at = static_cast<const Row*>(columns.data);
   if constexpr (kWidensBf16<Unit, T>) {
-    if (count == 1 && squares == nullptr)
-      return forward_column<Unit>(weight, ld, row_count, at[0], depth, c, ld_c);
+    if (columns.packed == 1 && squares == nullptr)
+      return forward_column<Unit>(weight, ld, row_count, at, depth, c, ld_c);
   }
-  const Scratch<Sum> scratch((count + 1) * R);
-  Sum* sums = scratch.data();
-  alignas(64) Row widened[widens ? R * kWidened : 1];
-  fetch = fetch && needs_fetching<T>(count);
-  for (int64_t row = 0; row < row_count; row += R, weight += R * ld) {
-    std::memset(sums, 0, static_cast<size_t>((count + 1) * R) * sizeof(Sum));
-    for (int64_t k = 0; k < depth; k += stretch) {
-      const int64_t length = std::min(stretch, depth - k);
-      Rows<Unit> rows{nullptr,
-                      ld,
-                      length,
-                      reinterpret_cast<const char*>(weight + R * ld + k),
-                      ld * static_cast<int64_t>(sizeof(T)),
-                      sizeof(T)};
+  const int64_t width = count + (squares != nullptr ? 1 : 0);
+  const int64_t groups = (width + Unit::kColumns - 1) / Unit::kColumns;
+  const int64_t ahead = std::max(R, kAhead / (stretch * size) / R * R);  // rows
+  alignas(64) Row widened[widens ? R * dot_stretch<Row>(1) : 1];
+  Sum* sums = reinterpret_cast<Sum*>(room);
+  std::memset(room, 0, static_cast<size_t>(row_count * width) * sizeof(Sum));
+  for (int64_t k = 0; k < depth; k += stretch) {
+    const int64_t length = std::min(stretch, depth - k);
+    for (int64_t row = 0; row < row_count; row += R) {
+      const T* from = weight + row * ld + k;
+      Rows<Unit> rows{};
+      rows.length = length;
       if constexpr (widens) {
         for (int64_t r = 0; r < R; ++r)
           for (int64_t i = 0; i < length; i += kStrip)
-            store_packed<float>(widened + r * kWidened + i, load_strip<float>(weight + r * ld + k + i));
+            store_packed<float>(widened + r * length + i, load_strip<float>(from + r * ld + i));
         rows.at = widened;
-        rows.ld = kWidened;
+        rows.ld = length;
       } else {
-        rows.at = weight + k;
+        rows.at = from;
+        rows.ld = ld;
       }
-      // in whole groups, and then with the squares in the place of a column
-      int64_t j = 0;
-      for (; count - j >= Unit::kColumns; j += Unit::kColumns)
-        add_columns<Unit, Unit::kColumns, false>(rows, at + j, k, fetch && j == 0, sums + j * R);
-      if (squares != nullptr) {
-        add_up_to<Unit, Unit::kColumns - 1, true>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
-      } else if (j < count) {
-        add_up_to<Unit, Unit::kColumns - 1, false>(rows, at + j, count - j, k, fetch && j == 0, sums + j * R);
+      const int64_t after = row + ahead, later = k + after / row_count * stretch;
+      const T* next = weight + (later < depth ? later : row_count * ld) + after % row_count * ld;
+      rows.next_stride = ld * size;
+      rows.next_size = size;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t j = g * Unit::kColumns, first = R * g / groups;
+        const Row* group = at + k * columns.packed + j * length;
+        Sum* into = sums + row * width + j * R;
+        rows.next = reinterpret_cast<const char*>(next + first * ld);
+        rows.fetched = R * (g + 1) / groups - first;
+        // in whole groups, and then with the squares in the place of a column
+        if (count - j >= Unit::kColumns) {
+          add_columns<Unit, Unit::kColumns, false>(rows, group, into);
+        } else if (squares != nullptr) {
+          add_up_to<Unit, Unit::kColumns - 1, true>(rows, group, count - j, into);
+        } else {
+          add_up_to<Unit, Unit::kColumns - 1, false>(rows, group, count - j, into);
+        }
       }
     }
+  }
+  for (int64_t row = 0; row < row_count; row += R, sums += R * width) {
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t j = 0; j < count; ++j) c[(row + r) * ld_c + j] = sum_of(sums[j * R + r]);
       if (squares != nullptr) squares[row + r] = sum_of(sums[count * R + r]);
@@ -335,7 +337,8 @@ LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_
     if (tokens == 1) return backward_token<Unit>(packed, weight, ld, strips, c);
   }
   const int64_t rows = tokens <= kFewest ? kFewRows : kSmallRows, words = rows / Operand<Unit, T>::kRowsEach;
-  const bool fetch = needs_fetching<T>(tokens);
+  // the processor itself follows a few rows of float32 that nothing delays
+  const bool fetch = sizeof(T) == 2 || tokens > kFewest;
   for (int64_t row = 0; row < kSmallRows; row += rows) {
     const float* factors = packed + row / Operand<Unit, T>::kRowsEach;
     const T* from = weight + row * ld;
@@ -351,15 +354,14 @@ LORA_FAST_INLINE void backward(const T* g, int64_t ld_g, const T* weight, int64_
   }
 }
 
-#define LORA_FAST_DOT(target, T, ...)                                                                 \
-  target void forward_for(const T* weight, int64_t ld, int64_t row_count, const void* const* columns, \
-                          int64_t count, int64_t depth, float* c, int64_t ld_c, float* squares,       \
-                          bool fetch) {                                                               \
-    forward<__VA_ARGS__>(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);      \
-  }                                                                                                   \
-  target void backward_for(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips,     \
-                           int64_t tokens, float* c) {                                                \
-    backward<__VA_ARGS__>(g, ld_g, weight, ld, strips, tokens, c);                                    \
+#define LORA_FAST_DOT(target, T, ...)                                                                \
+  target void forward_for(const T* weight, int64_t ld, int64_t row_count, const DotColumns& columns, \
+                          float* c, int64_t ld_c, float* squares, float* room) {                     \
+    forward<__VA_ARGS__>(weight, ld, row_count, columns, c, ld_c, squares, room);                    \
+  }                                                                                                  \
+  target void backward_for(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t strips,    \
+                           int64_t tokens, float* c) {                                               \
+    backward<__VA_ARGS__>(g, ld_g, weight, ld, strips, tokens, c);                                   \
   }
 #define LORA_FAST_DOT_OF_EACH(target, ...)  \
   LORA_FAST_DOT(target, float, __VA_ARGS__) \
@@ -387,9 +389,9 @@ LORA_FAST_DOT_OF_EACH(, Floats128)
 
 #if LORA_FAST_HAS_AVX512_BF16
 LORA_FAST_AVX512_BF16 void pairs_forward(const bf16* weight, int64_t ld, int64_t row_count,
-                                         const void* const* columns, int64_t count, int64_t depth, float* c,
-                                         int64_t ld_c, float* squares, bool fetch) {
-  forward<Pairs>(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
+                                         const DotColumns& columns, float* c, int64_t ld_c, float* squares,
+                                         float* room) {
+  forward<Pairs>(weight, ld, row_count, columns, c, ld_c, squares, room);
 }
 LORA_FAST_AVX512_BF16 void pairs_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld,
                                           int64_t strips, int64_t tokens, float* c) {
@@ -400,15 +402,15 @@ LORA_FAST_AVX512_BF16 void pairs_backward(const bf16* g, int64_t ld_g, const bf1
 }  // namespace
 
 template <class T>
-void dot_forward(const T* weight, int64_t ld, int64_t row_count, const void* const* columns, int64_t count,
-                 int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch) {
+void dot_forward(const T* weight, int64_t ld, int64_t row_count, const DotColumns& columns, float* c,
+                 int64_t ld_c, float* squares, float* room) {
 #if LORA_FAST_HAS_AVX512_BF16
   if constexpr (std::is_same_v<T, bf16>) {
     if (products_of<T>() == Products::pairs)
-      return pairs_forward(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
+      return pairs_forward(weight, ld, row_count, columns, c, ld_c, squares, room);
   }
 #endif
-  forward_for(weight, ld, row_count, columns, count, depth, c, ld_c, squares, fetch);
+  forward_for(weight, ld, row_count, columns, c, ld_c, squares, room);
 }
 
 template <class T>
@@ -422,9 +424,8 @@ void dot_backward(const T* g, int64_t ld_g, const T* weight, int64_t ld, int64_t
   backward_for(g, ld_g, weight, ld, strips, tokens, c);
 }
 
-#define LORA_FAST_INSTANTIATE(T)                                                                      \
-  template void dot_forward(const T*, int64_t, int64_t, const void* const*, int64_t, int64_t, float*, \
-                            int64_t, float*, bool);                                                   \
+#define LORA_FAST_INSTANTIATE(T)                                                                             \
+  template void dot_forward(const T*, int64_t, int64_t, const DotColumns&, float*, int64_t, float*, float*); \
   template void dot_backward(const T*, int64_t, const T*, int64_t, int64_t, int64_t, float*);
 LORA_FAST_INSTANTIATE(float)
 LORA_FAST_INSTANTIATE(bf16)

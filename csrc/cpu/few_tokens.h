@@ -51,14 +51,37 @@ void tiles_squares(const bf16* weight, int64_t ld, int64_t depth, float* sums, A
 void tiles_backward(const bf16* g, int64_t ld_g, const bf16* weight, int64_t ld, int64_t strips,
                     int64_t tiles, float* c);
 
-// c [rows][ld_c] = W x for some rows of W, a multiple of kDotRows (row stride ld elements), and `count`
-// columns of `depth` elements: of bfloat16 for pairs, else of float32, and for 16-bit weights in the order of
-// strips (see Strip). Where squares is given, squares [rows] = those of the rows. With `fetch` the next rows
-// are fetched meanwhile.
+// Columns or tokens that leave the time to reading W.
+constexpr int64_t kFewest = 4;
+
+// Columns that W's rows are multiplied with: the first `count` of `packed` columns of `depth` elements, of
+// bfloat16 for pairs, else of float32, and for 16-bit weights in the order of strips (see Strip). They lie
+// stretch by stretch, [depth / stretch][packed][stretch], the last stretch as long as what is left.
+struct DotColumns {
+  const void* data;
+  int64_t packed, count, depth;
+};
+
+// Elements of a stretch: those of all columns stay in the first-level cache while the rows go by, few columns
+// leave room for pieces of the rows that the processor's own prefetcher follows, and many would have their
+// sums read too often.
+template <class Element>
+constexpr int64_t dot_stretch(int64_t columns) {
+  const int64_t bytes = columns <= kFewest ? 4096 : columns <= kSmallTokens ? 1024 : 2048;
+  return bytes / static_cast<int64_t>(sizeof(Element));
+}
+
+// Floats that dot_forward needs room for, at a multiple of 64 bytes.
+constexpr int64_t dot_room(int64_t rows, int64_t columns) {
+  return rows * (columns + 1) * kLanes;
+}
+
+// c [rows][ld_c] = W x for some rows of W, a multiple of kDotRows (row stride ld elements). Where squares is
+// given, squares [rows] = those of the rows. The rows behind them are fetched meanwhile.
 constexpr int64_t kDotRows = 4;
 template <class T>
-void dot_forward(const T* weight, int64_t ld, int64_t rows, const void* const* columns, int64_t count,
-                 int64_t depth, float* c, int64_t ld_c, float* squares, bool fetch);
+void dot_forward(const T* weight, int64_t ld, int64_t rows, const DotColumns& columns, float* c, int64_t ld_c,
+                 float* squares, float* room);
 
 // c [strips][tokens][32] += g W for 32 rows of W (row stride ld elements) and `strips` strips of 32 columns;
 // g is [tokens][32] with row stride ld_g. Of 16-bit weights the columns of c are de-interleaved.

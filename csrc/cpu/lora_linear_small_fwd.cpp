@@ -1,7 +1,6 @@
 // lora_linear for up to 32 tokens: one read of W, the rank step, gain and bias on the float32
 // sums; with the norm, if it is asked for, from the same read.
 #include <atomic>
-#include <vector>
 
 #include "content_key.h"
 #include "factored_norm.h"
@@ -12,19 +11,19 @@
 namespace lora_fast {
 namespace {
 
-// Rows of `depth` elements as float32 in the order of 16-bit strips.
+// Elements as float32 in the order of 16-bit strips.
 template <class T>
-LORA_FAST_CLONES void widen_strips(const T* x, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
+LORA_FAST_CLONES void widen_strips(const T* x, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
 }
 
-LORA_FAST_CLONES void deal_strips(const float* x, int64_t depth, float* out) {
-  std::copy_n(x, depth, out);
-  deal(out, depth);
+LORA_FAST_CLONES void deal_strips(const float* x, int64_t count, float* out) {
+  std::copy_n(x, count, out);
+  deal(out, count);
 }
 
-// What W is multiplied with, in rows of length K: the tokens', then those of the norm's parts of A. In tiles,
-// two tiles of sixteen rows at a time share a read of W.
+// What W is multiplied with: x's rows as columns, then those of the norm's parts of A. In tiles, two tiles of
+// sixteen columns at a time share a read of W.
 template <class T>
 class Operand {
  public:
@@ -36,27 +35,8 @@ class Operand {
         width_(how_ == Products::tiles ? tiles_ * kTokenTile
                                        : tokens + (norm != nullptr ? norm->columns() : 0)),
         K_(K),
-        packed_(how_ == Products::tiles ? tiles_ * kTokenTile * K : 0),
-        widened_(how_ == Products::vectors && sizeof(T) == 2 ? width_ * K : 0) {
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (how_ == Products::tiles) {
-        pack_tiles(x, tokens, norm);
-        return;
-      }
-    }
-    const bool widens = how_ == Products::vectors && sizeof(T) == 2;
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* row = widened_.data() + t * K;
-      if (widens) widen_strips(x + t * K, K, row);
-      columns_.push_back(widens ? static_cast<const void*>(row) : x + t * K);
-    }
-    for (int64_t j = 0; norm != nullptr && j < norm->columns(); ++j) {
-      float* row = widened_.data() + (tokens + j) * K;
-      if (widens) deal_strips(norm->rows() + j * K, K, row);
-      const void* in_place =
-          how_ == Products::pairs ? static_cast<const void*>(norm->parts() + j * K) : norm->rows() + j * K;
-      columns_.push_back(widens ? row : in_place);
-    }
+        packed_(width_ * K * static_cast<int64_t>(how_ == Products::vectors ? sizeof(float) : sizeof(bf16))) {
+    pack(x, tokens, norm);
   }
 
   Products how() const { return how_; }
@@ -64,28 +44,45 @@ class Operand {
   int64_t width() const { return width_; }
   int64_t norm_column() const { return norm_column_; }
   int64_t token_tiles() const { return token_tiles_; }
+  int64_t room() const { return how_ == Products::tiles ? 0 : dot_room(kSmallRows, width_); }
 
   // c [32][width] = the product with 32 rows of W, and with a norm squares [32] = those of the rows. They
   // stay in the second-level cache from one pass to the next, and each pass fetches its share of the next 32.
-  void multiply(const T* weight, int64_t ld, float* c, float* squares) const {
+  void multiply(const T* weight, int64_t ld, float* c, float* squares, float* room) const {
     if (how_ != Products::tiles)
-      return dot_forward(weight, ld, kSmallRows, columns_.data(), width_, K_, c, width_, squares, true);
+      return dot_forward(weight, ld, kSmallRows, {packed_.data(), width_, width_, K_}, c, width_, squares,
+                         room);
     if constexpr (std::is_same_v<T, bf16>) multiply_tiles(weight, ld, c, squares);
   }
 
   // c [32][32] = the product with the tokens' rows of up to 32 rows of W, but a multiple of row_step()
-  void multiply_tokens(const T* weight, int64_t ld, int64_t rows, int64_t tokens, float* c) const {
+  void multiply_tokens(const T* weight, int64_t ld, int64_t rows, int64_t tokens, float* c,
+                       float* room) const {
     if (how_ != Products::tiles)
-      return dot_forward(weight, ld, rows, columns_.data(), tokens, K_, c, kSmallTokens, nullptr, false);
+      return dot_forward(weight, ld, rows, {packed_.data(), width_, tokens, K_}, c, kSmallTokens, nullptr,
+                         room);
     if constexpr (std::is_same_v<T, bf16>)
-      tiles_forward(weight, ld, packed_.data(), tiles_of(0), K_, c, kSmallTokens,
+      tiles_forward(weight, ld, columns<bf16>(), tiles_of(0), K_, c, kSmallTokens,
                     {weight + kAhead, kSmallRows});
   }
 
  private:
   static constexpr int64_t kAhead = 256;  // elements of the same rows
 
+  template <class Element>
+  Element* columns() const {
+    return static_cast<Element*>(static_cast<void*>(packed_.data()));
+  }
+
   int64_t tiles_of(int64_t pair) const { return std::min<int64_t>(2, tiles_ - 2 * pair); }
+
+  void pack(const T* x, int64_t tokens, const FactoredNorm* norm) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (how_ == Products::tiles) return pack_tiles(x, tokens, norm);
+      if (how_ == Products::pairs) return pack_columns<bf16>(x, tokens, norm);
+    }
+    pack_columns<float>(x, tokens, norm);
+  }
 
   void pack_tiles(const bf16* x, int64_t tokens, const FactoredNorm* norm) {
     const int64_t steps = K_ / kSmallDepth;
@@ -96,11 +93,49 @@ class Operand {
         const int64_t step_size = tiles_of(pair) * kTokenTile * kSmallDepth;
         pack_column_tile((of_tokens ? x : norm->parts()) + row * K_ + begin * kSmallDepth, K_,
                          of_tokens ? tokens - row : kTokenTile, end - begin,
-                         packed_.data() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth +
+                         columns<bf16>() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth +
                              begin * step_size,
                          step_size);
       }
     });
+  }
+
+  // See DotColumns
+  template <class Element>
+  void pack_columns(const T* x, int64_t tokens, const FactoredNorm* norm) {
+    constexpr int64_t kGrain = 65536;  // elements that are worth a thread
+    const int64_t stretch = dot_stretch<Element>(width_), count = (K_ + stretch - 1) / stretch;
+    for_chunks(chunk_count(count, 1 + kGrain / (width_ * stretch)), count,
+               [&](int64_t, int64_t begin, int64_t end) {
+                 for (int64_t k = begin * stretch; k < std::min(K_, end * stretch); k += stretch) {
+                   const int64_t length = std::min(stretch, K_ - k);
+                   Element* out = columns<Element>() + k * width_;
+                   for (int64_t t = 0; t < tokens; ++t, out += length)
+                     pack_token(x + t * K_ + k, length, out);
+                   for (int64_t j = tokens; j < width_; ++j, out += length)
+                     pack_norm(*norm, (j - tokens) * K_ + k, length, out);
+                 }
+               });
+  }
+
+  template <class Element>
+  static void pack_token(const T* x, int64_t count, Element* out) {
+    if constexpr (std::is_same_v<T, Element>) {
+      std::copy_n(x, count, out);
+    } else {
+      widen_strips(x, count, out);
+    }
+  }
+
+  template <class Element>
+  static void pack_norm(const FactoredNorm& norm, int64_t at, int64_t count, Element* out) {
+    if constexpr (std::is_same_v<Element, bf16>) {
+      std::copy_n(norm.parts() + at, count, out);
+    } else if constexpr (sizeof(T) == 2) {
+      deal_strips(norm.rows() + at, count, out);
+    } else {
+      std::copy_n(norm.rows() + at, count, out);
+    }
   }
 
   void multiply_tiles(const bf16* weight, int64_t ld, float* c, float* squares) const {
@@ -111,7 +146,7 @@ class Operand {
       return {weight + (kSmallRows + begin) * ld, (pass + 1) * kSmallRows / passes - begin};
     };
     for (int64_t pair = 0; pair < pairs; ++pair)
-      tiles_forward(weight, ld, packed_.data() + pair * 2 * kTokenTile * K_, tiles_of(pair), K_,
+      tiles_forward(weight, ld, columns<bf16>() + pair * 2 * kTokenTile * K_, tiles_of(pair), K_,
                     c + pair * 2 * kTokenTile, width_, share(pair));
     if (squares == nullptr) return;
     std::memset(squares, 0, kSmallRows * sizeof(float));
@@ -120,9 +155,7 @@ class Operand {
 
   Products how_;
   int64_t token_tiles_, norm_column_, tiles_, width_, K_;
-  Scratch<bf16> packed_;              // of tiles
-  std::vector<const void*> columns_;  // of the other ways
-  Scratch<float> widened_;            // their rows, where they are not x's own
+  Scratch<char> packed_;
 };
 
 template <class T>
@@ -196,11 +229,12 @@ template <class T>
 void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   const int64_t width = op.operand->width();
   const Scratch<float> c(kSmallRows * width + kSmallTokens);  // the last row is read in whole tiles
-  const Scratch<float> b(kSmallRows * op.R);
+  const Scratch<float> b(kSmallRows * op.R), room(op.operand->room());
   const AmxScope scope(op.operand->how() == Products::tiles, kSmallDepth);
   for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
     float squares[kSmallRows];
-    op.operand->multiply(op.weight + n * op.ld, op.ld, c.data(), op.factored != nullptr ? squares : nullptr);
+    op.operand->multiply(op.weight + n * op.ld, op.ld, c.data(), op.factored != nullptr ? squares : nullptr,
+                         room.data());
     if (op.factored != nullptr) {
       op.factored->finish(n, squares, c.data() + op.operand->norm_column(), width, op.dora->magnitude + n,
                           op.dora->norm + n, op.dora->gain.data() + n);
@@ -232,9 +266,11 @@ void project(const Operand<T>& operand, int64_t tokens, const Tensor& lora_A, do
   const int64_t R = lora_A.size(0), K = lora_A.size(1);
   const WholeRows<T> rows(AdapterMatrix{lora_A}, operand.row_step());
   alignas(64) float c[kSmallRows * kSmallTokens] = {};
+  const Scratch<float> room(operand.room());
   const AmxScope scope(operand.how() == Products::tiles, kSmallDepth);
   for (int64_t r = 0; r < R; r += kSmallRows) {
-    operand.multiply_tokens(rows.data() + r * K, K, std::min(kSmallRows, rows.count() - r), tokens, c);
+    operand.multiply_tokens(rows.data() + r * K, K, std::min(kSmallRows, rows.count() - r), tokens, c,
+                            room.data());
     store_projection(c, std::min(kSmallRows, R - r), tokens, r, R, static_cast<float>(scaling),
                      operand.token_tiles() * kTokenTile, h, scaled_h);
   }
