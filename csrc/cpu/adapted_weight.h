@@ -53,9 +53,11 @@ struct PackedAdapter {
   PackedPanels q;
 };
 
-// A range of V's tiles: blocks of kTileRows rows by blocks of kTileCols columns, end excluded.
+// A range of V's tiles: blocks of kTileRows rows by blocks of kTileCols columns, end excluded; a tile has
+// `rows` of a block's rows, a divisor of kTileRows.
 struct TileRange {
   int64_t row_begin, row_end, col_begin, col_end;
+  int64_t rows = kTileRows;
 };
 
 inline int64_t row_blocks(const AdaptedWeight& v) {
@@ -70,6 +72,17 @@ inline int64_t row_chunks(const AdaptedWeight& v, int64_t least_elements) {
   return chunk_count(row_blocks(v), std::max<int64_t>(1, least_elements / (kTileRows * v.cols)));
 }
 
+// The `half` 0 or 1 of the next tile's part of a row, into the second-level cache (rows of a power of two
+// apart share few sets of the first): more rows are read side by side than the processor's own prefetcher
+// follows.
+template <int half, class T>
+LORA_FAST_INLINE void fetch_next(const T* w) {
+  constexpr int64_t kHalf = kTileCols / 2, kLine = 64 / sizeof(T);
+#pragma GCC unroll 8
+  for (int64_t k = half * kHalf; k < (half + 1) * kHalf; k += kLine)
+    __builtin_prefetch(w + kTileCols + k, 0, 2);
+}
+
 // V at (i, j): W's elements, in place where they are adjacent in whole strips and else gathered, zero to the
 // end of their strip, and P Q's, as far.
 template <class F, class T>
@@ -79,7 +92,14 @@ struct AdaptedTile {
   T* w;
   int64_t stride;  // of w
   bool gathered;
-  F* update;  // [rows][kTileCols], in the order of strips; the caller's to write over
+  F* update;          // [rows][kTileCols], in the order of strips; the caller's to write over
+  bool half_fetched;  // of the next tile
+
+  // the rest of the next tile's part of row r
+  LORA_FAST_INLINE void fetch(int64_t r) const {
+    if (!half_fetched) fetch_next<0>(w + r * stride);
+    fetch_next<1>(w + r * stride);
+  }
 
   // the strip of V at column k of row r
   LORA_FAST_INLINE Strip<F> strip(int64_t r, int64_t k) const {
@@ -98,33 +118,48 @@ LORA_FAST_INLINE void copy_line(T* to, int64_t to_stride, const T* from, int64_t
   for (int64_t k = 0; k < n; ++k) to[k * to_stride] = from[k * from_stride];
 }
 
-// f(tile) for each of the range, row by row. f is compiled for the caller's instruction set: always inline.
+// Rows of a tile in a pass that does little beside reading W: the fewer they are, the more evenly the next
+// tile is fetched beside the arithmetic. The norm and the merge take 0.7 to 0.9 of the time for it with
+// AVX-512, and 1.1 with AVX2, where the arithmetic takes longer than the reading. AMX takes sixteen rows or
+// more.
+inline int64_t few_tile_rows(const RankLayout& layout) {
+  const bool on_amx = layout.pairs && amx_enabled();
+  return has_avx512_vectors() && !on_amx ? 8 : kTileRows;
+}
+
+// f(tile) for each of the range: all columns of a block of rows before the next block. f is compiled for the
+// caller's instruction set: always inline. Where it calls tile.fetch beside each row, the next tile is
+// fetched, half of it here before the product if tiles have few rows.
 template <class F, class T, class Function>
 LORA_FAST_INLINE void for_each_tile(const AdaptedWeight& v, const PackedAdapter& adapter,
                                     const TileRange& range, const Function& f) {
   alignas(64) F update[kTileRows * kTileCols];
   alignas(64) T gathered[kTileRows * kTileCols];
   const Vec<F> scaling = splat(static_cast<F>(v.scaling));
-  for (int64_t i = range.row_begin * kTileRows; i < std::min(v.rows, range.row_end * kTileRows);
-       i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, v.rows - i);
+  const bool half_first = range.rows < kTileRows;
+  for (int64_t block = range.row_begin * kTileRows; block < std::min(v.rows, range.row_end * kTileRows);
+       block += kTileRows) {
     for (int64_t j = range.col_begin * kTileCols; j < std::min(v.cols, range.col_end * kTileCols);
          j += kTileCols) {
       const int64_t cols = std::min(kTileCols, v.cols - j);
-      rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), update, rows, cols);
-      T* w = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
-      int64_t stride = v.row_stride;
-      const bool gather = v.col_stride != 1 || cols % kStrip != 0;
-      if (gather) {
-        for (int64_t r = 0; r < rows; ++r) {
-          T* line = gathered + r * kTileCols;
-          std::fill(line + cols / kStrip * kStrip, line + round_up(cols, kStrip), T{});
-          copy_line(line, 1, w + r * v.row_stride, v.col_stride, cols);
+      for (int64_t i = block; i < std::min(v.rows, block + kTileRows); i += range.rows) {
+        const int64_t rows = std::min(range.rows, v.rows - i);
+        T* w = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
+        for (int64_t r = 0; half_first && r < rows; ++r) fetch_next<0>(w + r * v.row_stride);
+        rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), update, rows, cols);
+        int64_t stride = v.row_stride;
+        const bool gather = v.col_stride != 1 || cols % kStrip != 0;
+        if (gather) {
+          for (int64_t r = 0; r < rows; ++r) {
+            T* line = gathered + r * kTileCols;
+            std::fill(line + cols / kStrip * kStrip, line + round_up(cols, kStrip), T{});
+            copy_line(line, 1, w + r * v.row_stride, v.col_stride, cols);
+          }
+          w = gathered;
+          stride = kTileCols;
         }
-        w = gathered;
-        stride = kTileCols;
+        f(AdaptedTile<F, T>{i, j, rows, cols, scaling, w, stride, gather, update, half_first});
       }
-      f(AdaptedTile<F, T>{i, j, rows, cols, scaling, w, stride, gather, update});
     }
   }
 }

@@ -87,12 +87,20 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
-std::string vectors() {
+bool has_avx512_vectors() {
 #if LORA_FAST_HAS_CLONES
-  if (__builtin_cpu_supports("x86-64-v4")) return "AVX512";
-  return __builtin_cpu_supports("x86-64-v3") ? "AVX2" : "DEFAULT";
+  return __builtin_cpu_supports("x86-64-v4");
 #elif defined(__AVX512F__)
-  return "AVX512";
+  return true;
+#else
+  return false;
+#endif
+}
+
+std::string vectors() {
+  if (has_avx512_vectors()) return "AVX512";
+#if LORA_FAST_HAS_CLONES
+  return __builtin_cpu_supports("x86-64-v3") ? "AVX2" : "DEFAULT";
 #elif defined(__AVX2__)
   return "AVX2";
 #else

@@ -37,6 +37,7 @@ std::vector<std::string> cpu_features();
 
 // Whose vectors the kernels use here, in PyTorch's words: AVX512, AVX2 or DEFAULT.
 std::string vectors();
+bool has_avx512_vectors();
 
 // The maker of an x86 processor and its family: {"AuthenticAMD", 26} is Zen 5. Of others {"", 0}.
 std::pair<std::string, int> cpu_family();

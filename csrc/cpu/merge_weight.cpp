@@ -9,9 +9,10 @@ namespace {
 template <class F, class T>
 LORA_FAST_INLINE void merge_of(const AdaptedWeight& v, const PackedAdapter& adapter, const F* row_gain,
                                const F* col_gain, int64_t begin, int64_t end) {
-  const TileRange range{begin, end, 0, col_blocks(v)};
+  const TileRange range{begin, end, 0, col_blocks(v), few_tile_rows(adapter.layout)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
     for (int64_t r = 0; r < tile.rows; ++r) {
+      tile.fetch(r);
       const Vec<F> row = splat(row_gain != nullptr ? row_gain[tile.i + r] : F{1});
       for (int64_t k = 0; k < tile.cols; k += kStrip) {
         const Strip<F> x = tile.strip(r, k);

@@ -7,15 +7,6 @@
 namespace lora_fast {
 namespace {
 
-// The next tile's part of this row, into the second-level cache (rows of a power of two apart share few sets
-// of the first): more rows are read side by side than the processor's own prefetcher follows.
-template <class T>
-LORA_FAST_INLINE void prefetch_next(const T* w) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-#pragma GCC unroll 16
-  for (int64_t k = 0; k < kTileCols; k += kLine) __builtin_prefetch(w + kTileCols + k, 0, 2);
-}
-
 template <class F>
 LORA_FAST_INLINE void add_squares(Strip<F>& sums, const Strip<F>& x) {
   sums.even += x.even * x.even;
@@ -27,19 +18,20 @@ template <class F, class T>
 LORA_FAST_INLINE void square_rows_of(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
                                      int64_t begin, int64_t end) {
   alignas(64) F sums[kTileRows * kLanes];
-  const TileRange range{begin, end, 0, col_blocks(v)};
+  const TileRange range{begin, end, 0, col_blocks(v), few_tile_rows(adapter.layout)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
-    if (tile.j == 0) std::fill(sums, sums + kTileRows * kLanes, F{});
+    F* own = sums + tile.i % kTileRows * kLanes;  // of the tile's rows
+    if (tile.j == 0) std::fill(own, own + tile.rows * kLanes, F{});
     for (int64_t r = 0; r < tile.rows; ++r) {
-      prefetch_next(tile.w + r * tile.stride);
-      Strip<F> own{};
+      tile.fetch(r);
+      Strip<F> part{};
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < tile.cols; k += kStrip) add_squares(own, tile.strip(r, k));
-      F* sum = sums + r * kLanes;
-      store<F>(sum, load<F>(sum) + (own.even + own.odd));
+      for (int64_t k = 0; k < tile.cols; k += kStrip) add_squares(part, tile.strip(r, k));
+      F* sum = own + r * kLanes;
+      store<F>(sum, load<F>(sum) + (part.even + part.odd));
     }
     if (tile.j + tile.cols < v.cols) return;
-    for (int64_t r = 0; r < tile.rows; ++r) squares[tile.i + r] = sum_lanes<F>(load<F>(sums + r * kLanes));
+    for (int64_t r = 0; r < tile.rows; ++r) squares[tile.i + r] = sum_lanes<F>(load<F>(own + r * kLanes));
   });
 }
 
@@ -48,11 +40,11 @@ template <class F, class T>
 LORA_FAST_INLINE void square_columns_of(const AdaptedWeight& v, const PackedAdapter& adapter, F* sums,
                                         int64_t begin, int64_t end) {
   constexpr int64_t kStrips = kTileCols / kStrip;
-  const TileRange range{begin, end, 0, col_blocks(v)};
+  const TileRange range{begin, end, 0, col_blocks(v), few_tile_rows(adapter.layout)};
   for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
     Strip<F> total[kStrips] = {};
     for (int64_t r = 0; r < tile.rows; ++r) {
-      prefetch_next(tile.w + r * tile.stride);
+      tile.fetch(r);
 #pragma GCC unroll 4
       for (int64_t k = 0; k < kStrips; ++k) {
         if (k * kStrip >= tile.cols) break;
