@@ -64,14 +64,14 @@ struct DotColumns {
 
 // Elements of a stretch: those of all columns stay in the first-level cache while the rows go by, few columns
 // leave room for pieces of the rows that the processor's own prefetcher follows, and many would have their
-// sums read too often.
+// sums read too often. The sums of stretches are summed in turn, whose error grows less than a running sum's.
 template <class Element>
 constexpr int64_t dot_stretch(int64_t columns) {
   const int64_t bytes = columns <= kFewest ? 4096 : columns <= kSmallTokens ? 1024 : 2048;
   return bytes / static_cast<int64_t>(sizeof(Element));
 }
 
-// Floats that dot_forward needs room for, at a multiple of 64 bytes.
+// Floats of room that dot_forward needs for its sums, at a multiple of 64 bytes.
 constexpr int64_t dot_room(int64_t rows, int64_t columns) {
   return rows * (columns + 1) * kLanes;
 }

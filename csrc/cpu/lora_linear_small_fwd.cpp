@@ -46,8 +46,9 @@ class Operand {
   int64_t token_tiles() const { return token_tiles_; }
   int64_t room() const { return how_ == Products::tiles ? 0 : dot_room(kSmallRows, width_); }
 
-  // c [32][width] = the product with 32 rows of W, and with a norm squares [32] = those of the rows. They
-  // stay in the second-level cache from one pass to the next, and each pass fetches its share of the next 32.
+  // c [32][width] = the product with 32 rows of W, and with a norm squares [32] = those of the rows. In tiles
+  // the rows stay in the second-level cache from one pass to the next, and each pass fetches its share of the
+  // next 32.
   void multiply(const T* weight, int64_t ld, float* c, float* squares, float* room) const {
     if (how_ != Products::tiles)
       return dot_forward(weight, ld, kSmallRows, {packed_.data(), width_, width_, K_}, c, width_, squares,
