@@ -1,7 +1,6 @@
 #include "factored_norm.h"
 
 #include <cmath>
-#include <optional>
 
 #include "parallel.h"
 
@@ -23,9 +22,10 @@ LORA_FAST_CLONES void split_row(const float* row, int64_t length, bf16* first, b
   }
 }
 
-// out [length in whole vectors] = a row, zero-padded
-LORA_FAST_CLONES void widen_row(const void* row, ScalarType dtype, int64_t length, float* out) {
-  LORA_FAST_BY_DTYPE(dtype, T, convert_line(out, static_cast<const T*>(row), 1, length))
+// out [length in whole vectors] = row `row` of a contiguous matrix, zero-padded
+LORA_FAST_CLONES void widen_row(const Factor& matrix, int64_t row, int64_t length, float* out) {
+  LORA_FAST_BY_DTYPE(matrix.dtype, T,
+                     convert_line(out, static_cast<const T*>(matrix.data) + row * length, 1, length))
   std::fill(out + length, out + round_up(length, kLanes), 0.0f);
 }
 
@@ -112,33 +112,21 @@ FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Ten
     : v_(weight, lora_A, lora_B, scaling),
       parts_count_(in_parts && lora_A.scalar_type() == ScalarType::Float ? 2 : 1),
       width_(round_up(v_.rank, kLanes)),
-      parts_(in_parts ? padded_columns() * weight.size(1) : 0),
-      widened_(lora_A.scalar_type() == ScalarType::Float ? 0 : v_.rank * weight.size(1)),
-      rows_(widened_.data()),
+      split_(parts_count_ == 2 ? columns() * weight.size(1) : 0),
+      parts_(parts_count_ == 2 ? split_.data() : static_cast<const bf16*>(lora_A.const_data_ptr())),
+      rows_(nullptr),
       gram_(v_.rank * width_),
-      lengths_(width_),
-      lora_B_(weight.size(0) * width_) {
-  const int64_t R = v_.rank, N = weight.size(0), K = weight.size(1);
-  const auto row_of = [](const Tensor& m, int64_t row, int64_t cols) -> const void* {
-    return static_cast<const char*>(m.const_data_ptr()) + row * cols * static_cast<int64_t>(m.element_size());
-  };
+      lengths_(width_) {
+  const int64_t R = v_.rank, K = weight.size(1);
   const bool wide_A = lora_A.scalar_type() == ScalarType::Float;
-  if (wide_A) rows_ = static_cast<const float*>(lora_A.const_data_ptr());
+  if (!wide_A) widened_.emplace(R * K);
+  rows_ = wide_A ? static_cast<const float*>(lora_A.const_data_ptr()) : widened_->data();
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      if (!wide_A) widen_row(row_of(lora_A, r, K), lora_A.scalar_type(), K, widened_.data() + r * K);
-      if (!in_parts) continue;
-      bf16* part = parts_.data() + r * K;
-      if (wide_A) {
-        split_row(rows_ + r * K, K, part, part + R * K);
-      } else {
-        std::memcpy(part, row_of(lora_A, r, K), static_cast<size_t>(K) * sizeof(bf16));
-      }
+      if (!wide_A) widen_row(v_.q, r, K, widened_->data() + r * K);
+      if (parts_count_ == 2) split_row(rows_ + r * K, K, split_.data() + r * K, split_.data() + (R + r) * K);
     }
   });
-  if (in_parts)
-    std::memset(parts_.data() + columns() * K, 0,
-                static_cast<size_t>((padded_columns() - columns()) * K) * sizeof(bf16));
   std::memset(gram_.data(), 0, static_cast<size_t>(R * width_) * sizeof(double));
   std::memset(lengths_.data(), 0, static_cast<size_t>(width_) * sizeof(float));
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
@@ -150,10 +138,10 @@ FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Ten
   });
   for (int64_t r = 0; r < R; ++r)
     for (int64_t q = r + 1; q < R; ++q) gram_.data()[r * width_ + q] = gram_.data()[q * width_ + r];
-  for_chunks(chunk_count(N, 1024), N, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      widen_row(row_of(lora_B, n, R), lora_B.scalar_type(), R, lora_B_.data() + n * width_);
-  });
+  if (in_parts) {  // the products take the parts
+    widened_.reset();
+    rows_ = nullptr;
+  }
 }
 
 void FactoredNorm::finish(int64_t first, const float* squares, const float* u, int64_t ld,
@@ -161,10 +149,11 @@ void FactoredNorm::finish(int64_t first, const float* squares, const float* u, i
   const double cancellation = v_.dtype == ScalarType::Float ? kCancellationFloat : kCancellation;
   const double error_of_U = (parts_count_ == 2 ? kErrorOfParts : kErrorOfFloat) / std::sqrt(v_.cols);
   std::optional<Scratch<double>> buffer;
+  const Scratch<float> lora_B(kRows * width_);
   for (int64_t i = 0; i < kTileRows; i += kRows) {
+    for (int64_t j = 0; j < kRows; ++j) widen_row(v_.p, first + i + j, v_.rank, lora_B.data() + j * width_);
     Update updates[kRows];
-    update_squares({lora_B_.data() + (first + i) * width_, gram_.data(), lengths_.data(), v_.rank, width_,
-                    parts_count_, v_.scaling},
+    update_squares({lora_B.data(), gram_.data(), lengths_.data(), v_.rank, width_, parts_count_, v_.scaling},
                    u + i * ld, ld, updates);
     for (int64_t j = 0; j < kRows; ++j) {
       const int64_t row = i + j;

@@ -6,6 +6,8 @@
 // terms cancel, or leave float's range, are redone by the direct sum in double.
 #pragma once
 
+#include <optional>
+
 #include "norm_of_line.h"
 
 namespace lora_fast {
@@ -16,11 +18,10 @@ class FactoredNorm {
   FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
                bool in_parts);
 
-  // The parts of A, [columns(), rounded up to kPartRows][K], zero-padded: the columns of U.
-  static constexpr int64_t kPartRows = 32;
+  // The parts of A, [columns()][K], whose products with W are the columns of U: A itself where it is
+  // bfloat16.
   int64_t columns() const { return parts_count_ * v_.rank; }
-  int64_t padded_columns() const { return round_up(columns(), kPartRows); }
-  const bf16* parts() const { return parts_.data(); }
+  const bf16* parts() const { return parts_; }
   // Without parts: A itself, [R][K]
   const float* rows() const { return rows_; }
 
@@ -32,12 +33,12 @@ class FactoredNorm {
  private:
   AdaptedWeight v_;
   int64_t parts_count_, width_;  // width_: the rank in whole vectors
-  Scratch<bf16> parts_;
-  Scratch<float> widened_;
-  const float* rows_;       // A in float32
+  Scratch<bf16> split_;          // a float32 A in two parts
+  const bf16* parts_;
+  std::optional<Scratch<float>> widened_;
+  const float* rows_;       // A in float32, without parts
   Scratch<double> gram_;    // G [R][width]
   Scratch<float> lengths_;  // ‖A_r‖ [width]
-  Scratch<float> lora_B_;   // [N][width]
 };
 
 }  // namespace lora_fast

@@ -167,11 +167,11 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   std::optional<FactoredNorm> factored;
   if (dora != nullptr && !dora->known) factored.emplace(weight, lora_A, lora_B, scaling, true);
   const int64_t steps = K / kDepth;
-  const int64_t norm_panels = factored ? factored->padded_columns() / kPanel : 0;
+  const int64_t norm_panels = factored ? round_up(factored->columns(), kPanel) / kPanel : 0;
   const Scratch<bf16> packed_parts(norm_panels * steps * kPanelStep);
   for_chunks(chunk_count(norm_panels, 1), norm_panels, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      pack_columns(factored->parts() + panel * kPanel * K, K, kPanel, steps,
+      pack_columns(factored->parts() + panel * kPanel * K, K, factored->columns() - panel * kPanel, steps,
                    packed_parts.data() + panel * steps * kPanelStep);
   });
   Linear op{elements(weight),

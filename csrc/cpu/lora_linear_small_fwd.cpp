@@ -93,7 +93,7 @@ class Operand {
         const int64_t row = (of_tokens ? tile : tile - token_tiles_) * kTokenTile, pair = tile / 2;
         const int64_t step_size = tiles_of(pair) * kTokenTile * kSmallDepth;
         pack_column_tile((of_tokens ? x : norm->parts()) + row * K_ + begin * kSmallDepth, K_,
-                         of_tokens ? tokens - row : kTokenTile, end - begin,
+                         (of_tokens ? tokens : norm->columns()) - row, end - begin,
                          columns<bf16>() + pair * 2 * kTokenTile * K_ + tile % 2 * kTokenTile * kSmallDepth +
                              begin * step_size,
                          step_size);
