@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_fast import functional
-from lora_fast.testing import Case, make_inputs, poisoned_memory
+from lora_fast.backends import extension
+from lora_fast.testing import Case, make_inputs, poisoned_memory, scratch_peak_bytes
 
 pytestmark = pytest.mark.native
 
@@ -236,6 +237,21 @@ def test_the_norm_of_the_pass(ops, threads, adapter, few_dtype) -> None:
             built = (weight + SCALING * lora_B @ lora_A).norm(dim=1).double()
             ours, eager = (((n - truth) / truth).square().mean().sqrt() for n in (norm, built))
             assert ours <= max(eager, 0.5 * torch.finfo(torch.float32).eps), (N, K, R)
+
+
+def test_the_norms_factors_are_held_once(ops, few_dtype) -> None:
+    """Beside what W is multiplied with: a float32 A where products are of float32, and a thread's sums of 32 rows."""
+    tokens, N, K, R = 16, 1024, 4096, 16
+    weight, lora_A, lora_B = (randn(*shape, dtype=few_dtype) for shape in ((N, K), (R, K), (N, R)))
+    x, y, norm = randn(tokens, K, dtype=few_dtype), weight.new_empty(tokens, N), torch.empty(N)
+    factors = x, weight, lora_A, lora_B, SCALING, torch.ones(N)
+    scratch = scratch_peak_bytes(lambda: ops.dora_linear_small_fwd(*factors, None, y, None, norm, None, None, -1))
+    native = extension.module()
+    in_pairs = few_dtype == torch.bfloat16 and (native.amx_enabled() or native.avx512_bf16_enabled())
+    columns = (tokens + R) * K * (2 if in_pairs else 4)
+    factor = 0 if in_pairs or few_dtype == torch.float32 else R * K * 4
+    sums = 2 * 32 * (tokens + R + 1) * 64
+    assert columns < scratch <= columns + factor + sums + 2**15
 
 
 def test_rows_in_which_the_norms_terms_cancel_or_leave_the_range(ops, few_dtype) -> None:
