@@ -241,7 +241,7 @@ def test_the_norm_of_the_pass(ops, threads, adapter, few_dtype) -> None:
 
 def test_the_norms_factors_are_held_once(ops, few_dtype) -> None:
     """Beside what W is multiplied with: a float32 A where products are of float32, and a thread's sums of 32 rows."""
-    tokens, N, K, R = 16, 1024, 4096, 16
+    tokens, N, K, R = 16, 1024, 4096, 32  # whole tiles
     weight, lora_A, lora_B = (randn(*shape, dtype=few_dtype) for shape in ((N, K), (R, K), (N, R)))
     x, y, norm = randn(tokens, K, dtype=few_dtype), weight.new_empty(tokens, N), torch.empty(N)
     factors = x, weight, lora_A, lora_B, SCALING, torch.ones(N)
@@ -251,7 +251,7 @@ def test_the_norms_factors_are_held_once(ops, few_dtype) -> None:
     columns = (tokens + R) * K * (2 if in_pairs else 4)
     factor = 0 if in_pairs or few_dtype == torch.float32 else R * K * 4
     sums = 2 * 32 * (tokens + R + 1) * 64
-    assert columns < scratch <= columns + factor + sums + 2**15
+    assert columns < scratch <= columns + factor + sums + 2**16
 
 
 def test_rows_in_which_the_norms_terms_cancel_or_leave_the_range(ops, few_dtype) -> None:
