@@ -114,16 +114,14 @@ FactoredNorm::FactoredNorm(const Tensor& weight, const Tensor& lora_A, const Ten
       width_(round_up(v_.rank, kLanes)),
       split_(parts_count_ == 2 ? columns() * weight.size(1) : 0),
       parts_(parts_count_ == 2 ? split_.data() : static_cast<const bf16*>(lora_A.const_data_ptr())),
-      rows_(nullptr),
+      rows_(lora_A.scalar_type() == ScalarType::Float ? static_cast<const float*>(lora_A.const_data_ptr())
+                                                      : widened_.emplace(v_.rank * weight.size(1)).data()),
       gram_(v_.rank * width_),
       lengths_(width_) {
   const int64_t R = v_.rank, K = weight.size(1);
-  const bool wide_A = lora_A.scalar_type() == ScalarType::Float;
-  if (!wide_A) widened_.emplace(R * K);
-  rows_ = wide_A ? static_cast<const float*>(lora_A.const_data_ptr()) : widened_->data();
   for_chunks(chunk_count(R, 8), R, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      if (!wide_A) widen_row(v_.q, r, K, widened_->data() + r * K);
+      if (widened_) widen_row(v_.q, r, K, widened_->data() + r * K);
       if (parts_count_ == 2) split_row(rows_ + r * K, K, split_.data() + r * K, split_.data() + (R + r) * K);
     }
   });

@@ -112,6 +112,29 @@ LORA_FAST_INLINE void add_up_to(const Rows<Unit>& rows, const typename Unit::Row
   add_columns<Unit, most, squares>(rows, columns, sums);
 }
 
+// The same for all columns: in whole groups, and then with the squares in the place of a column. Beside each
+// group an even share of the kDotRows rows at `next` (row stride ld elements) is fetched.
+template <class Unit, class T>
+LORA_FAST_INLINE void add_groups(Rows<Unit> rows, const typename Unit::Row* columns, int64_t count,
+                                 bool squares, const T* next, int64_t ld, typename Unit::Sum* sums) {
+  constexpr int64_t R = kDotRows, most = Unit::kColumns;
+  const int64_t groups = (count + (squares ? 1 : 0) + most - 1) / most;
+  rows.next_stride = ld * static_cast<int64_t>(sizeof(T));
+  rows.next_size = sizeof(T);
+  for (int64_t g = 0; g < groups; ++g, count -= most, columns += most * rows.length, sums += most * R) {
+    const int64_t first = R * g / groups;
+    rows.next = reinterpret_cast<const char*>(next + first * ld);
+    rows.fetched = R * (g + 1) / groups - first;
+    if (count >= most) {
+      add_columns<Unit, most, false>(rows, columns, sums);
+    } else if (squares) {
+      add_up_to<Unit, most - 1, true>(rows, columns, count, sums);
+    } else {
+      add_up_to<Unit, most - 1, false>(rows, columns, count, sums);
+    }
+  }
+}
+
 template <class Sum>
 LORA_FAST_INLINE float sum_of(const Sum& v) {
   constexpr int64_t lanes = sizeof(Sum) / sizeof(float);
@@ -156,8 +179,7 @@ LORA_FAST_INLINE void forward_column(const bf16* weight, int64_t ld, int64_t row
 }
 
 // A stretch of the columns stays in the first-level cache while it meets all the rows, kDotRows at a time.
-// Meanwhile the rows are fetched that follow kAhead bytes of W later, an even share beside each group of
-// columns.
+// Meanwhile the rows are fetched that follow kAhead bytes of W later.
 template <class Unit, class T>
 LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, const DotColumns& columns,
                               float* c, int64_t ld_c, float* squares, float* room) {
@@ -172,7 +194,6 @@ LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, co
       return forward_column<Unit>(weight, ld, row_count, at, depth, c, ld_c);
   }
   const int64_t width = count + (squares != nullptr ? 1 : 0);
-  const int64_t groups = (width + Unit::kColumns - 1) / Unit::kColumns;
   const int64_t ahead = std::max(R, kAhead / (stretch * size) / R * R);  // rows
   alignas(64) Row widened[widens ? R * dot_stretch<Row>(1) : 1];
   Sum* sums = reinterpret_cast<Sum*>(room);
@@ -195,23 +216,7 @@ LORA_FAST_INLINE void forward(const T* weight, int64_t ld, int64_t row_count, co
       }
       const int64_t after = row + ahead, later = k + after / row_count * stretch;
       const T* next = weight + (later < depth ? later : row_count * ld) + after % row_count * ld;
-      rows.next_stride = ld * size;
-      rows.next_size = size;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t j = g * Unit::kColumns, first = R * g / groups;
-        const Row* group = at + k * columns.packed + j * length;
-        Sum* into = sums + row * width + j * R;
-        rows.next = reinterpret_cast<const char*>(next + first * ld);
-        rows.fetched = R * (g + 1) / groups - first;
-        // in whole groups, and then with the squares in the place of a column
-        if (count - j >= Unit::kColumns) {
-          add_columns<Unit, Unit::kColumns, false>(rows, group, into);
-        } else if (squares != nullptr) {
-          add_up_to<Unit, Unit::kColumns - 1, true>(rows, group, count - j, into);
-        } else {
-          add_up_to<Unit, Unit::kColumns - 1, false>(rows, group, count - j, into);
-        }
-      }
+      add_groups(rows, at + k * columns.packed, count, squares != nullptr, next, ld, sums + row * width);
     }
   }
   for (int64_t row = 0; row < row_count; row += R, sums += R * width) {
