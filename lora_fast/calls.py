@@ -32,6 +32,30 @@ class WeightNorm(NamedTuple):
     kept_key: Tensor | None = None
 
 
+class QuantisedNorm(NamedTuple):
+    """‖W + s lora_B lora_A‖ by rows, of W[n, k] = value(codes[n, k]) · scale[n, k div block], rounded to ``dtype``.
+
+    The product is float32's, and is rounded once more, to nearest even: W is what the layer multiplies by. ``codes``:
+    uint8 [N, K/2], two codes of 4 bits a byte, element 2i in the high four; ``levels``, float32 [16], has their values.
+    Or int8 [N, K], whose values are themselves, and no levels. ``scale``: float32 [N, K div block], contiguous.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor | None
+    dtype: torch.dtype
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    kept_norm: Tensor | None = None
+    kept_key: Tensor | None = None
+
+    @property
+    def others(self) -> tuple[Tensor, ...]:
+        """The matrices beside ``codes`` that W is made of."""
+        return (self.scale,) if self.levels is None else (self.scale, self.levels[None])
+
+
 class WeightNormGrad(NamedTuple):
     """The gradients of the norm to lora_A and lora_B."""
 
@@ -213,6 +237,7 @@ class MergeWeight(NamedTuple):
 
 Call = (
     WeightNorm
+    | QuantisedNorm
     | WeightNormGrad
     | LoraLinear
     | LoraLinearGrad
@@ -227,6 +252,8 @@ Call = (
 
 def compute_dtype(call: Call) -> torch.dtype:
     """The activation's, or W's for an op without one; float64 where an op on W has any factor in it."""
+    if isinstance(call, QuantisedNorm):
+        return torch.float64 if accumulate_dtype(call.lora_A, call.lora_B) == torch.float64 else call.dtype
     if isinstance(call, (WeightNorm, WeightNormGrad, MergeWeight, DoraLinear, DoraLinearGrad)):
         if accumulate_dtype(call.weight, call.lora_A, call.lora_B) == torch.float64:
             return torch.float64

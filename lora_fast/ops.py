@@ -23,7 +23,7 @@ from lora_fast.backends import registry
 from lora_fast.dtypes import accumulate_dtype
 
 _library = torch.library.Library("lora_fast", "DEF")
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, str}  # classes of a call's fields
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, str, torch.dtype}  # classes of a call's fields
 
 
 def _define(
@@ -136,6 +136,30 @@ def weight_norm(call: calls.WeightNorm, backend: str) -> Tensor:
 
 
 @_define(
+    calls.QuantisedNorm,
+    "quantised_norm_fwd(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling, str backend) -> Tensor norm",
+)
+def quantised_norm_fwd(call: calls.QuantisedNorm) -> Tensor:
+    return _quantised_norm_like(call)
+
+
+@_define(
+    calls.QuantisedNorm,
+    "quantised_norm_kept(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling, Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm",
+    op="quantised_norm_fwd",
+)
+def quantised_norm_kept(call: calls.QuantisedNorm) -> Tensor:
+    return _quantised_norm_like(call)
+
+
+def quantised_norm(call: calls.QuantisedNorm, backend: str) -> Tensor:
+    """One of the two, as for :func:`weight_norm`. It has no backward: it takes detached adapters."""
+    return (quantised_norm_fwd if call.kept_norm is None else quantised_norm_kept)(call, backend)
+
+
+@_define(
     calls.WeightNormGrad,
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, str axis, "
     "bool need_A, bool need_B, str backend) -> (Tensor grad_A, Tensor grad_B)",
@@ -240,6 +264,10 @@ def merge_weight(call: calls.MergeWeight) -> None:
 def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:
     size = call.weight.shape[0] if call.axis == "output" else call.weight.shape[1]
     return call.weight.new_empty(size, dtype=accumulate_dtype(call.weight, call.lora_A, call.lora_B))
+
+
+def _quantised_norm_like(call: calls.QuantisedNorm) -> Tensor:
+    return call.codes.new_empty(call.codes.shape[0], dtype=accumulate_dtype(call.lora_A, call.lora_B))
 
 
 def _linear_like(call: calls.LoraLinear | calls.DoraLinear) -> tuple[Tensor, Tensor, Tensor]:

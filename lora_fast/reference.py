@@ -50,6 +50,15 @@ def weight_norm(
     return torch.linalg.vector_norm(adapted_weight(weight, lora_A, lora_B, scaling), dim=1 if axis == "output" else 0)
 
 
+def dequantised_weight(codes: Tensor, scale: Tensor, levels: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W [N, K] of ``dtype``: value(codes) · scale in float32, rounded once, as lora_fast/calls.py says."""
+    if levels is None:
+        values = codes.float()
+    else:
+        values = levels[torch.stack((codes >> 4, codes & 15), dim=2).flatten(1).long()]
+    return (values * scale.repeat_interleave(values.shape[1] // scale.shape[1], dim=1)).to(dtype)
+
+
 def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``m / n``, 0 where ``n = 0``."""
     zero = norm == 0

@@ -97,6 +97,8 @@ def _has_no_meaning(item: pytest.Item) -> bool:
     name, case = parameters.get("backend"), parameters.get("case")
     if name not in backends.NAMES:
         return False
+    if name == "cuda" and item.module.__name__ == "test_quantised_norm":
+        return True  # its plan refuses every call
     dtypes = backends.get(name).dtypes
     if case is not None and dtypes is not None and case.dtype not in dtypes:
         return True
@@ -136,7 +138,14 @@ DEVICE = (
     ("torch on a GPU", None if torch.cuda.is_available() else "no GPU", pytest.mark.gpu),
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
-ON_EVERY_DEVICE = ("test_kept", "test_lora_compose", "test_lora_linear", "test_merge_weight", "test_weight_norm")
+ON_EVERY_DEVICE = (
+    "test_kept",
+    "test_lora_compose",
+    "test_lora_linear",
+    "test_merge_weight",
+    "test_quantised_norm",
+    "test_weight_norm",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -52,6 +52,7 @@ def example_calls(size: Size, kept: Kept = "product") -> dict[str, Call]:
     needed = (True, True, True, True, True)
     return {
         "weight_norm_fwd": calls.WeightNorm(*factors, axis, None, None),
+        "quantised_norm_fwd": calls.QuantisedNorm(*_quantised(size), size.dtype, lora_A, lora_B, 1.0, None, None),
         "weight_norm_bwd": calls.WeightNormGrad(vector, vector, *factors, axis, True, True),
         "lora_linear_fwd": calls.LoraLinear(*linear, None, *undropped, "nothing"),
         "lora_linear_bwd": calls.LoraLinearGrad(*grad, None, *undropped, *nothing, True, True, True, False, True),
@@ -62,6 +63,16 @@ def example_calls(size: Size, kept: Kept = "product") -> dict[str, Call]:
         "dropout": calls.Dropout(x, seed, 0.1),
         "merge_weight": calls.MergeWeight(*factors, vector, axis),
     }
+
+
+def _quantised(size: Size) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes, scale and levels: 4 bits in blocks of 64, or of a row; 8 bits where rows are no whole bytes."""
+    N, K = size.N, size.K
+    blocks = K // 64 if K % 64 == 0 else 1
+    scale = torch.empty(N, blocks, device=size.device)
+    if K % 2:
+        return torch.empty(N, K, dtype=torch.int8, device=size.device), scale, None
+    return torch.empty(N, K // 2, dtype=torch.uint8, device=size.device), scale, torch.empty(16, device=size.device)
 
 
 def explain(size: Size, ops: Collection[str] | None = None, backend: str = "auto") -> list[dict[str, str]]:

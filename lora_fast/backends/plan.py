@@ -61,6 +61,10 @@ def is_stacked(call: LinearGrad, tokens: int) -> bool:
     return found is not None and call.lora_A.shape[0] <= found.rows and call.weight.dtype == call.grad_y.dtype
 
 
-def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear) -> bool:
+def may_keep_norm(call: calls.WeightNorm | calls.DoraLinear | calls.QuantisedNorm) -> bool:
     """Whether there is a kept norm to look at; without a version (in inference mode) its key would say nothing."""
-    return call.kept_key is not None and not call.weight.is_inference()
+    if call.kept_key is None:
+        return False
+    if isinstance(call, calls.QuantisedNorm):
+        return not any(tensor is not None and tensor.is_inference() for tensor in call[:3])
+    return not call.weight.is_inference()

@@ -12,6 +12,7 @@ from lora_fast.backends import dora, extension
 from lora_fast.backends.cpu import onednn
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
+from lora_fast.backends.torch import ops as torch_ops
 
 _c = extension.operators()
 
@@ -116,3 +117,4 @@ _passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout, {onednn.KERN
 lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
+quantised_norm_fwd = torch_ops.quantised_norm_fwd

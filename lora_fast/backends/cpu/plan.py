@@ -21,6 +21,7 @@ from lora_fast.backends.cpu import onednn
 from lora_fast.backends.extension import amx_enabled, has_torchs_vectors
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
+from lora_fast.backends.torch import plan as torch_plan
 
 SMALL_TOKENS = 32  # two AMX tiles; the time is that of reading W, which is read once and not repacked
 # The same where the extension's compiler made vectors that are narrower than PyTorch's. AMD EPYC (Zen 5), 2048 × 2048,
@@ -70,6 +71,7 @@ lora_compose_fwd = Plan({"y": _COMPOSE})
 lora_compose_bwd = Plan({"grad_v": _GAIN_BWD})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_PASS)})
+quantised_norm_fwd = torch_plan.quantised_norm_fwd
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:

@@ -13,7 +13,7 @@ from lora_fast.backends import dora
 from lora_fast.backends.cpu.ops import merge_weight, weight_norm_fwd
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan
-from lora_fast.backends.torch.ops import weight_norm_bwd
+from lora_fast.backends.torch.ops import quantised_norm_fwd, weight_norm_bwd
 from lora_fast.gain import dora_gain
 
 _c = torch.ops.lora_fast_c
@@ -112,6 +112,7 @@ __all__ = [
     "lora_linear_bwd",
     "lora_linear_fwd",
     "merge_weight",
+    "quantised_norm_fwd",
     "weight_norm_bwd",
     "weight_norm_fwd",
 ]

@@ -13,7 +13,7 @@ import torch
 from lora_fast import calls
 from lora_fast.backends.device import constants_of
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Refusal, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 
 SMALL_RANK = 1024  # which the tests reach
@@ -51,6 +51,10 @@ merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 def weight_norm_fwd(call: calls.WeightNorm) -> Plan:
     yields = constants_of(call.weight.device).norm_backend != "cuda"
     return _yielding(_NORM_KEPT if may_keep_norm(call) else _NORM, yields=yields)
+
+
+def quantised_norm_fwd(call: calls.QuantisedNorm) -> Refusal:
+    return Refusal("it has no kernel for a quantised weight's norm")
 
 
 def lora_linear_fwd(call: Linear) -> Plan:

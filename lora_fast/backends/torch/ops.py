@@ -7,7 +7,7 @@ cancels. Work on activations goes in chunks of tokens, in float32 (float64 for f
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_fast import calls, norm_cache
 from lora_fast.backends import dora
 from lora_fast.backends.passes import CHUNK, SMALLEST_CHUNK, Gradients, Passes, token_chunks
-from lora_fast.backends.plan import Plan
+from lora_fast.backends.plan import Plan, may_keep_norm
 from lora_fast.content_key import content_key
 from lora_fast.dtypes import accumulate_dtype
 
@@ -27,30 +27,53 @@ def _norm_product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
 
 
-def _chunk_rows(weight: Tensor) -> int:
+def _chunk_rows(rows: int, columns: int) -> int:
     """Rows in a chunk: together 1/128 of the weight, within [SMALLEST_CHUNK, CHUNK] elements."""
-    rows, columns = weight.shape
     elements = min(max(rows * columns // 128, SMALLEST_CHUNK), CHUNK)
     return max(1, min(elements // max(columns, 1), rows))
 
 
 def _adapted_rows(
-    call: calls.WeightNorm | calls.WeightNormGrad | calls.MergeWeight, dtype: torch.dtype
+    call: calls.WeightNorm | calls.QuantisedNorm | calls.WeightNormGrad | calls.MergeWeight, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, V[rows]) with V = W + s lora_B lora_A in ``dtype``; each V[rows] takes the place of the one before.
 
     Two buffers and no mixed operands, whose casts allocate: aligned blocks that are freed and asked for anew pile up
     in glibc's heap, to the size of V.
     """
-    weight, lora_A = call.weight, call.lora_A.to(_norm_product_dtype(dtype))
-    step = _chunk_rows(weight)
-    delta = lora_A.new_empty(step, weight.shape[1])
-    chunk = weight.new_empty(delta.shape, dtype=dtype)
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
+    lora_A = call.lora_A.to(_norm_product_dtype(dtype))
+    N, K = call.lora_B.shape[0], lora_A.shape[1]
+    step = _chunk_rows(N, K)
+    weight_rows = _dequantised(call, step) if isinstance(call, calls.QuantisedNorm) else call.weight.__getitem__
+    delta = lora_A.new_empty(step, K)
+    chunk = lora_A.new_empty(delta.shape, dtype=dtype)
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
         count = rows.stop - start
         torch.mm(call.lora_B[rows].to(lora_A.dtype), lora_A, out=delta[:count]).mul_(call.scaling)
-        yield rows, chunk[:count].copy_(weight[rows]).add_(delta[:count])
+        yield rows, chunk[:count].copy_(weight_rows(rows)).add_(delta[:count])
+
+
+def _dequantised(call: calls.QuantisedNorm, step: int) -> Callable[[slice], Tensor]:
+    """What gives W[rows], ``step`` rows at most, in a buffer that the next rows take over."""
+    codes, scale, levels = call.codes, call.scale, call.levels
+    values = scale.new_empty(step, call.lora_A.shape[1])
+    rounded = values if call.dtype == torch.float32 else values.new_empty(values.shape, dtype=call.dtype)
+    if levels is not None:
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # [256, 2]: the values of a byte
+        index = codes.new_empty(step, codes.shape[1], dtype=torch.int32)
+
+    def weight_rows(rows: slice) -> Tensor:
+        count = rows.stop - rows.start
+        own = values[:count]
+        if levels is None:
+            own.copy_(codes[rows])
+        else:
+            torch.index_select(pairs, 0, index[:count].copy_(codes[rows]).view(-1), out=own.view(-1, 2))
+        own.view(count, scale.shape[1], -1).mul_(scale[rows, :, None])
+        return own if rounded is values else rounded[:count].copy_(own)
+
+    return weight_rows
 
 
 def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
@@ -70,6 +93,19 @@ def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
         return _norm(call)
     key = content_key(weight, call.lora_A, call.lora_B, call.scaling, call.axis)
     return norm_cache.reuse(kept_norm, kept_key, key, lambda: _norm(call))
+
+
+def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
+    kept_norm, kept_key = call.kept_norm, call.kept_key
+    if kept_norm is None or kept_key is None or call.codes.device.type != "cpu" or not may_keep_norm(call):
+        return _quantised_norm(call)
+    key = content_key(call.codes, call.lora_A, call.lora_B, call.scaling, call.dtype, *call.others)
+    return norm_cache.reuse(kept_norm, kept_key, key, lambda: _quantised_norm(call))
+
+
+def _quantised_norm(call: calls.QuantisedNorm) -> Tensor:
+    dtype = accumulate_dtype(call.lora_A, call.lora_B)
+    return torch.cat([_scaled_norm(chunk, 1) for _, chunk in _adapted_rows(call, dtype)])
 
 
 def _norm(call: calls.WeightNorm) -> Tensor:

@@ -11,6 +11,7 @@ _PASSES = "update, gain and bias in blocks of tokens, after PyTorch's product"
 _COMPOSE, _GAIN_BWD, _PRODUCT = Step("compose", _PASSES), Step("gain_bwd", _PASSES), Step(LINEAR, "PyTorch's product")
 
 weight_norm_fwd = Plan({"norm": _ROWS}, yields=True)
+quantised_norm_fwd = Plan({"norm": Step(_ROWS.kernel, f"codes to W, then {_ROWS.why}")}, yields=True)
 weight_norm_bwd = Plan({"grad_V": _ROWS}, yields=True)
 lora_linear_fwd = Plan({"h": _PRODUCT, "base": _PRODUCT, "y": _COMPOSE}, yields=True)
 lora_linear_bwd = Plan({"grad_v": _GAIN_BWD, "grad_x": Step(MATMUL, "PyTorch's product")}, yields=True)

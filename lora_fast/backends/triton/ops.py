@@ -15,6 +15,7 @@ from lora_fast import calls, stacked
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients, results_beside
 from lora_fast.backends.plan import Plan
+from lora_fast.backends.torch import ops as torch_ops
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -50,6 +51,9 @@ def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Ten
     factors = call.weight, call.lora_A, call.lora_B, call.scaling, call.axis
     with _on_device_of(call.weight):
         return norm_bwd.weight_norm_bwd(call.grad, call.norm, *factors, need_A=call.need_A, need_B=call.need_B)
+
+
+quantised_norm_fwd = torch_ops.quantised_norm_fwd
 
 
 def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_fast import calls
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
+from lora_fast.backends.torch import plan as torch_plan
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 from lora_fast.triton_kernels.lora_gain_bwd import has_pieces, makes_h
@@ -54,6 +55,7 @@ _SAME_PASS = Step("lora_gain_bwd", "in that pass, its sums over blocks of column
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
+quantised_norm_fwd = torch_plan.quantised_norm_fwd
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
