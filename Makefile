@@ -12,7 +12,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest bench-layer bench-peft clean
+	peft-oldest test-quantised bench-layer bench-peft clean
 
 setup: $(VENV)/.installed
 
@@ -88,6 +88,12 @@ bench-results: setup
 peft-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
+
+# Quantised linears with HQQ too, which transformers cannot be imported beside but with all that it asks for; the other
+# libraries are tested by `make test`.
+test-quantised: setup
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/hqq hqq==0.2.8 termcolor einops
+	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest -m hqq -n $(JOBS) $(wildcard tests/test_bases.py tests/test_*quantised*.py)
 
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).

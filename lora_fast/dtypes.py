@@ -15,3 +15,9 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def named(name: str) -> torch.dtype:
+    """The dtype that prints as ``name``: "torch.bfloat16" or "bfloat16"."""
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype

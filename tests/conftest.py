@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -62,6 +63,10 @@ def _no_cuda_kernels() -> str | None:
     return backends.get("cuda").missing()
 
 
+def _not_installed(library: str) -> str | None:
+    return None if importlib.util.find_spec(library) else f"{library} is not installed (make test-quantised has all)"
+
+
 def _no_nvcc() -> str | None:
     there = os.path.isfile(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
     return None if there else "no nvcc was found (neither CUDA_HOME nor PATH has one)"
@@ -76,6 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interp": _no_triton(),
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
+        **{library: _not_installed(library) for library in ("bitsandbytes", "torchao", "hqq")},
         "nvcc": _no_nvcc(),
         "clang": None if shutil.which("clang++") else "no clang++ (clang)",
         "objdump": None if shutil.which("objdump") else "no objdump (binutils)",

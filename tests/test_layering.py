@@ -26,8 +26,9 @@ LEAVES = {"calls", "checks", "content_key", "dtypes", "gain", "norm_cache", "sta
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"adapters", "backends", "functional", "integrations", "nn"},
-    "nn": {"backends", "functional"},
-    "integrations": {"backends", "functional", "nn"},
+    "nn": {"backends", "bases", "functional"},
+    "integrations": {"backends", "bases", "functional", "nn"},
+    "bases": {"backends", "functional", "ops"},
     "adapters": {"functional", "nn"},
     "merge_checkpoint": {"adapters"},
     "functional": {"autograd", "backends", "ops"},

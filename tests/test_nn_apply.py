@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import LinearWithDoRA, LinearWithLoRA, count_parameters, trainable_parameters
-from lora_fast.nn.linear import AdaptedLinear
+from lora_fast.nn.adapted import AdaptedLinear
 
 
 class Block(nn.Module):

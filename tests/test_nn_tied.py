@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast.nn.linear import AdaptedLinear
+from lora_fast.nn.adapted import AdaptedLinear
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")

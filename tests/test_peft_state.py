@@ -373,14 +373,6 @@ def test_parameters_adapted_without_a_layer() -> None:
     left_alone(get_peft_model(nn.Sequential(Experts()), config).double(), "no such layer")
 
 
-def test_a_quantised_base() -> None:
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    base = nn.Sequential(nn.Linear(64, 64))
-    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
-    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
-    left_alone(model, "", tokens(4, 64, dtype=torch.float32))
-
-
 # ---- other releases of PEFT
 
 

@@ -23,7 +23,7 @@ from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.apply import kept_flags, put_in_place, read_without_call
 from lora_fast.nn.checks import check_linear, check_not_distributed, check_replaceable
 from lora_fast.nn.hooks import is_offloaded
-from lora_fast.nn.linear import AdaptedLinear
+from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.names import Place, places, unwrapped
 
 

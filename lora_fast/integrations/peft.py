@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fast import stacked
+from lora_fast import bases, stacked
 
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
 OLDEST, NEWEST = (0, 18), (0, 21)
@@ -151,7 +151,7 @@ def restore(model: nn.Module) -> None:
     for (_, layer), original in zip(accelerated, originals, strict=True):
         _set_class(layer, original)
         delattr(layer, peft_layers.STATE)
-        if type(layer.base_layer) is nn.Linear:
+        if type(layer.base_layer) is nn.Linear and not bases.is_quantised(layer.base_layer):
             stacked.unstack(layer.base_layer.weight)
 
 
@@ -217,7 +217,7 @@ def _describe(name: str, layer: Any, reason: str | None, *, within_fsdp: bool) -
     from lora_fast.integrations import fsdp, peft_layers, peft_names
 
     base = fsdp.base_class(type(layer))
-    kind = peft_layers.ORIGINAL.get(base, base).__name__
+    kind = (peft_layers.original_class(base) or base).__name__
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward: {reason}")
     # where fully_shard was applied to the base layer itself, that layer's own call alone has the weight gathered
@@ -239,9 +239,13 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator
         how = "base_layer(x)" if isinstance(layer, peft_layers.FastConv) else "base_layer(x), lora_compose"
     elif peft_names.is_direct(layer):
         how = "lora_linear"
+    elif not peft_names.calls_base(layer) and (base := peft_names.quantised_base(layer)) is not None:
+        how = f"the product of {base.of_library} {base.kind}, lora_compose"
+        if base.straight_through:
+            how += " (it passes no gradient to x: here dy W is passed, straight through the rounding of x)"
     else:
         how = f"base_layer(x), lora_compose: {type(layer.base_layer).__name__} has hooks or a forward of its own"
-    if isinstance(layer, peft_layers.FastLinear) and layer.may_be_left_to_peft(layer.base_layer.weight):
+    if peft_names.is_direct(layer) and layer.may_be_left_to_peft(layer.base_layer.weight):
         how += ", and PEFT's own forward for few tokens"
     for adapter, obstacle in obstacles.items():
         if obstacle is not None:

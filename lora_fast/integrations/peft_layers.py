@@ -10,6 +10,7 @@ Whatever else a PEFT layer does (merging, adding and deleting adapters, saving) 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fast import functional, stacked
+from lora_fast import bases, functional, stacked
 from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.integrations import fsdp, peft_names
@@ -74,7 +75,7 @@ class FastLayer(nn.Module, LoraLayer):
     def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
         """Each sample with the adapter that its name says; a name that is no adapter of this layer has the base."""
         # only a call of the base layer is seen by its hooks, and they are to see the batch as one
-        base = None if peft_names.is_direct(self) else self.base_layer(x)
+        base = self.base_layer(x) if peft_names.calls_base(self) else None
         groups: dict[str, list[int]] = {}
         for sample, name in enumerate(adapter_names):
             groups.setdefault(name if name in adapters else peft_names.BASE_ONLY, []).append(sample)
@@ -117,9 +118,11 @@ class FastLayer(nn.Module, LoraLayer):
         """m / ‖W + s B A‖ [N], with a gradient to m alone; None for LoRA."""
         if adapter.magnitude is None:
             return None
+        return functional.dora_gain(adapter.magnitude, self._norm(adapter))
+
+    def _norm(self, adapter: Adapter) -> Tensor:
         weight, lora_A, lora_B = self._matrices(adapter)
-        norm = functional.weight_norm(weight, lora_A, lora_B, adapter.scaling, kept=self._kept(adapter.name))
-        return functional.dora_gain(adapter.magnitude, norm)
+        return functional.weight_norm(weight, lora_A, lora_B, adapter.scaling, kept=self._kept(adapter.name))
 
     def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         """W [N, K], lora_A [R, K] and lora_B [N, R] without gradient, where N is the magnitude's length."""
@@ -139,11 +142,15 @@ class FastLayer(nn.Module, LoraLayer):
             return
         for name in peft_names.available(self):
             if peft_names.is_dora(self, name) and peft_names.adapter_obstacle(self, name) is None:
-                if self._lora_fast.stack_weights and type(self.base_layer) is nn.Linear:
-                    stacked.stack(self.base_layer.weight, peft_names.adapter(self, name).lora_A.shape[0])
-                weight, lora_A, lora_B = self._matrices(peft_names.adapter(self, name))
-                if kept := self._kept(name):
-                    kept.tensors(weight.shape[0], accumulate_dtype(weight, lora_A, lora_B), weight.device)
+                self._prepare(peft_names.adapter(self, name))
+
+    def _prepare(self, adapter: Adapter) -> None:
+        """The same for one adapter, which is DoRA."""
+        if self._lora_fast.stack_weights and type(self.base_layer) is nn.Linear:
+            stacked.stack(self.base_layer.weight, adapter.lora_A.shape[0])
+        weight, lora_A, lora_B = self._matrices(adapter)
+        if kept := self._kept(adapter.name):
+            kept.tensors(weight.shape[0], accumulate_dtype(weight, lora_A, lora_B), weight.device)
 
     def invalidate_norm(self) -> None:
         """Forget the kept norms; see :func:`lora_fast.invalidate_norms`."""
@@ -164,19 +171,17 @@ class FastLayer(nn.Module, LoraLayer):
         self.prepare()
 
 
-class FastLinear(FastLayer, Linear):
-    """lora.Linear over nn.Linear and transformers' Conv1D."""
-
-    peft_type = Linear
+class OverLinear(FastLayer):
+    """What PEFT's layers over linears share, whatever the linear's weight is made of."""
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._is_left_to_peft(x):
-            return Linear.forward(self, x, *args, **kwargs)
+            return super(FastLayer, self).forward(x, *args, **kwargs)
         return super()._forward(x, *args, **kwargs)
 
     def may_be_left_to_peft(self, like: Tensor) -> bool:
         """Whether some calls with an x of that device and dtype are: LoRA on a GPU, or in float32 on a CPU."""
-        fast = operators.may_be_faster(like.device, like.dtype)
+        fast = operators.may_be_faster(like.device, like.dtype) and peft_names.is_direct(self)
         return fast and not self.lora_variant and default_backend() == "auto"
 
     def _is_left_to_peft(self, x: Any) -> bool:
@@ -199,8 +204,13 @@ class FastLinear(FastLayer, Linear):
         return operators.are_faster(x, multiply_adds)
 
     def _takes(self, x: Any) -> bool:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return False
+        base = peft_names.quantised_base(self)
+        if base is not None:
+            return x.is_floating_point() and x.device == base.device
         weight = parameter(self._modules["base_layer"], "weight")
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.device != weight.device:
+        if x.device != weight.device:
             return False
         if x.dtype == weight.dtype:  # by far the most, and so under any autocast
             return True
@@ -208,14 +218,18 @@ class FastLinear(FastLayer, Linear):
         return is_autocast and x.dtype != torch.float64
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
-        if result is None and adapters and peft_names.is_direct(self):
+        if result is None and adapters and not peft_names.calls_base(self):
             first = adapters[0]
-            dtype = self._product_dtype(x, first)
-            if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-                x = x.to(dtype)
-                result, adapters = self._linear(x, first), adapters[1:]
-                if not adapters:
-                    return result
+            base = peft_names.quantised_base(self)
+            if base is not None:
+                result, adapters = self._on_base(x, base, first), adapters[1:]
+            else:
+                dtype = self._product_dtype(x, first)
+                if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+                    x = x.to(dtype)
+                    result, adapters = self._linear(x, first), adapters[1:]
+            if result is not None and not adapters:
+                return result
         return super()._adapted(x, adapters, result)
 
     def _linear(self, x: Tensor, adapter: Adapter) -> Tensor:
@@ -232,13 +246,46 @@ class FastLinear(FastLayer, Linear):
         y = functional.dora_linear(dropped, weight, bias, lora_A, lora_B, adapter.magnitude, scaling, kept=kept)
         return y if seed is None else F.linear(x - dropped, weight).add_(y)
 
+    def _on_base(self, x: Tensor, base: bases.Base, adapter: Adapter) -> Tensor:
+        """The quantised base's own product, without its bias, and the adapter's after it; in the product's dtype."""
+        _, lora_A, lora_B, scaling, *_ = adapter
+        p = peft_names.dropout_p(self, adapter)
+        dropped = functional.dropout(x, p, functional.draw_seed(x.device)) if p > 0.0 else x
+        gain = self._gain(adapter)
+        bias = _sum(base.bias, _scaled(adapter.lora_bias, scaling))
+        product = base.product(x if gain is None else dropped)
+        dtype = self._product_dtype(x, adapter)
+        h = F.linear(dropped.to(dtype), lora_A.to(dtype))
+        wide = product.to(torch.promote_types(product.dtype, dtype))
+        y = functional.lora_compose(wide, h, lora_B, scaling, gain, bias).to(product.dtype)
+        return y if gain is None or p == 0.0 else base.product(x - dropped) + y
+
+    def _norm(self, adapter: Adapter) -> Tensor:
+        base = peft_names.quantised_base(self)
+        if base is None:
+            return super()._norm(adapter)
+        lora_A, lora_B, kept = adapter.lora_A.detach(), adapter.lora_B.detach(), self._kept(adapter.name)
+        return bases.weight_norm(base, lora_A, lora_B, adapter.scaling, kept=kept)
+
+    def _prepare(self, adapter: Adapter) -> None:
+        base = peft_names.quantised_base(self)
+        if base is None:
+            super()._prepare(adapter)
+        elif kept := self._kept(adapter.name):
+            kept.tensors(base.shape[0], accumulate_dtype(adapter.lora_A, adapter.lora_B), base.device)
+
+    def prepare(self) -> None:
+        if peft_names.layer_obstacle(self) is None and (base := peft_names.quantised_base(self)) is not None:
+            base.prepare()
+        super().prepare()
+
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
         _, lora_A, lora_B, scaling, *_ = adapter
         dtype = self._product_dtype(x, adapter)
-        x, result = x.to(dtype), result.to(torch.promote_types(result.dtype, dtype))
         p = peft_names.dropout_p(self, adapter)
         dropped = functional.dropout(x, p, functional.draw_seed(x.device)) if p > 0.0 else x
-        h = F.linear(dropped, lora_A.to(dtype))
+        h = F.linear(dropped.to(dtype), lora_A.to(dtype))
+        result = result.to(torch.promote_types(result.dtype, dtype))
         gain = self._gain(adapter)
         if gain is None:
             return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
@@ -246,8 +293,18 @@ class FastLinear(FastLayer, Linear):
             bias = self.base_layer.bias
             product = result if bias is None else result - bias.to(result.dtype)
             return functional.lora_compose(product, h, lora_B, scaling, gain, bias)
-        product = F.linear(dropped, peft_names.base_weight(self).to(dtype))
+        base = peft_names.quantised_base(self)
+        if base is None:
+            product = F.linear(dropped.to(dtype), peft_names.base_weight(self).to(dtype))
+        else:
+            product = base.product(dropped).to(result.dtype)
         return result + (functional.lora_compose(product, h, lora_B, scaling, gain) - product)
+
+
+class FastLinear(OverLinear, Linear):
+    """lora.Linear over nn.Linear and transformers' Conv1D, and over quantised linears that PEFT has no layer for."""
+
+    peft_type = Linear
 
 
 class FastEmbedding(FastLayer, Embedding):
@@ -321,22 +378,33 @@ class FastConv3d(FastConv, Conv3d):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     fast.peft_type: fast for fast in (FastLinear, FastEmbedding, FastConv1d, FastConv2d, FastConv3d)
 }
-ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {fast: original for original, fast in FAST.items()}
+# The same over quantised linears, by the module and name of PEFT's class: in modules that import PEFT's, which import
+# the library. A model that has such a layer has imported it.
+FAST_QUANTISED = {
+    ("peft.tuners.lora.bnb", "Linear4bit"): ("peft_bitsandbytes", "FastLinear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"): ("peft_bitsandbytes", "FastLinear8bitLt"),
+    ("peft.tuners.lora.torchao", "TorchaoLoraLinear"): ("peft_torchao", "FastTorchaoLoraLinear"),
+    ("peft.tuners.lora.hqq", "HqqLoraLinear"): ("peft_hqq", "FastHqqLoraLinear"),
+}
 
 
 def fast_class(kind: type) -> type | None:
     """Our class for PEFT's ``kind``, also for the one that FSDP derived from it; None if there is none."""
-    return _counterpart(kind, FAST)
+    base = fsdp.base_class(kind)
+    found: type | None = FAST.get(base)
+    if (at := FAST_QUANTISED.get((base.__module__, base.__name__))) is not None:
+        found = getattr(importlib.import_module(f"lora_fast.integrations.{at[0]}"), at[1])
+    return _derived(kind, base, found)
 
 
 def original_class(kind: type) -> type | None:
     """The way back: PEFT's class for ours."""
-    return _counterpart(kind, ORIGINAL)
-
-
-def _counterpart(kind: type, classes: dict[type[nn.Module], type[nn.Module]]) -> type | None:
     base = fsdp.base_class(kind)
-    found = classes.get(base)
+    return _derived(kind, base, vars(base).get("peft_type"))
+
+
+def _derived(kind: type, base: type, found: type | None) -> type | None:
+    """``found``, as FSDP would derive it where it derived ``kind`` from ``base``."""
     return found if found is None or base is kind else fsdp.derive(kind, found)
 
 

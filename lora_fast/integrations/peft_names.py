@@ -33,6 +33,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fast import bases
 from lora_fast.integrations import fsdp
 from lora_fast.nn.hooks import parameter
 
@@ -49,7 +50,7 @@ DORA = {
 }
 # a base layer of exactly these types, with no hooks and no forward of its own, is its weight and bias
 READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
-CONVOLUTIONS = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
+CONVOLUTIONS: dict[Any, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,6 +76,12 @@ def kind(layer: Any) -> Any:
     # ours say it themselves: PEFT's are abstract base classes, which are slow to ask
     known = getattr(type(layer), "peft_type", None)
     return known or next((known for known in DORA if isinstance(layer, known)), None)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether it adapts a linear, of any kind: all but convolutions and embeddings do."""
+    layer_kind = kind(layer)
+    return layer_kind is Linear or (layer_kind is not Embedding and layer_kind not in CONVOLUTIONS)
 
 
 def _base(layer: Any) -> Any:
@@ -117,7 +124,7 @@ def adapter(layer: Any, name: str) -> Adapter:
         return Adapter(name, A, B, scaling, None, None, magnitude, None, None)
     lora_A, lora_B = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
     dropout = _member(layer, "lora_dropout", name)
-    project, expand = (None, None) if kind(layer) is Linear else (lora_A, lora_B)
+    project, expand = (None, None) if is_linear(layer) else (lora_A, lora_B)
     A, B, bias = parameter(lora_A, "weight"), parameter(lora_B, "weight"), parameter(lora_B, "bias")
     return Adapter(name, A, B, scaling, dropout, bias, magnitude, project, expand)
 
@@ -187,7 +194,19 @@ def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
 def is_direct(layer: Any) -> bool:
     """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
     base = _base(layer)
-    return type(base) in READ_DIRECTLY.get(kind(layer), ()) and not has_hooks(base)
+    is_read = type(base) in READ_DIRECTLY.get(kind(layer), ()) and type(base._parameters["weight"]) in PLAIN
+    return is_read and not has_hooks(base)
+
+
+def quantised_base(layer: Any) -> bases.Base | None:
+    """What stands under the adapters where that is a quantised linear, without an obstacle; else None."""
+    base = _base(layer)
+    return None if type(base) is nn.Linear and type(base._parameters["weight"]) in PLAIN else bases.find(base)
+
+
+def calls_base(layer: Any) -> bool:
+    """Whether the base layer has to be called, for its hooks or because only that is known of it."""
+    return not is_direct(layer) and (not is_linear(layer) or has_hooks(_base(layer)) or quantised_base(layer) is None)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -216,10 +235,12 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
     """
     base = _base(layer)
-    is_linear = type(base) is nn.Linear  # asked first: PEFT's class is an abstract one, which is slow to ask
-    if not is_linear and isinstance(base, BaseTunerLayer):
+    of_linear = type(base) is nn.Linear  # asked first: PEFT's class is an abstract one, which is slow to ask
+    if not of_linear and isinstance(base, BaseTunerLayer):
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
+    if not (of_linear and type(weight) in PLAIN) and is_linear(layer) and bases.is_quantised(base):
+        return bases.refusal(base)
     if not _is_readable(weight, gathers):
         found = type(getattr(base, "weight", None)).__name__
         return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
@@ -229,8 +250,8 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
         return "the base weight is trained"
     if weight.is_meta:
         return "the base weight is on the meta device (offloaded or not loaded yet)"
-    if kind(layer) is Linear:
-        if is_linear and layer.fan_in_fan_out:
+    if is_linear(layer):
+        if of_linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
     elif kind(layer) is Embedding:
         if base.max_norm is not None:
@@ -245,7 +266,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
 def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | None:
     """What of one adapter keeps us out; None if nothing. ``gathers`` as in :func:`layer_obstacle`."""
     variant = layer.lora_variant.get(name)
-    layer_kind = kind(layer)
+    layer_kind = Linear if is_linear(layer) else kind(layer)
     dora_variant, dora_module = DORA[layer_kind]
     if variant is not None and type(variant) is not dora_variant:
         return f"its variant is {type(variant).__name__}"
@@ -282,13 +303,20 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
     for module in modules:
         if has_hooks(module):
             return f"its {type(module).__name__} has hooks or a forward of its own"
-    device = parameter(_base(layer), "weight").device
+    device = _device(layer)
     for tensor in tensors:
         if not _is_readable(tensor, gathers) or tensor.dtype not in DTYPES:
             return f"its tensors are {type(tensor).__name__} of {tensor.dtype}"
         if tensor.device != device:
             return f"it is on {tensor.device}, the base layer on {device}"
     return None
+
+
+def _device(layer: Any) -> torch.device:
+    """Of the base layer's weight."""
+    base = quantised_base(layer)
+    device: torch.device = parameter(_base(layer), "weight").device if base is None else base.device
+    return device
 
 
 def _is_readable(tensor: Any, gathers: bool) -> bool:

@@ -17,7 +17,8 @@ from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
 from lora_fast.checks import check_axis
 from lora_fast.nn import checks, tied
-from lora_fast.nn.linear import AdaptedLinear, LinearWithDoRA, LinearWithLoRA
+from lora_fast.nn.adapted import AdaptedLinear
+from lora_fast.nn.linear import LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.names import Place, places, unwrapped
 
 ALL_LINEAR = "all-linear"
@@ -73,8 +74,8 @@ def apply(
 
     Raises, before anything is changed: ValueError for numbers and names out of range, targets that match no linear,
     layers that are adapted already, by PEFT too, and a model that DistributedDataParallel or FSDP holds already;
-    TypeError for a targeted linear that is quantised (bitsandbytes, torchao), distributed (DTensor), parametrized,
-    hooked, compiled by itself, or has a forward of its own.
+    TypeError for a targeted linear that is quantised in a format that is not taken (docs/quantised.md), distributed
+    (DTensor), parametrized, hooked, compiled by itself, or has a forward of its own.
     """
     rank = checks.check_rank(rank)
     alpha = checks.check_alpha(alpha)
@@ -137,9 +138,9 @@ def put_in_place(model: nn.Module, layers: list[tuple[Place, AdaptedLinear]]) ->
     for place, layer in layers:
         setattr(place.holder, place.attribute, layer)
         layer.sharers = tuple(sharers[layer.linear])
-    by_linear = {layer.linear: layer for _, layer in layers}
+    by_linear: dict[nn.Module, AdaptedLinear] = {layer.linear: layer for _, layer in layers}
     for place in places(model):  # a linear that stood in several places can be left in one
-        left = by_linear.get(place.module) if isinstance(place.module, nn.Linear) else None
+        left = by_linear.get(place.module)
         if left is not None and place.holder is not left:
             left.sharers += (tied.Sharer(place.module, place.name, "weight"),)
     for module, attribute, record in records:
@@ -172,7 +173,7 @@ def _targeted(
     model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str]
 ) -> dict[nn.Linear, list[Place]]:
     """The linears to replace, each with its places; ValueError when there is none or one is adapted already."""
-    if isinstance(unwrapped(model), (nn.Linear, AdaptedLinear)):
+    if checks.is_linear(unwrapped(model)) or isinstance(unwrapped(model), AdaptedLinear):
         raise ValueError(
             f"model: got a {type(model).__name__}, which cannot be replaced in place; use LinearWithDoRA(linear, ...)"
         )
@@ -184,7 +185,7 @@ def _targeted(
 
     standing: dict[nn.Module, list[Place]] = {}
     for place in places_outside_adapters(model):
-        if isinstance(place.module, nn.Linear) or _is_adapter(place.module):
+        if checks.is_linear(place.module) or _is_adapter(place.module):
             standing.setdefault(place.module, []).append(place)
 
     linears: dict[nn.Linear, list[Place]] = {}
@@ -193,7 +194,7 @@ def _targeted(
         known_as = [place.name for place in at]
         if module in heads or any(map(is_excluded, known_as)) or not any(map(is_target, known_as)):
             continue
-        if isinstance(module, nn.Linear):
+        if checks.is_linear(module):
             linears[module] = at
         else:
             adapted += known_as
@@ -204,7 +205,7 @@ def _targeted(
     left_out = [linear for linear in linears if linear in never_called]
     names_left_out = [place.name for linear in left_out for place in linears.pop(linear)]
     if not linears:
-        present = [at[0].name for module, at in standing.items() if isinstance(module, nn.Linear)]
+        present = [at[0].name for module, at in standing.items() if checks.is_linear(module)]
         raise ValueError(
             f"targets: {targets!r} with exclude={exclude!r} match no linear that can be adapted; "
             + (f"the model's linears are {_shortened(present)}" if present else "the model has no torch.nn.Linear")

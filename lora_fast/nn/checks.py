@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lora_fast import bases
 from lora_fast.dtypes import FLOATS
 from lora_fast.nn import hooks
 from lora_fast.nn.names import Place, wrapped_attribute
@@ -17,15 +18,26 @@ from lora_fast.nn.names import Place, wrapped_attribute
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 
 
-def check_linear(linear: Any, name: str = "linear") -> None:
-    """Raise TypeError unless ``linear`` computes F.linear(x, weight, bias) of plain parameters, and nothing else.
+def is_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether it is a torch.nn.Linear, or a quantised linear, taken or not, which has the same sizes and bias."""
+    return isinstance(module, nn.Linear) or bases.is_quantised(module)
 
-    The adapter reads the parameters and never calls the module, so whatever a subclass, a quantised tensor, a
-    parametrization or a hook would add to that equation would be lost without a word.
+
+def check_linear(linear: Any, name: str = "linear") -> None:
+    """Raise TypeError unless ``linear`` computes F.linear(x, weight, bias) of plain parameters, and nothing else; or is
+    quantised in a format of :mod:`lora_fast.bases`.
+
+    The adapter reads the parameters and never calls the module, so whatever a subclass, a parametrization or a hook
+    would add to that equation would be lost without a word.
     """
     kind = type(linear).__module__ + "." + type(linear).__qualname__
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name}: got {kind}, expected torch.nn.Linear")
+    is_quantised = bases.is_quantised(linear)
+    if not (isinstance(linear, nn.Linear) or is_quantised):
+        raise TypeError(
+            f"{name}: got {kind}, expected torch.nn.Linear, or a quantised one of those in docs/quantised.md"
+        )
+    if reason := bases.refusal(linear):
+        raise TypeError(f"{name}: {reason}")
     if parametrize.is_parametrized(linear):
         raise TypeError(f"{name}: it is parametrized; remove the parametrization first")
     if hooks.has_accelerate_hook(linear):
@@ -35,7 +47,7 @@ def check_linear(linear: Any, name: str = "linear") -> None:
         )
     if hooks.has_own_forward(linear):
         raise TypeError(f"{name}: {kind} has a forward of its own; only torch.nn.Linear's forward can be replaced")
-    for parameter_name in ("weight", "bias"):
+    for parameter_name in () if is_quantised else ("weight", "bias"):
         parameter: Any = linear._parameters.get(parameter_name, ...)
         if parameter_name == "bias" and parameter is None:
             continue
@@ -43,12 +55,11 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             found = type(getattr(linear, parameter_name, None)).__name__
             raise TypeError(
                 f"{name}.{parameter_name}: got {found}, expected a plain torch.nn.Parameter; "
-                "quantised (bitsandbytes, torchao), distributed (DTensor) and computed (weight_norm, pruning) weights "
-                "are not supported"
+                "distributed (DTensor) and computed (weight_norm, pruning) weights are not supported"
             )
         if parameter.dtype not in FLOATS:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
-    if linear.weight.shape != (linear.out_features, linear.in_features):
+    if not is_quantised and linear.weight.shape != (linear.out_features, linear.in_features):
         raise TypeError(
             f"{name}.weight: got shape {list(linear.weight.shape)}, expected [out, in] = "
             f"{[linear.out_features, linear.in_features]}; a part of a weight cannot be adapted"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from lora_fast.nn.linear import AdaptedLinear
+    from lora_fast.nn.adapted import AdaptedLinear
 
 ARTICLE_KEYS = {"lora.A": "lora_A", "lora.B": "lora_B", "m": "magnitude"}
 
@@ -31,11 +31,18 @@ def prepare_load(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, 
     _translate(layer, state_dict, prefix, errors)
     given = [key for key in current if key in state_dict]
     errors += [error for key in given if (error := _mismatch(key, state_dict[key], current[key]))]
+    base, statistics = layer.base(), None
+    try:
+        statistics = None if base is None else base.take_statistics(state_dict, f"{prefix}linear.")
+    except ValueError as error:
+        errors.append(str(error))
 
     if errors:
         error_msgs += errors
         state_dict.update((key, current[key]) for key in given)
         return
+    if base is not None and statistics is not None:
+        base.set_statistics(statistics)
     magnitude = state_dict.get(prefix + "magnitude")
     if magnitude is not None and magnitude.dtype not in (torch.float32, torch.float64):
         state_dict[prefix + "magnitude"] = magnitude.float()  # law 1 of docs/design.md, also under assign=True

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fast import bases
+
 REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -26,7 +28,7 @@ def is_plain(linear: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_modules"]  # of a parametrization
-        or type(linear).forward is not nn.Linear.forward
+        or (type(linear).forward is not nn.Linear.forward and not bases.is_quantised(linear))
     )
 
 
@@ -42,11 +44,13 @@ def has_hooks(linear: nn.Module) -> bool:
 
 
 def has_own_forward(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` runs another forward than torch.nn.Linear's."""
+    """Whether calling ``linear`` runs another forward than torch.nn.Linear's, or its quantised class's."""
     # accelerate leaves the bound method of the class on the instance when it removes its hook
-    forward = vars(linear).get("forward")
-    replaced = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward
-    return replaced or type(linear).forward is not nn.Linear.forward
+    own, known = vars(linear).get("forward"), nn.Linear.forward
+    if bases.is_quantised(linear):
+        known = type(linear).forward
+    replaced = own is not None and getattr(own, "__func__", None) is not known
+    return replaced or type(linear).forward is not known
 
 
 def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

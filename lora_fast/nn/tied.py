@@ -29,7 +29,8 @@ def sharers(model: nn.Module, linears: Collection[nn.Linear]) -> dict[nn.Linear,
     found: dict[nn.Linear, list[Sharer]] = {linear: [] for linear in linears}
     of_weight: dict[Tensor, list[nn.Linear]] = {}
     for linear in linears:
-        of_weight.setdefault(linear.weight, []).append(linear)
+        if (weight := linear._parameters.get("weight")) is not None:  # some quantised ones have no such parameter
+            of_weight.setdefault(weight, []).append(linear)
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             for linear in () if parameter is None else of_weight.get(parameter, ()):

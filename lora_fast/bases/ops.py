@@ -1,0 +1,291 @@
+"""The ops on a base's content: the norm from blocks of its rows, the norm's gradients, and dy W.
+
+They are opaque to torch.compile, and take what a base is made of, since its rows are made inside: ``content`` are the
+plain tensors and ``form`` says how (:mod:`lora_fast.bases.base`). Rows are made for a block at a time, at most 1/16 of
+W where a block of the format is no larger, and go to the ops of :mod:`lora_fast.ops`; codes go to the kernels that
+dequantise them as they are read. The norm comes from the direct sum. From lora_A Wᵀ, which the layer's own product
+could make, a row that W and the update cancel in would be wrong by a fifth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_fast import calls, norm_cache, ops
+from lora_fast.bases import key
+from lora_fast.bases.base import Base, Form
+from lora_fast.bases.registry import form_of
+from lora_fast.calls import Axis
+from lora_fast.dtypes import accumulate_dtype
+
+BLOCK_ROWS = 256  # at most; fewer in a small W
+SHARE = 16  # of W, at most one of which is dequantised at a time
+_FACTORS = "Tensor[] content, str form, Tensor lora_A, Tensor lora_B, float scaling, str axis"
+
+_library = torch.library.Library("lora_fast", "FRAGMENT")
+
+
+def _define(schema: str) -> Callable[[Callable], Callable]:
+    """Define ``schema``; the decorated function is its kernel, below autograd and outside of any autocast."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(kernel: Callable) -> Callable:
+        def run(*arguments: object) -> object:
+            with torch.no_grad(), _outside_autocast():
+                return kernel(*arguments)
+
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        operator: Callable = getattr(torch.ops.lora_fast, name).default
+        return operator
+
+    return register
+
+
+@contextlib.contextmanager
+def _outside_autocast() -> Iterator[None]:
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def _blocks(form: Form) -> Iterator[slice]:
+    """The rows of W, a block at a time."""
+    rows, step = form.shape[0], form.row_step
+    count = min(BLOCK_ROWS, rows // SHARE) // step * step
+    count = max(count, step)
+    for start in range(0, rows, count):
+        yield slice(start, min(start + count, rows))
+
+
+def _norm(
+    content: list[Tensor], form: Form, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
+) -> Tensor:
+    if axis == "output" and (codes := form.codes(content)) is not None:
+        call = calls.QuantisedNorm(*codes, lora_A, lora_B, scaling)
+        return ops.quantised_norm(call, backend)
+    norms = [
+        ops.weight_norm(
+            calls.WeightNorm(
+                form.rows(content, rows.start, rows.stop), lora_A, lora_B[rows].contiguous(), scaling, axis
+            ),
+            backend,
+        )
+        for rows in _blocks(form)
+    ]
+    if axis == "output":
+        return torch.cat(norms)
+    while len(norms) > 1:  # by twos, whose rounding errors do not grow with the number of parts; without overflow
+        norms = [
+            torch.hypot(*pair) if len(pair) == 2 else pair[0]
+            for pair in (norms[i : i + 2] for i in range(0, len(norms), 2))
+        ]
+    return norms[0]
+
+
+@_define(f"base_norm_fwd({_FACTORS}, str backend) -> Tensor norm")
+def base_norm_fwd(
+    content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
+) -> Tensor:
+    return _norm(content, form_of(form), lora_A, lora_B, scaling, axis, backend)
+
+
+@_define(f"base_norm_kept({_FACTORS}, Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm")
+def base_norm_kept(
+    content: list[Tensor],
+    form: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    kept_norm: Tensor,
+    kept_key: Tensor,
+    backend: str,
+) -> Tensor:
+    def compute() -> Tensor:
+        return _norm(content, form_of(form), lora_A, lora_B, scaling, axis, backend)
+
+    now = key.content_key(content, form, lora_A, lora_B, scaling, axis)
+    return compute() if now is None else norm_cache.reuse(kept_norm, kept_key, now, compute)
+
+
+@_define(
+    f"base_norm_bwd(Tensor grad, Tensor norm, {_FACTORS}, bool need_A, bool need_B, str backend) "
+    "-> (Tensor grad_A, Tensor grad_B)"
+)
+def base_norm_bwd(
+    grad: Tensor,
+    norm: Tensor,
+    content: list[Tensor],
+    form: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    parsed, per_row = form_of(form), axis == "output"
+    sums = accumulate_dtype(lora_A, lora_B)
+    grad_A = torch.zeros(lora_A.shape if need_A else 0, dtype=sums, device=lora_A.device)
+    grad_B = lora_B.new_empty(lora_B.shape if need_B else 0)
+    wide_A = lora_A.to(sums)  # so that its gradients of the blocks are not rounded before they are added up
+    for rows in _blocks(parsed):
+        call = calls.WeightNormGrad(
+            grad[rows] if per_row else grad,
+            norm[rows] if per_row else norm,
+            parsed.rows(content, rows.start, rows.stop),
+            wide_A,
+            lora_B[rows].contiguous(),
+            scaling,
+            axis,
+            need_A,
+            need_B,
+        )
+        of_A, of_B = ops.weight_norm_bwd(call, backend)
+        if need_A:
+            grad_A += of_A
+        if need_B:
+            grad_B[rows] = of_B
+    return grad_A.to(lora_A.dtype), grad_B
+
+
+@_define("base_input_grad(Tensor grad_y, Tensor[] content, str form) -> Tensor grad_x")
+def base_input_grad(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
+    """dy W [..., K], its sum over blocks of rows in float32."""
+    parsed = form_of(form)
+    flat = grad_y.reshape(-1, grad_y.shape[-1])
+    sums = torch.zeros(flat.shape[0], parsed.shape[1], dtype=accumulate_dtype(flat), device=flat.device)
+    for rows in _blocks(parsed):
+        sums.addmm_(flat[:, rows].to(sums.dtype), parsed.rows(content, rows.start, rows.stop).to(sums.dtype))
+    return sums.to(grad_y.dtype).view(*grad_y.shape[:-1], parsed.shape[1])
+
+
+@torch.library.register_fake("lora_fast::base_norm_fwd")
+def _(
+    content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
+) -> Tensor:
+    size = lora_B.shape[0] if axis == "output" else lora_A.shape[1]
+    return lora_A.new_empty(size, dtype=accumulate_dtype(lora_A, lora_B))
+
+
+@torch.library.register_fake("lora_fast::base_norm_kept")
+def _(
+    content: list[Tensor],
+    form: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    kept_norm: Tensor,
+    kept_key: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(kept_norm)
+
+
+@torch.library.register_fake("lora_fast::base_norm_bwd")
+def _(
+    grad: Tensor,
+    norm: Tensor,
+    content: list[Tensor],
+    form: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
+
+
+@torch.library.register_fake("lora_fast::base_input_grad")
+def _(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
+    return grad_y.new_empty(*grad_y.shape[:-1], form_of(form).shape[1])
+
+
+class BaseNormFunction(torch.autograd.Function):
+    """norm = ‖W + s lora_B lora_A‖ of a base, with gradients to lora_A and lora_B."""
+
+    @staticmethod
+    def forward(ctx, lora_A, lora_B, scaling, axis, content, form, kept, backend):  # type: ignore[no-untyped-def]
+        norm = _forward(content, form, lora_A, lora_B, scaling, axis, kept, backend)
+        ctx.save_for_backward(norm.clone(), lora_A, lora_B, *content)
+        ctx.scaling, ctx.axis, ctx.form, ctx.backend = scaling, axis, form, backend
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        norm, lora_A, lora_B, *content = ctx.saved_tensors
+        need_A, need_B, *_ = ctx.needs_input_grad
+        factors = content, ctx.form, lora_A, lora_B, ctx.scaling, ctx.axis
+        grad_A, grad_B = base_norm_bwd(grad, norm, *factors, need_A, need_B, ctx.backend)
+        return grad_A if need_A else None, grad_B if need_B else None, *(None,) * 6
+
+
+def _forward(
+    content: list[Tensor],
+    form: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    kept: tuple[Tensor, Tensor] | None,
+    backend: str,
+) -> Tensor:
+    factors = content, form, lora_A, lora_B, scaling, axis
+    if kept is None:
+        return base_norm_fwd(*factors, backend)
+    return base_norm_kept(*factors, *kept, backend)
+
+
+def base_norm(
+    base: Base,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    kept: tuple[Tensor, Tensor] | None,
+    backend: str,
+) -> Tensor:
+    """The norm, recorded by autograd where lora_A or lora_B wants a gradient."""
+    content, form = base.content(), base.form
+    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+        return BaseNormFunction.apply(lora_A, lora_B, scaling, axis, content, form, kept, backend)
+    return _forward(content, form, lora_A, lora_B, scaling, axis, kept, backend)
+
+
+class StraightThroughFunction(torch.autograd.Function):
+    """y is the layer's own, which passes no gradient to x; the gradient is that of x Wᵀ, dy W."""
+
+    @staticmethod
+    def forward(ctx, x, layer_product, form, *content):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*content)
+        ctx.form = form
+        return layer_product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        content = list(ctx.saved_tensors)  # read once: checkpointing does not unpack them twice
+        return base_input_grad(grad_y, content, ctx.form), None, None, *(None,) * len(content)
+
+
+def straight_through(x: Tensor, base: Base, layer_product: Callable[[Tensor], Tensor]) -> Tensor:
+    """``layer_product(x)`` with the gradient of x Wᵀ."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return layer_product(x)
+    return StraightThroughFunction.apply(x, layer_product, base.form, *base.content())
