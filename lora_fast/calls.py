@@ -37,7 +37,7 @@ class QuantisedNorm(NamedTuple):
 
     The product is float32's, and is rounded once more, to nearest even: W is what the layer multiplies by. ``codes``:
     uint8 [N, K/2], two codes of 4 bits a byte, element 2i in the high four; ``levels``, float32 [16], has their values.
-    Or int8 [N, K], whose values are themselves, and no levels. ``scale``: float32 [N, K div block], contiguous.
+    Or int8 [N, K], whose values are themselves, and no levels. ``scale``: float32 [N, K div block]. All are contiguous.
     """
 
     codes: Tensor

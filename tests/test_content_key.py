@@ -57,6 +57,20 @@ def test_the_definition_in_plain_numbers(dtype: torch.dtype, layout: str) -> Non
         assert hashes == [factors % MODULUS, hash_of_sample(weight) % MODULUS]
 
 
+def test_the_matrices_of_a_quantised_weight_are_sampled_one_after_another() -> None:
+    factors = torch.randn(3, 40), torch.randn(60, 3)
+    codes, scale, levels = torch.randint(0, 256, (60, 40), dtype=torch.uint8), torch.randn(60, 5), torch.randn(1, 16)
+    found = content_hashes(codes, *factors, scale, levels)[1]
+    expected = hash_of_sample(codes)
+    for place, matrix in enumerate((scale, levels), start=1):
+        elements = matrix.reshape(-1)
+        expected += sum(
+            h(number(bytes_of(element.view(1))), 0x8CB92BA72F3D8DD7, 2048 * place + q)
+            for q, element in enumerate(elements)
+        )
+    assert int(found) % MODULUS == expected % MODULUS
+
+
 def test_one_number_by_hand() -> None:
     """A matrix of zeros but for one bit: what no test that shares the formula's constants can check."""
     zeros = torch.zeros(1, 1)

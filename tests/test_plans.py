@@ -105,6 +105,7 @@ def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
                 assert PRODUCTS & set(recorded.names), (op, size)
             seen |= native
     expected = {"lora_compose_fwd", "lora_gain_bwd", "weight_norm_fwd", "weight_norm_bwd", "merge_weight", "dropout"}
+    expected |= {"quantised_norm_fwd"}
     expected |= {"lora_linear_small_fwd", "dora_linear_small_fwd", "lora_linear_small_bwd"}
     if isa == "amx":
         expected |= {"lora_linear_fwd", "dora_linear_fwd", "lora_linear_bwd"}

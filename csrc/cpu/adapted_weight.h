@@ -17,35 +17,50 @@ inline bool is_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double;
 }
 
-struct AdaptedWeight {
-  AdaptedWeight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling)
-      : data(const_cast<void*>(weight.const_data_ptr())),
-        dtype(weight.scalar_type()),
-        transposed(weight.stride(1) != 1 && weight.size(1) != 1 &&
-                   (weight.stride(0) == 1 || weight.size(0) == 1)),
-        rows(weight.size(transposed ? 1 : 0)),
-        cols(weight.size(transposed ? 0 : 1)),
-        row_stride(weight.stride(transposed ? 1 : 0)),
-        col_stride(cols == 1 ? 1 : weight.stride(transposed ? 0 : 1)),
+// V but for W
+struct RankUpdate {
+  RankUpdate(const Tensor& lora_A, const Tensor& lora_B, double scaling, bool transposed)
+      : rows(transposed ? lora_A.size(1) : lora_B.size(0)),
+        cols(transposed ? lora_B.size(0) : lora_A.size(1)),
         rank(lora_A.size(0)),
         p(transposed ? factor_of(lora_A, 1) : factor_of(lora_B, 0)),
         q(transposed ? factor_of(lora_B, 0) : factor_of(lora_A, 1)),
         scaling(scaling),
-        wide(is_double(weight) || is_double(lora_A) || is_double(lora_B)) {}
+        wide(is_double(lora_A) || is_double(lora_B)) {}
 
-  void* data;
-  ScalarType dtype;
-  bool transposed;
-  int64_t rows, cols, row_stride, col_stride, rank;
+  int64_t rows, cols, rank;
   Factor p, q;
   double scaling;
   bool wide;  // computed in double
 };
 
+// V of a W that lies in memory
+struct AdaptedWeight : RankUpdate {
+  AdaptedWeight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling)
+      : RankUpdate(lora_A, lora_B, scaling, is_transposed(weight)),
+        data(const_cast<void*>(weight.const_data_ptr())),
+        dtype(weight.scalar_type()),
+        transposed(is_transposed(weight)),
+        row_stride(weight.stride(transposed ? 1 : 0)),
+        col_stride(cols == 1 ? 1 : weight.stride(transposed ? 0 : 1)) {
+    wide = wide || is_double(weight);
+  }
+
+  static bool is_transposed(const Tensor& weight) {
+    return weight.stride(1) != 1 && weight.size(1) != 1 && (weight.stride(0) == 1 || weight.size(0) == 1);
+  }
+
+  void* data;
+  ScalarType dtype;
+  bool transposed;
+  int64_t row_stride, col_stride;
+};
+
 // Its factors, packed.
 struct PackedAdapter {
-  explicit PackedAdapter(const AdaptedWeight& v)
-      : layout(v.rank, use_pairs(v.p, v.q, v.wide), is_dealt(v.dtype)),
+  explicit PackedAdapter(const AdaptedWeight& v) : PackedAdapter(v, is_dealt(v.dtype)) {}
+  PackedAdapter(const RankUpdate& v, bool dealt)
+      : layout(v.rank, use_pairs(v.p, v.q, v.wide), dealt),
         p(v.p, v.rows, layout, v.wide),
         q(v.q, v.cols, layout, v.wide) {}
   RankLayout layout;
@@ -60,15 +75,15 @@ struct TileRange {
   int64_t rows = kTileRows;
 };
 
-inline int64_t row_blocks(const AdaptedWeight& v) {
+inline int64_t row_blocks(const RankUpdate& v) {
   return round_up(v.rows, kTileRows) / kTileRows;
 }
-inline int64_t col_blocks(const AdaptedWeight& v) {
+inline int64_t col_blocks(const RankUpdate& v) {
   return round_up(v.cols, kTileCols) / kTileCols;
 }
 
 // Into how many chunks the row blocks are divided, by what is worth a thread.
-inline int64_t row_chunks(const AdaptedWeight& v, int64_t least_elements) {
+inline int64_t row_chunks(const RankUpdate& v, int64_t least_elements) {
   return chunk_count(row_blocks(v), std::max<int64_t>(1, least_elements / (kTileRows * v.cols)));
 }
 
@@ -127,41 +142,64 @@ inline int64_t few_tile_rows(const RankLayout& layout) {
   return has_avx512_vectors() && !on_amx ? 8 : kTileRows;
 }
 
-// f(tile) for each of the range: all columns of a block of rows before the next block. f is compiled for the
-// caller's instruction set: always inline. Where it calls tile.fetch beside each row, the next tile is
-// fetched, half of it here before the product if tiles have few rows.
-template <class F, class T, class Function>
-LORA_FAST_INLINE void for_each_tile(const AdaptedWeight& v, const PackedAdapter& adapter,
-                                    const TileRange& range, const Function& f) {
+struct TilePlace {
+  int64_t i, j, rows, cols;
+};
+
+// f(place, update) for each tile of the range, update being P Q there [rows][kTileCols]: all columns of a
+// block of rows before the next block. before(place) comes ahead of the product. Both are compiled for the
+// caller's instruction set: always inline.
+template <class F, class Before, class Function>
+LORA_FAST_INLINE void for_each_update(const RankUpdate& v, const PackedAdapter& adapter,
+                                      const TileRange& range, const Before& before, const Function& f) {
   alignas(64) F update[kTileRows * kTileCols];
-  alignas(64) T gathered[kTileRows * kTileCols];
-  const Vec<F> scaling = splat(static_cast<F>(v.scaling));
-  const bool half_first = range.rows < kTileRows;
   for (int64_t block = range.row_begin * kTileRows; block < std::min(v.rows, range.row_end * kTileRows);
        block += kTileRows) {
     for (int64_t j = range.col_begin * kTileCols; j < std::min(v.cols, range.col_end * kTileCols);
          j += kTileCols) {
       const int64_t cols = std::min(kTileCols, v.cols - j);
       for (int64_t i = block; i < std::min(v.rows, block + kTileRows); i += range.rows) {
-        const int64_t rows = std::min(range.rows, v.rows - i);
-        T* w = static_cast<T*>(v.data) + i * v.row_stride + j * v.col_stride;
-        for (int64_t r = 0; half_first && r < rows; ++r) fetch_next<0>(w + r * v.row_stride);
-        rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), update, rows, cols);
-        int64_t stride = v.row_stride;
-        const bool gather = v.col_stride != 1 || cols % kStrip != 0;
-        if (gather) {
-          for (int64_t r = 0; r < rows; ++r) {
-            T* line = gathered + r * kTileCols;
-            std::fill(line + cols / kStrip * kStrip, line + round_up(cols, kStrip), T{});
-            copy_line(line, 1, w + r * v.row_stride, v.col_stride, cols);
-          }
-          w = gathered;
-          stride = kTileCols;
-        }
-        f(AdaptedTile<F, T>{i, j, rows, cols, scaling, w, stride, gather, update, half_first});
+        const TilePlace place{i, j, std::min(range.rows, v.rows - i), cols};
+        before(place);
+        rank_tile(adapter.layout, adapter.p.at(i), adapter.q.at(j), update, place.rows, cols);
+        f(place, update);
       }
     }
   }
+}
+
+// f(tile) for each of the range, in that order; f is always inline too. Where it calls tile.fetch beside each
+// row, the next tile is fetched, half of it here before the product if tiles have few rows.
+template <class F, class T, class Function>
+LORA_FAST_INLINE void for_each_tile(const AdaptedWeight& v, const PackedAdapter& adapter,
+                                    const TileRange& range, const Function& f) {
+  alignas(64) T gathered[kTileRows * kTileCols];
+  const Vec<F> scaling = splat(static_cast<F>(v.scaling));
+  const bool half_first = range.rows < kTileRows;
+  const auto at = [&](const TilePlace& place) LORA_FAST_ALWAYS_INLINE {
+    return static_cast<T*>(v.data) + place.i * v.row_stride + place.j * v.col_stride;
+  };
+  const auto before = [&](const TilePlace& place) LORA_FAST_ALWAYS_INLINE {
+    T* w = at(place);
+    for (int64_t r = 0; half_first && r < place.rows; ++r) fetch_next<0>(w + r * v.row_stride);
+  };
+  for_each_update<F>(v, adapter, range, before,
+                     [&](const TilePlace& place, F* update) LORA_FAST_ALWAYS_INLINE {
+                       const auto [i, j, rows, cols] = place;
+                       T* w = at(place);
+                       int64_t stride = v.row_stride;
+                       const bool gather = v.col_stride != 1 || cols % kStrip != 0;
+                       if (gather) {
+                         for (int64_t r = 0; r < rows; ++r) {
+                           T* line = gathered + r * kTileCols;
+                           std::fill(line + cols / kStrip * kStrip, line + round_up(cols, kStrip), T{});
+                           copy_line(line, 1, w + r * v.row_stride, v.col_stride, cols);
+                         }
+                         w = gathered;
+                         stride = kTileCols;
+                       }
+                       f(AdaptedTile<F, T>{i, j, rows, cols, scaling, w, stride, gather, update, half_first});
+                     });
 }
 
 }  // namespace lora_fast

@@ -22,7 +22,10 @@ uint64_t load_bits(const char* p) {
 }
 
 uint64_t bits_at(const char* p, int64_t width) {
-  return width == 2 ? load_bits<uint16_t>(p) : width == 4 ? load_bits<uint32_t>(p) : load_bits<uint64_t>(p);
+  return width == 1   ? load_bits<uint8_t>(p)
+         : width == 2 ? load_bits<uint16_t>(p)
+         : width == 4 ? load_bits<uint32_t>(p)
+                      : load_bits<uint64_t>(p);
 }
 
 // Words that lie one after another, at positions from `position` on.
@@ -106,39 +109,65 @@ uint64_t sum_of_chunks(int64_t bytes, int64_t count, const F& f) {
   return sum;
 }
 
+uint64_t hash_of_factors(const Tensor& lora_A, const Tensor& lora_B) {
+  const FactorBits a(lora_A), b(lora_B);
+  const int64_t split = a.words(), words = split + b.words();
+  return sum_of_chunks(words * kWordBytes, words, [&](int64_t begin, int64_t end) {
+    return a.hash(std::min(begin, split), std::min(end, split), 0) +
+           b.hash(std::max(begin, split) - split, std::max(end, split) - split, kLoraBPosition);
+  });
+}
+
+uint64_t sample_of(const Tensor& matrix, int64_t index) {
+  const int64_t rows = matrix.dim() == 1 ? 1 : matrix.size(0);
+  return sum_of_chunks(kKeySamples * kLine, rows,
+                       [&](int64_t begin, int64_t end) { return sample_of_rows(matrix, begin, end, index); });
+}
+
 }  // namespace
 
-uint64_t sample_of_rows(const Tensor& weight, int64_t begin, int64_t end) {
-  if (weight.numel() == 0) return 0;
-  const Sampling sampling(weight.size(0), weight.size(1));
-  const char* data = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t width = static_cast<int64_t>(weight.element_size());
-  const int64_t row_stride = weight.stride(0) * width, col_stride = weight.stride(1) * width;
+uint64_t sample_of_rows(const Tensor& matrix, int64_t begin, int64_t end, int64_t index) {
+  if (matrix.numel() == 0) return 0;
+  const int64_t cols = matrix.size(matrix.dim() - 1);
+  const Sampling sampling(matrix.numel() / cols, cols);
+  const char* data = static_cast<const char*>(matrix.const_data_ptr());
+  const int64_t width = static_cast<int64_t>(matrix.element_size());
+  const int64_t row_stride = matrix.stride(0) * width, col_stride = matrix.stride(matrix.dim() - 1) * width;
   uint64_t sum = 0;
   for (int64_t q = sampling.first_of(begin), last = sampling.first_of(end); q < last; ++q) {
     const char* at = data + sampling.row(q) * row_stride + sampling.col(q) * col_stride;
-    sum += hash_word(bits_at(at, width), kLoneHigh, static_cast<uint64_t>(q));
+    sum += hash_word(bits_at(at, width), kLoneHigh, static_cast<uint64_t>(index * kKeySamples + q));
   }
   return sum;
 }
 
 ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                               double scaling, bool per_output, int64_t version) {
-  const FactorBits a(lora_A), b(lora_B);
-  const int64_t split = a.words(), words = split + b.words();
-  const uint64_t factors = sum_of_chunks(words * kWordBytes, words, [&](int64_t begin, int64_t end) {
-    return a.hash(std::min(begin, split), std::min(end, split), 0) +
-           b.hash(std::max(begin, split) - split, std::max(end, split) - split, kLoraBPosition);
-  });
-  return {factors, 0, host_key(weight, lora_A, lora_B, scaling, per_output, version)};
+  return {hash_of_factors(lora_A, lora_B), 0, host_key(weight, lora_A, lora_B, scaling, per_output, version)};
+}
+
+ContentKey quantised_content_key(const Tensor& codes, const Tensor& scale,
+                                 const std::optional<Tensor>& levels, ScalarType dtype, const Tensor& lora_A,
+                                 const Tensor& lora_B, double scaling, std::array<int64_t, 3> versions) {
+  const Tensor* made_of[] = {&codes, &scale, levels ? &*levels : nullptr};
+  HostKey host;
+  uint64_t sample = 0;
+  for (int64_t i = 0; i < 3 && made_of[i] != nullptr; ++i) {
+    host.add_place(*made_of[i], versions[i]);
+    host.add_form(*made_of[i]);
+    sample += sample_of(*made_of[i], i);
+  }
+  for (const auto* factor : {&lora_A, &lora_B}) host.add_form(*factor);
+  host.add(scaling);
+  host.add(static_cast<uint64_t>(dtype));
+  return {hash_of_factors(lora_A, lora_B), sample, host.value()};
 }
 
 Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                         int64_t version) {
   check_adapter(weight, lora_A, lora_B);
   ContentKey key = key_without_sample(weight, lora_A, lora_B, scaling, per_output, version);
-  key.sample = sum_of_chunks(kKeySamples * kLine, weight.size(0),
-                             [&](int64_t begin, int64_t end) { return sample_of_rows(weight, begin, end); });
+  key.sample = sample_of(weight, 0);
   const int64_t size[] = {kKeyLength};
   Tensor out = torch::stable::new_empty(weight, {size, 1}, ScalarType::Long);
   std::memcpy(out.mutable_data_ptr(), &key, sizeof(key));

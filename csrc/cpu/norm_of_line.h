@@ -15,4 +15,7 @@ inline bool needs_redo(double squares, bool wide) {
 // buffer has room for two lines and R elements.
 double norm_of_line(const AdaptedWeight& v, bool row, int64_t index, double* buffer);
 
+// The same where the first line of the buffer holds W's.
+double norm_of_held_line(const RankUpdate& v, bool row, int64_t index, double* buffer);
+
 }  // namespace lora_fast

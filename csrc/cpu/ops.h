@@ -13,6 +13,13 @@ Tensor weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, double scali
 Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                         Tensor kept_norm, Tensor kept_key, int64_t version);
 
+Tensor quantised_norm_fwd(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
+                          Tensor lora_A, Tensor lora_B, double scaling);
+
+Tensor quantised_norm_kept(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
+                           Tensor lora_A, Tensor lora_B, double scaling, Tensor kept_norm, Tensor kept_key,
+                           int64_t codes_version, int64_t scale_version, int64_t levels_version);
+
 // Whether kept_key is key; norm is then a copy of kept_norm.
 bool load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);
 void keep_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);

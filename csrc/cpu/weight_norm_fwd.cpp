@@ -1,38 +1,18 @@
 // n = ‖W + s B A‖ by rows or by columns: one read of W, squares summed as each tile is made.
-#include <cmath>
-
-#include "norm_of_line.h"
 #include "ops.h"
+#include "row_norms.h"
 
 namespace lora_fast {
 namespace {
-
-template <class F>
-LORA_FAST_INLINE void add_squares(Strip<F>& sums, const Strip<F>& x) {
-  sums.even += x.even * x.even;
-  sums.odd += x.odd * x.odd;
-}
 
 // squares[i] for the blocks of kTileRows rows in [begin, end)
 template <class F, class T>
 LORA_FAST_INLINE void square_rows_of(const AdaptedWeight& v, const PackedAdapter& adapter, double* squares,
                                      int64_t begin, int64_t end) {
-  alignas(64) F sums[kTileRows * kLanes];
+  RowSquares<F> rows(v, squares);
   const TileRange range{begin, end, 0, col_blocks(v), few_tile_rows(adapter.layout)};
-  for_each_tile<F, T>(v, adapter, range, [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE {
-    F* own = sums + tile.i % kTileRows * kLanes;  // of the tile's rows
-    if (tile.j == 0) std::fill(own, own + tile.rows * kLanes, F{});
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      tile.fetch(r);
-      Strip<F> part{};
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < tile.cols; k += kStrip) add_squares(part, tile.strip(r, k));
-      F* sum = own + r * kLanes;
-      store<F>(sum, load<F>(sum) + (part.even + part.odd));
-    }
-    if (tile.j + tile.cols < v.cols) return;
-    for (int64_t r = 0; r < tile.rows; ++r) squares[tile.i + r] = sum_lanes<F>(load<F>(own + r * kLanes));
-  });
+  for_each_tile<F, T>(v, adapter, range,
+                      [&](const AdaptedTile<F, T>& tile) LORA_FAST_ALWAYS_INLINE { rows.add(tile); });
 }
 
 // sums[j] += the squares of the same rows; sums [cols rounded up to kTileCols], in the order of strips
@@ -73,33 +53,6 @@ LORA_FAST_CLONES void square_columns(const AdaptedWeight& v, const PackedAdapter
 }
 
 template <class F>
-void write_norms(const AdaptedWeight& v, bool row, const double* squares, F* norms, int64_t begin,
-                 int64_t end) {
-  const int64_t length = row ? v.cols : v.rows;
-  std::optional<Scratch<double>> buffer;
-  for (int64_t i = begin; i < end; ++i) {
-    if (needs_redo(squares[i], v.wide)) {
-      if (!buffer) buffer.emplace(2 * length + v.rank);
-      norms[i] = static_cast<F>(norm_of_line(v, row, i, buffer->data()));
-    } else {
-      norms[i] = static_cast<F>(std::sqrt(squares[i]));
-    }
-  }
-}
-
-template <class F>
-void norm_rows(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
-  Scratch<double> squares(v.rows);
-  for_chunks(row_chunks(v, 65536), row_blocks(v), [&](int64_t, int64_t begin, int64_t end) {
-    {
-      const AmxScope scope(adapter.layout.pairs, adapter.layout.step);
-      square_rows<F>(v, adapter, squares.data(), begin, end);
-    }
-    write_norms(v, true, squares.data(), norms, begin * kTileRows, std::min(v.rows, end * kTileRows));
-  });
-}
-
-template <class F>
 void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms) {
   const int64_t width = round_up(v.cols, kTileCols);
   const int64_t chunks = row_chunks(v, 65536);
@@ -118,14 +71,19 @@ void norm_columns(const AdaptedWeight& v, const PackedAdapter& adapter, F* norms
       squares.data()[j] += static_cast<double>(sums.data()[c * width + at]);
   }
   for_chunks(chunk_count(v.cols, 256), v.cols, [&](int64_t, int64_t begin, int64_t end) {
-    write_norms(v, false, squares.data(), norms, begin, end);
+    write_norms(v, v.rows, squares.data(), norms, begin, end,
+                [&](int64_t j, double* buffer) { return norm_of_line(v, false, j, buffer); });
   });
 }
 
 template <class F>
 void norm(const AdaptedWeight& v, bool by_rows, F* norms) {
   const PackedAdapter adapter(v);
-  by_rows ? norm_rows(v, adapter, norms) : norm_columns(v, adapter, norms);
+  if (!by_rows) return norm_columns(v, adapter, norms);
+  norm_rows(
+      v, adapter, norms,
+      [&](double* squares, int64_t begin, int64_t end) { square_rows<F>(v, adapter, squares, begin, end); },
+      [&](int64_t i, double* buffer) { return norm_of_line(v, true, i, buffer); });
 }
 
 }  // namespace

@@ -20,6 +20,11 @@ _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
     "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
     "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
+    "quantised_norm_fwd(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling) -> Tensor",
+    "quantised_norm_kept(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
+    "float scaling, Tensor(a!) kept_norm, Tensor(b!) kept_key, int codes_version, int scale_version, "
+    "int levels_version) -> Tensor",
     "load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor(a!) norm) -> bool",
     "keep_norm(Tensor(a!) kept_norm, Tensor(b!) kept_key, Tensor key, Tensor norm) -> ()",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -12,7 +12,6 @@ from lora_fast.backends import dora, extension
 from lora_fast.backends.cpu import onednn
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
-from lora_fast.backends.torch import ops as torch_ops
 
 _c = extension.operators()
 
@@ -22,6 +21,13 @@ def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
     if plan.kernel("norm") == "weight_norm_kept":
         return _c.weight_norm_kept(*factors, call.kept_norm, call.kept_key, call.weight._version)
     return _c.weight_norm_fwd(*factors)
+
+
+def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
+    if plan.kernel("norm") == "quantised_norm_fwd":
+        return _c.quantised_norm_fwd(*call[:7])
+    versions = (-1 if tensor is None else tensor._version for tensor in call[:3])
+    return _c.quantised_norm_kept(*call, *versions)
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -117,4 +123,3 @@ _passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout, {onednn.KERN
 lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
-quantised_norm_fwd = torch_ops.quantised_norm_fwd

@@ -21,7 +21,6 @@ from lora_fast.backends.cpu import onednn
 from lora_fast.backends.extension import amx_enabled, has_torchs_vectors
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
-from lora_fast.backends.torch import plan as torch_plan
 
 SMALL_TOKENS = 32  # two AMX tiles; the time is that of reading W, which is read once and not repacked
 # The same where the extension's compiler made vectors that are narrower than PyTorch's. AMD EPYC (Zen 5), 2048 × 2048,
@@ -46,6 +45,9 @@ _GAIN_BWD = Step("lora_gain_bwd", "dv and the sums of the gain and the bias in o
 _TORCH = Step(LINEAR, "PyTorch's product")
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_PASS)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_PASS}, if anything has changed")})
+_CODES = "one C++ pass over the codes: W is made a strip at a time, in registers"
+_QUANTISED = Plan({"norm": Step("quantised_norm_fwd", _CODES)})
+_QUANTISED_KEPT = Plan({"norm": Step("quantised_norm_kept", f"{_CODES}, if anything has changed")})
 _PASSES = Plan({"h": _TORCH, "base": _TORCH, "y": _COMPOSE})
 _MATMUL = Step(MATMUL, "PyTorch's product")
 _ONEDNN = Step(onednn.KERNEL, "oneDNN's product, by vectors of 512 bits where MKL's has 256")
@@ -71,11 +73,14 @@ lora_compose_fwd = Plan({"y": _COMPOSE})
 lora_compose_bwd = Plan({"grad_v": _GAIN_BWD})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_PASS)})
-quantised_norm_fwd = torch_plan.quantised_norm_fwd
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
     return _NORM_KEPT if may_keep_norm(call) else _NORM
+
+
+def quantised_norm_fwd(call: calls.QuantisedNorm) -> Plan:
+    return _QUANTISED_KEPT if may_keep_norm(call) else _QUANTISED
 
 
 def lora_linear_fwd(call: Linear) -> Plan:

@@ -1,0 +1,165 @@
+// n = ‖W + s B A‖ by rows of a quantised W, of which no more than a strip is ever made: W = value(code) ·
+// scale, rounded to a dtype. Strips of every dtype are de-interleaved ("dealt"), as the codes are: the even
+// columns are the high halves of the bytes, or the low bytes of pairs.
+#include "quantised_weight.h"
+
+#include "ops.h"
+#include "row_norms.h"
+
+namespace lora_fast {
+namespace {
+
+// made [rows][kTileCols] = W's dealt strips at the place, from column k on
+template <class T, bool four_bits>
+LORA_FAST_CLONES void make_by_elements(const QuantisedWeight& w, const TilePlace& place, int64_t k,
+                                       float* made) {
+  for (int64_t r = 0; r < place.rows; ++r)
+    for (int64_t c = k; c < place.cols; c += kStrip)
+      store_packed(made + r * kTileCols + c, strip_by_elements<T, four_bits>(w, place.i + r, place.j + c));
+}
+
+// V at (i, j): the codes' values and P Q's.
+template <class F, class T, bool four_bits>
+struct QuantisedTile : TilePlace {
+  static constexpr int64_t kInByte = four_bits ? 2 : 1, kStrips = kTileCols / kStrip;
+
+  // Products of float32 are stored before they are added to: in one expression the compiler would leave out
+  // their rounding.
+  static constexpr bool kStoresProducts = !four_bits && sizeof(T) == 4;
+
+  // What is ready before the strips are asked for, of all rows.
+  struct Made {
+    alignas(64) float strips[kTileRows * kTileCols];  // W's, from the column `made_from` on
+    alignas(
+        64) float tables[four_bits ? kTileRows * kStrips * kLanes : 1];  // what a code stands for, by strip
+  };
+
+  const QuantisedWeight& w;
+  Vec<F> scaling;
+  const F* update;  // [rows][kTileCols], in the order of strips
+  Made& made;
+  int64_t blocks[kStrips];  // of the scale, in which the strips lie that have one each
+  int64_t made_from;
+
+  LORA_FAST_INLINE void make() {
+    const int64_t whole = w.strips_have_one_scale ? cols / kStrip * kStrip : 0;
+    made_from = kStoresProducts ? 0 : whole;
+    for (int64_t k = 0; k < whole; k += kStrip) blocks[k / kStrip] = (j + k) / w.block;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t k = 0; k < whole; k += kStrip) {
+        const float scale = w.scale_of(i + r)[blocks[k / kStrip]];
+        if constexpr (four_bits) {
+          store<float>(table(r, k), rounded<T>(load<float>(w.levels) * scale));
+        } else if constexpr (kStoresProducts) {
+          store_packed(made.strips + r * kTileCols + k, scaled_strip<T>(codes(r, k), scale));
+        }
+      }
+    }
+    if (whole < cols) make_by_elements<T, four_bits>(w, *this, whole, made.strips);
+  }
+
+  LORA_FAST_INLINE float* table(int64_t r, int64_t k) const {
+    return made.tables + (r * kStrips + k / kStrip) * kLanes;
+  }
+
+  LORA_FAST_INLINE const uint8_t* codes(int64_t r, int64_t k) const {
+    return w.row(i + r) + (j + k) / kInByte;
+  }
+
+  // the next tile's codes of row r
+  LORA_FAST_INLINE void fetch(int64_t r) const {
+    const uint8_t* next = codes(r, kTileCols);
+    for (int64_t byte = 0; byte < kTileCols / kInByte; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+  }
+
+  LORA_FAST_INLINE Strip<F> strip(int64_t r, int64_t k) const {
+    Strip<float> x;
+    if (k >= made_from) {
+      x = load_packed(made.strips + r * kTileCols + k);
+    } else if constexpr (four_bits) {
+      x = look_up_strip(codes(r, k), table(r, k));
+    } else {
+      x = scaled_strip<T>(codes(r, k), w.scale_of(i + r)[blocks[k / kStrip]]);
+    }
+    const Strip<F> u = load_packed(update + r * kTileCols + k);
+    return {from_f32<F>(x.even) + scaling * u.even, from_f32<F>(x.odd) + scaling * u.odd};
+  }
+};
+
+// squares[i] for the blocks of kTileRows rows in [begin, end)
+template <class F, class T, bool four_bits>
+LORA_FAST_INLINE void square_rows_of(const QuantisedWeight& w, const PackedAdapter& adapter, double* squares,
+                                     int64_t begin, int64_t end) {
+  using Tile = QuantisedTile<F, T, four_bits>;
+  typename Tile::Made made;
+  RowSquares<F> rows(w, squares);
+  const Vec<F> scaling = splat(static_cast<F>(w.scaling));
+  const TileRange range{begin, end, 0, col_blocks(w), few_tile_rows(adapter.layout)};
+  const auto nothing = [](const TilePlace&) LORA_FAST_ALWAYS_INLINE {};
+  for_each_update<F>(w, adapter, range, nothing,
+                     [&](const TilePlace& place, const F* update) LORA_FAST_ALWAYS_INLINE {
+                       Tile tile{place, w, scaling, update, made, {}, 0};
+                       tile.make();
+                       rows.add(tile);
+                     });
+}
+
+template <class F, bool four_bits>
+LORA_FAST_CLONES void square_rows(const QuantisedWeight& w, const PackedAdapter& adapter, double* squares,
+                                  int64_t begin, int64_t end) {
+  LORA_FAST_BY_DTYPE(w.dtype, T, square_rows_of<F, T, four_bits>(w, adapter, squares, begin, end))
+}
+
+// line [cols] = W's row i
+template <class T, bool four_bits>
+LORA_FAST_INLINE void widen_row_of(const QuantisedWeight& w, int64_t i, double* line) {
+  for (int64_t j = 0; j < w.cols; j += kStrip) {
+    Strip<float> x = strip_by_elements<T, four_bits>(w, i, j);
+    undeal_strip(x.even, x.odd);
+    double strip[kStrip];
+    store_packed<double>(strip, {from_f32<double>(x.even), from_f32<double>(x.odd)});
+    std::memcpy(line + j, strip, static_cast<size_t>(std::min(kStrip, w.cols - j)) * sizeof(double));
+  }
+}
+
+template <bool four_bits>
+LORA_FAST_CLONES void widen_row(const QuantisedWeight& w, int64_t i, double* line) {
+  LORA_FAST_BY_DTYPE(w.dtype, T, widen_row_of<T, four_bits>(w, i, line))
+}
+
+template <class F, bool four_bits>
+void norm(const QuantisedWeight& w, F* norms) {
+  const PackedAdapter adapter(w, true);
+  norm_rows(
+      w, adapter, norms,
+      [&](double* squares, int64_t begin, int64_t end) {
+        square_rows<F, four_bits>(w, adapter, squares, begin, end);
+      },
+      [&](int64_t i, double* buffer) {
+        widen_row<four_bits>(w, i, buffer);
+        return norm_of_held_line(w, true, i, buffer);
+      });
+}
+
+template <class F>
+void norm_by_form(const QuantisedWeight& w, F* norms) {
+  w.levels != nullptr ? norm<F, true>(w, norms) : norm<F, false>(w, norms);
+}
+
+}  // namespace
+
+Tensor cpu::quantised_norm_fwd(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
+                               Tensor lora_A, Tensor lora_B, double scaling) {
+  check_quantised(codes, scale, levels, lora_A, lora_B);
+  const QuantisedWeight w(codes, scale, levels, dtype, lora_A, lora_B, scaling);
+  const int64_t size[] = {w.rows};
+  Tensor norms = torch::stable::new_empty(scale, {size, 1}, w.wide ? ScalarType::Double : ScalarType::Float);
+  if (w.wide) {
+    norm_by_form(w, static_cast<double*>(norms.mutable_data_ptr()));
+  } else {
+    norm_by_form(w, static_cast<float*>(norms.mutable_data_ptr()));
+  }
+  return norms;
+}
+
+}  // namespace lora_fast
