@@ -23,7 +23,6 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("weight_norm_fwd", TORCH_BOX(&cpu::weight_norm_fwd));
   m.impl("weight_norm_kept", TORCH_BOX(&cpu::weight_norm_kept));
   m.impl("quantised_norm_fwd", TORCH_BOX(&cpu::quantised_norm_fwd));
-  m.impl("quantised_norm_kept", TORCH_BOX(&cpu::quantised_norm_kept));
   m.impl("load_kept_norm", TORCH_BOX(&cpu::load_kept_norm));
   m.impl("keep_norm", TORCH_BOX(&cpu::keep_norm));
   m.impl("weight_norm_bwd", TORCH_BOX(&cpu::weight_norm_bwd));
@@ -39,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));
   m.impl("content_key", TORCH_BOX(&cpu::content_key));
+  m.impl("content_hashes", TORCH_BOX(&cpu::content_hashes));
 }
 
 // Without a tensor argument there is no device to dispatch on.

@@ -119,8 +119,7 @@ uint64_t hash_of_factors(const Tensor& lora_A, const Tensor& lora_B) {
 }
 
 uint64_t sample_of(const Tensor& matrix, int64_t index) {
-  const int64_t rows = matrix.dim() == 1 ? 1 : matrix.size(0);
-  return sum_of_chunks(kKeySamples * kLine, rows,
+  return sum_of_chunks(kKeySamples * kLine, matrix.size(0),
                        [&](int64_t begin, int64_t end) { return sample_of_rows(matrix, begin, end, index); });
 }
 
@@ -128,11 +127,10 @@ uint64_t sample_of(const Tensor& matrix, int64_t index) {
 
 uint64_t sample_of_rows(const Tensor& matrix, int64_t begin, int64_t end, int64_t index) {
   if (matrix.numel() == 0) return 0;
-  const int64_t cols = matrix.size(matrix.dim() - 1);
-  const Sampling sampling(matrix.numel() / cols, cols);
+  const Sampling sampling(matrix.size(0), matrix.size(1));
   const char* data = static_cast<const char*>(matrix.const_data_ptr());
   const int64_t width = static_cast<int64_t>(matrix.element_size());
-  const int64_t row_stride = matrix.stride(0) * width, col_stride = matrix.stride(matrix.dim() - 1) * width;
+  const int64_t row_stride = matrix.stride(0) * width, col_stride = matrix.stride(1) * width;
   uint64_t sum = 0;
   for (int64_t q = sampling.first_of(begin), last = sampling.first_of(end); q < last; ++q) {
     const char* at = data + sampling.row(q) * row_stride + sampling.col(q) * col_stride;
@@ -146,23 +144,6 @@ ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const 
   return {hash_of_factors(lora_A, lora_B), 0, host_key(weight, lora_A, lora_B, scaling, per_output, version)};
 }
 
-ContentKey quantised_content_key(const Tensor& codes, const Tensor& scale,
-                                 const std::optional<Tensor>& levels, ScalarType dtype, const Tensor& lora_A,
-                                 const Tensor& lora_B, double scaling, std::array<int64_t, 3> versions) {
-  const Tensor* made_of[] = {&codes, &scale, levels ? &*levels : nullptr};
-  HostKey host;
-  uint64_t sample = 0;
-  for (int64_t i = 0; i < 3 && made_of[i] != nullptr; ++i) {
-    host.add_place(*made_of[i], versions[i]);
-    host.add_form(*made_of[i]);
-    sample += sample_of(*made_of[i], i);
-  }
-  for (const auto* factor : {&lora_A, &lora_B}) host.add_form(*factor);
-  host.add(scaling);
-  host.add(static_cast<uint64_t>(dtype));
-  return {hash_of_factors(lora_A, lora_B), sample, host.value()};
-}
-
 Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                         int64_t version) {
   check_adapter(weight, lora_A, lora_B);
@@ -171,6 +152,20 @@ Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
   const int64_t size[] = {kKeyLength};
   Tensor out = torch::stable::new_empty(weight, {size, 1}, ScalarType::Long);
   std::memcpy(out.mutable_data_ptr(), &key, sizeof(key));
+  return out;
+}
+
+Tensor cpu::content_hashes(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of) {
+  check_matrix(lora_A, "lora_A");
+  check_matrix(lora_B, "lora_B");
+  uint64_t hashes[] = {hash_of_factors(lora_A, lora_B), 0};
+  for (size_t i = 0; i < made_of.size(); ++i) {
+    STD_TORCH_CHECK(made_of[i].is_cpu() && made_of[i].dim() == 2, "made_of must be matrices on a CPU");
+    hashes[1] += sample_of(made_of[i], static_cast<int64_t>(i));
+  }
+  const int64_t size[] = {2};
+  Tensor out = torch::stable::new_empty(lora_A, {size, 1}, ScalarType::Long);
+  std::memcpy(out.mutable_data_ptr(), hashes, sizeof(hashes));
   return out;
 }
 

@@ -1,7 +1,6 @@
 // The key of a kept norm, as lora_fast/content_key.py defines it.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -19,13 +18,8 @@ static_assert(sizeof(ContentKey) == kKeyLength * sizeof(int64_t));
 ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                               double scaling, bool per_output, int64_t version);
 
-// That of the norm of a quantised W, sample and all. versions: of codes, scale and levels.
-ContentKey quantised_content_key(const Tensor& codes, const Tensor& scale,
-                                 const std::optional<Tensor>& levels, ScalarType dtype, const Tensor& lora_A,
-                                 const Tensor& lora_B, double scaling, std::array<int64_t, 3> versions);
-
 // The sample of the rows [begin, end) of a matrix, W or the `index`-th of those that make it up: the samples
-// of disjoint rows add up. A vector is a matrix of one row.
+// of disjoint rows add up.
 uint64_t sample_of_rows(const Tensor& matrix, int64_t begin, int64_t end, int64_t index = 0);
 
 // Copies the kept norm if its key is `key` but for the sample, and returns the kept sample.

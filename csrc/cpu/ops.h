@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 
@@ -15,10 +16,6 @@ Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
 
 Tensor quantised_norm_fwd(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
                           Tensor lora_A, Tensor lora_B, double scaling);
-
-Tensor quantised_norm_kept(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
-                           Tensor lora_A, Tensor lora_B, double scaling, Tensor kept_norm, Tensor kept_key,
-                           int64_t codes_version, int64_t scale_version, int64_t levels_version);
 
 // Whether kept_key is key; norm is then a copy of kept_norm.
 bool load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);
@@ -42,6 +39,9 @@ void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, s
 
 Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                    int64_t version);
+
+// The part of it that is hashed from elements, of a W that is made of several matrices.
+Tensor content_hashes(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of);
 
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                              std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,

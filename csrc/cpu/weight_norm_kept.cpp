@@ -6,7 +6,6 @@
 
 #include "content_key.h"
 #include "ops.h"
-#include "quantised_weight.h"
 
 namespace lora_fast {
 namespace {
@@ -73,21 +72,6 @@ Tensor cpu::weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double
   if (load_kept_norm(kept_norm, kept_key, key, norm)) return norm;
   norm = weight_norm_fwd(weight, lora_A, lora_B, scaling, per_output);
   keep_norm(kept_norm, kept_key, key, norm);
-  return norm;
-}
-
-Tensor cpu::quantised_norm_kept(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
-                                Tensor lora_A, Tensor lora_B, double scaling, Tensor kept_norm,
-                                Tensor kept_key, int64_t codes_version, int64_t scale_version,
-                                int64_t levels_version) {
-  check_quantised(codes, scale, levels, lora_A, lora_B);
-  const ContentKey key = quantised_content_key(codes, scale, levels, dtype, lora_A, lora_B, scaling,
-                                               {codes_version, scale_version, levels_version});
-  check_wide(kept_norm, "kept_norm", codes.size(0));
-  Tensor norm = torch::stable::new_empty(kept_norm, kept_norm.sizes());
-  if (load_kept_norm_but_for_sample(kept_norm, kept_key, key, norm) == key.sample) return norm;
-  norm = quantised_norm_fwd(codes, scale, levels, dtype, lora_A, lora_B, scaling);
-  keep_norm_of(kept_norm, kept_key, key, norm);
   return norm;
 }
 

@@ -20,10 +20,10 @@ from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renam
 from lora_fast.adapters.files import Adapter, AdapterLayer
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
+from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import kept_flags, put_in_place, read_without_call
 from lora_fast.nn.checks import check_linear, check_not_distributed, check_replaceable
 from lora_fast.nn.hooks import is_offloaded
-from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.names import Place, places, unwrapped
 
 

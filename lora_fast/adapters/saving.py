@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lora_fast.adapters import files, gathering
 from lora_fast.adapters.files import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
 from lora_fast.nn import LinearWithDoRA
-from lora_fast.nn.apply import places_outside_adapters
 from lora_fast.nn.adapted import AdaptedLinear
+from lora_fast.nn.apply import places_outside_adapters
 from lora_fast.nn.names import Place, places, unwrapped
 
 

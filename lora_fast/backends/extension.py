@@ -22,9 +22,6 @@ _SCHEMAS = (
     "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
     "quantised_norm_fwd(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",
-    "quantised_norm_kept(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
-    "float scaling, Tensor(a!) kept_norm, Tensor(b!) kept_key, int codes_version, int scale_version, "
-    "int levels_version) -> Tensor",
     "load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor(a!) norm) -> bool",
     "keep_norm(Tensor(a!) kept_norm, Tensor(b!) kept_key, Tensor key, Tensor norm) -> ()",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
@@ -57,6 +54,7 @@ _SCHEMAS = (
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",
+    "content_hashes(Tensor lora_A, Tensor lora_B, Tensor[] made_of) -> Tensor",
     "scratch_events(bool record) -> Tensor",
 )
 

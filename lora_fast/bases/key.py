@@ -7,24 +7,29 @@ import struct
 import torch
 from torch import Tensor
 
+from lora_fast.backends import extension
 from lora_fast.content_key import content_hashes
 
 
 def content_key(
     content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str
 ) -> Tensor | None:
-    """int64 [KEY_LENGTH]; None where it would say nothing, of tensors without a version, made in inference mode, and on
-    another device than a CPU, whose comparison the host would have to wait for.
+    """int64 [KEY_LENGTH] of tensors on a CPU; None of tensors without a version, made in inference mode.
 
     ``host`` has the form of W, and of each tensor what the host knows without looking at its elements.
     """
-    if lora_A.device.type != "cpu" or any(tensor.is_inference() for tensor in content):
+    if any(tensor.is_inference() for tensor in content):
         return None
     held = tuple((tensor.data_ptr(), tensor._version) for tensor in content)
     kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in (*content, lora_A, lora_B))
     host = hash((held, kinds, struct.pack("<d", scaling), form, axis))
-    weight, *others = map(_matrix, content)
-    return torch.cat([content_hashes(weight, lora_A, lora_B, *others), torch.tensor([host])])
+    matrices = list(map(_matrix, content))
+    if extension.missing() is None:
+        hashes = extension.operators().content_hashes(lora_A, lora_B, matrices)
+    else:
+        weight, *others = matrices
+        hashes = content_hashes(weight, lora_A, lora_B, *others)
+    return torch.cat([hashes, torch.tensor([host])])
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -68,10 +68,17 @@ def _blocks(form: Form) -> Iterator[slice]:
 
 
 def _norm(
-    content: list[Tensor], form: Form, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
+    content: list[Tensor],
+    form: Form,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    axis: Axis,
+    backend: str,
+    kept: tuple[Tensor, Tensor] | tuple[()] = (),
 ) -> Tensor:
     if axis == "output" and (codes := form.codes(content)) is not None:
-        call = calls.QuantisedNorm(*codes, lora_A, lora_B, scaling)
+        call = calls.QuantisedNorm(*codes, lora_A, lora_B, scaling, *kept)
         return ops.quantised_norm(call, backend)
     norms = [
         ops.weight_norm(
@@ -111,11 +118,11 @@ def base_norm_kept(
     kept_key: Tensor,
     backend: str,
 ) -> Tensor:
-    def compute() -> Tensor:
-        return _norm(content, form_of(form), lora_A, lora_B, scaling, axis, backend)
-
+    arguments = content, form_of(form), lora_A, lora_B, scaling, axis, backend
+    if lora_A.device.type != "cpu":  # the kernel looks itself, so that the host need not wait
+        return _norm(*arguments, (kept_norm, kept_key))
     now = key.content_key(content, form, lora_A, lora_B, scaling, axis)
-    return compute() if now is None else norm_cache.reuse(kept_norm, kept_key, now, compute)
+    return _norm(*arguments) if now is None else norm_cache.reuse(kept_norm, kept_key, now, lambda: _norm(*arguments))
 
 
 @_define(

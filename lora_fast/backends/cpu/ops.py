@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_fast import calls
+from lora_fast import calls, norm_cache
 from lora_fast.backends import dora, extension
 from lora_fast.backends.cpu import onednn
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
+from lora_fast.content_key import host_key
 
 _c = extension.operators()
 
@@ -24,10 +25,13 @@ def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
 
 
 def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
-    if plan.kernel("norm") == "quantised_norm_fwd":
+    codes, *_, lora_A, lora_B, scaling, kept_norm, kept_key = call
+    if kept_norm is None or kept_key is None or not may_keep_norm(call):
         return _c.quantised_norm_fwd(*call[:7])
-    versions = (-1 if tensor is None else tensor._version for tensor in call[:3])
-    return _c.quantised_norm_kept(*call, *versions)
+    hashes = _c.content_hashes(lora_A, lora_B, [codes, *call.others])
+    host = host_key(codes, lora_A, lora_B, scaling, call.dtype, codes._version, *call.others)
+    key = torch.cat([hashes, torch.tensor([host])])
+    return norm_cache.reuse(kept_norm, kept_key, key, lambda: _c.quantised_norm_fwd(*call[:7]))
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,6 @@ _TORCH = Step(LINEAR, "PyTorch's product")
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_PASS)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_PASS}, if anything has changed")})
 _CODES = "one C++ pass over the codes: W is made a strip at a time, in registers"
-_QUANTISED = Plan({"norm": Step("quantised_norm_fwd", _CODES)})
-_QUANTISED_KEPT = Plan({"norm": Step("quantised_norm_kept", f"{_CODES}, if anything has changed")})
 _PASSES = Plan({"h": _TORCH, "base": _TORCH, "y": _COMPOSE})
 _MATMUL = Step(MATMUL, "PyTorch's product")
 _ONEDNN = Step(onednn.KERNEL, "oneDNN's product, by vectors of 512 bits where MKL's has 256")
@@ -68,6 +66,7 @@ _TILES_BWD = Plan({"gradients": Step("lora_linear_bwd", _TILES)})
 _FEW_DORA = Plan({"y, norm": Step("dora_linear_small_fwd", f"{_FEW}, for the norm too")})
 _TILES_DORA = Plan({"y, norm": Step("dora_linear_fwd", f"{_TILES}, and the norm from the same reading of W")})
 
+quantised_norm_fwd = Plan({"norm": Step("quantised_norm_fwd", _CODES)})
 weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", _ONE_PASS)})
 lora_compose_fwd = Plan({"y": _COMPOSE})
 lora_compose_bwd = Plan({"grad_v": _GAIN_BWD})
@@ -77,10 +76,6 @@ merge_weight = Plan({"weight": Step("merge_weight", _ONE_PASS)})
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
     return _NORM_KEPT if may_keep_norm(call) else _NORM
-
-
-def quantised_norm_fwd(call: calls.QuantisedNorm) -> Plan:
-    return _QUANTISED_KEPT if may_keep_norm(call) else _QUANTISED
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
