@@ -23,9 +23,9 @@ template <class F, class T, bool four_bits>
 struct QuantisedTile : TilePlace {
   static constexpr int64_t kInByte = four_bits ? 2 : 1, kStrips = kTileCols / kStrip;
 
-  // Products of float32 are stored before they are added to: in one expression the compiler would leave out
-  // their rounding.
-  static constexpr bool kStoresProducts = !four_bits && sizeof(T) == 4;
+  // Whether W's strips go through memory: of 4 bits where vectors look nothing up; of 8 bits in float32,
+  // since in one expression with the update the compiler would leave out the rounding of the products.
+  LORA_FAST_INLINE static bool makes_strips() { return four_bits ? !has_avx512_vectors() : sizeof(T) == 4; }
 
   // What is ready before the strips are asked for, of all rows.
   struct Made {
@@ -43,15 +43,18 @@ struct QuantisedTile : TilePlace {
 
   LORA_FAST_INLINE void make() {
     const int64_t whole = w.strips_have_one_scale ? cols / kStrip * kStrip : 0;
-    made_from = kStoresProducts ? 0 : whole;
+    const bool makes = makes_strips();
+    made_from = makes ? 0 : whole;
     for (int64_t k = 0; k < whole; k += kStrip) blocks[k / kStrip] = (j + k) / w.block;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < whole; k += kStrip) {
         const float scale = w.scale_of(i + r)[blocks[k / kStrip]];
+        float* strip = made.strips + r * kTileCols + k;
         if constexpr (four_bits) {
           store<float>(table(r, k), rounded<T>(load<float>(w.levels) * scale));
-        } else if constexpr (kStoresProducts) {
-          store_packed(made.strips + r * kTileCols + k, scaled_strip<T>(codes(r, k), scale));
+          if (makes) load_strip_of_codes(codes(r, k), table(r, k), strip);
+        } else if (makes) {
+          store_packed(strip, scaled_strip<T>(codes(r, k), scale));
         }
       }
     }
