@@ -1,4 +1,4 @@
-// n = ‖W + s B A‖ by rows of a quantised W, of which no more than a strip is ever made: W = value(code) ·
+// n = ‖W + s B A‖ by rows of a quantised W, of which no more than a tile is ever made: W = value(code) ·
 // scale, rounded to a dtype. Strips of every dtype are de-interleaved ("dealt"), as the codes are: the even
 // columns are the high halves of the bytes, or the low bytes of pairs.
 //
