@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fast import backends, functional, reference
-from lora_fast.backends import BackendName
+from lora_fast import backends, calls, functional, ops, reference
+from lora_fast.backends import BackendName, registry
+from lora_fast.backends.plan import Refusal
 from lora_fast.calls import Axis
 from lora_fast.dtypes import FLOATS, UP_TO_FLOAT32
 from lora_fast.nn import LinearWithDoRA
@@ -103,6 +104,7 @@ def items() -> dict[str, Item]:
     """What is checked at every size, by name."""
     found: dict[str, Item] = {f"weight_norm, axis {axis}": partial(_norm, axis=axis) for axis in ("output", "input")}
     found["weight_norm, kept"] = _kept_norm
+    found |= {f"quantised_norm, {bits} bits": partial(_quantised_norm, bits=bits) for bits in (4, 8)}
     found |= {_title(form): partial(_linear, form=form) for form in FORMS}
     for form in ("lora", "output", "input"):
         found[f"{_title(form)}, dropout"] = partial(_linear, form=form, dropout_p=0.3)
@@ -219,6 +221,25 @@ def _norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, axis: Axis) -> tuple
     """(in float64, eager in W's dtype)"""
     truth = reference.weight_norm(W.double(), A.double(), B.double(), scaling, axis=axis)
     return truth, reference.weight_norm(W, A, B, scaling, axis=axis, compute_dtype=W.dtype)
+
+
+def _quantised_norm(device: str, backend: BackendName, case: Case, result: Result, bits: int) -> None:
+    """Of codes drawn at random, 4 bits in blocks of 8 columns or 8 bits with a scale a row."""
+    t, K = draw(device, case), case.K
+    scale = (torch.rand(case.N, K // 8 if bits == 4 else 1, device=device) + 0.5) * K**-0.5 / (1 if bits == 4 else 127)
+    levels, dtype = None, torch.float32 if case.dtype == torch.float64 else case.dtype
+    codes = torch.randint(-127, 128, (case.N, K), device=device).to(torch.int8)
+    if bits == 4:
+        codes, levels = codes[:, : K // 2].contiguous().view(torch.uint8), torch.linspace(-1, 1, 16, device=device)
+    call = calls.QuantisedNorm(codes, scale, levels, dtype, t["lora_A"], t["lora_B"], case.scaling)
+    if isinstance(registry.planned(registry.get(backend), "quantised_norm_fwd", call), Refusal):
+        return
+    with _checked(result):
+        once, again = (ops.quantised_norm(call, backend) for _ in range(2))
+    weight = reference.dequantised_weight(codes, scale, levels, dtype).to(case.dtype)
+    truth, eager = _norms(weight, t["lora_A"], t["lora_B"], case.scaling, "output")
+    _hold(result, "norm", once, [eager], truth)
+    _same(result, "norm", once, again)
 
 
 def _changes(t: Mapping[str, Tensor]) -> Iterator[str]:

@@ -114,6 +114,7 @@ def make(call: Call) -> None:
         _linear(call, weight, torch.empty(call.N, dtype=call.x), lora_A, lora_B, gain)
     if call.axis == "output":
         make_compose(call)
+        make_quantised_norm(call)
     if call.dropout_p > 0.0:
         run("dropout", calls.Dropout(torch.empty(call.T, call.K, dtype=call.x), torch.tensor(3), call.dropout_p))
 
@@ -134,6 +135,20 @@ def make_norm(call: Call) -> Tensor:
     ops.norm_and_gain(kept_call, plan, norm.to(call.adapter))
     run("weight_norm_bwd", calls.WeightNormGrad(torch.empty_like(norm), norm, *factors, True, True))
     return norm
+
+
+def make_quantised_norm(call: Call) -> None:
+    """Of 8 bits with a scale a row; where rows are whole bytes of 4 bits too, in blocks of 64 if they divide a row."""
+    N, K = call.N, call.K
+    forms = [(torch.empty(N, K, dtype=torch.int8), torch.empty(N, 1), None)]
+    if K % 2 == 0:
+        scale = torch.empty(N, K // 64 if K % 64 == 0 else 1)
+        forms.append((torch.empty(N, K // 2, dtype=torch.uint8), scale, torch.empty(16)))
+    _, *factors = _layer(call)
+    kept = torch.empty(N), torch.zeros(KEY_LENGTH, dtype=torch.int64)
+    for form in forms:
+        for keeps in ((), kept):
+            run("quantised_norm_fwd", calls.QuantisedNorm(*form, call.weight, *factors, S, *keeps))
 
 
 def _linear(call: Call, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> None:

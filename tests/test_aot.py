@@ -45,6 +45,7 @@ TILED = {
     "lora_input_grad_kernel",
     "lora_project_kernel",
     "merge_weight_kernel",
+    "quantised_norm_fwd_kernel",
     "weight_norm_bwd_kernel",
     "weight_norm_fwd_kernel",
     "weight_norm_fwd_tma_kernel",

@@ -26,7 +26,8 @@ LINEARS = {
     *("lora_linear", "dora_linear, axis output", "dora_linear, axis output, full gradient", "dora_linear, axis input"),
     *("lora_linear, dropout", "dora_linear, axis output, dropout", "dora_linear, axis input, dropout"),
 }
-NAMES = {*NORMS, *LINEARS} | {
+QUANTISED = {"quantised_norm, 4 bits", "quantised_norm, 8 bits"}
+NAMES = {*NORMS, *LINEARS, *QUANTISED} | {
     *("weight_norm, kept", "dora_linear, kept norm", "dropout", "lora_compose", "merge_weight", "few tokens")
 }
 

@@ -170,7 +170,7 @@ LAUNCHES = {
     "lora_gain_bwd": {"lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel"},
     "lora_compose_fwd": {"lora_compose_fwd_kernel", "lora_compose_fwd_tma_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
-    "chunks of rows": set(),
+    "quantised_norm_fwd": {"quantised_norm_fwd_kernel", "quantised_norm_finish_kernel"},
     "weight_norm_fwd": {*NORM, "weight_norm_finish_kernel"},
     "weight_norm_kept": {"content_key_kernel", *NORM, "weight_norm_finish_kernel"},
 }

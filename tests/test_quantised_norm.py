@@ -89,6 +89,23 @@ def test_nan_and_inf_are_carried_through(operand: str, value: float, dtype: torc
         assert bool(norm[1].isnan()) == bool(truth[1].isnan())
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_any_nan_stays_one(form: str, dtype: torch.dtype, backend: str) -> None:
+    """Of a scale and of a level: bits that are all ones are rounded up to a zero by who only adds to them."""
+    ones = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for nan in ones:
+        call = make_call(QuantisedCase(9, 64, 2, 64, form, dtype))
+        call.scale[3] = nan
+        if call.levels is not None:
+            call.levels[5] = nan
+            call.codes.fill_(0x11)
+            call.codes[7, 3] = 0x15
+        norm = ops.quantised_norm(call, backend)
+        assert torch.equal(norm.isnan(), true_norm(call).isnan())
+        assert norm[3].isnan()
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("rank", [3, 33])
 @pytest.mark.parametrize("form", ["nf4", "int8"])

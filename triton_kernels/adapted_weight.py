@@ -45,15 +45,13 @@ def described_step(a_ref, b_ref, row, column, r, acc, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def adapted_tile(
-    w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
-    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+def update_tile(
+    a_ref, b_ref, n0, k0, N, K, R, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """V[n0:, k0:] in float32 [BLOCK_N, BLOCK_K], 0 outside; a_ref, b_ref: pointers or, on DESCRIPTORS, descriptors."""
-    n0 = tl.cast(n0, tl.int64)
-    k0 = tl.cast(k0, tl.int64)
+    """(lora_B lora_A)[n0:, k0:] in float32 [BLOCK_N, BLOCK_K], n0 and k0 of 64 bits; a_ref, b_ref: pointers or, on
+    DESCRIPTORS, descriptors."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
@@ -65,11 +63,6 @@ def adapted_tile(
         offs_k = offs_k.to(tl.int64)
         offs_r = offs_r.to(tl.int64)
     # on ONE_STEP there is no loop here: a loop over tiles is then the innermost, and brings the next tiles ahead
-    # W is asked for before the products, which hide its latency, and is not kept in the cache that lora_A lives in
-    w = tl.load(
-        w_ptr + (n0 * stride_w_n + k0 * stride_w_k) + (offs_n[:, None] * stride_w_n + offs_k[None, :] * stride_w_k),
-        mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first",
-    )  # [BLOCK_N, BLOCK_K]  # fmt: skip
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     if DESCRIPTORS:
         row = n0.to(tl.int32)
@@ -91,6 +84,35 @@ def adapted_tile(
                 acc = _rank_step(a_base + a_offs, b_base + b_offs, mask_n, mask_k, offs_r < R - r, acc, PRECISION)
                 a_base += tl.cast(BLOCK_R, tl.int64) * stride_a_r
                 b_base += tl.cast(BLOCK_R, tl.int64) * stride_b_r
+    return acc
+
+
+@triton.jit
+def adapted_tile(
+    w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
+    stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """V[n0:, k0:] in float32 [BLOCK_N, BLOCK_K], 0 outside; a_ref, b_ref as in :func:`update_tile`."""
+    n0 = tl.cast(n0, tl.int64)
+    k0 = tl.cast(k0, tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N - n0
+    mask_k = offs_k < K - k0
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    # W is asked for before the products, which hide its latency, and is not kept in the cache that lora_A lives in
+    w = tl.load(
+        w_ptr + (n0 * stride_w_n + k0 * stride_w_k) + (offs_n[:, None] * stride_w_n + offs_k[None, :] * stride_w_k),
+        mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first",
+    )  # [BLOCK_N, BLOCK_K]  # fmt: skip
+    acc = update_tile(
+        a_ref, b_ref, n0, k0, N, K, R, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
+        PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     return w.to(tl.float32) + scaling * acc
 
 

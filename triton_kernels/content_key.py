@@ -2,13 +2,13 @@
 
     h((low, high), p) = fold(low ^ (2p + 1) K1, high ^ (2p + 1) K2)      fold(a, b): both halves of the product, xored
     factors           = Σ_i h(word i of lora_A, i) + Σ_i h(word i of lora_B, 2^48 + i)                       mod 2^64
-    sample            = Σ_q h((bits of the q-th sampled element of W, K3), q)
+    sample            = Σ_i Σ_q h((bits of the q-th sampled element of W_i, K3), SAMPLES i + q)
     key               = [factors, sample, host]                                                               int64 [3]
 
 A word is 16 bytes of a factor's elements, taken along its smaller stride. lora_fast/content_key.py is the definition,
-which says which elements of W are sampled, and makes ``host``. A sum may be taken in any order, so programs sum their
-share and whoever compares adds the shares up. A call compares with the kept key as its first kernel finds it: another
-stream's call may write it meanwhile.
+which says which elements of which W_i are sampled, and makes ``host``. A sum may be taken in any order, so programs sum
+their share and whoever compares adds the shares up. A call compares with the kept key as its first kernel finds it:
+another stream's call may write it meanwhile.
 """
 
 from __future__ import annotations
@@ -74,15 +74,35 @@ def _factor_hash(
     return tl.sum(total, axis=0)
 
 
+@triton.jit
+def _sample_hash(
+    bits_ptr, N, K, stride_n, stride_k, position: tl.constexpr, program,
+    PROGRAMS: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """This program's share of the sample of a matrix [N, K]."""
+    place = program * (SAMPLES // PROGRAMS) + tl.arange(0, SAMPLES // PROGRAMS)
+    q = place.to(tl.int64)
+    elements = tl.cast(N, tl.int64) * K
+    small = elements <= SAMPLES
+    row = tl.where(small, place // K, (2 * q + 1) * N // (2 * SAMPLES))
+    column = tl.where(small, place % K, ((q * 0x9E3779B1 & 0xFFFFFFFF) * K) >> 32)
+    mask = q < elements
+    bits = tl.load(bits_ptr + row * stride_n + column * stride_k, mask=mask, other=0)
+    return tl.sum(tl.where(mask, _hash(_unsigned(bits), K3, position + q.to(tl.uint64)), 0), axis=0)
+
+
 @jit
 def content_key_kernel(
-    hashes_ptr, state_ptr, kept_key_ptr, a_ptr, b_ptr, w_ptr,
+    hashes_ptr, state_ptr, kept_key_ptr, a_ptr, b_ptr, w_ptr, scale_ptr, levels_ptr,
     size_a, columns_a, stride_a_row, stride_a_column,
     size_b, columns_b, stride_b_row, stride_b_column,
-    N, K, stride_w_n, stride_w_k,
+    N, K, stride_w_n, stride_w_k, blocks,
     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """hashes [PROGRAMS, 2]: shares of (the factors' hash, the sample's hash); a, b, w as integers of their bits."""
+    """hashes [PROGRAMS, 2]: shares of (the factors' hash, the sample's hash); all operands as integers of their bits.
+
+    w is W or a quantised W's codes, with its scale [N, blocks] and its levels [16] or None.
+    """
     program = tl.program_id(0)
     if program == 0:
         for part in tl.static_range(3):
@@ -91,14 +111,11 @@ def content_key_kernel(
     factors = _factor_hash(a_ptr, size_a, columns_a, stride_a_row, stride_a_column, 0, program, PROGRAMS, BLOCK)
     factors += _factor_hash(b_ptr, size_b, columns_b, stride_b_row, stride_b_column, 1 << 48, program, PROGRAMS, BLOCK)
     tl.store(hashes_ptr + 2 * program, factors.to(tl.int64))
-    q = program.to(tl.int64) * (SAMPLES // PROGRAMS) + tl.arange(0, SAMPLES // PROGRAMS)
-    elements = tl.cast(N, tl.int64) * K
-    small = elements <= SAMPLES
-    row = tl.where(small, q // K, (2 * q + 1) * N // (2 * SAMPLES))
-    column = tl.where(small, q % K, ((q * 0x9E3779B1 & 0xFFFFFFFF) * K) >> 32)
-    mask = q < elements
-    bits = tl.load(w_ptr + row * stride_w_n + column * stride_w_k, mask=mask, other=0)
-    sample = tl.sum(tl.where(mask, _hash(_unsigned(bits), K3, q.to(tl.uint64)), 0), axis=0)
+    sample = _sample_hash(w_ptr, N, K, stride_w_n, stride_w_k, 0, program, PROGRAMS, SAMPLES)
+    if scale_ptr is not None:
+        sample += _sample_hash(scale_ptr, N, blocks, blocks, 1, SAMPLES, program, PROGRAMS, SAMPLES)
+    if levels_ptr is not None:
+        sample += _sample_hash(levels_ptr, 1, 16, 16, 1, 2 * SAMPLES, program, PROGRAMS, SAMPLES)
     tl.store(hashes_ptr + 2 * program + 1, sample.to(tl.int64))
 
 
@@ -147,7 +164,7 @@ def content_key_config(target: Target) -> Config:
     return Config(PROGRAMS=128, BLOCK=2048, num_warps=8)
 
 
-_BITS = {2: torch.int16, 4: torch.int32}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _factor_bits(factor: Tensor) -> Tensor:
@@ -159,18 +176,27 @@ def _factor_bits(factor: Tensor) -> Tensor:
     return factor.view(_BITS[factor.element_size()])
 
 
-def content_hashes(weight: Tensor, lora_A: Tensor, lora_B: Tensor, kept_key: Tensor) -> tuple[Tensor, Tensor]:
+def content_hashes(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept_key: Tensor,
+    scale: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(hashes int64 [PROGRAMS, 2], state int64 [STATE_LENGTH]) for :func:`is_changed`; 2-D tensors of 16 or 32 bits and
-    any strides."""
+    any strides. Of a quantised W, ``weight`` is its codes, and ``scale`` [N, blocks] and ``levels`` [16] come besides.
+    """
     config = content_key_config(current(weight.device))
     hashes = torch.empty(config.PROGRAMS, 2, dtype=torch.int64, device=weight.device)
     state = torch.empty(STATE_LENGTH, dtype=torch.int64, device=weight.device)
     a, b, w = _factor_bits(lora_A), _factor_bits(lora_B), weight.view(_BITS[weight.element_size()])
     content_key_kernel[(config.PROGRAMS,)](
         hashes, state, kept_key, a, b, w,
+        None if scale is None else scale.view(torch.int32), None if levels is None else levels.view(torch.int32),
         a.numel(), a.shape[1], *a.stride(),
         b.numel(), b.shape[1], *b.stride(),
-        *w.shape, *w.stride(),
+        *w.shape, *w.stride(), 0 if scale is None else scale.shape[1],
         PROGRAMS=config.PROGRAMS, BLOCK=config.BLOCK, SAMPLES=SAMPLES, num_warps=config.num_warps,
     )  # fmt: skip
     return hashes, state

@@ -135,6 +135,40 @@ def _power_of_two(field):
 
 
 @triton.jit
+def sum_of_splits(sums_ptr, splits, n0, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(Σ_splits sums, which of them are out of float32's range), [BLOCK_N] of the lines from n0 on."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        ptrs = sums_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
+        sums += tl.sum(tl.load(ptrs, mask=(offs_s < splits)[:, None] & mask_n[None, :], other=0.0), axis=0)
+    # under 2^-96 squares may have lost bits below float32's smallest normal number; a NaN stays as it is
+    return sums, mask_n & ((sums < 1.2621774e-29) | (sums == float("inf")))
+
+
+@triton.jit
+def add_scaled(total, field, v):
+    """(total, field) with the squares of v [lines, columns] in it: norm² is total · 4^(field - 127).
+
+    ``field``, 1 and more, is of the exponent of the power of two under the largest element.
+    """
+    before = _power_of_two(field)
+    largest = tl.max(tl.abs(v), axis=1).to(tl.int32, bitcast=True) >> 23
+    field = tl.maximum(field, tl.minimum(largest, 253))  # so that 1 / unit is a normal number too
+    inverse = _power_of_two(254 - field)
+    shrink = before * inverse
+    v *= inverse[:, None]
+    return total * shrink * shrink + tl.sum(v * v, axis=1), field
+
+
+@triton.jit
+def scaled_root(total, field):
+    return _power_of_two(field) * tl.sqrt_rn(total)
+
+
+@triton.jit
 def _norm_of_sums(
     sums_ptr, w_ptr, a_ref, b_ref,
     splits, n0,
@@ -145,34 +179,19 @@ def _norm_of_sums(
     ONE_STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """sqrt(Σ_splits sums) [BLOCK_N] of the lines from n0 on, by a scaled look where the sum is out of range."""
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        ptrs = sums_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
-        sums += tl.sum(tl.load(ptrs, mask=(offs_s < splits)[:, None] & mask_n[None, :], other=0.0), axis=0)
+    sums, unsure = sum_of_splits(sums_ptr, splits, n0, N, BLOCK_S, BLOCK_N)
     norm = tl.sqrt_rn(sums)
-    # under 2^-96 squares may have lost bits below float32's smallest normal number; a NaN stays as it is
-    unsure = mask_n & ((sums < 1.2621774e-29) | (sums == float("inf")))
     if tl.max(unsure.to(tl.int32), axis=0) > 0:
-        total = tl.zeros([BLOCK_N], dtype=tl.float32)  # norm² in units of unit²
-        field = tl.full([BLOCK_N], 1, dtype=tl.int32)  # of the exponent of unit, the power of two under the largest
+        total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        field = tl.full([BLOCK_N], 1, dtype=tl.int32)
         for k0 in range(0, K, BLOCK_K):
             v = adapted_tile(
                 w_ptr, a_ref, b_ref, n0, k0, N, K, R, scaling,
                 stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
                 PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
-            before = _power_of_two(field)
-            largest = tl.max(tl.abs(v), axis=1).to(tl.int32, bitcast=True) >> 23
-            field = tl.maximum(field, tl.minimum(largest, 253))  # so that 1 / unit is a normal number too
-            inverse = _power_of_two(254 - field)
-            shrink = before * inverse
-            v *= inverse[:, None]
-            total = total * shrink * shrink + tl.sum(v * v, axis=1)
-        unit = _power_of_two(field)
-        norm = tl.where(unsure, unit * tl.sqrt_rn(total), norm)
+            total, field = add_scaled(total, field, v)
+        norm = tl.where(unsure, scaled_root(total, field), norm)
     return norm
 
 

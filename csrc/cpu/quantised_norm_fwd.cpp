@@ -1,7 +1,14 @@
-// n = ‖W + s B A‖ by rows of a quantised W, of which no more than a strip is ever made: W = value(code) ·
+// n = ‖W + s B A‖ by rows of a quantised W, of which no more than a tile is ever made: W = value(code) ·
 // scale, rounded to a dtype. Strips of every dtype are de-interleaved ("dealt"), as the codes are: the even
 // columns are the high halves of the bytes, or the low bytes of pairs.
+//
+// On an AMD EPYC (Zen 5), one thread, 2048 × 2048, rank 16, bfloat16, ms: 0.72 for 4 bits in blocks of 64,
+// 0.67 for 8 bits, where the norm of a W in memory takes 0.44, and blocks of 256 rows that are dequantised
+// and given to it take 1.5 and 1.7. Built for AVX2: 3.6 and 2.0, W in memory 2.0.
 #include "quantised_weight.h"
+
+#include <cmath>
+#include <limits>
 
 #include "ops.h"
 #include "row_norms.h"
@@ -18,48 +25,64 @@ LORA_FAST_CLONES void make_by_elements(const QuantisedWeight& w, const TilePlace
       store_packed(made + r * kTileCols + c, strip_by_elements<T, four_bits>(w, place.i + r, place.j + c));
 }
 
+inline float with_usual_nan(float x) {
+  return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x;
+}
+
 // V at (i, j): the codes' values and P Q's.
 template <class F, class T, bool four_bits>
 struct QuantisedTile : TilePlace {
   static constexpr int64_t kInByte = four_bits ? 2 : 1, kStrips = kTileCols / kStrip;
 
-  // Products of float32 are stored before they are added to: in one expression the compiler would leave out
-  // their rounding.
-  static constexpr bool kStoresProducts = !four_bits && sizeof(T) == 4;
+  // Whether W's strips go through memory: of 4 bits where vectors look nothing up; of 8 bits in float32,
+  // since in one expression with the update the compiler would leave out the rounding of the products.
+  LORA_FAST_INLINE static bool makes_strips() { return four_bits ? !has_avx512_vectors() : sizeof(T) == 4; }
 
   // What is ready before the strips are asked for, of all rows.
   struct Made {
     alignas(64) float strips[kTileRows * kTileCols];  // W's, from the column `made_from` on
-    alignas(
-        64) float tables[four_bits ? kTileRows * kStrips * kLanes : 1];  // what a code stands for, by strip
+    // of a strip's block the sixteen numbers that codes of 4 bits stand for, or sixteen times its scale
+    alignas(64) float numbers[kTileRows * kStrips * kLanes];
+    float levels[kLanes];
   };
 
   const QuantisedWeight& w;
   Vec<F> scaling;
   const F* update;  // [rows][kTileCols], in the order of strips
   Made& made;
-  int64_t blocks[kStrips];  // of the scale, in which the strips lie that have one each
   int64_t made_from;
+  int64_t first[kStrips];  // of the strips that have one scale each: the tile's first of the same block
 
   LORA_FAST_INLINE void make() {
-    const int64_t whole = w.strips_have_one_scale ? cols / kStrip * kStrip : 0;
-    made_from = kStoresProducts ? 0 : whole;
-    for (int64_t k = 0; k < whole; k += kStrip) blocks[k / kStrip] = (j + k) / w.block;
+    const int64_t whole = w.strips_have_one_scale ? cols / kStrip : 0;
+    const bool makes = makes_strips();
+    made_from = makes ? 0 : whole * kStrip;
+    int64_t blocks[kStrips];
+    for (int64_t s = 0; s < whole; ++s) {
+      blocks[s] = (j + s * kStrip) / w.block;
+      first[s] = s > 0 && blocks[s] == blocks[s - 1] ? first[s - 1] : s;
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t k = 0; k < whole; k += kStrip) {
-        const float scale = w.scale_of(i + r)[blocks[k / kStrip]];
+      for (int64_t s = 0; s < whole; ++s) {
+        float *own = numbers(r, s), *strip = made.strips + r * kTileCols + s * kStrip;
+        if (first[s] == s) {
+          std::fill_n(own, kLanes, with_usual_nan(w.scale_of(i + r)[blocks[s]]));
+          if constexpr (four_bits)
+            store<float>(own, rounded_but_nan<T>(load<float>(made.levels) * load<float>(own)));
+        }
+        if (!makes) continue;
         if constexpr (four_bits) {
-          store<float>(table(r, k), rounded<T>(load<float>(w.levels) * scale));
-        } else if constexpr (kStoresProducts) {
-          store_packed(made.strips + r * kTileCols + k, scaled_strip<T>(codes(r, k), scale));
+          load_strip_of_codes(codes(r, s * kStrip), own, strip);
+        } else {
+          store_packed(strip, scaled_strip<T>(codes(r, s * kStrip), own));
         }
       }
     }
-    if (whole < cols) make_by_elements<T, four_bits>(w, *this, whole, made.strips);
+    if (whole * kStrip < cols) make_by_elements<T, four_bits>(w, *this, whole * kStrip, made.strips);
   }
 
-  LORA_FAST_INLINE float* table(int64_t r, int64_t k) const {
-    return made.tables + (r * kStrips + k / kStrip) * kLanes;
+  LORA_FAST_INLINE float* numbers(int64_t r, int64_t s) const {
+    return made.numbers + (r * kStrips + first[s]) * kLanes;
   }
 
   LORA_FAST_INLINE const uint8_t* codes(int64_t r, int64_t k) const {
@@ -77,9 +100,9 @@ struct QuantisedTile : TilePlace {
     if (k >= made_from) {
       x = load_packed(made.strips + r * kTileCols + k);
     } else if constexpr (four_bits) {
-      x = look_up_strip(codes(r, k), table(r, k));
+      x = look_up_strip(codes(r, k), numbers(r, k / kStrip));
     } else {
-      x = scaled_strip<T>(codes(r, k), w.scale_of(i + r)[blocks[k / kStrip]]);
+      x = scaled_strip<T>(codes(r, k), numbers(r, k / kStrip));
     }
     const Strip<F> u = load_packed(update + r * kTileCols + k);
     return {from_f32<F>(x.even) + scaling * u.even, from_f32<F>(x.odd) + scaling * u.odd};
@@ -92,13 +115,14 @@ LORA_FAST_INLINE void square_rows_of(const QuantisedWeight& w, const PackedAdapt
                                      int64_t begin, int64_t end) {
   using Tile = QuantisedTile<F, T, four_bits>;
   typename Tile::Made made;
+  if constexpr (four_bits) std::transform(w.levels, w.levels + kLanes, made.levels, with_usual_nan);
   RowSquares<F> rows(w, squares);
   const Vec<F> scaling = splat(static_cast<F>(w.scaling));
   const TileRange range{begin, end, 0, col_blocks(w), few_tile_rows(adapter.layout)};
   const auto nothing = [](const TilePlace&) LORA_FAST_ALWAYS_INLINE {};
   for_each_update<F>(w, adapter, range, nothing,
                      [&](const TilePlace& place, const F* update) LORA_FAST_ALWAYS_INLINE {
-                       Tile tile{place, w, scaling, update, made, {}, 0};
+                       Tile tile{place, w, scaling, update, made, 0, {}};
                        tile.make();
                        rows.add(tile);
                      });

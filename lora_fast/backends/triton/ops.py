@@ -15,7 +15,6 @@ from lora_fast import calls, stacked
 from lora_fast.backends import dora
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients, results_beside
 from lora_fast.backends.plan import Plan
-from lora_fast.backends.torch import ops as torch_ops
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -26,6 +25,7 @@ from lora_fast.triton_kernels import (
     lora_linear_small as small,
     lora_project,
     merge_weight as merge,
+    quantised_norm,
     weight_norm,
     weight_norm_bwd as norm_bwd,
 )
@@ -53,7 +53,15 @@ def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Ten
         return norm_bwd.weight_norm_bwd(call.grad, call.norm, *factors, need_A=call.need_A, need_B=call.need_B)
 
 
-quantised_norm_fwd = torch_ops.quantised_norm_fwd
+def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
+    with _on_device_of(call.codes):
+        if plan.kernel("norm") == "quantised_norm_fwd":
+            return quantised_norm.quantised_norm_fwd(*call[:7])
+        assert call.kept_norm is not None
+        assert call.kept_key is not None
+        factors = call.lora_A, call.lora_B, call.scaling
+        host = host_key(call.codes, *factors, call.dtype, call.codes._version, *call.others)
+        return quantised_norm.quantised_norm_kept(*call[:7], call.kept_norm, call.kept_key, host)
 
 
 def merge_weight(call: calls.MergeWeight, plan: Plan) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED
-from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, is_stacked, joined, may_keep_norm
-from lora_fast.backends.torch import plan as torch_plan
+from lora_fast.backends.plan import Linear, LinearGrad, Plan, Refusal, Step, is_stacked, joined, may_keep_norm
 from lora_fast.triton_kernels import constants
 from lora_fast.triton_kernels.constants import FEW_TOKENS
 from lora_fast.triton_kernels.lora_gain_bwd import has_pieces, makes_h
@@ -49,17 +48,29 @@ _FEW = Plan({"y": Step("lora_linear_small_fwd", "W's bytes bound it: W is read o
 _NORM = Plan({"norm": Step("weight_norm_fwd", _ONE_READ)})
 _NORM_KEPT = Plan({"norm": Step("weight_norm_kept", f"{_ONE_READ}; nothing where nothing has changed")})
 _NORM_RENEWED = Plan({"norm": Step("weight_norm_fwd", f"{_ONE_READ}; in training the factors change, no key is made")})
+_CODES = (
+    "the codes are read once, W is in registers alone; by blocks of rows it is written and read, by three launches each"
+)
+_QUANTISED = Plan({"norm": Step("quantised_norm_fwd", _CODES)})
+_QUANTISED_KEPT = Plan({"norm": Step("quantised_norm_kept", f"{_CODES}; nothing where nothing has changed")})
+_ODD_BLOCK = Refusal("its kernel gives both codes of a byte one scale, of which blocks of an odd length have two")
 weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", _ONE_READ)})
 _GAIN_BWD = Step("lora_gain_bwd", "dv, d lora_B and the sums of the gain and the bias in one pass over dy")
 _SAME_PASS = Step("lora_gain_bwd", "in that pass, its sums over blocks of columns added with the others")
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
-quantised_norm_fwd = torch_plan.quantised_norm_fwd
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
     return _NORM_KEPT if may_keep_norm(call) else _NORM
+
+
+def quantised_norm_fwd(call: calls.QuantisedNorm) -> Plan | Refusal:
+    blocks, K = call.scale.shape[1], call.lora_A.shape[1]
+    if call.levels is not None and blocks > 1 and K // blocks % 2:
+        return _ODD_BLOCK
+    return _QUANTISED_KEPT if may_keep_norm(call) else _QUANTISED
 
 
 def lora_linear_fwd(call: Linear) -> Plan:
