@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("weight_norm_fwd", TORCH_BOX(&cpu::weight_norm_fwd));
   m.impl("weight_norm_kept", TORCH_BOX(&cpu::weight_norm_kept));
   m.impl("quantised_norm_fwd", TORCH_BOX(&cpu::quantised_norm_fwd));
+  m.impl("quantised_linear_small_fwd", TORCH_BOX(&cpu::quantised_linear_small_fwd));
   m.impl("load_kept_norm", TORCH_BOX(&cpu::load_kept_norm));
   m.impl("keep_norm", TORCH_BOX(&cpu::keep_norm));
   m.impl("weight_norm_bwd", TORCH_BOX(&cpu::weight_norm_bwd));

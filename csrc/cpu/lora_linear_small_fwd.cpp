@@ -1,5 +1,5 @@
 // lora_linear for up to 32 tokens: one read of W, the rank step, gain and bias on the float32
-// sums; with the norm, if it is asked for, from the same read.
+// sums; with the norm, if it is asked for, from the same read. Of a quantised W 32 rows are made at a time.
 #include <atomic>
 
 #include "content_key.h"
@@ -7,6 +7,7 @@
 #include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
+#include "quantised_weight.h"
 
 namespace lora_fast {
 namespace {
@@ -161,7 +162,8 @@ class Operand {
 
 template <class T>
 struct Small {
-  const T* weight;
+  const T* weight;                   // or null, and its rows are made of
+  const QuantisedWeight* quantised;  // this
   int64_t ld, N, K, R, tokens;
   const Operand<T>* operand;
   const float* h;  // s h, [R][tokens in whole tiles]
@@ -226,16 +228,54 @@ LORA_FAST_CLONES void finish_rows(const Small<T>& op, const float* c, int64_t ld
   }
 }
 
+// out [32][K] = W's rows from row n on
+template <class T, bool four_bits>
+LORA_FAST_CLONES void make_rows(const QuantisedWeight& w, int64_t n, T* out) {
+  const bool looks_up = has_avx512_vectors();
+  alignas(64) float levels[kLanes], numbers[kLanes], strip[kStrip];  // numbers: see QuantisedTile
+  if constexpr (four_bits) std::transform(w.levels, w.levels + kLanes, levels, with_usual_nan);
+  for (int64_t i = n; i < n + kSmallRows; ++i, out += w.cols) {
+    for (int64_t j = 0; j < w.cols; j += kStrip) {
+      if (w.strips_have_one_scale && j % w.block == 0) {
+        std::fill_n(numbers, kLanes, with_usual_nan(w.scale_of(i)[j / w.block]));
+        if constexpr (four_bits)
+          store<float>(numbers, rounded_but_nan<T>(load<float>(levels) * load<float>(numbers)));
+      }
+      Strip<float> x;
+      if (!w.strips_have_one_scale) {
+        x = strip_by_elements<T, four_bits>(w, i, j);
+      } else if constexpr (!four_bits) {
+        x = scaled_strip<T>(w.row(i) + j, numbers);
+      } else if (looks_up) {
+        x = look_up_strip(w.row(i) + j / 2, numbers);
+      } else {
+        load_strip_of_codes(w.row(i) + j / 2, numbers, strip);
+        x = load_packed(strip);
+      }
+      if constexpr (std::is_same_v<T, bf16>) {  // rounded already
+        store_bits(out + j, ((u32x16)x.even >> 16) | (u32x16)x.odd);
+      } else {
+        if constexpr (!kDealt<T>) undeal_strip(x.even, x.odd);
+        store_strip<float>(out + j, x);
+      }
+    }
+  }
+}
+
 template <class T>
 void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   const int64_t width = op.operand->width();
+  const Scratch<T> made(op.quantised != nullptr ? kSmallRows * op.K : 0);
   const Scratch<float> c(kSmallRows * width + kSmallTokens);  // the last row is read in whole tiles
   const Scratch<float> b(kSmallRows * op.R), room(op.operand->room());
   const AmxScope scope(op.operand->how() == Products::tiles, kSmallDepth);
   for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
     float squares[kSmallRows];
-    op.operand->multiply(op.weight + n * op.ld, op.ld, c.data(), op.factored != nullptr ? squares : nullptr,
-                         room.data());
+    if (op.quantised != nullptr)
+      op.quantised->levels != nullptr ? make_rows<T, true>(*op.quantised, n, made.data())
+                                      : make_rows<T, false>(*op.quantised, n, made.data());
+    op.operand->multiply(op.quantised != nullptr ? made.data() : op.weight + n * op.ld, op.ld, c.data(),
+                         op.factored != nullptr ? squares : nullptr, room.data());
     if (op.factored != nullptr) {
       op.factored->finish(n, squares, c.data() + op.operand->norm_column(), width, op.dora->magnitude + n,
                           op.dora->norm + n, op.dora->gain.data() + n);
@@ -291,6 +331,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   const Operand<T> operand(data_of<T>(x), tokens, K, factored ? &*factored : nullptr);
   std::atomic<uint64_t> sum = 0;
   const Small<T> op{data_of<T>(weight),
+                    nullptr,
                     weight.stride(0),
                     N,
                     K,
@@ -315,7 +356,62 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, cons
   return h;
 }
 
+template <class T>
+Tensor quantised_forward(const Tensor& x, const QuantisedWeight& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const float* gain, const float* bias) {
+  const int64_t tokens = x.size(0), N = weight.rows, K = weight.cols, R = weight.rank;
+  const int64_t size[] = {tokens, N};
+  Tensor y = torch::stable::new_empty(x, {size, 2});
+  const Scratch<float> scaled_h(R * round_up(tokens, kTokenTile));
+  const Scratch<T> h(tokens * R);
+  const Operand<T> operand(data_of<T>(x), tokens, K, nullptr);
+  const Small<T> op{nullptr,
+                    &weight,
+                    K,
+                    N,
+                    K,
+                    R,
+                    tokens,
+                    &operand,
+                    scaled_h.data(),
+                    lora_B.const_data_ptr(),
+                    lora_B.scalar_type(),
+                    gain,
+                    bias,
+                    static_cast<T*>(y.mutable_data_ptr()),
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr};
+  project(operand, tokens, lora_A, weight.scaling, h.data(), scaled_h.data());
+  for_chunks(chunk_count(N / kSmallRows, blocks_of_a_thread<T>(K)), N / kSmallRows,
+             [&](int64_t, int64_t begin, int64_t end) { forward_rows(op, begin, end); });
+  return y;
+}
+
 }  // namespace
+
+Tensor cpu::quantised_linear_small_fwd(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> levels,
+                                       Tensor lora_A, Tensor lora_B, double scaling,
+                                       std::optional<Tensor> gain, std::optional<Tensor> bias) {
+  check_few_tokens(x, "x");
+  check_contiguous(x, "x");
+  check_quantised(codes, scale, levels, lora_A, lora_B);
+  const int64_t N = lora_B.size(0), K = lora_A.size(1);
+  check_size(x, "x", 1, K);
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double && N % kSmallRows == 0 && K % kSmallDepth == 0,
+                  "x must be float32, bfloat16 or float16 and W of whole tiles of 32, got ", N, " x ", K);
+  check_contiguous(lora_A, "lora_A");
+  check_contiguous(lora_B, "lora_B");
+  if (gain) check_float_vector(*gain, "gain", N);
+  if (bias) check_float_vector(*bias, "bias", N);
+  const QuantisedWeight weight(codes, scale, levels, x.scalar_type(), lora_A, lora_B, scaling);
+  const float* gains = gain ? data_of<float>(*gain) : nullptr;
+  const float* biases = bias ? data_of<float>(*bias) : nullptr;
+  LORA_FAST_BY_SHORT_DTYPE(x.scalar_type(), T,
+                           return quantised_forward<T>(x, weight, lora_A, lora_B, gains, biases))
+}
 
 Tensor cpu::lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                                   std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,

@@ -17,6 +17,11 @@ Tensor weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, double scal
 Tensor quantised_norm_fwd(Tensor codes, Tensor scale, std::optional<Tensor> levels, ScalarType dtype,
                           Tensor lora_A, Tensor lora_B, double scaling);
 
+// lora_linear of up to 32 tokens in x's dtype, to which W's rows are rounded.
+Tensor quantised_linear_small_fwd(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> levels,
+                                  Tensor lora_A, Tensor lora_B, double scaling, std::optional<Tensor> gain,
+                                  std::optional<Tensor> bias);
+
 // Whether kept_key is key; norm is then a copy of kept_norm.
 bool load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);
 void keep_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor norm);

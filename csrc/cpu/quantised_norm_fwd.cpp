@@ -7,9 +7,6 @@
 // and given to it take 1.5 and 1.7. Built for AVX2: 3.6 and 2.0, W in memory 2.0.
 #include "quantised_weight.h"
 
-#include <cmath>
-#include <limits>
-
 #include "ops.h"
 #include "row_norms.h"
 
@@ -23,10 +20,6 @@ LORA_FAST_CLONES void make_by_elements(const QuantisedWeight& w, const TilePlace
   for (int64_t r = 0; r < place.rows; ++r)
     for (int64_t c = k; c < place.cols; c += kStrip)
       store_packed(made + r * kTileCols + c, strip_by_elements<T, four_bits>(w, place.i + r, place.j + c));
-}
-
-inline float with_usual_nan(float x) {
-  return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x;
 }
 
 // V at (i, j): the codes' values and P Q's.

@@ -1,6 +1,9 @@
 // W[i, j] = value(codes[i, j]) · scale[i, j / block], in float32, rounded once more to W's dtype.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "adapted_weight.h"
 
 namespace lora_fast {
@@ -69,6 +72,10 @@ LORA_FAST_INLINE f32x16 rounded(f32x16 product) {
   } else {
     return product;
   }
+}
+
+inline float with_usual_nan(float x) {
+  return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x;
 }
 
 // The same where a NaN is the usual one, whose bits rounding leaves alone: without a choice by lanes, of

@@ -22,6 +22,8 @@ _SCHEMAS = (
     "Tensor(a!) kept_norm, Tensor(b!) kept_key, int version) -> Tensor",
     "quantised_norm_fwd(Tensor codes, Tensor scale, Tensor? levels, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",
+    "quantised_linear_small_fwd(Tensor x, Tensor codes, Tensor scale, Tensor? levels, Tensor lora_A, Tensor lora_B, "
+    "float scaling, Tensor? gain, Tensor? bias) -> Tensor",
     "load_kept_norm(Tensor kept_norm, Tensor kept_key, Tensor key, Tensor(a!) norm) -> bool",
     "keep_norm(Tensor(a!) kept_norm, Tensor(b!) kept_key, Tensor key, Tensor norm) -> ()",
     "weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -93,6 +93,10 @@ class Base:
         """x Wᵀ [..., N] without the bias, as the layer itself computes it, in the dtype of the layer's output."""
         raise NotImplementedError
 
+    def multiplies_rows(self, x: Tensor) -> bool:
+        """Whether :meth:`product` is that of x and the rows, rounded to x's dtype: then a kernel may make it."""
+        return False
+
     def take_statistics(self, state_dict: dict[str, Any], prefix: str) -> Any:
         """What the layer saves and its own loading does not take, out of ``state_dict``; None for nothing.
 

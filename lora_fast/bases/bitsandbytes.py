@@ -76,11 +76,17 @@ class Linear4bit(Base):
         layer = self.layer
         if _is_packed(_state(layer)):
             self.prepare()
-        dtype = layer.compute_dtype
-        if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
-            dtype = x.dtype
-        product = bnb.matmul_4bit(x if dtype is None else x.to(dtype), layer.weight, quant_state=_state(layer))
-        return product.to(x.dtype)
+        wide = x.to(self._compute_dtype(x))
+        return bnb.matmul_4bit(wide, layer.weight, quant_state=_state(layer)).to(x.dtype)
+
+    def multiplies_rows(self, x: Tensor) -> bool:
+        return self._compute_dtype(x) == x.dtype and not _is_packed(_state(self.layer))
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        layer = self.layer
+        is_open = layer.compute_dtype is None or not layer.compute_type_is_set
+        dtype: torch.dtype = x.dtype if is_open else layer.compute_dtype
+        return dtype
 
     def take_statistics(self, state_dict: dict[str, Any], prefix: str) -> Any:
         start = f"{prefix}weight."

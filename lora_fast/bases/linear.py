@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import checks, functional
-from lora_fast.backends import BackendName, resolved
+from lora_fast.backends import BackendName, quantised, resolved
 from lora_fast.bases import ops
 from lora_fast.bases.base import Base
 from lora_fast.bases.registry import form_of
@@ -66,17 +66,48 @@ def lora_linear(
     axis: Axis = "output",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    evaluation: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """As :func:`lora_fast.functional.lora_linear`, on a base: [..., N] of x's dtype, autocast's under autocast."""
+    """As :func:`lora_fast.functional.lora_linear`, on a base: [..., N] of x's dtype, autocast's under autocast.
+
+    ``evaluation``: for few tokens a kernel may make the base's product too, where no gradient is wanted. It rounds
+    otherwise than the base's own does, and reentrant checkpointing runs a forward in training both ways.
+    """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if gain is not None and axis == "input":
         x, gain = (x * gain).to(x.dtype), None
+    if evaluation and seed is None:
+        y = _few_tokens(x, base, bias, lora_A, lora_B, scaling, gain, backend)
+        if y is not None:
+            return y
     dropped = x if seed is None else functional.dropout(x, dropout_p, seed, backend=backend)
     product = base.product(x)
     h = F.linear(dropped.to(product.dtype), lora_A.to(product.dtype))
     return functional.lora_compose(product, h, lora_B, scaling, gain, bias, backend=backend)
+
+
+def _few_tokens(
+    x: Tensor,
+    base: Base,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gain: Tensor | None,
+    backend: BackendName,
+) -> Tensor | None:
+    """y by the kernel for few tokens, if there is one for this call; it has no gradients."""
+    trained = x, bias, lora_A, lora_B, gain
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
+        return None
+    if not quantised.takes(x, lora_A, lora_B, resolved(backend)) or not base.multiplies_rows(x):
+        return None
+    codes = form_of(base.form).codes(base.content())
+    if codes is None:
+        return None
+    return quantised.lora_linear(x, codes.codes, codes.scale, codes.levels, bias, lora_A, lora_B, scaling, gain)
 
 
 def dora_linear(
@@ -93,9 +124,10 @@ def dora_linear(
     kept: NormCache | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    evaluation: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """As :func:`lora_fast.functional.dora_linear`, on a base."""
+    """As :func:`lora_fast.functional.dora_linear`, on a base; ``evaluation`` as for :func:`lora_linear`."""
     factors = (lora_A.detach(), lora_B.detach()) if detach_norm else (lora_A, lora_B)
     norm = weight_norm(base, *factors, scaling, axis=axis, kept=kept, backend=backend)
     gain = functional.dora_gain(magnitude, norm)
@@ -110,5 +142,6 @@ def dora_linear(
         axis=axis,
         dropout_p=dropout_p,
         seed=seed,
+        evaluation=evaluation,
         backend=backend,
     )

@@ -77,6 +77,9 @@ class Int8Linear(TorchAOLinear):
             return ops.straight_through(x, self, lambda x: F.linear(x, self.weight))
         return F.linear(x, self.weight)
 
+    def multiplies_rows(self, x: Tensor) -> bool:
+        return not self.straight_through
+
 
 class Float8Linear(TorchAOLinear):
     """Float8WeightOnlyConfig."""

@@ -253,8 +253,10 @@ class OverLinear(FastLayer):
         dropped = functional.dropout(x, p, functional.draw_seed(x.device)) if p > 0.0 else x
         gain = self._gain(adapter)
         bias = _sum(base.bias, _scaled(adapter.lora_bias, scaling))
-        product = base.product(x if gain is None else dropped)
         dtype = self._product_dtype(x, adapter)
+        if p == 0.0 and dtype == x.dtype:
+            return bases.lora_linear(x, base, bias, lora_A, lora_B, scaling, gain, evaluation=not self.training)
+        product = base.product(x if gain is None else dropped)
         h = F.linear(dropped.to(dtype), lora_A.to(dtype))
         wide = product.to(torch.promote_types(product.dtype, dtype))
         y = functional.lora_compose(wide, h, lora_B, scaling, gain, bias).to(product.dtype)

@@ -127,9 +127,9 @@ class AdaptedLinear(nn.Module):
         base = self.base()
         if base is None:
             return functional.lora_linear(x, *self._factors(), self.alpha, gain, backend=self.backend, **dropout)
-        read = hooks.parameter
-        factors = read(self, "lora_A"), read(self, "lora_B")
-        return bases.lora_linear(x, base, base.bias, *factors, self.alpha, gain, backend=self.backend, **dropout)
+        factors = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
+        options = {"evaluation": not self.training, "backend": self.backend, **dropout}
+        return bases.lora_linear(x, base, base.bias, *factors, self.alpha, gain, **options)
 
     def extra_repr(self) -> str:
         text = f"rank={self.rank}, alpha={self.alpha:g}"

@@ -158,6 +158,7 @@ class LinearWithDoRA(AdaptedLinear):
         if base is None:
             return functional.dora_linear(x, *self._factors(), magnitude, self.alpha, **options)
         factors = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
+        options["evaluation"] = not self.training
         return bases.dora_linear(x, base, base.bias, *factors, magnitude, self.alpha, **options)
 
     def unmerge_(self) -> None:
