@@ -12,7 +12,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised bench-layer bench-peft clean
+	peft-oldest test-quantised bench-layer bench-peft bench-quantised clean
 
 setup: $(VENV)/.installed
 
@@ -89,10 +89,8 @@ peft-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
 
-# Quantised linears with HQQ too, which transformers cannot be imported beside but with all that it asks for; the other
-# libraries are tested by `make test`.
-test-quantised: setup
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/hqq hqq==0.2.8 termcolor einops
+# Quantised linears of HQQ; those of the other libraries are in `make test`.
+test-quantised: $(VENV)/hqq/.installed
 	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest -m hqq -n $(JOBS) $(wildcard tests/test_bases.py tests/test_*quantised*.py)
 
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
@@ -100,8 +98,17 @@ test-quantised: setup
 bench-layer bench-peft: bench-%: setup
 	$(if $(WITHOUT_AMX),ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) $(BIN)/pytest benchmarks/bench_$*.py
 
+# PEFT models over quantised linears, against their bars.
+bench-quantised: $(VENV)/hqq/.installed
+	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest benchmarks/bench_quantised.py
+
 clean:
 	rm -rf $(VENV) $(GPU) .arm build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+
+# Beside the others: where HQQ is found without all that it asks for, transformers cannot be imported.
+$(VENV)/hqq/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/hqq hqq==0.2.8 termcolor einops
+	touch $@
 
 # torch first and alone: the extension is compiled against it.
 $(VENV)/.torch:

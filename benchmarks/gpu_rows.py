@@ -92,6 +92,46 @@ def norm_row(N: int, K: int, R: int, bar_ms: float, budget_s: float) -> dict[str
     return row(f"norm, {N}×{K}, rank {R}", cost.Size(1, N, K, R), ("weight_norm",), records, bars, left_out)
 
 
+def quantised_norm_row(kind: str, N: int, K: int, R: int, budget_s: float) -> dict[str, Any]:
+    """From codes of 4 bits with a scale for 64, or of 8 with one a row, beside the norm of the same W in memory."""
+    inputs = c.layer_inputs(N, K, R, 1, torch.bfloat16)
+    levels = None if kind == "int8" else torch.linspace(-1, 1, 16)
+    integers = torch.int8 if kind == "int8" else torch.uint8
+    codes = torch.randint(0, 128 if kind == "int8" else 256, (N, K if kind == "int8" else K // 2)).to(integers)
+    scale = (1 + torch.rand(N, 1 if kind == "int8" else K // 64)) / ((127 if kind == "int8" else 1) * K**0.5)
+    call = calls.QuantisedNorm(
+        codes, scale, levels, torch.bfloat16, inputs.lora_A.detach(), inputs.lora_B.detach(), inputs.scaling
+    )
+    weight = reference.dequantised_weight(codes, scale, levels, torch.bfloat16)
+    in_memory = calls.WeightNorm(weight, *call[4:7], "output")
+    wide = weight.double(), call.lora_A.double(), call.lora_B.double()
+    truth = reference.weight_norm(*wide, inputs.scaling)
+    eager = norms.dense_norm(weight, *call[4:7])
+
+    def dequantised() -> torch.Tensor:
+        return norms.dense_norm(reference.dequantised_weight(codes, scale, levels, torch.bfloat16), *call[4:7])
+
+    functions: dict[str, Callable[[], torch.Tensor]] = {
+        "quantised_norm": partial(registry.run, "quantised_norm_fwd", call, "auto"),
+        "weight_norm of W in memory": partial(registry.run, "weight_norm_fwd", in_memory, "auto"),
+        "dequantised, dense B@A": dequantised,
+    }
+    steps, left_out = {}, {}
+    for name, function in functions.items():
+        if fault := error_fault("norm", function(), eager, truth, ours="_norm" in name):
+            left_out[name] = f"{WRONG}: {fault}"
+        else:
+            steps[name] = function
+    records = measure(steps, budget_s)
+    bars = []
+    if records.keys() >= {"quantised_norm", "weight_norm of W in memory"}:
+        ours, other = records["quantised_norm"], records["weight_norm of W in memory"]
+        bars = [Bar("× the norm of W in memory", ours["median_ms"] / other["median_ms"], 1.5, True)]
+    return row(
+        f"norm of {kind} codes, {N}×{K}, rank {R}", cost.Size(1, N, K, R), ("weight_norm",), records, bars, left_out
+    )
+
+
 def compose_row(direction: str, T: int, N: int, R: int, budget_s: float) -> dict[str, Any]:
     """With a gain: forward in inference; backward to base, h, lora_B and gain."""
     size = cost.Size(T, N, 1, R)
@@ -277,8 +317,8 @@ def settings() -> list[Case]:
 def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
 
-    Counted, not measured: 33 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
-    (half a one by each of its 4 contenders), one by each of the other 13. At 0.8 s that is 26 s. What else there is for
+    Counted, not measured: 35 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
+    (half a one by each of its 4 contenders), one by each of the other 15. At 0.8 s that is 28 s. What else there is for
     an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
     50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
     and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
@@ -314,6 +354,7 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         partial(norm_row, 4096, 4096, 64, bar.norms[0], budget_s),
         partial(norm_row, 8192, 8192, 384, bar.norms[1], budget_s),
         partial(norm_row, 8192, 28672, 384, bar.norms[2], budget_s),
+        *(partial(quantised_norm_row, kind, 4096, 4096, 16, budget_s) for kind in ("nf4", "int8")),
         *(partial(compose_row, d, 8192, 8192, R, budget_s) for d in ("forward", "backward") for R in (16, 384)),
         partial(layer_row, steps[0], 2 * budget_s, lora_at_most=bar.lora_step),
         *(partial(layer_row, case, 2 * budget_s) for case in steps[1:]),

@@ -27,7 +27,7 @@ ZEN_5_AVX512, ZEN_5_AVX2 = (
 )
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md", "quantised.md")))
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
 )
@@ -185,6 +185,27 @@ def _peft(folder: Path) -> str:
         ([name, *(cell(row, name) for row in rows)] for name in rows[0]["records"]),
     )
     return f"{origin(results, 'peft.json', folder)}\n{first}\n{bars_lines(rows)}"
+
+
+def quantised() -> str:
+    """PEFT models over quantised linears, on the processors that have measured them."""
+    folders = [folder for folder in (RESULTS, ZEN_5) if (folder / "quantised.json").exists()]
+    return "\n".join(map(_quantised, folders))
+
+
+def _quantised(folder: Path) -> str:
+    results = read("quantised.json", folder)
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row["records"]))
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if name not in row["records"]:
+            return "fails"
+        record, baseline = row["records"][name], row["records"][row["baseline"]]
+        text = f"{digits(record['median_ms'] / baseline['median_ms'])} ({digits(record['peak_bytes'] / 2**20)})"
+        return f"**{text}**" if name.startswith("accelerated") else text
+
+    times = table(["", *names], ([row["title"], *(cell(row, name) for name in names)] for row in results["rows"]))
+    return f"{origin(results, 'quantised.json', folder)}\n{times}\n{bars_lines(results['rows'])}"
 
 
 def _target(bar: dict[str, Any]) -> str:
@@ -398,6 +419,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "gpu-status": gpu_status,
     "layer": layer,
     "peft": peft,
+    "quantised": quantised,
     "t0-3b": t0_3b,
     "losses": losses,
     "grid": grid,

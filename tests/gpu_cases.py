@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from launch_sweep import Call, make, make_compose, make_norm, run, skipped_products
+from launch_sweep import Call, make, make_compose, make_norm, make_quantised_norm, run, skipped_products
 
 from lora_fast import calls
 from lora_fast.benchmarks import gpu_rows, peft_model
@@ -65,6 +65,8 @@ def of_benchmark() -> Iterator[partial[Any]]:
         name, arguments = row.func.__name__, row.args
         if name == "norm_row":
             yield partial(make_norm, Call(1, *arguments[:3]))
+        elif name == "quantised_norm_row":
+            yield partial(make_quantised_norm, Call(1, *arguments[1:4]))
         elif name == "compose_row":
             _, T, N, R, _ = arguments
             yield partial(make_compose, Call(T, N, 1, R))

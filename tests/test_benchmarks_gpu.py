@@ -54,6 +54,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
     )
     results = [
         gpu_rows.norm_row(48, 64, 4, 0.03, 0.0),
+        *(gpu_rows.quantised_norm_row(kind, 48, 64, 4, 0.0) for kind in ("nf4", "int8")),
         gpu_rows.compose_row("forward", 32, 48, 16, 0.0),
         gpu_rows.compose_row("backward", 32, 48, 16, 0.0),
         gpu_rows.layer_row(replace(case, contenders=(*contenders, c.lora())), 0.0, lora_at_most=1.18),
@@ -67,7 +68,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         assert result["bars"]
         assert not [name for name in result["left_out"] if "PEFT" not in name], result["left_out"]
         gpu.show(result)
-    frozen, dense, memory, lora = results[3]["bars"]
+    frozen, dense, memory, lora = results[5]["bars"]
     assert (memory["what"], memory["at_most"]) == ("peak memory beyond PEFT LoRA's, × [T, N]", 1.0)
     assert (lora["what"], lora["measured"], lora["met"]) == ("LoRA, × frozen linear", 1.0, True)
     assert (frozen["measured"], frozen["met"]) == (1.0, True)
@@ -80,9 +81,9 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_rows_and_their_budgets_are_those_that_the_docstring_counts() -> None:
     rows = gpu_rows.rows(1.0)
-    assert len(rows) == 3 + 4 + 3 + 4 + 2 + 2 + 3 + 2
+    assert len(rows) == 3 + 2 + 4 + 3 + 4 + 2 + 2 + 3 + 2
     models = [row for row in rows if row.func is gpu_rows.peft_row]
-    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 33
+    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 35
 
 
 def small(case: Case) -> Case:

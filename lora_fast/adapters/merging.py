@@ -50,7 +50,11 @@ class Plan:
 def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) -> Plan:
     """What to do. Raises ValueError, naming the tensor, for all that does not fit or cannot be known to be right."""
     if checkpoint.config.get("quantization_config"):
-        raise ValueError(f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights")
+        raise ValueError(
+            f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights. Quantised anew "
+            "a weight loses more than most updates are (nf4 about 5 % of it): merge into the checkpoint that it was "
+            "quantised from"
+        )
     return _Planner(checkpoint, adapter, fan_in_fan_out).plan()
 
 
