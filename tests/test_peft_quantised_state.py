@@ -210,3 +210,53 @@ def test_compiled_without_a_break(form: Format, dora: bool) -> None:
         up(fast).lora_B["default"].weight.mul_(2)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x_of(form)), fast(x_of(form)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.bitsandbytes
+@FORMS
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_of_transformers_trains_as_in_qlora(dora: bool, bits: int, tmp_path: Any) -> None:
+    """Loaded quantised, prepared as PEFT advises, with checkpointing, by its Trainer; the adapter saved and loaded."""
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantisation = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+
+    def loaded() -> Any:
+        options = {"quantization_config": quantisation, "device_map": "cpu"}
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    model = prepare_model_for_kbit_training(loaded(), gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = LoraConfig(r=4, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    report = lora_fast.accelerate(model)
+    assert len(report.accelerated) == 14
+    assert report.left_alone == []
+    tokens = torch.arange(24).view(2, 12) % 7
+    rows = [{"input_ids": row, "labels": row} for row in tokens] * 8
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=0.02,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(loaded(), tmp_path / "adapter").eval()
+    lora_fast.accelerate(again)
+    with torch.no_grad():
+        wanted, found = (m(input_ids=tokens).logits.float() for m in (model, again))
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
