@@ -77,6 +77,7 @@ FORMATS = (
     Format("nf4", "bitsandbytes", _nf4()),
     Format("nf4-quantised-statistics", "bitsandbytes", _nf4(compress_statistics=True)),
     Format("nf4-float32", "bitsandbytes", _nf4(compress_statistics=True), torch.float32),
+    Format("nf4-float16", "bitsandbytes", _nf4(), torch.float16),
     Format("nf4-stored-as-bfloat16", "bitsandbytes", _nf4(quant_storage=torch.bfloat16)),
     Format("nf4-blocks-of-128", "bitsandbytes", _nf4(blocksize=128)),
     Format("fp4", "bitsandbytes", _nf4(quant_type="fp4")),

@@ -438,6 +438,17 @@ def test_other_libraries_are_refused_by_name(library: str, name: str) -> None:
     assert name in str(bases.refusal(kind()))
 
 
+def test_compressed_tensors_are_refused_until_they_are_plain() -> None:
+    """Their linears are torch.nn.Linear with a forward of the instance; a first call of the model decompresses them."""
+    layer = nn.Linear(8, 4)
+    layer.quantization_scheme = object()
+    assert bases.refusal(layer) is None
+    layer.weight = nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
+    assert "compressed-tensors, not decompressed" in str(bases.refusal(layer))
+    del layer.weight
+    assert "compressed-tensors, not decompressed" in str(bases.refusal(layer))
+
+
 def test_plain_layers_are_no_bases() -> None:
     for layer in (nn.Linear(3, 4), nn.Embedding(3, 4), nn.Linear(3, 4, device="meta"), nn.ReLU()):
         assert not bases.is_quantised(layer)

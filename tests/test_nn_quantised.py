@@ -117,7 +117,7 @@ def test_autocast(form: Format, kind: str) -> None:
 
 
 @formats(USUAL)
-@pytest.mark.parametrize("kind", ["lora", "dora-output", "dora-input"])
+@KINDS
 def test_compiled_without_a_break(form: Format, kind: str) -> None:
     layer, x = layer_of(form, kind), tokens(5, 128, dtype=form.dtype).requires_grad_()
     torch._dynamo.reset()

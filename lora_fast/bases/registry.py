@@ -84,7 +84,10 @@ def _find(layer: Any) -> type[Base] | str | None:
     """The class for the layer, why there is none, or None for what is not quantised."""
     kind: type | tuple[type, type] = type(layer)
     if kind is nn.Linear:
-        kind = nn.Linear, type(layer._parameters.get("weight"))
+        weight = layer._parameters.get("weight")
+        if "quantization_scheme" in vars(layer) and (weight is None or not weight.is_floating_point()):
+            return f"compressed-tensors, not decompressed: {LATER}"
+        kind = nn.Linear, type(weight)
     if kind not in _found:
         _found[kind] = _of_layer(kind) if isinstance(kind, type) else _of_weight(kind[1])
     return _found[kind]

@@ -186,7 +186,7 @@ def _untouchable(layer: Any) -> str | None:
     if not isinstance(layer, peft_names.LoraLayer):
         return "it is no LoRA layer"
     if peft_names.kind(layer) is None:
-        return "lora_fast has no such layer"
+        return bases.refusal(layer.get_base_layer()) or "lora_fast has no such layer"
     return f"its class {kind.__module__}.{kind.__qualname__} is a subclass"
 
 
