@@ -135,7 +135,9 @@ def faults(results: list[dict[str, Any]]) -> list[str]:
     found = [result["title"] for result in results if result["title"].startswith((FAILED, CUT_OFF))]
     for result in results:
         for name, reason in result["left_out"].items():
-            if reason.startswith(WRONG) and (name in ours or name.startswith(("lora_fast", "weight_norm", "quantised_norm"))):
+            if reason.startswith(WRONG) and (
+                name in ours or name.startswith(("lora_fast", "weight_norm", "quantised_norm"))
+            ):
                 found.append(f"{result['title']}: {name} left out: {reason}")
     return found
 

@@ -109,8 +109,8 @@ def base_model() -> nn.Module:
         num_key_value_heads=16,
         vocab_size=128,
     )
-    model: nn.Module = LlamaModel(config).to(torch.bfloat16)
-    return model
+    model: nn.Module = LlamaModel(config)
+    return model.to(torch.bfloat16)
 
 
 def adapted(dora: bool) -> nn.Module:

@@ -95,12 +95,12 @@ def _check(built: dict[str, nn.Module]) -> None:
         )
 
 
-def dense(model: nn.Module) -> nn.Module:
+def dense(model: Any) -> nn.Module:
     """The same PEFT model in float32 over what the quantised weights are."""
     from peft import LoraConfig, get_peft_model
 
     config: Any = model.peft_config["default"]
-    base = base_model().float()
+    base: Any = base_model().float()
     for name, layer in model.base_model.model.named_modules():
         if (found := bases.find(layer)) is not None:
             target = base.get_submodule(name.removesuffix(".base_layer"))

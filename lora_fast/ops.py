@@ -77,9 +77,14 @@ def _define(
 def _is_seen(call: calls.Call) -> bool:
     """Whether anybody but its kernel would see an op: else the kernel is called at once.
 
-    To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by torch.compile, export and other
-    tracers, transforms of torch.func, modes, profilers, and by tensors of other classes or without memory.
+    To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by tracers and the like, and by
+    tensors of other classes or without memory.
     """
+    return is_watched() or not _PLAIN.issuperset(map(type, call)) or call[0].is_meta
+
+
+def is_watched() -> bool:
+    """Whether torch.compile, export or another tracer, a transform of torch.func, a mode or a profiler is about."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -87,8 +92,6 @@ def _is_seen(call: calls.Call) -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, call))
-        or call[0].is_meta
     )
 
 

@@ -231,7 +231,8 @@ def test_metadata(pure_wheel: Path) -> None:
     assert fields["License-File"] == "LICENSE"
     assert fields["Requires-Python"] == ">=3.10"
     assert [name for name in fields.get_all("Requires-Dist", []) if "extra ==" not in name] == ["torch>=2.10"]
-    assert set(fields.get_all("Provides-Extra", [])) == {"adapters", "demo", "lint", "peft", "test"}
+    extras = {"adapters", "bitsandbytes", "demo", "hqq", "lint", "peft", "test", "torchao"}
+    assert set(fields.get_all("Provides-Extra", [])) == extras
     with zipfile.ZipFile(pure_wheel) as archive:
         dist_info = f"lora_fast-{lora_fast.__version__}.dist-info"
         assert archive.read(f"{dist_info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()

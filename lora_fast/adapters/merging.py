@@ -52,8 +52,7 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) 
     if checkpoint.config.get("quantization_config"):
         raise ValueError(
             f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights. Quantised anew "
-            "a weight loses more than most updates are (nf4 about 5 % of it): merge into the checkpoint that it was "
-            "quantised from"
+            "a weight loses more than most updates are (nf4 about 5 %): merge into the checkpoint that it was made of"
         )
     return _Planner(checkpoint, adapter, fan_in_fan_out).plan()
 

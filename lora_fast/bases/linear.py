@@ -41,12 +41,11 @@ def weight_norm(
     checks.check_axis(axis)
     checks.check_lora_B(lora_B, N, lora_A.shape[0])
     checks.check_shape("lora_A", lora_A, (lora_A.shape[0], K), "[R, K]")
-    name = resolved(backend)
-    tensors = None
+    name, content, tensors = resolved(backend), base.content(), None
     if kept is not None:
         size, dtype = (N if axis == "output" else K), accumulate_dtype(lora_A, lora_B)
-        tensors = kept.of(base.content()[0]).tensors(size, dtype, lora_A.device)
-    return ops.base_norm(base, lora_A, lora_B, float(scaling), axis, tensors, name)
+        tensors = kept.of(content[0]).tensors(size, dtype, lora_A.device)
+    return ops.base_norm(base, content, lora_A, lora_B, float(scaling), axis, tensors, name)
 
 
 def dequantised(base: Base) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,27 +32,36 @@ _library = torch.library.Library("lora_fast", "FRAGMENT")
 
 
 def _define(schema: str) -> Callable[[Callable], Callable]:
-    """Define ``schema``; the decorated function is its kernel, below autograd and outside of any autocast."""
+    """Define ``schema``; the decorated function is its kernel, below autograd and outside of any autocast.
+
+    Its name is then that of what runs it: at once where nobody would see the op (:func:`lora_fast.ops.is_watched`).
+    """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(kernel: Callable) -> Callable:
         def run(*arguments: object) -> object:
-            with torch.no_grad(), _outside_autocast():
-                return kernel(*arguments)
+            if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+                with torch.no_grad(), _outside_autocast():
+                    return kernel(*arguments)
+            return kernel(*arguments)
 
         _library.impl(name, run, "CompositeExplicitAutograd")
-        operator: Callable = getattr(torch.ops.lora_fast, name).default
-        return operator
+        operator = getattr(torch.ops.lora_fast, name).default
+        # by the number of arguments before it: the tensors that W is made of, plain or not as all of them are
+        content = [argument.name for argument in operator._schema.arguments].index("content")
+
+        def called(*arguments: Any) -> object:
+            is_plain = all(type(tensor) is Tensor and not tensor.is_meta for tensor in arguments[content])
+            return operator(*arguments) if ops.is_watched() or not is_plain else run(*arguments)
+
+        return called
 
     return register
 
 
 @contextlib.contextmanager
 def _outside_autocast() -> Iterator[None]:
-    if not torch._C._is_any_autocast_enabled():
-        yield
-        return
     with contextlib.ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -261,6 +271,7 @@ def _forward(
 
 def base_norm(
     base: Base,
+    content: list[Tensor],
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -268,8 +279,8 @@ def base_norm(
     kept: tuple[Tensor, Tensor] | None,
     backend: str,
 ) -> Tensor:
-    """The norm, recorded by autograd where lora_A or lora_B wants a gradient."""
-    content, form = base.content(), base.form
+    """The norm of a W made of ``content``, recorded by autograd where lora_A or lora_B wants a gradient."""
+    form = base.form
     if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
         return BaseNormFunction.apply(lora_A, lora_B, scaling, axis, content, form, kept, backend)
     return _forward(content, form, lora_A, lora_B, scaling, axis, kept, backend)
