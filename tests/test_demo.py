@@ -172,6 +172,8 @@ def test_a_disagreement_fails_the_demo_and_shows(result: report.Result, tmp_path
     wrong = dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=off))
     assert not wrong.correct
     assert 'missed">missed' in report.write(tmp_path, wrong)[0].read_text("utf-8")
+    lost = dataclasses.replace(comparison.fast, losses=[*comparison.fast.losses[:-1], float("nan")])
+    assert not dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=lost)).correct
     worse = dataclasses.replace(comparison.fast, accuracy=comparison.reference.accuracy + 0.02)
     assert not dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=worse)).correct
 

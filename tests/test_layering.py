@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "testing": {"", *LIBRARY, "nn", "reference"},
     "check": {"", *LIBRARY, "nn", "reference", "testing"},
     "benchmarks": {"", *LIBRARY, "check", "integrations", "nn", "reference", "testing", "triton_kernels"},
-    "demo": {"", *LIBRARY, "benchmarks", "integrations", "nn", "reference", "testing"},
+    "demo": {"", *LIBRARY, "bases", "benchmarks", "integrations", "nn", "reference", "testing"},
     "info": {"", "backends"},
     "cli": {"", "backends", "benchmarks", "demo", "info", "merge_checkpoint"},
     "__main__": {"cli"},

@@ -36,6 +36,7 @@ from .training import (
 )
 
 COMPARED_STEPS = 50
+LOSS_BAR = 1e-3
 # On a machine busy with other work, training ends early rather than go on for long: after this time, but not before the
 # compared steps are done, both models at the same step. The noise has its own limit.
 TRAINING_SECONDS, NOISE_SECONDS = 70.0, 40.0
@@ -58,6 +59,7 @@ class ReferenceDoRALinear(nn.Module):
 @dataclass(frozen=True)
 class Comparison(Pair):
     compared_steps: ClassVar[int] = COMPARED_STEPS
+    loss_bar: ClassVar[float] = LOSS_BAR
 
     other_threads: Training  # the reference again, with `threads_of_other`
     threads: int

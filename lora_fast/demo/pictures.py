@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from lora_fast.benchmarks.registry import FROZEN, Row
 from lora_fast.benchmarks.report import digits
 
-from .finetune import Comparison
-from .training import LOSS_BAR
+from .finetune import LOSS_BAR, Comparison
 
 WIDTH = 6.0  # inches
 OURS, BASELINE, OTHERS, NOISE = "#0b6bcb", "#8a8f98", "#d98324", "#5b8c5a"

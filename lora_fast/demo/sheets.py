@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .docstrings import LABELS
-from .training import ACCURACY_BAR, LOSS_BAR, Pair
+from .training import ACCURACY_BAR, Pair
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def agreement(pair: Pair, *, quick: bool) -> list[Check]:
         Check(
             f"Both trainings have the same losses: largest relative difference in the first {steps} steps",
             f"{pair.worst_difference:.1e}",
-            f"at most {LOSS_BAR:.0e}",
+            f"at most {pair.loss_bar:.0e}",
             pair.losses_agree,
         ),
         Check(

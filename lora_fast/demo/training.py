@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ ALPHA = 1.0  # the factor of B A
 BATCH = 16
 MAX_TOKENS = 48  # the first 48 word pieces of a docstring: its summary line and what follows
 LEARNING_RATE = 2e-3
-LOSS_BAR = 1e-3
 ACCURACY_BAR = 0.01
 
 Progress = Callable[[str, float], None]  # called with a stage and its finished fraction
@@ -106,6 +105,7 @@ class Pair:
     """Two trainings from one start, which may differ by rounding alone."""
 
     compared_steps: ClassVar[int]  # after that, rounding has been amplified by training itself, in the reference too
+    loss_bar: ClassVar[float]  # on the relative difference of their losses
 
     reference: Training
     fast: Training
@@ -125,11 +125,11 @@ class Pair:
 
     @property
     def worst_difference(self) -> float:
-        return max(self.difference()[: self.compared_steps])
+        return float(np.max(self.difference()[: self.compared_steps]))  # NaN, if a loss is
 
     @property
     def losses_agree(self) -> bool:
-        return self.worst_difference <= LOSS_BAR
+        return self.worst_difference <= self.loss_bar
 
     @property
     def accuracy_difference(self) -> float:
@@ -258,8 +258,3 @@ def predict(model: Classifier, tokenizer: Any, examples: Sequence[Example], batc
             answers += model(batch.tokens).argmax(1).tolist()
     model.train()
     return answers
-
-
-def trainable(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers of ``parameters`` are trained."""
-    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
