@@ -131,13 +131,13 @@ def test_an_error_of_one_percent_in_one_layer_is_caught(monkeypatch: pytest.Monk
         report = accelerate(model)
         magnitudes = [parameter for name, parameter in model.named_parameters() if "magnitude" in name]
         with torch.no_grad():
-            magnitudes[0].mul_(1.01)
+            magnitudes[-1].mul_(1.01)
         return report
 
     monkeypatch.setattr(lora_fast, "accelerate", wrongly)
     train, test = docstrings.build()
     with thread_count(1):
-        c = qlora.compare(train[:32], test[:4], steps=1, seed=0, on_progress=lambda stage, fraction: None)
+        c = qlora.compare(train[:32], test[:4], steps=2, seed=0, on_progress=lambda stage, fraction: None)
     assert not c.losses_agree
 
 
@@ -166,7 +166,7 @@ def test_what_is_wrong_fails_the_demo_and_shows(
     good = changed(run.comparison, {"reference": {"accuracy": 0.7}, "fast": {"accuracy": 0.7}})
     *losses, last = run.comparison.fast.losses
     faults: dict[str, dict[str, dict[str, Any]]] = {
-        "losses": {"fast": {"losses": [*losses, last * (1 + 2e-5)]}},
+        "losses": {"fast": {"losses": [*losses, last * (1 + 5e-5)]}},
         "not a number": {"fast": {"losses": [*losses, float("nan")]}},
         "accuracies": {"fast": {"accuracy": 0.72}},
         "nothing learned": {"fast": {"accuracy": 0.05}, "reference": {"accuracy": 0.05}},
