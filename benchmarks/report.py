@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # a record can be written without rich
 PACKAGES = ("lora_fast", "torch", "triton", "peft", "transformers", "numpy")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(*packages: str) -> dict[str, Any]:
+    """Where, when and with what, ``packages`` besides those that every record names."""
     loaded, reason, build = extension.status()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -38,7 +39,7 @@ def provenance() -> dict[str, Any]:
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else (),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in (*PACKAGES, *packages) if (version := _version(name))},
         "commit": commit_of(),
         "extension": {"loaded": loaded, "reason": reason, "build": build},
     }

@@ -296,7 +296,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
     Call the step once before, or what it allocates only once counts as transient.
     """
-    return _peak_bytes_gpu(step) if torch.get_default_device().type == "cuda" else _peak_bytes_cpu(step)
+    return _peak_bytes_gpu(step) if torch.get_default_device().type == "cuda" else _highest(memory_events(step))
 
 
 def _peak_bytes_gpu(step: Callable[[], object]) -> int:
@@ -308,9 +308,11 @@ def _peak_bytes_gpu(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_bytes_cpu(step: Callable[[], object]) -> int:
-    """Summed in their order over the profiler's memory events, which see every allocation of PyTorch's, those inside a
-    custom operator too (a dispatch mode does not), and over those of native scratch, taken past PyTorch's allocator.
+def memory_events(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """Memory that one call of ``step`` takes (+) and gives back (-) on a CPU: nanoseconds since 1970, bytes.
+
+    From the profiler's memory events, which see every allocation of PyTorch's, those inside a custom operator too (a
+    dispatch mode does not), and from those of native scratch, taken past PyTorch's allocator.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr when it starts
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -320,8 +322,7 @@ def _peak_bytes_cpu(step: Callable[[], object]) -> int:
     ):
         step()
     recorded = profiler.profiler.kineto_results.events()
-    events = [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"]
-    return _highest(events + scratch)
+    return [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"] + scratch
 
 
 def scratch_peak_bytes(step: Callable[[], object]) -> int:
@@ -366,6 +367,7 @@ __all__ = [
     "budget_fault",
     "dropout_mask",
     "make_inputs",
+    "memory_events",
     "peak_bytes",
     "poisoned_memory",
     "recorded_scratch",

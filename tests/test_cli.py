@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -124,7 +125,10 @@ def test_an_unknown_default_backend_is_one_clear_line() -> None:
     assert line.startswith("lora-fast: error: LORA_FAST_BACKEND: got 'fpga', expected one of")
 
 
-def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), [([], "run"), (["--models"], "run_models"), (["--qlora"], "run_qlora")])
+def test_demo_passes_its_options_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: list[str], name: str
+) -> None:
     import lora_fast.demo
 
     calls: list[tuple[Path, dict[str, Any]]] = []
@@ -133,8 +137,8 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         calls.append((output_dir, options))
         return 3
 
-    monkeypatch.setattr(lora_fast.demo, "run", run)
-    assert cli.main(["demo", "--output", str(tmp_path), "--quick", "--seed", "7"]) == 3
+    monkeypatch.setattr(lora_fast.demo, name, run)
+    assert cli.main(["demo", *kind, "--output", str(tmp_path), "--quick", "--seed", "7"]) == 3
     assert calls == [(tmp_path, {"quick": True, "seed": 7})]
 
 
@@ -153,9 +157,30 @@ def test_demo_without_its_packages_says_how_to_get_them(
     assert "pip install" in line
 
 
+def test_the_demo_of_qlora_names_the_extra_that_it_needs_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    assert cli.main(["demo", "--qlora", "--output", str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    (line,) = error.splitlines()
+    assert line.startswith(
+        "lora-fast: the demo needs the package bitsandbytes: pip install 'lora_fast[demo,bitsandbytes]'"
+    )
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["info", "--nonsense"], ["demo", "--seed", "-1"], ["demo", "--output", __file__]],
+    [
+        [],
+        ["nonsense"],
+        ["info", "--nonsense"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--output", __file__],
+        ["demo", "--models", "--qlora"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     done = lora_fast_command(*arguments)

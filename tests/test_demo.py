@@ -25,7 +25,7 @@ from rich.console import Console
 
 from lora_fast.benchmarks.registry import FROZEN
 from lora_fast.benchmarks.runner import Record
-from lora_fast.demo import compare_models, digits, finetune, layers, models, models_report, report
+from lora_fast.demo import compare_models, digits, finetune, layers, models, models_report, report, training
 
 _METHODS = (digits.LORA, digits.DORA, digits.DORA_INPUT)
 
@@ -96,7 +96,7 @@ def test_both_trainings_agree(comparison: finetune.Comparison) -> None:
 
 
 def test_the_reference_model_is_dense_and_has_the_same_start(comparison: finetune.Comparison) -> None:
-    _, encoder = finetune.load()
+    _, encoder = training.load()
     model = finetune.adapt(encoder).eval()
     reference = finetune.as_reference(model)
     layers_of = {type(module).__name__ for module in reference.modules()}
@@ -111,10 +111,10 @@ def test_the_reference_model_is_dense_and_has_the_same_start(comparison: finetun
 
 def test_batches_pass_over_all_examples() -> None:
     examples = [docstrings.Example(str(index), 0) for index in range(40)]
-    batches = list(finetune.batches(examples, steps=5, seed=0))
-    assert [len(batch) for batch in batches] == [finetune.BATCH] * 5
+    batches = list(training.batches(examples, steps=5, seed=0))
+    assert [len(batch) for batch in batches] == [training.BATCH] * 5
     assert {example.text for batch in batches for example in batch} == {example.text for example in examples}
-    assert batches == list(finetune.batches(examples, steps=5, seed=0))
+    assert batches == list(training.batches(examples, steps=5, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,8 @@ def test_a_disagreement_fails_the_demo_and_shows(result: report.Result, tmp_path
     wrong = dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=off))
     assert not wrong.correct
     assert 'missed">missed' in report.write(tmp_path, wrong)[0].read_text("utf-8")
+    lost = dataclasses.replace(comparison.fast, losses=[*comparison.fast.losses[:-1], float("nan")])
+    assert not dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=lost)).correct
     worse = dataclasses.replace(comparison.fast, accuracy=comparison.reference.accuracy + 0.02)
     assert not dataclasses.replace(result, comparison=dataclasses.replace(comparison, fast=worse)).correct
 

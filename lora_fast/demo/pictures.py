@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from lora_fast.benchmarks.registry import FROZEN, Row
 from lora_fast.benchmarks.report import digits
 
-from .finetune import COMPARED_STEPS, LOSS_BAR, Comparison
+from .finetune import LOSS_BAR, Comparison
 
 WIDTH = 6.0  # inches
 OURS, BASELINE, OTHERS, NOISE = "#0b6bcb", "#8a8f98", "#d98324", "#5b8c5a"
@@ -71,7 +71,9 @@ def losses(comparison: Comparison) -> Figure:
         shown = [max(value, SMALLEST) for value in values]
         suffix = " (exactly 0)" if not any(values) else ""
         bottom.plot(range(1, len(shown) + 1), shown, color=colour, linewidth=1.2, label=label + suffix)
-    bottom.hlines(LOSS_BAR, 1, min(COMPARED_STEPS, len(fast)), color="#b3261e", linestyle="--", label="limit")
+    bottom.hlines(
+        LOSS_BAR, 1, min(comparison.compared_steps, len(fast)), color="#b3261e", linestyle="--", label="limit"
+    )
     bottom.set(
         title="Relative difference from the reference's loss",
         xlabel="step",

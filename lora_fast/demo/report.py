@@ -6,41 +6,23 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
 from rich.console import Console
-from rich.table import Table
 
 from lora_fast.benchmarks import report as benchmark_report
 from lora_fast.benchmarks.contenders import dora
 from lora_fast.benchmarks.registry import FROZEN, STEP, Row
 
-from . import pictures
+from . import pictures, sheets
 from .docstrings import LABELS
-from .finetune import ACCURACY_BAR, ALPHA, BATCH, COMPARED_STEPS, LOSS_BAR, MAX_TOKENS, RANK, Comparison, Training
+from .finetune import Comparison
+from .sheets import Check, Sheet
+from .training import ALPHA, BATCH, MAX_TOKENS, RANK
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table, for the terminal and for the page."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was measured, what is required of it, and whether it is so."""
-
-    what: str
-    measured: str
-    bar: str
-    met: bool
 
 
 @dataclass(frozen=True)
@@ -52,24 +34,10 @@ class Result:
     seconds: float
 
     def checks(self) -> list[Check]:
-        c = self.comparison
-        steps = min(COMPARED_STEPS, len(c.fast.losses))
-        accuracy, chance, apart = 100 * c.fast.accuracy, 100 / len(LABELS), 100 * c.accuracy_difference
         layers = [(row, name) for row in self.rows for name in row.left_out if name.startswith("lora_fast")]
         wrong = "; ".join(f"{name}, {row.case.title}" for row, name in layers)
-        checks = [
-            Check(
-                f"Both trainings have the same losses: largest relative difference in the first {steps} steps",
-                f"{c.worst_difference:.1e}",
-                f"at most {LOSS_BAR:.0e}",
-                c.losses_agree,
-            ),
-            Check(
-                "Both have the same accuracy on held-out texts: difference",
-                f"{apart:.1f} points",
-                f"at most {100 * ACCURACY_BAR:g} point",
-                c.accuracies_agree,
-            ),
+        return [
+            *sheets.agreement(self.comparison, quick=self.quick),
             Check(
                 "lora_fast's layers that agree with the float64 reference",
                 f"not: {wrong}" if wrong else "all",
@@ -77,10 +45,6 @@ class Result:
                 not wrong,
             ),
         ]
-        if not self.quick:  # a few steps teach nothing
-            what = f"The model has learned: accuracy on held-out texts, where guessing gives {chance:g}%"
-            checks.append(Check(what, f"{accuracy:.0f}%", f"at least {5 * chance:g}%", c.learned))
-        return checks
 
     @property
     def correct(self) -> bool:
@@ -89,20 +53,7 @@ class Result:
 
 def show(console: Console, result: Result) -> None:
     """Print the tables."""
-    for sheet in [training_sheet(result.comparison), *layer_sheets(result.rows)]:
-        table = Table(title=sheet.title, title_justify="left", caption=sheet.note or None, caption_justify="left")
-        for index, heading in enumerate(sheet.headings):
-            table.add_column(heading, justify="right" if index else "left")
-        for row in sheet.rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-    verdicts = Table(title="Checks", title_justify="left")
-    for heading in ("check", "result", "measured", "required"):
-        verdicts.add_column(heading, no_wrap=heading == "result")
-    for check in result.checks():
-        verdicts.add_row(check.what, "[green]met" if check.met else "[bold red]missed", check.measured, check.bar)
-    console.print(verdicts)
+    sheets.show(console, [training_sheet(result.comparison), *layer_sheets(result.rows)], result.checks())
 
 
 def write(folder: Path, result: Result) -> tuple[Path, Path]:
@@ -147,21 +98,11 @@ def as_dict(result: Result) -> dict[str, Any]:
         "quick": result.quick,
         "seconds": result.seconds,
         "checks": [asdict(check) for check in result.checks()],
-        "training": {
-            "model": "all-MiniLM-L6-v2",
-            "rank": RANK,
-            "alpha": ALPHA,
-            "batch": BATCH,
-            "max_tokens": MAX_TOKENS,
-            "steps": len(c.fast.losses),
-            "labels": list(LABELS),
-            "train_texts": c.train_size,
-            "held_out_texts": c.test_size,
-            "adapted_layers": c.adapted_layers,
-            "trained_parameters": c.trained_parameters,
+        "training": c.setting()
+        | {
             "frozen_parameters": c.frozen_parameters,
-            "reference": training_as_dict(c.reference),
-            "lora_fast": training_as_dict(c.fast),
+            "reference": c.reference.as_dict(),
+            "lora_fast": c.fast.as_dict(),
             "relative_difference": c.difference(),
             "noise_other_threads": {"threads": c.threads_of_other, "relative_difference": c.thread_noise()},
             "noise_other_order": {"relative_difference": c.order_noise()},
@@ -170,28 +111,18 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def training_as_dict(training: Training) -> dict[str, Any]:
-    p20, median, p80 = training.step_ms()
-    return {
-        "losses": training.losses,
-        "accuracy": training.accuracy,
-        "step_ms": {"median": median, "p20": p20, "p80": p80},
-        "peak_bytes": training.peak_bytes,
-    }
-
-
 def training_sheet(c: Comparison) -> Sheet:
     """Reference and lora_fast side by side."""
     ref, fast = c.reference, c.fast
     (ref20, ref_ms, ref80), (fast20, fast_ms, fast80) = ref.step_ms(), fast.step_ms()
     last = min(10, len(ref.losses))
-    compared = min(COMPARED_STEPS, len(fast.losses))
+    compared = min(c.compared_steps, len(fast.losses))
     peaks = f"{ref.peak_bytes / MIB:.0f}", f"{fast.peak_bytes / MIB:.0f}"
     noisy = len(c.thread_noise())
     noise = f"{max(c.thread_noise()):.1e}", f"{max(c.order_noise()):.1e}"
     rows = [
         ["loss, first step", f"{ref.losses[0]:.4f}", f"{fast.losses[0]:.4f}"],
-        [f"loss, mean of last {last} steps", f"{_mean(ref.losses[-last:]):.4f}", f"{_mean(fast.losses[-last:]):.4f}"],
+        [f"loss, mean of last {last} steps", f"{fmean(ref.losses[-last:]):.4f}", f"{fmean(fast.losses[-last:]):.4f}"],
         ["accuracy on held-out texts", f"{100 * ref.accuracy:.1f}%", f"{100 * fast.accuracy:.1f}%"],
         ["time of a step, median, ms", f"{ref_ms:.0f}", f"{fast_ms:.0f}", f"{fast_ms / ref_ms:.2f}"],
         ["time of a step, p20 to p80, ms", f"{ref20:.0f} to {ref80:.0f}", f"{fast20:.0f} to {fast80:.0f}"],
@@ -257,7 +188,3 @@ def _time(row: Row, name: str) -> str:
 def _peak(row: Row, name: str) -> str:
     record = row.records.get(name)
     return benchmark_report.mebibytes(record) if record else ""
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
