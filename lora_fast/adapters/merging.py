@@ -51,8 +51,9 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) 
     """What to do. Raises ValueError, naming the tensor, for all that does not fit or cannot be known to be right."""
     if checkpoint.config.get("quantization_config"):
         raise ValueError(
-            f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights. Quantised anew "
-            "a weight loses more than most updates are (nf4 about 5 %): merge into the checkpoint that it was made of"
+            f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights. Quantised "
+            "anew a weight loses more than most updates are (nf4 about 5 %): merge into the checkpoint that it was "
+            "made of"
         )
     return _Planner(checkpoint, adapter, fan_in_fan_out).plan()
 
