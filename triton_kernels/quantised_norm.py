@@ -199,6 +199,9 @@ def quantised_norm_config(N: int, K: int, R: int, factors: tuple[torch.dtype, to
     return Config(tile, weight_norm.finish_tile(tile, target), tiles_per_split, cdiv(tiles, tiles_per_split))
 
 
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of W's rows
+
+
 def _launch(
     codes: Tensor,
     scale: Tensor,
@@ -216,7 +219,7 @@ def _launch(
     norm = torch.empty(N, dtype=torch.float32, device=codes.device)
     blocks = scale.shape[1]
     form: dict[str, Any] = {
-        "BLOCK": 0 if blocks == 1 else K // blocks, "DTYPE": str(dtype).removeprefix("torch."), "KEPT": kept is not None
+        "BLOCK": 0 if blocks == 1 else K // blocks, "DTYPE": DTYPES[dtype], "KEPT": kept is not None
     }  # fmt: skip
     held = codes, scale, levels
 
