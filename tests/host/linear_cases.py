@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_fast import calls
 from lora_fast.backends import cuda, registry
 from lora_fast.backends.explain import Size
+from lora_fast.backends.plan import Refusal
 from lora_fast.content_key import KEY_LENGTH
 from lora_fast.testing import poisoned_memory
 
@@ -403,6 +404,9 @@ def test_what_the_plan_names_is_what_runs() -> None:
     for dtype, tokens, kept in itertools.product((bf16, f32), (1, 16, 17), ("product", "base")):
         for op, call in filled(Size(tokens, 64, 96, 16, dtype), kept):
             plan = registry.planned(cuda.BACKEND, op, call)
+            if isinstance(plan, Refusal):
+                assert op == "quantised_norm_fwd"  # of which cuda has no kernel
+                continue
             with Recorded() as recorded:
                 getattr(cuda.BACKEND.ops, op)(call, plan)
             kernels = {step.kernel for step in plan.steps.values()}
