@@ -5,30 +5,11 @@ A missed bar is printed as missed and fails nothing: this is a benchmark. A mode
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-from rich.console import Console
 
-from lora_fast.benchmarks import peft_model, report, without_amx
-from lora_fast.benchmarks.readme import bars_lines
-
-THREADS = 2
-RESULTS = Path(__file__).resolve().parent / "results"
+from lora_fast.benchmarks import against_bars, peft_model
 
 
 def test_peft_model(pytestconfig: pytest.Config) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    without_amx.follow()
-    provenance = report.provenance()
-    rows: list[dict[str, Any]] = list(peft_model.run())
-    path = RESULTS / report.device_slug() / "peft.json"
-    report.write_json(path, provenance | {"rows": rows})
-    torch.set_num_threads(before)
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        Console(width=140).print(f"\n{bars_lines(rows)}written to {path}")
+    rows = against_bars.measure(peft_model.run, "peft.json", pytestconfig)
     assert len(rows) == len(peft_model.CASES)

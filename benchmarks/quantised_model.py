@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from lora_fast import bases
 from lora_fast.bases import quantise
 
 from .contenders import accelerate
-from .peft_model import DORA, LORA, PEFT_DORA, PEFT_LORA, RANK, SLACK, Case, base_model, move, output, row
+from .peft_model import CONTENDERS, DORA, PEFT_DORA, PEFT_LORA, RANK, SLACK, Case, base_model, move, output, row
 from .registry import INFERENCE, STEP
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CONTENDERS = {PEFT_LORA: (False, False), PEFT_DORA: (True, False), LORA: (False, True), DORA: (True, True)}
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,15 @@ class Quantisation:
     step: float  # accelerated DoRA × PEFT's LoRA
     memory: float | None = 1.0
     peft_dora: str = ""  # why PEFT's DoRA does not take part
-    cases: tuple[Case, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        cases = (
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return (
             Case(STEP, 256, True, {DORA: self.step}, memory=self.memory),
             Case(INFERENCE, 256, False, {DORA: 1.05}),
             Case(INFERENCE, 16),
             Case(INFERENCE, 1),
         )
-        object.__setattr__(self, "cases", cases)
 
 
 QUANTISATIONS = (

@@ -47,7 +47,7 @@ def _define(
         if leading is not None:
             call = call._replace(**{row: _as_rows(getattr(call, row)) for row in rows})
         if torch._C._is_any_autocast_enabled():
-            with _outside_autocast(first):
+            with outside_autocast(first):
                 outputs = registry.run(op or name, call, backend)
         else:
             outputs = registry.run(op or name, call, backend)
@@ -107,7 +107,7 @@ def _lead(output: Tensor, leading: torch.Size) -> None:
         output.resize_(*leading, output.shape[1])
 
 
-def _outside_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+def outside_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The ops choose their dtypes themselves: an ambient autocast must not recast the products inside."""
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):

@@ -318,8 +318,8 @@ def test_the_ops_under_opcheck(form: Format, kept: bool) -> None:
     check(torch.ops.lora_fast.base_input_grad.default, (tokens(3, 96), content, text))
 
 
+@pytest.mark.bitsandbytes
 def test_autocast_does_not_reach_the_norm() -> None:
-    pytest.importorskip("bitsandbytes")
     layer = NF4.linear()
     base = bases.of(layer)
     assert base is not None

@@ -45,7 +45,7 @@ SOURCE_TREE_ONLY = {
     *(
         f"lora_fast/benchmarks/{name}.py"
         for name in (
-            *("bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
+            *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
             *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
         )
     ),

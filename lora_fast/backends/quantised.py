@@ -19,7 +19,7 @@ def takes(x: Tensor, lora_A: Tensor, lora_B: Tensor, name: str) -> bool:
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and extension.missing() is None
-        and bool(registry.get("cpu").plan.takes_quantised(x.reshape(-1, x.shape[-1]), lora_A, lora_B))
+        and bool(registry.get("cpu").plan.takes_quantised(x, lora_A, lora_B))
     )
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from lora_fast.backends import extension
-from lora_fast.content_key import content_hashes
+from lora_fast.content_key import content_hashes, host_key
 
 
 def content_key(
     content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str
 ) -> Tensor | None:
-    """int64 [KEY_LENGTH] of tensors on a CPU; None of tensors without a version, made in inference mode.
-
-    ``host`` has the form of W, and of each tensor what the host knows without looking at its elements.
-    """
+    """int64 [KEY_LENGTH] of tensors on a CPU; None of tensors without a version, made in inference mode."""
     if any(tensor.is_inference() for tensor in content):
         return None
-    held = tuple((tensor.data_ptr(), tensor._version) for tensor in content)
-    kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in (*content, lora_A, lora_B))
-    host = hash((held, kinds, struct.pack("<d", scaling), form, axis))
+    host = host_key(content[0], lora_A, lora_B, scaling, f"{form} {axis}", content[0]._version, *content[1:])
     matrices = list(map(_matrix, content))
     if extension.missing() is None:
         hashes = extension.operators().content_hashes(lora_A, lora_B, matrices)

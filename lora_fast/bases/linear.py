@@ -45,7 +45,7 @@ def weight_norm(
     if kept is not None:
         size, dtype = (N if axis == "output" else K), accumulate_dtype(lora_A, lora_B)
         tensors = kept.of(content[0]).tensors(size, dtype, lora_A.device)
-    return ops.base_norm(base, content, lora_A, lora_B, float(scaling), axis, tensors, name)
+    return ops.base_norm(ops.NormOf(content, base.form, lora_A, lora_B, float(scaling), axis), tensors, name)
 
 
 def dequantised(base: Base) -> Tensor:

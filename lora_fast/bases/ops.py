@@ -9,9 +9,8 @@ could make, a row that W and the update cancel in would be wrong by a fifth.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,41 +30,50 @@ _FACTORS = "Tensor[] content, str form, Tensor lora_A, Tensor lora_B, float scal
 _library = torch.library.Library("lora_fast", "FRAGMENT")
 
 
-def _define(schema: str) -> Callable[[Callable], Callable]:
-    """Define ``schema``; the decorated function is its kernel, below autograd and outside of any autocast.
+class NormOf(NamedTuple):
+    """‖W + s lora_B lora_A‖ of a W that is made of ``content`` as ``form`` says: what the ops on it have in common."""
+
+    content: list[Tensor]
+    form: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    axis: Axis
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, W[rows]), a block at a time."""
+        form = form_of(self.form)
+        for rows in _blocks(form):
+            yield rows, form.rows(self.content, rows.start, rows.stop)
+
+
+def _define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Define ``schema``, whose ``fake`` is given; the decorated function is its kernel, below autograd and autocast.
 
     Its name is then that of what runs it: at once where nobody would see the op (:func:`lora_fast.ops.is_watched`).
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"lora_fast::{name}", fake)
 
     def register(kernel: Callable) -> Callable:
-        def run(*arguments: object) -> object:
+        operator = getattr(torch.ops.lora_fast, name).default
+        at = [argument.name for argument in operator._schema.arguments].index("content")
+
+        def run(*arguments: Any) -> object:
             if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-                with torch.no_grad(), _outside_autocast():
+                with torch.no_grad(), ops.outside_autocast(arguments[at][0]):
                     return kernel(*arguments)
             return kernel(*arguments)
 
-        _library.impl(name, run, "CompositeExplicitAutograd")
-        operator = getattr(torch.ops.lora_fast, name).default
-        # by the number of arguments before it: the tensors that W is made of, plain or not as all of them are
-        content = [argument.name for argument in operator._schema.arguments].index("content")
-
         def called(*arguments: Any) -> object:
-            is_plain = all(type(tensor) is Tensor and not tensor.is_meta for tensor in arguments[content])
+            is_plain = all(type(tensor) is Tensor and not tensor.is_meta for tensor in arguments[at])
             return operator(*arguments) if ops.is_watched() or not is_plain else run(*arguments)
 
+        _library.impl(name, run, "CompositeExplicitAutograd")
         return called
 
     return register
-
-
-@contextlib.contextmanager
-def _outside_autocast() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 def _blocks(form: Form) -> Iterator[slice]:
@@ -77,27 +85,14 @@ def _blocks(form: Form) -> Iterator[slice]:
         yield slice(start, min(start + count, rows))
 
 
-def _norm(
-    content: list[Tensor],
-    form: Form,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    backend: str,
-    kept: tuple[Tensor, Tensor] | tuple[()] = (),
-) -> Tensor:
-    if axis == "output" and (codes := form.codes(content)) is not None:
+def _norm(of: NormOf, backend: str, kept: tuple[Tensor, Tensor] | tuple[()] = ()) -> Tensor:
+    _, _, lora_A, lora_B, scaling, axis = of
+    if axis == "output" and (codes := form_of(of.form).codes(of.content)) is not None:
         call = calls.QuantisedNorm(*codes, lora_A, lora_B, scaling, *kept)
         return ops.quantised_norm(call, backend)
     norms = [
-        ops.weight_norm(
-            calls.WeightNorm(
-                form.rows(content, rows.start, rows.stop), lora_A, lora_B[rows].contiguous(), scaling, axis
-            ),
-            backend,
-        )
-        for rows in _blocks(form)
+        ops.weight_norm(calls.WeightNorm(weight, lora_A, lora_B[rows].contiguous(), scaling, axis), backend)
+        for rows, weight in of.blocks()
     ]
     if axis == "output":
         return torch.cat(norms)
@@ -109,63 +104,58 @@ def _norm(
     return norms[0]
 
 
-@_define(f"base_norm_fwd({_FACTORS}, str backend) -> Tensor norm")
-def base_norm_fwd(
-    content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
-) -> Tensor:
-    return _norm(content, form_of(form), lora_A, lora_B, scaling, axis, backend)
+def _norm_like(*arguments: Any) -> Tensor:
+    of = NormOf(*arguments[:6])
+    size = of.lora_B.shape[0] if of.axis == "output" else of.lora_A.shape[1]
+    return of.lora_A.new_empty(size, dtype=accumulate_dtype(of.lora_A, of.lora_B))
 
 
-@_define(f"base_norm_kept({_FACTORS}, Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm")
-def base_norm_kept(
-    content: list[Tensor],
-    form: str,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    kept_norm: Tensor,
-    kept_key: Tensor,
-    backend: str,
-) -> Tensor:
-    arguments = content, form_of(form), lora_A, lora_B, scaling, axis, backend
-    if lora_A.device.type != "cpu":  # the kernel looks itself, so that the host need not wait
-        return _norm(*arguments, (kept_norm, kept_key))
-    now = key.content_key(content, form, lora_A, lora_B, scaling, axis)
-    return _norm(*arguments) if now is None else norm_cache.reuse(kept_norm, kept_key, now, lambda: _norm(*arguments))
+@_define(f"base_norm_fwd({_FACTORS}, str backend) -> Tensor norm", _norm_like)
+def base_norm_fwd(*arguments: Any) -> Tensor:
+    *of, backend = arguments
+    return _norm(NormOf(*of), backend)
+
+
+@_define(
+    f"base_norm_kept({_FACTORS}, Tensor(a!) kept_norm, Tensor(b!) kept_key, str backend) -> Tensor norm", _norm_like
+)
+def base_norm_kept(*arguments: Any) -> Tensor:
+    *fields, kept_norm, kept_key, backend = arguments
+    of = NormOf(*fields)
+    if of.lora_A.device.type != "cpu":  # the kernel looks itself, so that the host need not wait
+        return _norm(of, backend, (kept_norm, kept_key))
+    now = key.content_key(*of)
+    return _norm(of, backend) if now is None else norm_cache.reuse(kept_norm, kept_key, now, lambda: _norm(of, backend))
+
+
+def _factors_like(grad: Tensor, norm: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *of, need_A, need_B, _ = arguments
+    lora_A, lora_B = NormOf(*of).lora_A, NormOf(*of).lora_B
+    return lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
 
 
 @_define(
     f"base_norm_bwd(Tensor grad, Tensor norm, {_FACTORS}, bool need_A, bool need_B, str backend) "
-    "-> (Tensor grad_A, Tensor grad_B)"
+    "-> (Tensor grad_A, Tensor grad_B)",
+    _factors_like,
 )
-def base_norm_bwd(
-    grad: Tensor,
-    norm: Tensor,
-    content: list[Tensor],
-    form: str,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    need_A: bool,
-    need_B: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    parsed, per_row = form_of(form), axis == "output"
+def base_norm_bwd(grad: Tensor, norm: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, need_A, need_B, backend = arguments
+    of = NormOf(*fields)
+    lora_A, lora_B, per_row = of.lora_A, of.lora_B, of.axis == "output"
     sums = accumulate_dtype(lora_A, lora_B)
     grad_A = torch.zeros(lora_A.shape if need_A else 0, dtype=sums, device=lora_A.device)
     grad_B = lora_B.new_empty(lora_B.shape if need_B else 0)
     wide_A = lora_A.to(sums)  # so that its gradients of the blocks are not rounded before they are added up
-    for rows in _blocks(parsed):
+    for rows, weight in of.blocks():
         call = calls.WeightNormGrad(
             grad[rows] if per_row else grad,
             norm[rows] if per_row else norm,
-            parsed.rows(content, rows.start, rows.stop),
+            weight,
             wide_A,
             lora_B[rows].contiguous(),
-            scaling,
-            axis,
+            of.scaling,
+            of.axis,
             need_A,
             need_B,
         )
@@ -177,7 +167,11 @@ def base_norm_bwd(
     return grad_A.to(lora_A.dtype), grad_B
 
 
-@_define("base_input_grad(Tensor grad_y, Tensor[] content, str form) -> Tensor grad_x")
+def _input_like(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
+    return grad_y.new_empty(*grad_y.shape[:-1], form_of(form).shape[1])
+
+
+@_define("base_input_grad(Tensor grad_y, Tensor[] content, str form) -> Tensor grad_x", _input_like)
 def base_input_grad(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
     """dy W [..., K], its sum over blocks of rows in float32."""
     parsed = form_of(form)
@@ -188,59 +182,14 @@ def base_input_grad(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
     return sums.to(grad_y.dtype).view(*grad_y.shape[:-1], parsed.shape[1])
 
 
-@torch.library.register_fake("lora_fast::base_norm_fwd")
-def _(
-    content: list[Tensor], form: str, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: Axis, backend: str
-) -> Tensor:
-    size = lora_B.shape[0] if axis == "output" else lora_A.shape[1]
-    return lora_A.new_empty(size, dtype=accumulate_dtype(lora_A, lora_B))
-
-
-@torch.library.register_fake("lora_fast::base_norm_kept")
-def _(
-    content: list[Tensor],
-    form: str,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    kept_norm: Tensor,
-    kept_key: Tensor,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(kept_norm)
-
-
-@torch.library.register_fake("lora_fast::base_norm_bwd")
-def _(
-    grad: Tensor,
-    norm: Tensor,
-    content: list[Tensor],
-    form: str,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    need_A: bool,
-    need_B: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
-
-
-@torch.library.register_fake("lora_fast::base_input_grad")
-def _(grad_y: Tensor, content: list[Tensor], form: str) -> Tensor:
-    return grad_y.new_empty(*grad_y.shape[:-1], form_of(form).shape[1])
-
-
 class BaseNormFunction(torch.autograd.Function):
     """norm = ‖W + s lora_B lora_A‖ of a base, with gradients to lora_A and lora_B."""
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, scaling, axis, content, form, kept, backend):  # type: ignore[no-untyped-def]
-        norm = _forward(content, form, lora_A, lora_B, scaling, axis, kept, backend)
+    def forward(ctx, lora_A, lora_B, content, form, scaling, axis, kept, backend):  # type: ignore[no-untyped-def]
+        norm = _forward(NormOf(content, form, lora_A, lora_B, scaling, axis), kept, backend)
         ctx.save_for_backward(norm.clone(), lora_A, lora_B, *content)
-        ctx.scaling, ctx.axis, ctx.form, ctx.backend = scaling, axis, form, backend
+        ctx.form, ctx.scaling, ctx.axis, ctx.backend = form, scaling, axis, backend
         return norm
 
     @staticmethod
@@ -248,42 +197,21 @@ class BaseNormFunction(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         norm, lora_A, lora_B, *content = ctx.saved_tensors
         need_A, need_B, *_ = ctx.needs_input_grad
-        factors = content, ctx.form, lora_A, lora_B, ctx.scaling, ctx.axis
-        grad_A, grad_B = base_norm_bwd(grad, norm, *factors, need_A, need_B, ctx.backend)
+        of = content, ctx.form, lora_A, lora_B, ctx.scaling, ctx.axis
+        grad_A, grad_B = base_norm_bwd(grad, norm, *of, need_A, need_B, ctx.backend)
         return grad_A if need_A else None, grad_B if need_B else None, *(None,) * 6
 
 
-def _forward(
-    content: list[Tensor],
-    form: str,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    kept: tuple[Tensor, Tensor] | None,
-    backend: str,
-) -> Tensor:
-    factors = content, form, lora_A, lora_B, scaling, axis
-    if kept is None:
-        return base_norm_fwd(*factors, backend)
-    return base_norm_kept(*factors, *kept, backend)
+def _forward(of: NormOf, kept: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
+    return base_norm_fwd(*of, backend) if kept is None else base_norm_kept(*of, *kept, backend)
 
 
-def base_norm(
-    base: Base,
-    content: list[Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    axis: Axis,
-    kept: tuple[Tensor, Tensor] | None,
-    backend: str,
-) -> Tensor:
-    """The norm of a W made of ``content``, recorded by autograd where lora_A or lora_B wants a gradient."""
-    form = base.form
-    if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-        return BaseNormFunction.apply(lora_A, lora_B, scaling, axis, content, form, kept, backend)
-    return _forward(content, form, lora_A, lora_B, scaling, axis, kept, backend)
+def base_norm(of: NormOf, kept: tuple[Tensor, Tensor] | None, backend: str) -> Tensor:
+    """The norm, recorded by autograd where lora_A or lora_B wants a gradient."""
+    if torch.is_grad_enabled() and (of.lora_A.requires_grad or of.lora_B.requires_grad):
+        content, form, lora_A, lora_B, *others = of
+        return BaseNormFunction.apply(lora_A, lora_B, content, form, *others, kept, backend)
+    return _forward(of, kept, backend)
 
 
 class StraightThroughFunction(torch.autograd.Function):

@@ -140,9 +140,13 @@ class FastLayer(nn.Module, LoraLayer):
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         if peft_names.layer_obstacle(self) is not None:
             return
+        self._prepare_base()
         for name in peft_names.available(self):
             if peft_names.is_dora(self, name) and peft_names.adapter_obstacle(self, name) is None:
                 self._prepare(peft_names.adapter(self, name))
+
+    def _prepare_base(self) -> None:
+        """The same for the base layer, whatever its adapters."""
 
     def _prepare(self, adapter: Adapter) -> None:
         """The same for one adapter, which is DoRA."""
@@ -276,10 +280,9 @@ class OverLinear(FastLayer):
         elif kept := self._kept(adapter.name):
             kept.tensors(base.shape[0], accumulate_dtype(adapter.lora_A, adapter.lora_B), base.device)
 
-    def prepare(self) -> None:
-        if peft_names.layer_obstacle(self) is None and (base := peft_names.quantised_base(self)) is not None:
+    def _prepare_base(self) -> None:
+        if (base := peft_names.quantised_base(self)) is not None:
             base.prepare()
-        super().prepare()
 
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
         _, lora_A, lora_B, scaling, *_ = adapter

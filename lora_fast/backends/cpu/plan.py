@@ -13,6 +13,8 @@ of [dv | dh] and [W; lora_A] took 0.97 to 1.04 times product and pass in float32
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -107,17 +109,17 @@ def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
 
 
 def takes_quantised(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the kernel for few tokens multiplies x [T, K] by a W that is quantised, whose rows it makes on the way.
+    """Whether the kernel for few tokens multiplies x [..., K] by a W that is quantised, whose rows it makes on the way.
 
     2048 × 2048 in nf4, AMD EPYC (Zen 5), 2 threads, beside bitsandbytes' own product: 1 token in bfloat16 0.22 ms and
     0.50, 32 tokens 0.60 and 0.79, in float32 0.25 and 1.5, 0.92 and 3.2.
     """
     return (
         x.dtype in FEW_DTYPES
-        and 0 < x.shape[0] <= _few_tokens(x.dtype)
+        and 0 < math.prod(x.shape[:-1]) <= _few_tokens(x.dtype)
         and lora_A.shape[0] <= SMALL_RANK
         and lora_B.shape[0] % TILE == 0
-        and x.shape[1] % TILE == 0
+        and x.shape[-1] % TILE == 0
         and {lora_A.dtype, lora_B.dtype} <= {x.dtype, torch.float32}
     )
 
