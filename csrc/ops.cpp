@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));
   m.impl("content_key", TORCH_BOX(&cpu::content_key));
-  m.impl("content_hashes", TORCH_BOX(&cpu::content_hashes));
+  m.impl("content_key_of", TORCH_BOX(&cpu::content_key_of));
 }
 
 // Without a tensor argument there is no device to dispatch on.

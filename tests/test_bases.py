@@ -283,6 +283,22 @@ def test_a_larger_layer_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @formats(USUAL)
+def test_a_write_to_a_column_is_noticed(form: Format) -> None:
+    """However W is stored: not all of its elements are sampled, and of every column some are."""
+    layer = form.linear(512, 512)
+    base, kept = bases.of(layer), NormCache()
+    assert base is not None
+    base.prepare()
+    pair = factors(layer)
+    bases.weight_norm(base, *pair, 1.0, kept=kept)
+    codes = base.content()[0]
+    for column in range(0, codes.numel() // 512, 37):
+        _inplace(codes.view(512, -1)[:, column])
+        found, anew = (bases.weight_norm(base, *pair, 1.0, kept=held) for held in (kept, None))
+        torch.testing.assert_close(found, anew, rtol=0, atol=0, equal_nan=True)
+
+
+@formats(USUAL)
 @AXES
 def test_at_most_a_sixteenth_of_W_is_dequantised(form: Format, axis: str) -> None:
     layer = form.linear(1024, 512)

@@ -17,6 +17,7 @@ from lora_fast.testing import poisoned_memory
 
 pytestmark = pytest.mark.native
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+FEW_OR_MORE = pytest.mark.parametrize("T", [1, 2, 6])  # the rows are multiplied as they are made, or from memory
 KINDS = pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 SCALING = 1.5
 
@@ -88,9 +89,16 @@ def test_ranks_and_sizes(kind: str, dtype: torch.dtype, R: int, N: int, K: int) 
 
 @pytest.mark.parametrize("block", [2, 8, 16, 32, 64, 128, 256])
 @DTYPES
-def test_blocks(block: int, dtype: torch.dtype) -> None:
+@FEW_OR_MORE
+def test_blocks(block: int, dtype: torch.dtype, T: int) -> None:
     """Shorter than a vector, and longer."""
-    assert_right(inputs("nf4", 6, 32, 256, 4, dtype, block))
+    assert_right(inputs("nf4", T, 32, 256, 4, dtype, block))
+
+
+@FEW_OR_MORE
+@pytest.mark.parametrize("block", [1344, 4096, 5376])
+def test_blocks_that_sums_of_columns_end_in(block: int, T: int) -> None:
+    assert_right(inputs("nf4", T, 32, 2 * block, 4, torch.bfloat16, block))
 
 
 @KINDS

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kGrain = 64 << 10;  // bytes to be read that are worth a thread
 constexpr int64_t kLine = 64;         // bytes
+constexpr int64_t kShares = 16;       // of the words and of each matrix's rows, that threads divide
 
 template <class Bits>
 uint64_t load_bits(const char* p) {
@@ -100,27 +101,45 @@ class FactorBits {
   int64_t width_, count_, length_, outer_stride_, inner_stride_;  // strides in bytes
 };
 
-// Σ f(begin, end) over a range. Each thread has its share of what waits for memory.
-template <class F>
-uint64_t sum_of_chunks(int64_t bytes, int64_t count, const F& f) {
-  std::atomic<uint64_t> sum = 0;
-  for_chunks(chunk_count(bytes, kGrain), count,
-             [&](int64_t, int64_t begin, int64_t end) { sum += f(begin, end); });
-  return sum;
-}
+// The hashes of the factors' words and the samples of some matrices. Each thread has its share of what waits
+// for memory.
+class Hashes {
+ public:
+  Hashes(const Tensor& lora_A, const Tensor& lora_B) : a_(lora_A), b_(lora_B) {}
 
-uint64_t hash_of_factors(const Tensor& lora_A, const Tensor& lora_B) {
-  const FactorBits a(lora_A), b(lora_B);
-  const int64_t split = a.words(), words = split + b.words();
-  return sum_of_chunks(words * kWordBytes, words, [&](int64_t begin, int64_t end) {
-    return a.hash(std::min(begin, split), std::min(end, split), 0) +
-           b.hash(std::max(begin, split) - split, std::max(end, split) - split, kLoraBPosition);
-  });
-}
+  // {factors, sample}
+  std::pair<uint64_t, uint64_t> of(const Tensor* matrices, int64_t count) const {
+    std::atomic<uint64_t> factors = 0, sample = 0;
+    int64_t bytes = words() * kWordBytes;
+    for (int64_t m = 0; m < count; ++m) bytes += std::min(kKeySamples, matrices[m].numel()) * kLine;
+    for_chunks(chunk_count(bytes, kGrain), kShares, [&](int64_t, int64_t begin, int64_t end) {
+      factors += factors_of(words() * begin / kShares, words() * end / kShares);
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t rows = matrices[m].size(0);
+        sample += sample_of_rows(matrices[m], rows * begin / kShares, rows * end / kShares, m);
+      }
+    });
+    return {factors, sample};
+  }
 
-uint64_t sample_of(const Tensor& matrix, int64_t index) {
-  return sum_of_chunks(kKeySamples * kLine, matrix.size(0),
-                       [&](int64_t begin, int64_t end) { return sample_of_rows(matrix, begin, end, index); });
+ private:
+  int64_t words() const { return a_.words() + b_.words(); }
+
+  // of the words [begin, end), lora_A's and behind them lora_B's
+  uint64_t factors_of(int64_t begin, int64_t end) const {
+    const int64_t split = a_.words();
+    return a_.hash(std::min(begin, split), std::min(end, split), 0) +
+           b_.hash(std::max(begin, split) - split, std::max(end, split) - split, kLoraBPosition);
+  }
+
+  const FactorBits a_, b_;
+};
+
+Tensor key_on(const Tensor& like, const ContentKey& key) {
+  const int64_t size[] = {kKeyLength};
+  Tensor out = torch::stable::new_empty(like, {size, 1}, ScalarType::Long);
+  std::memcpy(out.mutable_data_ptr(), &key, sizeof(key));
+  return out;
 }
 
 }  // namespace
@@ -131,42 +150,42 @@ uint64_t sample_of_rows(const Tensor& matrix, int64_t begin, int64_t end, int64_
   const char* data = static_cast<const char*>(matrix.const_data_ptr());
   const int64_t width = static_cast<int64_t>(matrix.element_size());
   const int64_t row_stride = matrix.stride(0) * width, col_stride = matrix.stride(1) * width;
+  constexpr int64_t kTogether = 128;  // that are fetched at once, since each may wait for memory
+  const char* at[kTogether];
   uint64_t sum = 0;
-  for (int64_t q = sampling.first_of(begin), last = sampling.first_of(end); q < last; ++q) {
-    const char* at = data + sampling.row(q) * row_stride + sampling.col(q) * col_stride;
-    sum += hash_word(bits_at(at, width), kLoneHigh, static_cast<uint64_t>(index * kKeySamples + q));
+  for (int64_t q = sampling.first_of(begin), last = sampling.first_of(end); q < last; q += kTogether) {
+    const int64_t count = std::min(kTogether, last - q);
+    for (int64_t i = 0; i < count; ++i) {
+      at[i] = data + sampling.row(q + i) * row_stride + sampling.col(q + i) * col_stride;
+      __builtin_prefetch(at[i]);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      sum += hash_word(bits_at(at[i], width), kLoneHigh, static_cast<uint64_t>(index * kKeySamples + q + i));
   }
   return sum;
 }
 
 ContentKey key_without_sample(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                               double scaling, bool per_output, int64_t version) {
-  return {hash_of_factors(lora_A, lora_B), 0, host_key(weight, lora_A, lora_B, scaling, per_output, version)};
+  return {Hashes(lora_A, lora_B).of(nullptr, 0).first, 0,
+          host_key(weight, lora_A, lora_B, scaling, per_output, version)};
 }
 
 Tensor cpu::content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, bool per_output,
                         int64_t version) {
   check_adapter(weight, lora_A, lora_B);
-  ContentKey key = key_without_sample(weight, lora_A, lora_B, scaling, per_output, version);
-  key.sample = sample_of(weight, 0);
-  const int64_t size[] = {kKeyLength};
-  Tensor out = torch::stable::new_empty(weight, {size, 1}, ScalarType::Long);
-  std::memcpy(out.mutable_data_ptr(), &key, sizeof(key));
-  return out;
+  const auto [factors, sample] = Hashes(lora_A, lora_B).of(&weight, 1);
+  return key_on(weight, {factors, sample, host_key(weight, lora_A, lora_B, scaling, per_output, version)});
 }
 
-Tensor cpu::content_hashes(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of) {
+Tensor cpu::content_key_of(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of, int64_t host) {
   check_matrix(lora_A, "lora_A");
   check_matrix(lora_B, "lora_B");
-  uint64_t hashes[] = {hash_of_factors(lora_A, lora_B), 0};
-  for (size_t i = 0; i < made_of.size(); ++i) {
-    STD_TORCH_CHECK(made_of[i].is_cpu() && made_of[i].dim() == 2, "made_of must be matrices on a CPU");
-    hashes[1] += sample_of(made_of[i], static_cast<int64_t>(i));
-  }
-  const int64_t size[] = {2};
-  Tensor out = torch::stable::new_empty(lora_A, {size, 1}, ScalarType::Long);
-  std::memcpy(out.mutable_data_ptr(), hashes, sizeof(hashes));
-  return out;
+  for (const Tensor& matrix : made_of)
+    STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2, "made_of must be matrices on a CPU");
+  const auto [factors, sample] =
+      Hashes(lora_A, lora_B).of(made_of.data(), static_cast<int64_t>(made_of.size()));
+  return key_on(lora_A, {factors, sample, static_cast<uint64_t>(host)});
 }
 
 }  // namespace lora_fast

@@ -7,7 +7,7 @@
 #include "lora_linear_common.h"
 #include "ops.h"
 #include "parallel.h"
-#include "quantised_weight.h"
+#include "quantised_rows.h"
 
 namespace lora_fast {
 namespace {
@@ -42,6 +42,7 @@ class Operand {
 
   Products how() const { return how_; }
   int64_t row_step() const { return how_ == Products::tiles ? kSmallRows : kDotRows; }
+  DotColumns dot_columns() const { return {packed_.data(), width_, width_, K_}; }
   int64_t width() const { return width_; }
   int64_t norm_column() const { return norm_column_; }
   int64_t token_tiles() const { return token_tiles_; }
@@ -52,8 +53,7 @@ class Operand {
   // next 32.
   void multiply(const T* weight, int64_t ld, float* c, float* squares, float* room) const {
     if (how_ != Products::tiles)
-      return dot_forward(weight, ld, kSmallRows, {packed_.data(), width_, width_, K_}, c, width_, squares,
-                         room);
+      return dot_forward(weight, ld, kSmallRows, dot_columns(), c, width_, squares, room);
     if constexpr (std::is_same_v<T, bf16>) multiply_tiles(weight, ld, c, squares);
   }
 
@@ -228,54 +228,23 @@ LORA_FAST_CLONES void finish_rows(const Small<T>& op, const float* c, int64_t ld
   }
 }
 
-// out [32][K] = W's rows from row n on
-template <class T, bool four_bits>
-LORA_FAST_CLONES void make_rows(const QuantisedWeight& w, int64_t n, T* out) {
-  const bool looks_up = has_avx512_vectors();
-  alignas(64) float levels[kLanes], numbers[kLanes], strip[kStrip];  // numbers: see QuantisedTile
-  if constexpr (four_bits) std::transform(w.levels, w.levels + kLanes, levels, with_usual_nan);
-  for (int64_t i = n; i < n + kSmallRows; ++i, out += w.cols) {
-    for (int64_t j = 0; j < w.cols; j += kStrip) {
-      if (w.strips_have_one_scale && j % w.block == 0) {
-        std::fill_n(numbers, kLanes, with_usual_nan(w.scale_of(i)[j / w.block]));
-        if constexpr (four_bits)
-          store<float>(numbers, rounded_but_nan<T>(load<float>(levels) * load<float>(numbers)));
-      }
-      Strip<float> x;
-      if (!w.strips_have_one_scale) {
-        x = strip_by_elements<T, four_bits>(w, i, j);
-      } else if constexpr (!four_bits) {
-        x = scaled_strip<T>(w.row(i) + j, numbers);
-      } else if (looks_up) {
-        x = look_up_strip(w.row(i) + j / 2, numbers);
-      } else {
-        load_strip_of_codes(w.row(i) + j / 2, numbers, strip);
-        x = load_packed(strip);
-      }
-      if constexpr (std::is_same_v<T, bf16>) {  // rounded already
-        store_bits(out + j, ((u32x16)x.even >> 16) | (u32x16)x.odd);
-      } else {
-        if constexpr (!kDealt<T>) undeal_strip(x.even, x.odd);
-        store_strip<float>(out + j, x);
-      }
-    }
-  }
-}
-
 template <class T>
 void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   const int64_t width = op.operand->width();
-  const Scratch<T> made(op.quantised != nullptr ? kSmallRows * op.K : 0);
+  const bool by_codes = op.quantised != nullptr && multiplies_codes(*op.quantised, width);
+  const Scratch<T> made(op.quantised != nullptr && !by_codes ? kSmallRows * op.K : 0);
   const Scratch<float> c(kSmallRows * width + kSmallTokens);  // the last row is read in whole tiles
   const Scratch<float> b(kSmallRows * op.R), room(op.operand->room());
   const AmxScope scope(op.operand->how() == Products::tiles, kSmallDepth);
   for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
     float squares[kSmallRows];
-    if (op.quantised != nullptr)
-      op.quantised->levels != nullptr ? make_rows<T, true>(*op.quantised, n, made.data())
-                                      : make_rows<T, false>(*op.quantised, n, made.data());
-    op.operand->multiply(op.quantised != nullptr ? made.data() : op.weight + n * op.ld, op.ld, c.data(),
-                         op.factored != nullptr ? squares : nullptr, room.data());
+    if (by_codes) {
+      codes_forward(*op.quantised, n, op.operand->dot_columns(), c.data(), width);
+    } else {
+      if (op.quantised != nullptr) make_rows(*op.quantised, n, made.data());
+      op.operand->multiply(op.quantised != nullptr ? made.data() : op.weight + n * op.ld, op.ld, c.data(),
+                           op.factored != nullptr ? squares : nullptr, room.data());
+    }
     if (op.factored != nullptr) {
       op.factored->finish(n, squares, c.data() + op.operand->norm_column(), width, op.dora->magnitude + n,
                           op.dora->norm + n, op.dora->gain.data() + n);

@@ -46,7 +46,7 @@ Tensor content_key(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, 
                    int64_t version);
 
 // The part of it that is hashed from elements, of a W that is made of several matrices.
-Tensor content_hashes(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of);
+Tensor content_key_of(Tensor lora_A, Tensor lora_B, std::vector<Tensor> made_of, int64_t host);
 
 Tensor lora_linear_small_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, double scaling,
                              std::optional<Tensor> gain, std::optional<Tensor> bias, Tensor y,

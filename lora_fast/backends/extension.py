@@ -56,7 +56,7 @@ _SCHEMAS = (
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",
-    "content_hashes(Tensor lora_A, Tensor lora_B, Tensor[] made_of) -> Tensor",
+    "content_key_of(Tensor lora_A, Tensor lora_B, Tensor[] made_of, int host) -> Tensor",
     "scratch_events(bool record) -> Tensor",
 )
 

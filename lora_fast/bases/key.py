@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.backends import extension
+from lora_fast.bases.registry import form_of
 from lora_fast.content_key import content_hashes, host_key
 
 
@@ -16,17 +17,23 @@ def content_key(
     if any(tensor.is_inference() for tensor in content):
         return None
     host = host_key(content[0], lora_A, lora_B, scaling, f"{form} {axis}", content[0]._version, *content[1:])
-    matrices = list(map(_matrix, content))
+    rows = form_of(form).shape[0]
+    matrices = [_matrix(tensor, rows) for tensor in content]
     if extension.missing() is None:
-        hashes = extension.operators().content_hashes(lora_A, lora_B, matrices)
-    else:
-        weight, *others = matrices
-        hashes = content_hashes(weight, lora_A, lora_B, *others)
-    return torch.cat([hashes, torch.tensor([host])])
+        key: Tensor = extension.operators().content_key_of(lora_A, lora_B, matrices, host)
+        return key
+    weight, *others = matrices
+    return torch.cat([content_hashes(weight, lora_A, lora_B, *others), torch.tensor([host])])
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """A view [rows, columns] whose elements the key can take as integers."""
+def _matrix(tensor: Tensor, rows: int) -> Tensor:
+    """A view [rows, columns] whose elements the key can take as integers.
+
+    What is stored as a vector is cut into W's rows where they have equal shares: of a vector the samples would lie at
+    equal distances, in few of W's columns, or in an order that the memory takes its time for.
+    """
     if tensor.dtype.itemsize == 1:
         tensor = tensor.view(torch.uint8)
-    return tensor if tensor.dim() == 2 else tensor.view(1, -1)
+    if tensor.dim() == 2 and 1 not in tensor.shape:
+        return tensor
+    return tensor.view(rows if tensor.numel() % rows == 0 else 1, -1)

@@ -28,9 +28,8 @@ def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
     codes, *_, lora_A, lora_B, scaling, kept_norm, kept_key = call
     if kept_norm is None or kept_key is None or not may_keep_norm(call):
         return _c.quantised_norm_fwd(*call[:7])
-    hashes = _c.content_hashes(lora_A, lora_B, [codes, *call.others])
     host = host_key(codes, lora_A, lora_B, scaling, call.dtype, codes._version, *call.others)
-    key = torch.cat([hashes, torch.tensor([host])])
+    key = _c.content_key_of(lora_A, lora_B, [codes, *call.others], host)
     return norm_cache.reuse(kept_norm, kept_key, key, lambda: _c.quantised_norm_fwd(*call[:7]))
 
 
