@@ -275,3 +275,9 @@ def test_the_module_says_how_it_was_built() -> None:
     # where AMX is emulated, kernels use it, and it is still none of the processor's
     assert not {"amx_bf16", "amx_bf16 (emulated)"} <= set(info["isa"])
     assert "amx_bf16" in info["isa"] or "amx_bf16" not in _C.cpu_features()
+
+
+def test_no_vector_of_shorts_stands_for_bfloat16() -> None:
+    """Intrinsics and builtins took one until GCC 13, which has a type for it."""
+    for source in (ROOT / "csrc").rglob("*.*"):
+        assert "__v32hi" not in source.read_text(encoding="utf-8"), source

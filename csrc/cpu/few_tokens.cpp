@@ -37,7 +37,7 @@ struct Pairs {
   static constexpr int64_t kLanes = 16, kColumns = 6, kTokens = 8;
 
   static LORA_FAST_INLINE Sum add(Sum sum, Vector x, Vector y) {
-    return (Sum)__builtin_ia32_dpbf16ps_v16sf((__v16sf)sum, (__v32hi)x, (__v32hi)y);
+    return (Sum)__builtin_ia32_dpbf16ps_v16sf((__v16sf)sum, (__m512bh)x, (__m512bh)y);
   }
 };
 #endif

@@ -231,7 +231,7 @@ LORA_FAST_CLONES void finish_rows(const Small<T>& op, const float* c, int64_t ld
 template <class T>
 void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   const int64_t width = op.operand->width();
-  const bool by_codes = op.quantised != nullptr && multiplies_codes(*op.quantised, width);
+  const bool by_codes = op.quantised != nullptr && multiplies_codes<T>(*op.quantised, width);
   const Scratch<T> made(op.quantised != nullptr && !by_codes ? kSmallRows * op.K : 0);
   const Scratch<float> c(kSmallRows * width + kSmallTokens);  // the last row is read in whole tiles
   const Scratch<float> b(kSmallRows * op.R), room(op.operand->room());
@@ -239,7 +239,7 @@ void forward_rows(const Small<T>& op, int64_t begin, int64_t end) {
   for (int64_t n = begin * kSmallRows; n < end * kSmallRows; n += kSmallRows) {
     float squares[kSmallRows];
     if (by_codes) {
-      codes_forward(*op.quantised, n, op.operand->dot_columns(), c.data(), width);
+      codes_forward<T>(*op.quantised, n, op.operand->dot_columns(), c.data(), width);
     } else {
       if (op.quantised != nullptr) make_rows(*op.quantised, n, made.data());
       op.operand->multiply(op.quantised != nullptr ? made.data() : op.weight + n * op.ld, op.ld, c.data(),

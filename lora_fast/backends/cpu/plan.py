@@ -111,8 +111,8 @@ def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
 def takes_quantised(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether the kernel for few tokens multiplies x [..., K] by a W that is quantised, whose rows it makes on the way.
 
-    2048 × 2048 in nf4, AMD EPYC (Zen 5), 2 threads, beside bitsandbytes' own product: 1 token in bfloat16 0.13 ms and
-    0.53, 32 tokens 0.55 and 0.80, in float32 0.41 and 1.2, 1.1 and 2.6.
+    2048 × 2048 in nf4, AMD EPYC (Zen 5), 2 threads, beside bitsandbytes' own product: 1 token in bfloat16 0.14 ms and
+    0.53, 32 tokens 0.57 and 0.82, in float32 0.24 and 1.2, 1.2 and 2.8.
     """
     return (
         x.dtype in FEW_DTYPES
