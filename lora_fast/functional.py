@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_fast import calls, checks, ops
 from lora_fast.autograd import (
@@ -343,10 +344,11 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd takes the call: in eager mode wherever it is on, so that jvp and vmap raise instead of losing
-    their derivative; traced, where an input wants a gradient: torch.compile fails on a Function none of whose does."""
+    """Whether autograd takes the call: in eager mode wherever it is on, and for forward-mode differentiation, so that
+    jvp and vmap raise instead of losing their derivative; traced, where an input wants a gradient: torch.compile fails
+    on a Function none of whose does."""
     if not torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
+        return torch.is_grad_enabled() or forward_ad._current_level >= 0
     if torch._C._are_functorch_transforms_active():  # the op alone would have no derivative, and nobody would know
         raise RuntimeError("torch.compile cannot trace lora_fast inside a transform of torch.func, such as grad")
     return _wants_grad(*tensors)

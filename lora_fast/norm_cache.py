@@ -35,23 +35,23 @@ class NormCache:
     def __init__(self) -> None:
         self.norm: Tensor | None = None
         self.key: Tensor | None = None
-        self._storage: StorageWeakRef | None = None
+        self._storages: list[StorageWeakRef] = []
 
-    def of(self, weight: Tensor) -> NormCache:
-        """This cache, emptied if ``weight`` lies in another storage than in the last call.
+    def of(self, *made_of: Tensor) -> NormCache:
+        """This cache, emptied if what W is made of, most often W alone, lies in other storages than in the last call.
 
         An address tells nothing then: an offloaded weight, for one, comes back in new memory, often at the same place.
         Traced code cannot ask this, nor can a function transform's wrapper, which has no storage.
         """
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(made_of[0]):
             return self
-        storage = weight.untyped_storage()
-        if self._storage is not None and self._storage.cdata == storage._cdata:
+        storages = [tensor.untyped_storage() for tensor in made_of]
+        if [held.cdata for held in self._storages] == [storage._cdata for storage in storages]:
             return self
-        if self._storage is not None:
+        if self._storages:
             self.clear()
-        # it lets go of the memory but not of the storage's identity, which no other storage can take meanwhile
-        self._storage = StorageWeakRef(storage)
+        # they let go of the memory but not of the storages' identity, which no other storage can take meanwhile
+        self._storages = [StorageWeakRef(storage) for storage in storages]
         return self
 
     def clear(self) -> None:

@@ -122,6 +122,13 @@ def library_weight(layer: Any) -> Tensor:
     return weight.detach()
 
 
+def factors(layer: Any, rank: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    N, K = layer.out_features, layer.in_features
+    lora_A = torch.randn(rank, K, generator=generator) / K**0.5
+    return lora_A.to(dtype), (torch.randn(N, rank, generator=generator) * 0.3).to(dtype)
+
+
 def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 7) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_helpers import BY_NAME, FORMATS, USUAL, Format, allocations, formats, library_weight, relative, tokens
+from quantised_helpers import (
+    BY_NAME,
+    FORMATS,
+    USUAL,
+    Format,
+    allocations,
+    factors,
+    formats,
+    library_weight,
+    relative,
+    tokens,
+)
 from torch import Tensor, nn
 
 from lora_fast import NormCache, bases, reference
@@ -20,13 +31,6 @@ from lora_fast.testing import poisoned_memory
 NF4, INT8 = BY_NAME["nf4"], BY_NAME["int8"]
 FULL = {"rtol": 4e-7, "atol": 0.0}  # of a norm in float32, by whatever order of its sum
 AXES = pytest.mark.parametrize("axis", ["output", "input"])
-
-
-def factors(layer: Any, rank: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    N, K = layer.out_features, layer.in_features
-    lora_A = torch.randn(rank, K, generator=generator) / K**0.5
-    return lora_A.to(dtype), (torch.randn(N, rank, generator=generator) * 0.3).to(dtype)
 
 
 def true_norm(layer: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, axis: str) -> Tensor:

@@ -184,3 +184,25 @@ def test_layers_take_it_in_evaluation(dora: bool, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         layer(x)
     assert len(calls) == 1
+
+
+@pytest.mark.torchao
+def test_what_has_no_derivative_and_is_not_traced_is_not_taken() -> None:
+    """As for more tokens, whose ops raise or are seen."""
+    import torch.autograd.forward_ad as forward
+    from quantised_helpers import BY_NAME, tokens
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lora_fast import LinearWithLoRA
+
+    layer = LinearWithLoRA(BY_NAME["int8-weight-only-float32"].linear(), 4, 1.5).eval().requires_grad_(False)
+    x = tokens(3, 128, dtype=torch.float32)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(layer, (x,), (x,))
+    with forward.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError):
+        layer(forward.make_dual(x, x))
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(x), layer(x))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer(torch.randn(3, 128)).shape == (3, 96)

@@ -6,7 +6,6 @@ quantised W is its library's product and :func:`lora_fast.functional.lora_compos
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_fast.backends import extension, registry
@@ -17,7 +16,6 @@ def takes(x: Tensor, lora_A: Tensor, lora_B: Tensor, name: str) -> bool:
     return (
         name in ("auto", "cpu")
         and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
         and extension.missing() is None
         and bool(registry.get("cpu").plan.takes_quantised(x, lora_A, lora_B))
     )

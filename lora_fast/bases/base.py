@@ -97,10 +97,10 @@ class Base:
         """Whether :meth:`product` is that of x and the rows, rounded to x's dtype: then a kernel may make it."""
         return False
 
-    def take_statistics(self, state_dict: dict[str, Any], prefix: str) -> Any:
+    def take_statistics(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> Any:
         """What the layer saves and its own loading does not take, out of ``state_dict``; None for nothing.
 
-        Raises ValueError for what does not fit the layer.
+        Raises ValueError for what does not fit the layer. ``assign``: load_state_dict's.
         """
         return None
 

@@ -20,6 +20,23 @@ from lora_fast.dtypes import named
 _PACKED_ROWS = 32  # that bitsandbytes packs together for its AVX512-BF16 kernel
 
 
+def _check_weight(state_dict: dict[str, Any], prefix: str, assign: bool, dtype: torch.dtype) -> bool:
+    """Whether codes are given. ValueError where they are of another dtype or would take the weight's place."""
+    key = f"{prefix}weight"
+    weight = state_dict.get(key)
+    if weight is None:
+        return False
+    if assign:
+        raise ValueError(
+            f'"{key}": assign=True would put a plain tensor in the place of bitsandbytes\' weight; load without it.'
+        )
+    if weight.dtype != dtype:
+        raise ValueError(
+            f'"{key}": got {weight.dtype}, expected codes of {dtype}; a weight is not quantised by loading.'
+        )
+    return True
+
+
 class Linear4bit(Base):
     """Two 4-bit codes a byte and a float32 scale for each ``blocksize`` of them, in W's row-major order."""
 
@@ -44,14 +61,14 @@ class Linear4bit(Base):
 
     @property
     def form(self) -> str:
-        state = _state(self.layer)
+        state = self._unpacked_state()
         N, K = state.shape
         kind, block, nested = state.quant_type, state.blocksize, state.state2.blocksize if state.nested else 0
         return f"bitsandbytes.FourBit {N} {K} {kind} {block} {nested} {state.dtype}"
 
     def content(self) -> list[Tensor]:
-        layer, state = self.layer, _state(self.layer)
-        content = [layer.weight.detach(), state.absmax, state.code]
+        state = self._unpacked_state()
+        content = [self.layer.weight.detach(), state.absmax, state.code]
         if state.nested:
             content += [state.state2.absmax, state.state2.code, state.offset]
         return content
@@ -73,11 +90,9 @@ class Linear4bit(Base):
 
     def product(self, x: Tensor) -> Tensor:
         """In ``compute_dtype``, as the layer does; one that is not set is not latched to the first x's dtype."""
-        layer = self.layer
-        if _is_packed(_state(layer)):
-            self.prepare()
+        state = self._unpacked_state()
         wide = x.to(self._compute_dtype(x))
-        return bnb.matmul_4bit(wide, layer.weight, quant_state=_state(layer)).to(x.dtype)
+        return bnb.matmul_4bit(wide, self.layer.weight, quant_state=state).to(x.dtype)
 
     def multiplies_rows(self, x: Tensor) -> bool:
         return self._compute_dtype(x) == x.dtype and not _is_packed(_state(self.layer))
@@ -86,19 +101,34 @@ class Linear4bit(Base):
         layer = self.layer
         is_open = layer.compute_dtype is None or not layer.compute_type_is_set
         dtype: torch.dtype = x.dtype if is_open else layer.compute_dtype
-        return dtype
+        # in which bitsandbytes returns memory that it has not written
+        return torch.float32 if dtype == torch.float64 and x.device.type == "cpu" else dtype
 
-    def take_statistics(self, state_dict: dict[str, Any], prefix: str) -> Any:
+    def _unpacked_state(self) -> Any:
+        if _is_packed(_state(self.layer)):
+            self.prepare()
+        return _state(self.layer)
+
+    def take_statistics(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> Any:
         start = f"{prefix}weight."
         given = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
-        if not any(name.startswith("quant_state.bitsandbytes__") for name in given):
+        codes = _check_weight(state_dict, prefix, assign, self.layer.weight.dtype)
+        if not given and not codes:
             return None
+        if not codes or not any(name.startswith("quant_state.bitsandbytes__") for name in given):
+            raise ValueError(f'"{start[:-1]}": codes and statistics go together, and one came without the other.')
         state, own = bnb.functional.QuantState.from_dict(given, device=self.device), _state(self.layer)
         for name in ("shape", "blocksize", "quant_type", "dtype"):
-            if getattr(state, name) != getattr(own, name):
-                raise ValueError(
-                    f'"{start[:-1]}": its {name} is {getattr(state, name)}, expected {getattr(own, name)}.'
-                )
+            _check_same(start, name, getattr(state, name), getattr(own, name))
+        expected = -(-own.shape.numel() // own.blocksize)
+        _check_same(start, "number of scales", state.absmax.numel(), expected)
+        if state.nested:
+            _check_same(
+                start, "number of scales' scales", state.state2.absmax.numel(), -(-expected // state.state2.blocksize)
+            )
+            state.state2.absmax = state.state2.absmax.float()
+        else:
+            state.absmax = state.absmax.float()
         return state
 
     def set_statistics(self, statistics: Any) -> None:
@@ -111,6 +141,11 @@ class Linear4bit(Base):
             # what inference mode packed is an inference tensor, which no backward takes
             with torch.inference_mode(False), torch.no_grad():
                 layer.weight.data = _unpacked(layer.weight.data, state)
+
+
+def _check_same(start: str, name: str, given: Any, expected: Any) -> None:
+    if given != expected:
+        raise ValueError(f'"{start[:-1]}": its {name} is {given}, expected {expected}.')
 
 
 def _state(layer: Any) -> Any:
@@ -237,9 +272,14 @@ class Linear8bit(Base):
         product: Tensor = bnb.matmul(x, layer.weight, state=layer.state)
         return product
 
-    def take_statistics(self, state_dict: dict[str, Any], prefix: str) -> Any:
+    def take_statistics(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> Any:
         """The scale, which the layer loads before its first call alone."""
-        scale = state_dict.pop(f"{prefix}SCB", None)
+        scale, order = state_dict.pop(f"{prefix}SCB", None), state_dict.pop(f"{prefix}weight_format", 0)
+        codes = _check_weight(state_dict, prefix, assign, torch.int8)
+        if codes != (scale is not None):
+            raise ValueError(f'"{prefix}SCB": codes and scale go together, and one came without the other.')
+        if int(order) != 0:
+            raise ValueError(f'"{prefix}weight_format": got {int(order)}, expected 0, which is by rows.')
         if scale is not None and scale.shape != (expected := _scale(self.layer).shape):
             raise ValueError(f'"{prefix}SCB": got shape {list(scale.shape)}, expected {list(expected)}.')
         return scale

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_fast import checks, functional
 from lora_fast.backends import BackendName, quantised, resolved
@@ -20,6 +21,7 @@ from lora_fast.bases.registry import form_of
 from lora_fast.calls import Axis
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.norm_cache import NormCache
+from lora_fast.ops import is_watched
 
 
 def weight_norm(
@@ -44,7 +46,7 @@ def weight_norm(
     name, content, tensors = resolved(backend), base.content(), None
     if kept is not None:
         size, dtype = (N if axis == "output" else K), accumulate_dtype(lora_A, lora_B)
-        tensors = kept.of(content[0]).tensors(size, dtype, lora_A.device)
+        tensors = kept.of(*content).tensors(size, dtype, lora_A.device)
     return ops.base_norm(ops.NormOf(content, base.form, lora_A, lora_B, float(scaling), axis), tensors, name)
 
 
@@ -97,7 +99,9 @@ def _few_tokens(
     gain: Tensor | None,
     backend: BackendName,
 ) -> Tensor | None:
-    """y by the kernel for few tokens, if there is one for this call; it has no gradients."""
+    """y by the kernel for few tokens, if there is one for this call; it has no derivative and is not traced."""
+    if is_watched() or forward_ad._current_level >= 0:
+        return None
     trained = x, bias, lora_A, lora_B, gain
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         return None

@@ -31,6 +31,12 @@ class TorchAOLinear(Base):
     def kind(self) -> str:
         return type(self.layer.weight).__name__
 
+    def take_statistics(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> Any:
+        """None: the tensor has them."""
+        given = state_dict.get(f"{prefix}weight", self.weight)
+        if type(given) is not type(self.weight):
+            raise ValueError(f'"{prefix}weight": got {type(given).__name__}, expected {self.kind}.')
+
     @property
     def shape(self) -> tuple[int, int]:
         N, K = self.layer.weight.shape
@@ -54,6 +60,9 @@ class Int8Linear(TorchAOLinear):
     def refusal(cls, layer: Any) -> str | None:
         if layer.weight.act_pre_scale is not None:
             return "torchao's Int8Tensor has an act_pre_scale: what it multiplies x by is not its rows alone"
+        of_blocks = layer.weight.act_quant_kwargs is None and layer.weight.block_size[-1] < layer.weight.shape[-1]
+        if not of_blocks and _has_zero_points(layer.weight):
+            return "torchao's Int8Tensor has zero points, which its product of whole rows leaves out"
         return None
 
     @property
@@ -79,6 +88,19 @@ class Int8Linear(TorchAOLinear):
 
     def multiplies_rows(self, x: Tensor) -> bool:
         return not self.straight_through
+
+
+def _has_zero_points(weight: Any) -> bool:
+    """Whether one is not zero. What was found out is noted at the tensor: to look makes the host wait for a GPU."""
+    zero_point = weight.zero_point
+    if zero_point is None or torch.compiler.is_compiling():
+        return False
+    version = None if zero_point.is_inference() else zero_point._version
+    known = getattr(zero_point, "_lora_fast_nonzero", None)
+    if known is None or known[0] != version:
+        known = zero_point._lora_fast_nonzero = version, bool(zero_point.any())
+    found: bool = known[1]
+    return found
 
 
 class Float8Linear(TorchAOLinear):

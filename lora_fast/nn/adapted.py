@@ -258,7 +258,8 @@ class AdaptedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        compat.prepare_load(self, state_dict, prefix, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        compat.prepare_load(self, state_dict, prefix, assign, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

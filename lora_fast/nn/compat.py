@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 ARTICLE_KEYS = {"lora.A": "lora_A", "lora.B": "lora_B", "m": "magnitude"}
 
 
-def prepare_load(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+def prepare_load(
+    layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, assign: bool, error_msgs: list[str]
+) -> None:
     """Rewrite ``layer``'s part of ``state_dict`` in our keys; if a value does not fit, so that nothing is loaded.
 
     What does not fit is reported in ``error_msgs``, and every value that came is replaced by the layer's own. Missing
@@ -33,7 +35,7 @@ def prepare_load(layer: AdaptedLinear, state_dict: dict[str, Any], prefix: str, 
     errors += [error for key in given if (error := _mismatch(key, state_dict[key], current[key]))]
     base, statistics = layer.base(), None
     try:
-        statistics = None if base is None else base.take_statistics(state_dict, f"{prefix}linear.")
+        statistics = None if base is None else base.take_statistics(state_dict, f"{prefix}linear.", assign)
     except ValueError as error:
         errors.append(str(error))
 
