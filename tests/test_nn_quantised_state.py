@@ -41,6 +41,7 @@ CHANGES = [
     ("nf4", "no statistics", without("linear.weight."), "one came without the other"),
     ("nf4", "no quant_state", without("linear.weight.quant_state"), "one came without the other"),
     ("nf4", "no codes", lambda state: state.pop("linear.weight"), "one came without the other"),
+    ("nf4", "no scales", lambda state: state.pop("linear.weight.absmax"), "its statistics lack 'absmax'"),
     (
         "nf4",
         "scales missing",

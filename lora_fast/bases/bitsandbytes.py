@@ -20,23 +20,6 @@ from lora_fast.dtypes import named
 _PACKED_ROWS = 32  # that bitsandbytes packs together for its AVX512-BF16 kernel
 
 
-def _check_weight(state_dict: dict[str, Any], prefix: str, assign: bool, dtype: torch.dtype) -> bool:
-    """Whether codes are given. ValueError where they are of another dtype or would take the weight's place."""
-    key = f"{prefix}weight"
-    weight = state_dict.get(key)
-    if weight is None:
-        return False
-    if assign:
-        raise ValueError(
-            f'"{key}": assign=True would put a plain tensor in the place of bitsandbytes\' weight; load without it.'
-        )
-    if weight.dtype != dtype:
-        raise ValueError(
-            f'"{key}": got {weight.dtype}, expected codes of {dtype}; a weight is not quantised by loading.'
-        )
-    return True
-
-
 class Linear4bit(Base):
     """Two 4-bit codes a byte and a float32 scale for each ``blocksize`` of them, in W's row-major order."""
 
@@ -117,7 +100,10 @@ class Linear4bit(Base):
             return None
         if not codes or not any(name.startswith("quant_state.bitsandbytes__") for name in given):
             raise ValueError(f'"{start[:-1]}": codes and statistics go together, and one came without the other.')
-        state, own = bnb.functional.QuantState.from_dict(given, device=self.device), _state(self.layer)
+        try:
+            state, own = bnb.functional.QuantState.from_dict(given, device=self.device), _state(self.layer)
+        except KeyError as missing:
+            raise ValueError(f'"{start[:-1]}": its statistics lack {missing}.') from None
         for name in ("shape", "blocksize", "quant_type", "dtype"):
             _check_same(start, name, getattr(state, name), getattr(own, name))
         expected = -(-own.shape.numel() // own.blocksize)
@@ -141,6 +127,23 @@ class Linear4bit(Base):
             # what inference mode packed is an inference tensor, which no backward takes
             with torch.inference_mode(False), torch.no_grad():
                 layer.weight.data = _unpacked(layer.weight.data, state)
+
+
+def _check_weight(state_dict: dict[str, Any], prefix: str, assign: bool, dtype: torch.dtype) -> bool:
+    """Whether codes are given. ValueError where they are of another dtype or would take the weight's place."""
+    key = f"{prefix}weight"
+    weight = state_dict.get(key)
+    if weight is None:
+        return False
+    if assign:
+        raise ValueError(
+            f'"{key}": assign=True would put a plain tensor in the place of bitsandbytes\' weight; load without it.'
+        )
+    if weight.dtype != dtype:
+        raise ValueError(
+            f'"{key}": got {weight.dtype}, expected codes of {dtype}; a weight is not quantised by loading.'
+        )
+    return True
 
 
 def _check_same(start: str, name: str, given: Any, expected: Any) -> None:
