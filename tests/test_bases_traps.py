@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_helpers import BY_NAME, factors, plain_linear, relative, tokens
+from quantised_helpers import BY_NAME, factors, library_weight, plain_linear, relative, tokens
 from torch import Tensor, nn
 
+import lora_fast
 from lora_fast import LinearWithDoRA, LinearWithLoRA, NormCache, bases
 from lora_fast.bases import quantise
 
@@ -102,3 +103,39 @@ def test_a_weight_that_is_packed_by_another_layer(kind: type) -> None:
     with torch.no_grad():
         other(x)
     assert relative(layer(x), expected) < 0.01
+
+
+@pytest.mark.bitsandbytes
+@pytest.mark.parametrize("kind", [LinearWithLoRA, LinearWithDoRA])
+def test_an_int8_weight_that_is_replaced_after_a_call(kind: type) -> None:
+    """PEFT does so: init_lora_weights="olora" leaves what is not in the adapter."""
+    linear, other, again = (BY_NAME["int8-float32"].linear(64, 128, seed=seed) for seed in (0, 1, 1))
+    layer, x = kind(linear, 4, 1.0), tokens(5, 128, dtype=torch.float32)
+    layer(x)
+    linear.weight, linear.bias = other.weight, other.bias
+    norm = bases.weight_norm(layer.base(), layer.lora_A, layer.lora_B, 1.0)
+    torch.testing.assert_close(norm, library_weight(again).norm(dim=1))
+    gain = layer.magnitude / norm if kind is LinearWithDoRA else 1.0  # lora_B is zero
+    assert relative(layer(x), gain * (again(x) - again.bias) + again.bias) < 1e-6
+
+
+@pytest.mark.torchao
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_offloaded_weights_of_torchao_are_left_to_peft(offloaded: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    peft = pytest.importorskip("peft")
+    x = tokens(2, 64)
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).bfloat16()
+        quantise.replace_linears(model, quantise.torchao)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"])).eval()
+        if fast and offloaded == "after":
+            lora_fast.accelerate(model)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        if fast and offloaded == "before":
+            lora_fast.accelerate(model)
+        with torch.no_grad():
+            results.append(model(x))
+    assert torch.equal(*results)

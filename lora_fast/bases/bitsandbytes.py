@@ -270,7 +270,8 @@ class Linear8bit(Base):
         """As the layer: in evaluation, and always on a GPU, of x rounded to int8."""
         layer = self.layer
         layer.state.is_training = layer.training
-        if layer.state.CB is None:
+        # as the layer: a weight that has its codes beside it was put in place after the last call
+        if layer.state.CB is None or getattr(layer.weight, "CB", None) is not None:
             layer.init_8bit_state()
         product: Tensor = bnb.matmul(x, layer.weight, state=layer.state)
         return product
@@ -293,8 +294,9 @@ class Linear8bit(Base):
 
 
 def _scale(layer: Any) -> Any:
-    """float32 [N]: the weight's until the layer's first call, then the layer's."""
-    return getattr(layer.weight, "SCB", None) if layer.state.SCB is None else layer.state.SCB
+    """float32 [N]: the weight's until the layer's next call, then the layer's."""
+    scale = getattr(layer.weight, "SCB", None)
+    return layer.state.SCB if scale is None else scale
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ON_META = "the base weight is on the meta device (offloaded or not loaded yet)"
 
 __all__ = ["BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention"]
 
@@ -240,7 +241,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
         return "the base layer is adapted itself"
     weight = base._parameters.get("weight")
     if not (of_linear and type(weight) in PLAIN) and is_linear(layer) and bases.is_quantised(base):
-        return bases.refusal(base)
+        return bases.refusal(base) or (_ON_META if weight is not None and weight.device.type == "meta" else None)
     if not _is_readable(weight, gathers):
         found = type(getattr(base, "weight", None)).__name__
         return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
@@ -249,7 +250,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
     if weight.requires_grad:
         return "the base weight is trained"
     if weight.is_meta:
-        return "the base weight is on the meta device (offloaded or not loaded yet)"
+        return _ON_META
     if is_linear(layer):
         if of_linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
