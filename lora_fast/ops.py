@@ -84,14 +84,17 @@ def _is_seen(call: calls.Call) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether torch.compile, export or another tracer, a transform of torch.func, a mode or a profiler is about."""
+    """Whether :func:`is_traced` holds, a mode that sees functions or a profiler is about."""
+    return is_traced() or torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled()
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, export or another tracer, a transform of torch.func or a mode that sees ops is about."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
     )
 
 

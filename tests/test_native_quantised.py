@@ -184,6 +184,10 @@ def test_layers_take_it_in_evaluation(dora: bool, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         layer(x)
     assert len(calls) == 1
+    layer.backend = "auto"
+    with torch.no_grad(), torch.profiler.profile():  # which is to see what runs
+        layer(x)
+    assert len(calls) == 2
 
 
 @pytest.mark.torchao

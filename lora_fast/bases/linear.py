@@ -21,7 +21,7 @@ from lora_fast.bases.registry import form_of
 from lora_fast.calls import Axis
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.norm_cache import NormCache
-from lora_fast.ops import is_watched
+from lora_fast.ops import is_traced
 
 
 def weight_norm(
@@ -100,7 +100,7 @@ def _few_tokens(
     backend: BackendName,
 ) -> Tensor | None:
     """y by the kernel for few tokens, if there is one for this call; it has no derivative and is not traced."""
-    if is_watched() or forward_ad._current_level >= 0:
+    if is_traced() or forward_ad._current_level >= 0:
         return None
     trained = x, bias, lora_A, lora_B, gain
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):

@@ -92,8 +92,9 @@ class Int8Linear(TorchAOLinear):
 
 def _has_zero_points(weight: Any) -> bool:
     """Whether one is not zero. What was found out is noted at the tensor: to look makes the host wait for a GPU."""
-    zero_point = weight.zero_point
-    if zero_point is None or zero_point.is_meta or torch.compiler.is_compiling():
+    zero_point: Any = weight.zero_point
+    plain = type(zero_point) is Tensor and not zero_point.is_meta
+    if not plain or torch.compiler.is_compiling():
         return False
     version = None if zero_point.is_inference() else zero_point._version
     known = getattr(zero_point, "_lora_fast_nonzero", None)
