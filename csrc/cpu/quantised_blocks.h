@@ -29,13 +29,6 @@ LORA_FAST_TARGET LORA_FAST_INLINE f32x16 load_signed_bytes(const uint8_t* p) {
   return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
 }
 
-// Zeros of codes of 8 bits
-inline f32x16 levels_of(const QuantisedWeight& w) {
-  alignas(64) float levels[kLanes] = {};
-  if (w.levels != nullptr) std::transform(w.levels, w.levels + kLanes, levels, with_usual_nan);
-  return load<float>(levels);
-}
-
 // c [kDotRows][ld_c] = as many rows of W times `count` columns, stretch by stretch (see DotColumns). The
 // codes of as many rows behind them are fetched meanwhile.
 template <int64_t count, class Block>

@@ -108,7 +108,7 @@ LORA_FAST_INLINE void square_rows_of(const QuantisedWeight& w, const PackedAdapt
                                      int64_t begin, int64_t end) {
   using Tile = QuantisedTile<F, T, four_bits>;
   typename Tile::Made made;
-  if constexpr (four_bits) std::transform(w.levels, w.levels + kLanes, made.levels, with_usual_nan);
+  if constexpr (four_bits) store_bits(made.levels, levels_of(w));
   RowSquares<F> rows(w, squares);
   const Vec<F> scaling = splat(static_cast<F>(w.scaling));
   const TileRange range{begin, end, 0, col_blocks(w), few_tile_rows(adapter.layout)};

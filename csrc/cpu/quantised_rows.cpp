@@ -1,5 +1,7 @@
 #include "quantised_rows.h"
 
+#include <cstdlib>
+
 #if LORA_FAST_HAS_AVX512_BF16
 #define LORA_FAST_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "quantised_blocks.h"
@@ -22,14 +24,13 @@ LORA_FAST_INLINE void store_rounded(T* out, Strip<float> x) {
 template <class T, bool four_bits>
 LORA_FAST_CLONES void make(const QuantisedWeight& w, int64_t n, T* out) {
   const bool looks_up = has_avx512_vectors();
-  alignas(64) float levels[kLanes], numbers[kLanes], strip[kStrip];  // numbers: see QuantisedTile
-  if constexpr (four_bits) std::transform(w.levels, w.levels + kLanes, levels, with_usual_nan);
+  const f32x16 levels = levels_of(w);
+  alignas(64) float numbers[kLanes], strip[kStrip];  // numbers: see QuantisedTile
   for (int64_t i = n; i < n + kSmallRows; ++i, out += w.cols) {
     for (int64_t j = 0; j < w.cols; j += kStrip) {
       if (w.strips_have_one_scale && j % w.block == 0) {
         std::fill_n(numbers, kLanes, with_usual_nan(w.scale_of(i)[j / w.block]));
-        if constexpr (four_bits)
-          store<float>(numbers, rounded_but_nan<T>(load<float>(levels) * load<float>(numbers)));
+        if constexpr (four_bits) store<float>(numbers, rounded_but_nan<T>(levels * load<float>(numbers)));
       }
       Strip<float> x;
       if (!w.strips_have_one_scale) {
@@ -110,6 +111,8 @@ void codes_forward(const QuantisedWeight& w, int64_t n, const DotColumns& column
 #if LORA_FAST_HAS_AVX512_BF16
   products_of<T>() == Products::pairs ? pair_codes_forward(w, n, columns, c, ld_c)
                                       : float_codes_forward<T>(w, n, columns, c, ld_c);
+#else
+  std::abort();  // multiplies_codes() is false here, so that nothing calls this
 #endif
 }
 

@@ -90,6 +90,13 @@ LORA_FAST_INLINE f32x16 rounded_but_nan(f32x16 product) {
   }
 }
 
+// Of 4 bits, the numbers that the codes stand for before they are scaled; of 8 bits zeros.
+inline f32x16 levels_of(const QuantisedWeight& w) {
+  alignas(64) float levels[kLanes] = {};
+  if (w.levels != nullptr) std::transform(w.levels, w.levels + kLanes, levels, with_usual_nan);
+  return load<float>(levels);
+}
+
 // table[index], of sixteen each, an index being below sixteen: one instruction of AVX-512. With other vectors
 // GCC 12 makes scalar code of it: on a Zen 5 23 to 34 ns for a strip, where single loads take 6 to 15.
 LORA_FAST_INLINE f32x16 look_up(f32x16 table, u32x16 index) {
