@@ -11,6 +11,18 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     return divided(magnitude, divisor(norm))
 
 
+def unrounded(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """What ``magnitude``, rounded to 16 bits on its way here, may have been: of all that round to it the nearest to n.
+
+    So a magnitude that is the norm gives gain 1 still. In the norm's dtype; the gradient is the magnitude's.
+    """
+    rounded, norm = magnitude.detach(), norm.detach()
+    wide = rounded.to(norm.dtype)
+    below, above = (torch.nextafter(rounded, torch.full_like(rounded, end)) for end in (-torch.inf, torch.inf))
+    nearest = norm.clamp((wide + below) / 2, (wide + above) / 2)
+    return magnitude.to(norm.dtype) + torch.where(wide.isfinite(), nearest - wide, 0.0)
+
+
 def divided(magnitude: Tensor, divisor: Tensor) -> Tensor:
     """The gain, where the norm's :func:`divisor` is there already."""
     return magnitude.to(divisor.dtype) / divisor

@@ -26,10 +26,11 @@ LEAVES = {"calls", "checks", "content_key", "dtypes", "gain", "norm_cache", "sta
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"adapters", "backends", "functional", "integrations", "nn"},
-    "nn": {"backends", "bases", "functional"},
-    "integrations": {"backends", "bases", "functional", "nn"},
+    "nn": {"backends", "bases", "functional", "parallel"},
+    "integrations": {"adapters", "backends", "bases", "functional", "nn", "parallel"},
+    "parallel": set(),
     "bases": {"backends", "functional", "ops"},
-    "adapters": {"functional", "nn"},
+    "adapters": {"functional", "nn", "parallel"},
     "merge_checkpoint": {"adapters"},
     "functional": {"autograd", "backends", "ops"},
     "autograd": {"backends", "ops"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from nn_helpers import IN, KINDS, OUT, assert_same_function, make_layer
+from nn_helpers import IN, KINDS, assert_same_function, make_layer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -87,26 +88,68 @@ def test_hooks_on_the_layer_are_called(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_3_hooks_gather_what_the_layer_reads(kind: str) -> None:
-    """DeepSpeed marks its modules with ds_id; its hooks change nothing in the equation, and reading W gathers it."""
-    layer: Any = make_layer(kind)
-    layer.linear.register_forward_pre_hook(lambda *_: None)
-    layer.linear.ds_id = 3
-    assert_same_function(layer, torch.randn(3, IN))
+def test_hooks_that_gather_run_around_the_layers_computation(kind: str) -> None:
+    """As DeepSpeed's: W is there between them only. Another's hook beside them would be passed over."""
+    layer, x = make_layer(kind), torch.randn(3, IN)
+    expected, weight, seen = layer(x), layer.linear.weight.detach().clone(), []
+
+    def before(linear: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        seen.append(args[0])
+        linear.weight.data = weight
+        return args
+
+    def after(linear: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        seen.append(output)
+        linear.weight.data = weight[:0]
+        return output + 1
+
+    before.__module__ = after.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    layer.linear.weight.data = weight[:0]
+    layer.linear.register_forward_pre_hook(before)
+    layer.linear.register_forward_hook(functools.partial(after))
+    for _ in range(2):
+        assert torch.equal(layer(x), expected + 1)
+        assert seen.pop(0) is x
+        assert torch.equal(seen.pop(0), expected)
+        assert "forward" not in vars(layer.linear)
+    layer.linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="has hooks, .*" + ON_THE_LAYER):
+        layer(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_inside_the_call_leaves_the_linear_as_it_was(kind: str) -> None:
+    layer, x = make_layer(kind), torch.randn(3, IN)
+    expected = layer(x)
+
+    def gather(*_: Any) -> None:
+        if x.dtype == torch.float64:
+            raise OverflowError("no memory")
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    layer.linear.register_forward_pre_hook(gather)
+    for wrong, error in ((torch.randn(3, IN + 1), ValueError), (torch.randn(3, IN).bool(), TypeError)):
+        with pytest.raises(error, match="x: got"):
+            layer(wrong)
+        assert "forward" not in vars(layer.linear)
+        assert torch.equal(layer(x), expected)
+    x = x.double()
+    with pytest.raises(OverflowError, match="no memory"):
+        layer(x)
+    assert "forward" not in vars(layer.linear)
 
 
 def test_fully_shard_of_the_linear_alone(tmp_path: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
-        layer = make_layer("dora-output")
-        fully_shard(layer.linear)
-        with pytest.raises(RuntimeError, match="has hooks, .*" + ON_THE_LAYER):
-            layer(torch.randn(3, IN))
-        layer = make_layer("dora-output")
         x = torch.randn(3, IN)
-        expected = layer(x)
-        fully_shard(layer)
-        assert torch.equal(layer(x), expected)
-        assert layer(x).shape == (3, OUT)
+        for shard in (lambda layer: fully_shard(layer.linear), fully_shard):
+            layer = make_layer("dora-output")
+            expected = layer(x)
+            shard(layer)
+            assert torch.equal(layer(x), expected)
+            layer.linear.register_forward_hook(lambda *_: None)
+            with pytest.raises(RuntimeError, match="has hooks, .*" + ON_THE_LAYER):
+                layer(x)
     finally:
         dist.destroy_process_group()

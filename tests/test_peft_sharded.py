@@ -170,11 +170,25 @@ def check_training(first: str, shard: Callable[..., None], mesh: DeviceMesh) -> 
 
 
 def check_base_layers_sharded_alone(mesh: DeviceMesh) -> None:
-    """The weight is gathered in the base layer's own call, which PEFT's LoRA makes."""
+    """The weight is gathered in the base layer's own call; another's hook beside keeps PEFT's forward."""
+    for make in (linears, words, images):
+        for dora in (False, True):
+            model, x, calls = make(dora)
+            wanted = results(model, x)
+            for layer in tuned(model):
+                fully_shard(layer.base_layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            report = lora_fast.accelerate(model)
+            assert report.left_alone == []
+            assert all("inside the calls that gather the weights" in layer.runs for layer in report.layers), str(report)
+            with counted() as counts:
+                torch.testing.assert_close(whole(results(model, x)), wanted, **EXACT)
+            assert counts == {**dict.fromkeys(OPS, 0), **calls}
     model = perceptron()
     wanted = results(model, tokens(4, 12))
     for layer in tuned(model):
         fully_shard(layer.base_layer, mesh=mesh)
+        layer.base_layer.register_forward_hook(lambda *_: None)
     fully_shard(model, mesh=mesh)
     report = lora_fast.accelerate(model)
     assert report.accelerated == []
@@ -182,6 +196,21 @@ def check_base_layers_sharded_alone(mesh: DeviceMesh) -> None:
     with counted() as counts:
         torch.testing.assert_close(whole(results(model, tokens(4, 12))), wanted, **EXACT)
     assert set(counts.values()) == {0}
+
+
+def check_mixed_batches(mesh: DeviceMesh) -> None:
+    """Samples with an adapter each, over base layers that are sharded alone."""
+    names = ["default", "second", "__base__", "default"]
+    for dora in (False, True):
+        model = perceptron(adapters=("default", "second"), use_dora=dora).eval()
+        lora_fast.accelerate(model)
+        x = tokens(4, 12)
+        with torch.no_grad():
+            wanted = model(x, adapter_names=names)
+            for layer in tuned(model):
+                fully_shard(layer.base_layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            torch.testing.assert_close(model(x, adapter_names=names), wanted, **EXACT)
 
 
 def check_tensor_parallel(world: int) -> None:
@@ -233,6 +262,7 @@ def process(rank: int, world: int, store: str) -> None:
                 check_training(first, shard, mesh)
         check_the_very_classes_return(mesh)
         check_base_layers_sharded_alone(mesh)
+        check_mixed_batches(mesh)
         check_tensor_parallel(world)
         check_meta(mesh)
         dist.barrier()

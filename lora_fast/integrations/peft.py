@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lora_fast import bases, stacked
+from lora_fast.parallel import fsdp2
 
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
 OLDEST, NEWEST = (0, 18), (0, 21)
@@ -96,8 +97,9 @@ def accelerate(
         warnings.warn(fault, UserWarning, stacklevel=2)
         return Report((), version, compute_dtype, fault)
 
-    from lora_fast.integrations import fsdp, peft_layers, peft_names
+    from lora_fast.integrations import peft_layers, peft_names
 
+    fsdp2.reshard(model)
     tuned: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, peft_names.BaseTunerLayer)
     ]
@@ -110,7 +112,7 @@ def accelerate(
         for inner in layer.modules()
         if inner is not layer
     }
-    within_fsdp = fsdp.modules_within(model)
+    units = fsdp2.units_around(model)
     reports = []
     for name, layer in tuned:
         reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None
@@ -121,7 +123,7 @@ def accelerate(
             )
             state.compute_dtype, state.norm_reuse, state.stack_weights = compute_dtype, norm_reuse, stack_weights
             layer.prepare()
-        reports.append(_describe(name, layer, reason, within_fsdp=id(layer) in within_fsdp))
+        reports.append(_describe(name, layer, reason, units))
     return Report(tuple(reports), version, compute_dtype)
 
 
@@ -213,26 +215,25 @@ def _set_class(layer: Any, kind: type[nn.Module]) -> None:
             vars(layer)[name] = types.MethodType(kind.forward, layer)
 
 
-def _describe(name: str, layer: Any, reason: str | None, *, within_fsdp: bool) -> LayerReport:
-    from lora_fast.integrations import fsdp, peft_layers, peft_names
+def _describe(name: str, layer: Any, reason: str | None, units: dict[int, nn.Module]) -> LayerReport:
+    from lora_fast.integrations import peft_layers, peft_names
 
-    base = fsdp.base_class(type(layer))
+    base = fsdp2.base_class(type(layer))
     kind = (peft_layers.original_class(base) or base).__name__
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward: {reason}")
-    # where fully_shard was applied to the base layer itself, that layer's own call alone has the weight gathered
-    gathers = within_fsdp and not fsdp.is_unit(layer.base_layer)
+    gathers = id(layer) in units
     reason = peft_names.layer_obstacle(layer, gathers=gathers)
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward until this changes: {reason}")
     obstacles = {
         adapter: peft_names.adapter_obstacle(layer, adapter, gathers=gathers) for adapter in peft_names.available(layer)
     }
-    runs = "; ".join(_describe_adapters(layer, obstacles))
+    runs = "; ".join(_describe_adapters(layer, obstacles, units))
     return LayerReport(name, kind, None in obstacles.values(), runs or "no adapter")
 
 
-def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator[str]:
+def _describe_adapters(layer: Any, obstacles: dict[str, str | None], units: dict[int, nn.Module]) -> Iterator[str]:
     from lora_fast.integrations import peft_layers, peft_names
 
     if isinstance(layer, (peft_layers.FastConv, peft_layers.FastEmbedding)):
@@ -245,12 +246,28 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None]) -> Iterator
             how += " (it passes no gradient to x: here dy W is passed, straight through the rounding of x)"
     else:
         how = f"base_layer(x), lora_compose: {type(layer.base_layer).__name__} has hooks or a forward of its own"
-    if peft_names.is_direct(layer) and layer.may_be_left_to_peft(layer.base_layer.weight):
+    if peft_names.is_direct(layer) and layer.may_be_left_to_peft(peft_names.base_weight(layer)):
         how += ", and PEFT's own forward for few tokens"
     for adapter, obstacle in obstacles.items():
         if obstacle is not None:
             yield f"{adapter}: PEFT's own forward while it is active: {obstacle}"
             continue
         form = "DoRA, weight_norm" if peft_names.is_dora(layer, adapter) else "LoRA"
-        when = ", once FSDP has gathered the weights" if peft_names.obstacle(layer, [adapter]) else ""
-        yield f"{adapter}: {form}, {how}{when}"
+        yield f"{adapter}: {form}, {how}{_describe_sharding(layer, adapter, units)}"
+
+
+def _describe_sharding(layer: Any, adapter: str, units: dict[int, nn.Module]) -> str:
+    """What sharding changes for one adapter, whose layer has no obstacle."""
+    from lora_fast.integrations import peft_names
+
+    text = ""
+    if peft_names.gathering(layer, [adapter]):
+        text += ", inside the calls that gather the weights"
+    elif peft_names.obstacle(layer, [adapter]) is not None:
+        text += ", once FSDP has gathered the weights"
+    module, magnitude = peft_names.magnitude(layer, adapter)
+    unit = units.get(id(module))
+    dtype = None if magnitude is None or unit is None else fsdp2.param_dtype(unit)
+    if magnitude is not None and dtype is not None and dtype.itemsize < magnitude.dtype.itemsize:
+        text += f"; FSDP's mixed precision rounds the magnitude to {dtype}: gains nearer to 1 than its precision are 1"
+    return text

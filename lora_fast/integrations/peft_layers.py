@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from lora_fast import bases, functional, stacked
 from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
-from lora_fast.integrations import fsdp, peft_names
+from lora_fast.gain import unrounded
+from lora_fast.integrations import peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
-from lora_fast.nn.hooks import parameter
 from lora_fast.norm_cache import NormCache
+from lora_fast.parallel import calling, fsdp2, whole
+from lora_fast.parallel.whole import tensor_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of x and W
 STATE = "_lora_fast"  # the attribute that marks an accelerated layer
@@ -40,6 +42,7 @@ class State:
     stack_weights: bool = True
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
+    magnitude_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # by adapter, of what is kept between calls
 
 
 class FastLayer(nn.Module, LoraLayer):
@@ -64,8 +67,17 @@ class FastLayer(nn.Module, LoraLayer):
         else:
             names = peft_names.active(self)
         # in this order: only a base layer without an obstacle is sure to have a weight that x can be held against
-        if peft_names.obstacle(self, names) is not None or not self._takes(x):
+        if peft_names.obstacle(self, names) is not None or not self._fits(x):
             return super().forward(x, *args, **kwargs)
+        gathering = peft_names.gathering(self, names)
+        if gathering:
+            return calling.call_inside(gathering, lambda x: self._with(x, names, adapter_names), x)
+        if not self._takes(x):
+            return super().forward(x, *args, **kwargs)
+        return self._with(x, names, adapter_names)
+
+    def _with(self, x: Tensor, names: list[str], adapter_names: list[str] | None) -> Tensor:
+        """The result with the adapters ``names``, whose tensors are at hand now."""
         adapters = [peft_names.adapter(self, name) for name in names]
         if adapter_names is None:
             return self._adapted(x, adapters)
@@ -75,7 +87,7 @@ class FastLayer(nn.Module, LoraLayer):
     def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
         """Each sample with the adapter that its name says; a name that is no adapter of this layer has the base."""
         # only a call of the base layer is seen by its hooks, and they are to see the batch as one
-        base = self.base_layer(x) if peft_names.calls_base(self) else None
+        base = peft_names.call_base(self, x) if peft_names.calls_base(self) else None
         groups: dict[str, list[int]] = {}
         for sample, name in enumerate(adapter_names):
             groups.setdefault(name if name in adapters else peft_names.BASE_ONLY, []).append(sample)
@@ -90,16 +102,20 @@ class FastLayer(nn.Module, LoraLayer):
             if result is None:
                 result = part.new_empty((x.shape[0], *part.shape[1:]))
             result[index] = part
-        return self.base_layer(x) if result is None else result
+        return peft_names.call_base(self, x) if result is None else result
 
-    def _takes(self, x: Any) -> bool:
-        """Whether x is a tensor that the base layer's product takes; if not, PEFT raises as it does."""
-        raise NotImplementedError
+    def _fits(self, x: Any) -> bool:
+        """Whether x is a tensor of a kind that our forward takes; if not, PEFT's runs, or raises as it does."""
+        return isinstance(x, Tensor)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether an x that fits has the base layer's device and dtype, which hooks that gather may give it."""
+        return x.device == tensor_of(peft_names.base(self), "weight").device
 
     def _adapted(self, x: Tensor, adapters: list[Adapter], result: Tensor | None = None) -> Tensor:
         """The base layer's ``result`` for x, called here if None, with the adapters applied to it in turn."""
         if result is None:
-            result = self.base_layer(x)
+            result = peft_names.call_base(self, x)
         dtype = result.dtype
         for adapter in adapters:
             result = self._compose(x, result, adapter)
@@ -118,7 +134,17 @@ class FastLayer(nn.Module, LoraLayer):
         """m / ‖W + s B A‖ [N], with a gradient to m alone; None for LoRA."""
         if adapter.magnitude is None:
             return None
-        return functional.dora_gain(adapter.magnitude, self._norm(adapter))
+        norm = self._norm(adapter)
+        return functional.dora_gain(
+            unrounded(adapter.magnitude, norm) if self._rounds(adapter) else adapter.magnitude, norm
+        )
+
+    def _rounds(self, adapter: Adapter) -> bool:
+        """Whether FSDP's mixed precision has rounded the magnitude for this forward."""
+        if adapter.magnitude is None or adapter.magnitude.dtype.itemsize > 2:
+            return False
+        dtype = self._lora_fast.magnitude_dtypes.get(adapter.name, adapter.magnitude.dtype)
+        return dtype.itemsize > 2 and whole.is_from_fsdp(*peft_names.magnitude(self, adapter.name))
 
     def _norm(self, adapter: Adapter) -> Tensor:
         weight, lora_A, lora_B = self._matrices(adapter)
@@ -130,7 +156,8 @@ class FastLayer(nn.Module, LoraLayer):
 
     def _kept(self, name: str) -> NormCache | None:
         state = self._lora_fast
-        if not state.norm_reuse:
+        base = peft_names.base(self)
+        if not state.norm_reuse or whole.is_put_together(base, tensor_of(base, "weight")):
             return None
         if name not in state.kept and not torch.compiler.is_compiling():
             state.kept[name] = NormCache()
@@ -138,7 +165,8 @@ class FastLayer(nn.Module, LoraLayer):
 
     def prepare(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
-        if peft_names.layer_obstacle(self) is not None:
+        self._note_magnitudes()
+        if peft_names.layer_obstacle(self) is not None or peft_names.is_sharded(self):
             return
         self._prepare_base()
         for name in peft_names.available(self):
@@ -147,6 +175,13 @@ class FastLayer(nn.Module, LoraLayer):
 
     def _prepare_base(self) -> None:
         """The same for the base layer, whatever its adapters."""
+
+    def _note_magnitudes(self) -> None:
+        """The dtypes that magnitudes have, before FSDP's mixed precision rounds them for a forward."""
+        for name in peft_names.available(self):
+            module, magnitude = peft_names.magnitude(self, name)
+            if magnitude is not None and not whole.is_from_fsdp(module, magnitude):
+                self._lora_fast.magnitude_dtypes[name] = magnitude.dtype
 
     def _prepare(self, adapter: Adapter) -> None:
         """The same for one adapter, which is DoRA."""
@@ -207,13 +242,14 @@ class OverLinear(FastLayer):
             return False
         return operators.are_faster(x, multiply_adds)
 
-    def _takes(self, x: Any) -> bool:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return False
+    def _fits(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() > 0
+
+    def _takes(self, x: Tensor) -> bool:
         base = peft_names.quantised_base(self)
         if base is not None:
             return x.is_floating_point() and x.device == base.device
-        weight = parameter(self._modules["base_layer"], "weight")
+        weight = tensor_of(peft_names.base(self), "weight")
         if x.device != weight.device:
             return False
         if x.dtype == weight.dtype:  # by far the most, and so under any autocast
@@ -239,15 +275,20 @@ class OverLinear(FastLayer):
     def _linear(self, x: Tensor, adapter: Adapter) -> Tensor:
         """The base layer's product and the adapter's in one."""
         _, lora_A, lora_B, scaling, *_ = adapter
-        weight, bias = peft_names.base_weight(self), parameter(self._modules["base_layer"], "bias")
+        weight, bias = peft_names.base_weight(self), peft_names.base_bias(self)
         p = peft_names.dropout_p(self, adapter)
         seed = functional.draw_seed(x.device) if p > 0.0 else None
         if adapter.magnitude is None:
             bias = _sum(bias, _scaled(adapter.lora_bias, scaling))
             return functional.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=p, seed=seed)
         dropped = x if seed is None else functional.dropout(x, p, seed)
-        kept = self._kept(adapter.name)
-        y = functional.dora_linear(dropped, weight, bias, lora_A, lora_B, adapter.magnitude, scaling, kept=kept)
+        if self._rounds(adapter):
+            norm = self._norm(adapter)
+            magnitude = unrounded(adapter.magnitude, norm)
+            y = functional.dora_linear(dropped, weight, bias, lora_A, lora_B, magnitude, scaling, norm=norm)
+        else:
+            kept = self._kept(adapter.name)
+            y = functional.dora_linear(dropped, weight, bias, lora_A, lora_B, adapter.magnitude, scaling, kept=kept)
         return y if seed is None else F.linear(x - dropped, weight).add_(y)
 
     def _on_base(self, x: Tensor, base: bases.Base, adapter: Adapter) -> Tensor:
@@ -295,7 +336,7 @@ class OverLinear(FastLayer):
         if gain is None:
             return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
         if not peft_names.renews_product(self, adapter):
-            bias = self.base_layer.bias
+            bias = peft_names.base_bias(self)
             product = result if bias is None else result - bias.to(result.dtype)
             return functional.lora_compose(product, h, lora_B, scaling, gain, bias)
         base = peft_names.quantised_base(self)
@@ -317,9 +358,6 @@ class FastEmbedding(FastLayer, Embedding):
 
     peft_type = Embedding
 
-    def _takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.device == self.base_layer.weight.device
-
     def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         weight, lora_A, lora_B = super()._matrices(adapter)
         return weight.T, lora_A, lora_B
@@ -334,17 +372,17 @@ class FastEmbedding(FastLayer, Embedding):
 class FastConv(FastLayer):
     """The norm is ours, the convolutions PyTorch's: y = v + (g - 1) ⊙ (v - b) + g s conv_B(conv_A(x))."""
 
-    def _takes(self, x: Any) -> bool:
+    def _fits(self, x: Any) -> bool:
         # PEFT's DoRA gives an x without a batch a dimension more, or takes the bias from the wrong one
-        weight = self.base_layer.weight
-        return isinstance(x, Tensor) and x.device == weight.device and x.dim() == weight.dim()
+        return isinstance(x, Tensor) and x.dim() == len(peft_names.base(self).kernel_size) + 2
 
     def _matrices(self, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         weight, lora_A, lora_B = super()._matrices(adapter)
         return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
 
     def _compose(self, x: Tensor, result: Tensor, adapter: Adapter) -> Tensor:
-        base, dtype = self.base_layer, self._product_dtype(x, adapter)
+        base, dtype = peft_names.base(self), self._product_dtype(x, adapter)
+        weight, bias = peft_names.base_weight(self), peft_names.base_bias(self)
         shape = (-1, *(1,) * (x.dim() - 2))  # of a value per channel: [N, 1, …]
         x = x.to(dtype)
         dropped = adapter.dropout(x) if peft_names.dropout_p(self, adapter) > 0.0 else x
@@ -354,10 +392,10 @@ class FastConv(FastLayer):
             return result + update * adapter.scaling
         if peft_names.renews_product(self, adapter):
             # as PEFT does it: without the base layer's padding_mode
-            convolve, weight = _CONVOLVE[x.dim()], base.weight.to(dtype)
+            convolve, weight = _CONVOLVE[x.dim()], weight.to(dtype)
             product = convolve(dropped, weight, None, base.stride, base.padding, base.dilation, base.groups)
         else:
-            product = result if base.bias is None else result - base.bias.to(result.dtype).view(shape)
+            product = result if bias is None else result - bias.to(result.dtype).view(shape)
         scaled = (gain * adapter.scaling).to(dtype).view(shape)
         return result + (gain - 1).to(dtype).view(shape) * product + scaled * update
 
@@ -395,7 +433,7 @@ FAST_QUANTISED = {
 
 def fast_class(kind: type) -> type | None:
     """Our class for PEFT's ``kind``, also for the one that FSDP derived from it; None if there is none."""
-    base = fsdp.base_class(kind)
+    base = fsdp2.base_class(kind)
     found: type | None = FAST.get(base)
     if (at := FAST_QUANTISED.get((base.__module__, base.__name__))) is not None:
         found = getattr(importlib.import_module(f"lora_fast.integrations.{at[0]}"), at[1])
@@ -404,13 +442,13 @@ def fast_class(kind: type) -> type | None:
 
 def original_class(kind: type) -> type | None:
     """The way back: PEFT's class for ours."""
-    base = fsdp.base_class(kind)
+    base = fsdp2.base_class(kind)
     return _derived(kind, base, vars(base).get("peft_type"))
 
 
 def _derived(kind: type, base: type, found: type | None) -> type | None:
     """``found``, as FSDP would derive it where it derived ``kind`` from ``base``."""
-    return found if found is None or base is kind else fsdp.derive(kind, found)
+    return found if found is None or base is kind else fsdp2.derive(kind, found)
 
 
 def _scaled(bias: Tensor | None, scaling: float) -> Tensor | None:

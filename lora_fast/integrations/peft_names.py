@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast import bases
-from lora_fast.integrations import fsdp
-from lora_fast.nn.hooks import parameter
+from lora_fast.parallel import calling, fsdp1, fsdp2, whole
+from lora_fast.parallel.whole import tensor_of
 
 BASE_ONLY = "__base__"  # in adapter_names: a sample without an adapter
 # what PEFT may hand to a layer's forward beside x: names per sample, and what other variants take and ours do not
@@ -53,6 +53,7 @@ READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FACTORS, MAGNITUDES = ("lora_A", "lora_B"), "lora_magnitude_vector"  # of ModuleDicts by adapter
 _ON_META = "the base weight is on the meta device (offloaded or not loaded yet)"
 
 __all__ = ["BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention"]
@@ -85,14 +86,26 @@ def is_linear(layer: Any) -> bool:
     return layer_kind is Linear or (layer_kind is not Embedding and layer_kind not in CONVOLUTIONS)
 
 
-def _base(layer: Any) -> Any:
+def base_module(layer: Any) -> Any:
     """``layer.base_layer``, past the attribute lookup of a module, which takes the host a microsecond."""
     return layer._modules["base_layer"]
 
 
-def _member(layer: Any, container: str, name: str) -> Any:
+def base(layer: Any) -> Any:
+    """The same without FSDP1's wrapper, if it has one."""
+    found = layer._modules["base_layer"]
+    return found if type(found) is nn.Linear else calling.owner(found)
+
+
+def _module(layer: Any, container: str, name: str) -> Any:
     """``getattr(layer, container)[name]`` of an nn.ModuleDict, past the attribute lookups of two modules."""
     return layer._modules[container]._modules[name]
+
+
+def _member(layer: Any, container: str, name: str) -> Any:
+    """The same without FSDP1's wrapper, if it has one."""
+    found = layer._modules[container]._modules[name]
+    return found if type(found) is nn.Linear else calling.owner(found)
 
 
 def available(layer: Any) -> list[str]:
@@ -126,13 +139,28 @@ def adapter(layer: Any, name: str) -> Adapter:
     lora_A, lora_B = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
     dropout = _member(layer, "lora_dropout", name)
     project, expand = (None, None) if is_linear(layer) else (lora_A, lora_B)
-    A, B, bias = parameter(lora_A, "weight"), parameter(lora_B, "weight"), parameter(lora_B, "bias")
+    A, B, bias = tensor_of(lora_A, "weight"), tensor_of(lora_B, "weight"), tensor_of(lora_B, "bias")
     return Adapter(name, A, B, scaling, dropout, bias, magnitude, project, expand)
+
+
+def is_sharded(layer: Any) -> bool:
+    """Whether the base layer's weight is spread over processes, now or between forwards."""
+    weight = tensor_of(base(layer), "weight")
+    in_parts = type(weight) is nn.Parameter and weight.dim() == 1  # of FSDP1
+    return in_parts or whole.sharded(base_module(layer), "weight", writes=True) is not None
+
+
+def magnitude(layer: Any, name: str) -> tuple[nn.Module, Tensor | None]:
+    """The module that holds the adapter's magnitude, and that as it is stored; the layer and None without one."""
+    if layer._modules.get(MAGNITUDES) is None or name not in layer._modules[MAGNITUDES]._modules:
+        return layer, None
+    module = _member(layer, MAGNITUDES, name)
+    return module, tensor_of(module, "weight")
 
 
 def _magnitude(layer: Any, name: str) -> Tensor:
     """[N]; a convolution's is stored with a dimension for each of its weight's."""
-    magnitude = parameter(_member(layer, "lora_magnitude_vector", name), "weight")
+    magnitude = tensor_of(_member(layer, MAGNITUDES, name), "weight")
     return magnitude if magnitude.dim() == 1 else magnitude.flatten()
 
 
@@ -151,7 +179,8 @@ def multiply_adds(layer: Any, x: Tensor) -> int:
 
 def adapter_dtypes(layer: Any) -> set[torch.dtype]:
     """Of a linear's adapters."""
-    return {lora_A.weight.dtype for lora_A in layer._modules["lora_A"]._modules.values()}
+    lora_A = layer._modules["lora_A"]._modules.values()
+    return {tensor_of(calling.owner(module), "weight").dtype for module in lora_A}
 
 
 def drops(layer: Any) -> bool:
@@ -175,8 +204,19 @@ def convolve(module: Any, x: Tensor) -> Tensor:
 
 def base_weight(layer: Any) -> Tensor:
     """W: [N, K] of a linear, whichever way the base layer stores it; [V, D], [N, C, *kernel] of the others."""
-    weight = parameter(_base(layer), "weight")
+    weight = _frozen(layer, "weight")
     return weight.T if kind(layer) is Linear and layer.fan_in_fan_out else weight
+
+
+def base_bias(layer: Any) -> Tensor | None:
+    """The base layer's bias."""
+    return _frozen(layer, "bias")
+
+
+def _frozen(layer: Any, name: str) -> Any:
+    module = base(layer)
+    tensor = tensor_of(module, name)
+    return tensor if type(tensor) is nn.Parameter else fsdp1.without_gradient(tensor, module, name)
 
 
 def embed(layer: Any, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -194,20 +234,41 @@ def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
 
 def is_direct(layer: Any) -> bool:
     """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
-    base = _base(layer)
-    is_read = type(base) in READ_DIRECTLY.get(kind(layer), ()) and type(base._parameters["weight"]) in PLAIN
-    return is_read and not has_hooks(base)
+    module = base(layer)
+    if not _is_of(module, READ_DIRECTLY.get(kind(layer), ())):
+        return False
+    weight = tensor_of(module, "weight")
+    is_read = type(weight) in PLAIN or fsdp2.is_sharded(weight)
+    return is_read and (not has_hooks(base_module(layer)) or calling.gathers(base_module(layer)))
 
 
 def quantised_base(layer: Any) -> bases.Base | None:
     """What stands under the adapters where that is a quantised linear, without an obstacle; else None."""
-    base = _base(layer)
-    return None if type(base) is nn.Linear and type(base._parameters["weight"]) in PLAIN else bases.find(base)
+    module = base(layer)
+    return None if type(module) is nn.Linear and type(tensor_of(module, "weight")) in PLAIN else bases.find(module)
 
 
 def calls_base(layer: Any) -> bool:
     """Whether the base layer has to be called, for its hooks or because only that is known of it."""
-    return not is_direct(layer) and (not is_linear(layer) or has_hooks(_base(layer)) or quantised_base(layer) is None)
+    if is_direct(layer):
+        return False
+    return not is_linear(layer) or has_hooks(base_module(layer)) or quantised_base(layer) is None
+
+
+def call_base(layer: Any, x: Tensor) -> Tensor:
+    """The base layer's result for x; where its hooks gather, we are in its call already."""
+    module = base_module(layer)
+    result: Tensor = calling.forward_of(module)(x) if calling.gathers(module) else module(x)
+    return result
+
+
+def gathering(layer: Any, adapters: Iterable[str]) -> list[nn.Module]:
+    """Of the modules that the adapters' tensors and the base layer's are in, those whose calls alone gather them."""
+    modules = [base_module(layer)]
+    for name in adapters:
+        containers = (layer._modules.get(container) for container in (*FACTORS, MAGNITUDES))
+        modules += [at._modules[name] for at in containers if at is not None and name in at._modules]
+    return [module for module in modules if calling.gathers(module)]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -235,19 +296,19 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
 
     ``gathers`` asks what will keep us out in a forward for which FSDP gathers the layer's sharded tensors.
     """
-    base = _base(layer)
-    of_linear = type(base) is nn.Linear  # asked first: PEFT's class is an abstract one, which is slow to ask
-    if not of_linear and isinstance(base, BaseTunerLayer):
+    module = base(layer)
+    of_linear = _is_of(module, (nn.Linear,))  # asked first: PEFT's class is an abstract one, which is slow to ask
+    if not of_linear and isinstance(module, BaseTunerLayer):
         return "the base layer is adapted itself"
-    weight = base._parameters.get("weight")
-    if not (of_linear and type(weight) in PLAIN) and is_linear(layer) and bases.is_quantised(base):
-        return bases.refusal(base) or (_ON_META if weight is not None and weight.device.type == "meta" else None)
-    if not _is_readable(weight, gathers):
-        found = type(getattr(base, "weight", None)).__name__
+    weight = tensor_of(module, "weight")
+    if not (of_linear and type(weight) in PLAIN) and is_linear(layer) and bases.is_quantised(module):
+        return bases.refusal(module) or (_ON_META if weight is not None and weight.device.type == "meta" else None)
+    if not _is_readable(weight, base_module(layer), gathers):
+        found = type(getattr(module, "weight", None)).__name__
         return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
     if weight.dtype not in DTYPES:
         return f"the base weight is {weight.dtype}"
-    if weight.requires_grad:
+    if weight.requires_grad and not fsdp1.is_frozen(weight, module, "weight"):
         return "the base weight is trained"
     if weight.is_meta:
         return _ON_META
@@ -255,11 +316,11 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
         if of_linear and layer.fan_in_fan_out:
             return "fan_in_fan_out is set for an nn.Linear"
     elif kind(layer) is Embedding:
-        if base.max_norm is not None:
+        if module.max_norm is not None:
             return "the embedding has a max_norm, which writes into its weights"
         if getattr(layer, "input_fns", None) or getattr(layer, "output_fns", None):
             return "the embedding is tensor-parallel"
-    elif base.groups > 1:
+    elif module.groups > 1:
         return "the convolution has groups"
     return None
 
@@ -275,38 +336,37 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
     # math.isfinite takes no number that torch.compile holds symbolic
     if type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
         return f"its scaling is {scaling!r}, no finite number"
-    modules = []
+    # each tensor, and the module in whose call it is there
+    owned: list[tuple[Any, Any]]
     if layer_kind is Embedding:
-        lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        owned = [(layer.lora_embedding_A[name], None), (layer.lora_embedding_B[name], None)]
     else:
         part = nn.Linear if layer_kind is Linear else CONVOLUTIONS[layer_kind]
-        modules = [_member(layer, "lora_A", name), _member(layer, "lora_B", name)]
-        if type(modules[0]) is not part or type(modules[1]) is not part:
+        project, expand = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
+        if not (_is_of(project, (part,)) and _is_of(expand, (part,))):
             return f"lora_A or lora_B is no plain {part.__name__}"
-        lora_A, lora_B = parameter(modules[0], "weight"), parameter(modules[1], "weight")
         dropout = _member(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
-        if layer_kind is Linear and parameter(modules[0], "bias") is not None:
+        if _has_foreign_hooks(dropout):
+            return f"its {type(dropout).__name__} has hooks or a forward of its own"
+        if layer_kind is Linear and tensor_of(project, "bias") is not None:
             return "its lora_A has a bias"
-        if layer_kind is Linear and variant is not None and parameter(modules[1], "bias") is not None:
+        if layer_kind is Linear and variant is not None and tensor_of(expand, "bias") is not None:
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
-        if layer_kind in CONVOLUTIONS and variant is not None and not _fit(layer.base_layer.weight, lora_A, lora_B):
+        if layer_kind in CONVOLUTIONS and variant is not None and not _fit(base(layer), project, expand):
             return "lora_B @ lora_A is not of the base weight's shape"
-        modules.append(dropout)
-    tensors = [lora_A, lora_B]
+        owned = [(tensor_of(_member(layer, at, name), "weight"), _module(layer, at, name)) for at in FACTORS]
     if variant is not None:
-        magnitude = _member(layer, "lora_magnitude_vector", name)
-        if type(magnitude) is not dora_module:
+        magnitude = _member(layer, MAGNITUDES, name)
+        if not _is_of(magnitude, (dora_module,)):
             return f"its magnitude is {type(magnitude).__name__}"
-        modules.append(magnitude)
-        tensors.append(parameter(magnitude, "weight"))
-    for module in modules:
-        if has_hooks(module):
-            return f"its {type(module).__name__} has hooks or a forward of its own"
+        owned.append((tensor_of(magnitude, "weight"), _module(layer, MAGNITUDES, name)))
     device = _device(layer)
-    for tensor in tensors:
-        if not _is_readable(tensor, gathers) or tensor.dtype not in DTYPES:
+    for tensor, module in owned:
+        if module is not None and _has_foreign_hooks(module):
+            return f"its {type(module).__name__} has hooks or a forward of its own"
+        if not _is_readable(tensor, module, gathers) or tensor.dtype not in DTYPES:
             return f"its tensors are {type(tensor).__name__} of {tensor.dtype}"
         if tensor.device != device:
             return f"it is on {tensor.device}, the base layer on {device}"
@@ -315,17 +375,38 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
 
 def _device(layer: Any) -> torch.device:
     """Of the base layer's weight."""
-    base = quantised_base(layer)
-    device: torch.device = parameter(_base(layer), "weight").device if base is None else base.device
+    quantised = quantised_base(layer)
+    device: torch.device = tensor_of(base(layer), "weight").device if quantised is None else quantised.device
     return device
 
 
-def _is_readable(tensor: Any, gathers: bool) -> bool:
-    """Whether it is a plain tensor, or will be in forward."""
-    return type(tensor) in PLAIN or (gathers and fsdp.is_sharded(tensor))
+def _has_foreign_hooks(module: Any) -> bool:
+    """Whether it has hooks that do more than gather."""
+    return has_hooks(module) and not calling.gathers(module)
 
 
-def _fit(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether lora_B @ lora_A, each a row per output channel, is a row per output channel of ``weight``."""
-    inner, outer = lora_A.shape[0], lora_A.shape[1:].numel()
-    return (lora_B.shape[0], outer, lora_B.shape[1:].numel()) == (weight.shape[0], weight.shape[1:].numel(), inner)
+def _is_of(module: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether its class is one of ``kinds``, before FSDP2 derived another from it."""
+    return type(module) in kinds or fsdp2.base_class(type(module)) in kinds
+
+
+def _is_readable(tensor: Any, module: Any, gathers: bool) -> bool:
+    """Whether it is a plain tensor, or will be in forward, or in the call of ``module``."""
+    if type(tensor) in PLAIN:
+        return True
+    if not fsdp2.is_sharded(tensor):
+        return False
+    return gathers if module is None or not fsdp2.is_unit(module) else calling.gathers(module)
+
+
+def _fit(module: Any, project: Any, expand: Any) -> bool:
+    """Whether lora_B @ lora_A, each a row per channel, is a row per output channel of the convolution's weight."""
+    N, *whole = _shape(module)
+    inner, *outer = _shape(project)
+    return (_shape(expand)[0], math.prod(outer), math.prod(_shape(expand)[1:])) == (N, math.prod(whole), inner)
+
+
+def _shape(convolution: Any) -> tuple[int, ...]:
+    """Of the weight, which may be in parts."""
+    channels = convolution.in_channels // convolution.groups
+    return (convolution.out_channels, channels, *convolution.kernel_size)

@@ -15,6 +15,7 @@ from lora_fast.calls import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer
+from lora_fast.parallel import calling
 
 
 class AdaptedLinear(nn.Module):
@@ -57,7 +58,7 @@ class AdaptedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), which is Kaiming uniform with a = √5 as in PEFT; lora_B = 0."""
-        hooks.check_weight(self, "reset_parameters")
+        hooks.check_weight(self, "reset_parameters", writes=True)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -108,7 +109,7 @@ class AdaptedLinear(nn.Module):
 
     def base(self) -> bases.Base | None:
         """The linear as a base where it is quantised; None where its weight is a tensor that kernels read."""
-        linear: Any = self._modules["linear"]
+        linear: Any = calling.owner(self._modules["linear"])
         is_plain = type(linear) is nn.Linear and type(linear._parameters.get("weight")) is nn.Parameter
         return None if is_plain else bases.find(linear)
 
@@ -120,8 +121,8 @@ class AdaptedLinear(nn.Module):
 
     def _factors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """weight, bias, lora_A and lora_B"""
-        linear, read = self._modules["linear"], hooks.parameter
-        return read(linear, "weight"), read(linear, "bias"), read(self, "lora_A"), read(self, "lora_B")
+        linear, read, frozen = self._modules["linear"], hooks.parameter, hooks.frozen_parameter
+        return frozen(linear, "weight"), frozen(linear, "bias"), read(self, "lora_A"), read(self, "lora_B")
 
     def _lora_linear(self, x: Tensor, gain: Tensor | None, **dropout: Any) -> Tensor:
         base = self.base()
@@ -181,7 +182,7 @@ class AdaptedLinear(nn.Module):
                 f"merge_: the linear is {base.of_library} {base.kind}, and W would have to be quantised anew, which "
                 "costs more of it than most updates are; use merged(), whose weight is not quantised"
             )
-        hooks.check_weight(self, "merge_")
+        hooks.check_weight(self, "merge_", writes=True)
         self._check_not_shared()
         with torch.no_grad():
             self._merged = merge(
@@ -209,7 +210,7 @@ class AdaptedLinear(nn.Module):
         """
         if self._merged is None:
             raise RuntimeError("unmerge_: the layer is not merged")
-        hooks.check_weight(self, "unmerge_")
+        hooks.check_weight(self, "unmerge_", writes=True)
         with torch.no_grad():
             unmerge(self.weight, self._merged, self.backend)
         self._merged = None

@@ -14,6 +14,7 @@ from lora_fast import bases
 from lora_fast.dtypes import FLOATS
 from lora_fast.nn import hooks
 from lora_fast.nn.names import Place, wrapped_attribute
+from lora_fast.parallel import zero3
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 
@@ -59,9 +60,9 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             )
         if parameter.dtype not in FLOATS:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
-    if not is_quantised and linear.weight.shape != (linear.out_features, linear.in_features):
+    if not is_quantised and zero3.shape(linear.weight) != (linear.out_features, linear.in_features):
         raise TypeError(
-            f"{name}.weight: got shape {list(linear.weight.shape)}, expected [out, in] = "
+            f"{name}.weight: got shape {list(zero3.shape(linear.weight))}, expected [out, in] = "
             f"{[linear.out_features, linear.in_features]}; a part of a weight cannot be adapted"
         )
     if hooks.has_hooks(linear):
@@ -72,7 +73,12 @@ def check_not_distributed(model: nn.Module) -> None:
     """Raise ValueError for a model whose parameters another one has already arranged to synchronise or to shard."""
     for module in model.modules():
         for kind in type(module).__mro__:
-            if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+            if kind.__name__ in (
+                "DistributedDataParallel",
+                "FullyShardedDataParallel",
+                "FSDPModule",
+                "DeepSpeedEngine",
+            ):
                 raise ValueError(
                     f"model: it holds a {kind.__name__}, which would not synchronise parameters that come after it; "
                     "put the adapters in first, and wrap the model afterwards"

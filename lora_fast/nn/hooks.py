@@ -1,8 +1,8 @@
 """What others put on the linear inside an adapted layer after the layer was made.
 
 The layer reads the linear's parameters and never calls it, so a hook or a forward put there would be lost without a
-word. Two kinds are served: accelerate's hooks, which bring an offloaded weight for the time of a call, so the layer
-computes inside that call; and DeepSpeed's ZeRO-3, whose parameters gather themselves when they are read. The rest is
+word. Two kinds are served, by computing inside the linear's call: accelerate's hooks, which bring an offloaded weight
+for that time, and those of FSDP and ZeRO-3, which gather a sharded one (:mod:`lora_fast.parallel`). The rest is
 refused.
 """
 
@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fast import bases
-
-REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from lora_fast.parallel import calling, fsdp1, whole
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -40,7 +39,7 @@ def parameter(module: Any, name: str) -> Any:
 
 
 def has_hooks(linear: nn.Module) -> bool:
-    return any(getattr(linear, registry) for registry in REGISTRIES)
+    return any(getattr(linear, registry) for registry in calling.REGISTRIES)
 
 
 def has_own_forward(linear: nn.Module) -> bool:
@@ -53,13 +52,25 @@ def has_own_forward(linear: nn.Module) -> bool:
     return replaced or type(linear).forward is not known
 
 
-def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``compute(x)`` while accelerate's hook, if ``linear`` has one, holds the weight where it computes.
+def frozen_parameter(linear: Any, name: str) -> Any:
+    """``parameter(linear, name)`` of a linear whose parameters are frozen, whatever wraps it."""
+    own = linear._parameters
+    if name in own and type(own[name]) is not Tensor:
+        return own[name]
+    linear = calling.owner(linear)
+    return fsdp1.without_gradient(parameter(linear, name), linear, name)
 
-    The hook moves x too. As accelerate's hooks themselves, it is for one thread at a time in one layer.
+
+def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``compute(x)`` while the hooks of ``linear``, if it has any, hold the weight where it computes.
+
+    They see x and the result too: accelerate's move x, FSDP's may cast both. As these hooks themselves, it is for one
+    thread at a time in one layer.
 
     Raises RuntimeError for what ``linear`` carries that would not be called.
     """
+    if calling.gathers(linear):
+        return calling.call_inside([linear], compute, x)
     if obstacle := _obstacle(linear):
         raise RuntimeError(obstacle)
     if not has_accelerate_hook(linear):
@@ -73,15 +84,30 @@ def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tenso
         own["_old_forward"] = original
 
 
-def check_weight(layer: Any, action: str) -> None:
-    """RuntimeError where the weight that ``layer`` reads outside a forward is not the one that a forward uses."""
-    if obstacle := _obstacle(layer.linear):
+def check_weight(layer: Any, action: str, *, writes: bool = False) -> None:
+    """RuntimeError where the weight that ``layer`` reads outside a forward is not the one that a forward uses, or where
+    a write into its parameters would be lost."""
+    if not calling.gathers(layer.linear) and (obstacle := _obstacle(layer.linear)):
         raise RuntimeError(f"{action}: {obstacle}")
+    check_not_sharded(layer, action, writes=writes)
     if may_reload(layer) and any(parameter.is_meta for parameter in layer.parameters()):
         raise RuntimeError(
             f"{action}: the layer is offloaded, and its weight is there in a forward only; call "
             "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
         )
+
+
+def check_not_sharded(layer: Any, action: str, *, writes: bool) -> None:
+    shape = layer.out_features, layer.in_features
+    places = [(layer.linear, "weight", shape), *((layer, name, None) for name in ("lora_A", "lora_B", "magnitude"))]
+    for module, name, whole_shape in places:
+        if name == "weight" and bases.is_quantised(calling.owner(module)):
+            continue
+        if kept_by := whole.sharded(module, name, whole_shape, writes=writes):
+            raise RuntimeError(
+                f"{action}: {name} is sharded over processes by {kept_by}, and this needs it whole in each; save the "
+                "adapter (lora_fast.save_adapter), and do it with a model that is not sharded"
+            )
 
 
 def may_reload(layer: Any) -> bool:
@@ -91,8 +117,6 @@ def may_reload(layer: Any) -> bool:
 
 def _obstacle(linear: nn.Module) -> str | None:
     """What ``linear`` carries that the layer would pass over."""
-    if "ds_id" in vars(linear):  # DeepSpeed's mark on the modules of ZeRO-3
-        return None
     if "parametrizations" in linear._modules:
         return (
             "linear: it was parametrized after it was adapted; call "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
 from lora_fast.checks import check_axis
 from lora_fast.dtypes import accumulate_dtype
+from lora_fast.gain import unrounded
 from lora_fast.nn import hooks
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.norm_cache import NormCache
+from lora_fast.parallel import calling, whole, zero3
 
 
 class LinearWithLoRA(AdaptedLinear):
@@ -129,7 +132,7 @@ class LinearWithDoRA(AdaptedLinear):
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
         super().reset_parameters()
         if not self.lora_A.is_meta:
-            with torch.no_grad():
+            with torch.no_grad(), zero3.gathered([self.weight]):
                 self.magnitude.copy_(self._norm())
 
     def extra_repr(self) -> str:
@@ -146,17 +149,26 @@ class LinearWithDoRA(AdaptedLinear):
         if self._frozen_gain is not None:
             return self._frozen_forward(x, self._frozen_gain)
         dropout_p, seed = self._draw_dropout(x)
-        magnitude, base = hooks.parameter(self, "magnitude"), self.base()
+        magnitude, base, kept = hooks.parameter(self, "magnitude"), self.base(), self._kept()
         options: dict[str, Any] = {
             "axis": self.norm_axis,
             "detach_norm": self.detach_norm,
-            "kept": self._kept(),
+            "kept": kept,
             "dropout_p": dropout_p,
             "seed": seed,
             "backend": self.backend,
         }
         if base is None:
-            return functional.dora_linear(x, *self._factors(), magnitude, self.alpha, **options)
+            weight, bias, lora_A, lora_B = self._factors()
+            if magnitude.dtype.itemsize == 2 and whole.is_from_fsdp(self, magnitude):
+                _warn_of_rounding(magnitude.dtype)
+                factors = (lora_A.detach(), lora_B.detach()) if self.detach_norm else (lora_A, lora_B)
+                norm = functional.weight_norm(
+                    weight, *factors, self.alpha, axis=self.norm_axis, kept=kept, backend=self.backend
+                )
+                magnitude, options["norm"] = unrounded(magnitude, norm), norm
+                del options["kept"]
+            return functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, self.alpha, **options)
         factors = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
         options["evaluation"] = not self.training
         return bases.dora_linear(x, base, base.bias, *factors, magnitude, self.alpha, **options)
@@ -200,6 +212,8 @@ class LinearWithDoRA(AdaptedLinear):
     def _prepare_weight(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         self._kept_norm.clear()
+        if whole.sharded(self.linear, "weight", (self.out_features, self.in_features), writes=True):
+            return
         base = self._prepared_base()
         if base is None and self.stack_weight and self.norm_axis == "output":
             stacked.stack(self.weight, self.rank)
@@ -219,6 +233,9 @@ class LinearWithDoRA(AdaptedLinear):
     def _kept(self) -> NormCache | None:
         # a trace can't see that an offloaded weight lies in new memory
         if not self.norm_reuse or (torch.compiler.is_compiling() and hooks.may_reload(self)):
+            return None
+        linear = calling.owner(self._modules["linear"])
+        if whole.is_put_together(linear, whole.tensor_of(linear, "weight")):
             return None
         return self._kept_norm
 
@@ -244,9 +261,9 @@ class LinearWithDoRA(AdaptedLinear):
         if self._frozen_gain is not None:  # which has to be computed anew afterwards
             hooks.check_weight(self, "to")
         # ids, not tensors: torch may swap the parameter, which it can only while nobody else holds the gradient
-        wide = {id(self.magnitude)}
-        if self.magnitude.grad is not None:
-            wide.add(id(self.magnitude.grad))
+        wide = {id(tensor) for tensor in (self.magnitude, self.magnitude.grad) if tensor is not None}
+        if self.magnitude.dtype.itemsize == 2:  # a user's choice
+            wide = set()
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -257,6 +274,15 @@ class LinearWithDoRA(AdaptedLinear):
         super()._apply(convert, recurse)
         self.invalidate_norm()
         return self
+
+
+def _warn_of_rounding(dtype: torch.dtype) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"FSDP's mixed precision rounds DoRA's magnitudes to {dtype}: gains nearer to 1 than its precision are 1. "
+            "Without param_dtype for the adapted layers they stay in float32",
+            stacklevel=2,
+        )
 
 
 def _after_load(layer: nn.Module, incompatible_keys: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 _derived: dict[tuple[type, type], type] = {}  # (a class that FSDP derived, another base): the same over that base
@@ -26,9 +27,41 @@ def is_unit(module: Any) -> bool:
     return unit is not None and isinstance(module, unit)
 
 
-def modules_within(model: nn.Module) -> set[int]:
-    """The ids of the modules of ``model`` that ``fully_shard`` was applied to, and of all within those."""
-    return {id(inner) for module in model.modules() if is_unit(module) for inner in module.modules()}
+def units_around(model: nn.Module) -> dict[int, nn.Module]:
+    """For each module of ``model`` that lies in one, by its id: the innermost that ``fully_shard`` was applied to."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():  # outer ones come first
+        if is_unit(module):
+            found.update(dict.fromkeys(map(id, module.modules()), module))
+    return found
+
+
+def param_dtype(unit: Any) -> torch.dtype | None:
+    """That to which the unit's policy of mixed precision casts its parameters for a forward; None if it casts none."""
+    state = unit._get_fsdp_state()
+    dtype: torch.dtype | None = state._mp_policy.param_dtype
+    return dtype
+
+
+def manages(module: nn.Module) -> bool:
+    """Whether FSDP2 has parameters of the module itself, at any time of its life: told from a hook that it leaves."""
+    hooks = module._load_state_dict_post_hooks
+    return bool(hooks) and any(
+        getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks.values()
+    )
+
+
+def reshard(model: nn.Module) -> None:
+    """Put away what is still gathered: outside a forward a gathered copy is neither what is kept nor to be written."""
+    for module in model.modules():
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, of FSDP2 or of tensor parallelism."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -36,9 +69,7 @@ def is_sharded(tensor: Any) -> bool:
 
     The dimension before is HSDP's, which replicates. Tensor parallelism adds dimensions, and stays after the gathering.
     """
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor) and all(placement.is_replicate() for placement in tensor.placements[:-1])
+    return is_dtensor(tensor) and all(placement.is_replicate() for placement in tensor.placements[:-1])
 
 
 def base_class(kind: type) -> type:

@@ -1,0 +1,73 @@
+"""Computations inside the calls of modules, for parameters that these calls alone bring.
+
+FSDP2, FSDP1 and ZeRO-3 gather the parameters of a module for the time of its call, around which they put hooks or a
+wrapper; they cast its inputs, and in backward gather again and reduce the gradients. An adapter's products are fused
+over the parameters of several modules, none of which is called then. So each that gathers is called, one inside the
+other, with the fused computation as the forward of the innermost: their hooks run as if PEFT had called them, nothing
+of them stays gathered, and what they prefetch comes in time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+GATHERING = ("torch.distributed.fsdp.", "deepspeed.")  # what the modules of hooks that gather begin with
+
+
+def owner(module: Any) -> Any:
+    """``module``, or what FSDP1's wrapper around it holds."""
+    while (inner := module._modules.get("_fsdp_wrapped_module")) is not None:
+        module = inner
+    return module
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether a call of ``module`` gathers its parameters, and does nothing else beside its forward."""
+    held = owner(module)
+    if "forward" in vars(held):
+        return False
+    hooks = _hooks(module) if held is module else [*_hooks(module), *_hooks(held)]
+    return (held is not module or bool(hooks)) and all(map(_is_gathering, hooks))
+
+
+def call_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``compute(x)`` inside the calls of ``modules``, which all gather; x and the result pass through their hooks.
+
+    ``compute`` must not call them again: :func:`forward_of` is what they compute themselves. As FSDP's own calls, it is
+    for one thread at a time in one module.
+    """
+    if not modules:
+        return compute(x)
+    held = vars(owner(modules[0]))
+
+    def forward(x: Tensor) -> Tensor:
+        del held["forward"]
+        return call_inside(modules[1:], compute, x)
+
+    held["forward"] = forward
+    try:
+        y: Tensor = modules[0](x)
+        return y
+    finally:
+        held.pop("forward", None)
+
+
+def forward_of(module: nn.Module) -> Callable[..., Tensor]:
+    """The module's own computation, without the hooks around it, inside :func:`call_inside`."""
+    forward: Callable[..., Tensor] = owner(module).forward
+    return forward
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [hook for registry in REGISTRIES for hook in getattr(module, registry).values()]
+
+
+def _is_gathering(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(GATHERING)

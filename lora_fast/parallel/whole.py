@@ -1,0 +1,54 @@
+"""Whether a parameter is whole, and the module's own, where it is read or written outside a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_fast.parallel import calling, fsdp1, fsdp2, zero3
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """The parameter ``name`` of ``module``, or the plain tensor that stands in its place; None if there is neither.
+
+    It gathers nothing, where ``module.weight`` would under ZeRO-3 in a forward.
+    """
+    found = module._parameters.get(name)
+    return vars(module).get(name) if found is None else found
+
+
+def is_put_together(module: nn.Module, tensor: Any) -> bool:
+    """Whether ``tensor``, which ``module`` has in a forward, was put together of everybody's shards for it.
+
+    Its address and version then say nothing of what is in it, and it is gone after backward.
+    """
+    return is_from_fsdp(module, tensor) or zero3.is_partitioned(tensor)
+
+
+def is_from_fsdp(module: nn.Module, tensor: Any) -> bool:
+    """The same by FSDP, whose mixed precision may have rounded it; ZeRO-3 casts nothing."""
+    return fsdp2.manages(module) if type(tensor) is nn.Parameter else fsdp1.is_view(tensor)
+
+
+def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *, writes: bool = False) -> str | None:
+    """Which way of sharding keeps ``name`` of ``module`` from being read now, or from being written; None if none does.
+
+    ``shape``: that of the whole, where it is known.
+    """
+    module = calling.owner(module)
+    tensor = tensor_of(module, name)
+    if tensor is None:
+        return None
+    if fsdp2.is_dtensor(tensor) or (writes and fsdp2.manages(module)):
+        return "FSDP2 (or another user of DTensor)"
+    if zero3.is_partitioned(tensor) and (writes or tensor.shape != zero3.shape(tensor)):
+        return "DeepSpeed's ZeRO-3"
+    if type(tensor) is Tensor and module._parameters.get(name) is None and fsdp1.is_view(tensor):
+        return "FSDP1"
+    if shape is not None and tuple(tensor.shape) != tuple(shape) and not zero3.is_partitioned(tensor):
+        return "FSDP1"
+    if tensor.numel() and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0:
+        return "FSDP"
+    return None
