@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,10 @@ def counted() -> Iterator[dict[str, int]]:
 
 def together(world: int, tmp_path: Path, check: Callable[..., None], *arguments: Any) -> None:
     """``check(*arguments)`` in ``world`` processes over gloo."""
-    mp.spawn(_process, args=(world, str(tmp_path / f"store {world}"), check, arguments), nprocs=world)
+    # forked from a server that has imported what takes long, once
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "lora_fast", "peft"])
+    given = world, str(tmp_path / f"store {world}"), check, arguments
+    mp.start_processes(_process, args=given, nprocs=world, start_method="forkserver")
 
 
 def _process(rank: int, world: int, store: str, check: Callable[..., None], arguments: tuple) -> None:

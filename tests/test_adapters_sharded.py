@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy, size_based_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fast
@@ -21,6 +24,11 @@ from safetensors.torch import load_file
 from lora_fast.adapters.files import WEIGHTS_NAME
 
 WORLD = 2
+FSDP1: dict[str, dict[str, Any]] = {
+    "root": {},
+    "blocks": {"auto_wrap_policy": functools.partial(size_based_auto_wrap_policy, min_num_params=20)},
+    "not sharded": {"sharding_strategy": ShardingStrategy.NO_SHARD},
+}
 
 
 def plain() -> nn.Sequential:
@@ -114,16 +122,50 @@ def check_refusals(tmp: Path) -> None:
 
 
 def check_fsdp1(tmp: Path, wanted: dict[str, Tensor]) -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    for way, options in FSDP1.items():
+        model = FullyShardedDataParallel(trained(), use_orig_params=True, device_id=torch.device("cpu"), **options)
+        lora_fast.save_adapter(model, tmp / way)
+        check_file(tmp / way, wanted)
+        model(x).sum().backward()
+        lora_fast.save_adapter(model, tmp / f"{way}, after a step")
+        check_file(tmp / f"{way}, after a step", wanted)
+        other = lora_fast.apply(plain(), 3, 6.0, targets=r"\d\.\d")
+        other[2].requires_grad_(True)
+        other = FullyShardedDataParallel(other, use_orig_params=True, device_id=torch.device("cpu"), **options)
+        for _ in range(2):
+            lora_fast.load_adapter(other, tmp / "fsdp2")
+            torch.testing.assert_close(other(x), trained()(x))
     model = FullyShardedDataParallel(trained(), use_orig_params=True, device_id=torch.device("cpu"))
     for function in (lora_fast.save_adapter, lora_fast.load_adapter):
-        with pytest.raises(ValueError, match=r"inside `with FullyShardedDataParallel.summon_full_params\(model\):`"):
-            function(model, tmp / "fsdp2")
+        with pytest.raises(ValueError, match=r"on every process with the model that it returned"):
+            function(model.module, tmp / "fsdp2")
     with pytest.raises(ValueError, match="it holds a FullyShardedDataParallel"):
         lora_fast.apply(FullyShardedDataParallel(plain(), use_orig_params=True, device_id=torch.device("cpu")), 2, 4.0)
     with FullyShardedDataParallel.summon_full_params(model):
         if dist.get_rank() == 0:
             lora_fast.save_adapter(model, tmp / "fsdp1")
     check_file(tmp / "fsdp1", wanted)
+
+
+def check_what_fsdp1_holds_without_original_parameters(tmp: Path) -> None:
+    def apart() -> nn.Module:
+        model = lora_fast.apply(plain(), 3, 6.0, targets=r"\d\.\d")
+        frozen = [layer.linear for layer in model.modules() if isinstance(layer, lora_fast.LinearWithDoRA)] + [model[2]]
+        wrap = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module in frozen)
+        return FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))
+
+    model, x = apart(), torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    lora_fast.save_adapter(model, tmp / "apart")
+    other = apart()
+    dist.barrier()
+    lora_fast.load_adapter(other, tmp / "apart")
+    assert torch.equal(other(x), model(x))
+    whole = lora_fast.load_adapter(plain(), tmp / "apart")
+    torch.testing.assert_close(whole(x), model(x))
 
 
 def check_ddp(tmp: Path, wanted: dict[str, Tensor]) -> None:
@@ -148,6 +190,7 @@ def process(rank: int, tmp: Path) -> None:
         check_loading_into_what_is_gathered(tmp)
         check_refusals(tmp)
         check_fsdp1(tmp, wanted)
+        check_what_fsdp1_holds_without_original_parameters(tmp)
         check_ddp(tmp, wanted)
         dist.barrier()
     finally:

@@ -25,6 +25,7 @@ from lora_fast.nn.apply import kept_flags, put_in_place, read_without_call
 from lora_fast.nn.checks import check_linear, check_not_distributed, check_replaceable
 from lora_fast.nn.hooks import is_offloaded
 from lora_fast.nn.names import Place, places, unwrapped
+from lora_fast.parallel import fsdp2, zero
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
@@ -39,18 +40,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     their own releases. What the file has for the weight under an adapter (``base_layer``) is written into the frozen
     weight. A module that was saved whole, and whose weight the model ties to another with another value, gets one of
     its own; a transformers model's ``tie_word_embeddings`` becomes False then, except where the model computes
-    something else by it (T5). Where FSDP2 has sharded the parameters (DTensor), every process makes this call.
+    something else by it (T5). Where the parameters are sharded (FSDP2, FSDP1, DeepSpeed's ZeRO-3), every process makes
+    this call. Under DeepSpeed, its optimizer's copies get the values too.
 
     Raises, and leaves ``model`` as it was: FileNotFoundError; ValueError for a file that is damaged, is not LoRA or
-    DoRA, needs a pickle to be loaded, or does not fit the model, for parameters that are not at hand (FSDP1, DeepSpeed
-    ZeRO-3, the meta device), and for new parameters in a model that DDP or FSDP holds already; TypeError for a layer
-    that cannot be adapted (see ``apply``); RuntimeError for a merged layer. Needs safetensors.
+    DoRA, needs a pickle to be loaded, or does not fit the model, for parameters that are not at hand (the meta device,
+    a part of a model that FSDP1 has wrapped), and for new parameters in a model that DDP, FSDP or DeepSpeed holds
+    already; TypeError for a layer that cannot be adapted (see ``apply``); RuntimeError for a merged layer. Needs
+    safetensors.
     """
-    gathering.check_summoned(model, "load_adapter")
     inner = unwrapped(model)
     adapter = _renamed(files.read(directory), inner)
-    gathering.reshard(inner)
-    is_plain = not adapted_layers(inner)
+    fsdp2.reshard(inner)
+    with gathering.summoned(model, writes=True):
+        _load(model, inner, adapter)
+    for module in inner.modules():
+        if isinstance(module, LinearWithDoRA):
+            module.invalidate_norm()
+    return model
+
+
+def _load(model: nn.Module, inner: nn.Module, adapter: Adapter) -> None:
+    layers = adapted_layers(inner)
+    for name, layer in layers.items():
+        gathering.check_not_in_parts(name, layer, "load_adapter")
+    is_plain = not layers
     whole = _whole_values(_slots(inner), adapter)
     if is_plain or any(value.is_untied for value in whole):
         check_not_distributed(model)
@@ -62,10 +76,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         _release(whole, adapter.trained.union(adapter.copies))
     if any(value.is_untied for value in whole):
         _forget_ties(inner)
-    for module in inner.modules():
-        if isinstance(module, LinearWithDoRA):
-            module.invalidate_norm()
-    return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Value:
         if self.is_untied:
             setattr(module, key, nn.Parameter(self.value, requires_grad=old.requires_grad))
         else:
-            old.copy_(self.value)
+            zero.write(old, self.value)
 
 
 def _release(values: list[Value], names: frozenset[str]) -> None:
@@ -223,11 +233,12 @@ def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
             f"model: {name} is offloaded by accelerate; call "
             "accelerate.hooks.remove_hook_from_submodules(model) first, and offload again afterwards"
         )
-    if there.shape != value.shape:
+    shape = zero.shape(there)
+    if shape != value.shape:
         resize = ""
-        if there.dim() == value.dim() == 2 and there.shape[1] == value.shape[1]:
+        if len(shape) == value.dim() == 2 and shape[1] == value.shape[1]:
             resize = f"; for another vocabulary, call model.resize_token_embeddings({value.shape[0]}) before loading"
-        raise ValueError(f"{where}: {name} has shape {list(value.shape)}, the model's {list(there.shape)}{resize}")
+        raise ValueError(f"{where}: {name} has shape {list(value.shape)}, the model's {list(shape)}{resize}")
     converted = value.to(there.dtype)
     back = converted.to(value.dtype)
     if not bool(((back == value) | (back.isnan() & value.isnan())).all()):
@@ -274,7 +285,7 @@ def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
         check_replaceable(place)
         if module in never_called:
             raise ValueError(f"{where}: {name}'s owner reads its weight without calling it; see lora_fast.apply")
-        N, K = module.weight.shape
+        N, K = zero.shape(module.weight)
         if layer.lora_A.shape != (layer.rank, K) or layer.lora_B.shape != (N, layer.rank):
             raise ValueError(
                 f"{where}: {name} has lora_A {list(layer.lora_A.shape)} and lora_B {list(layer.lora_B.shape)}, "

@@ -21,6 +21,7 @@ from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import places_outside_adapters
 from lora_fast.nn.names import Place, places, unwrapped
+from lora_fast.parallel import fsdp2
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -33,19 +34,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     the nearest. The directory is made; both files are written under another name first.
 
     The names are the model's own, whatever wraps it or its parts (torch.compile, checkpoint_wrapper, DDP, FSDP,
-    AveragedModel). Parameters that FSDP2 has sharded (DTensor) are gathered, for which every process must make this
-    call; the first one writes, and the others do not wait for it (``torch.distributed.barrier()``). Weights that
-    accelerate has offloaded are loaded one at a time.
+    AveragedModel, DeepSpeed's engine). Parameters that are sharded (FSDP2, FSDP1, DeepSpeed's ZeRO-3) are gathered, for
+    which every process must make this call; the first one writes, and the others do not wait for it
+    (``torch.distributed.barrier()``). Weights that accelerate has offloaded are loaded one at a time.
 
-    Raises ValueError for a model without adapted layers, for parameters without their values (FSDP1, DeepSpeed ZeRO-3,
-    the meta device), and for what PEFT's files cannot say: ``norm_axis="input"``, LoRA and DoRA in one model. Needs
-    safetensors.
+    Raises ValueError for a model without adapted layers, for parameters without their values (the meta device, a part
+    of a model that FSDP1 has wrapped), and for what PEFT's files cannot say: ``norm_axis="input"``, LoRA and DoRA in
+    one model. Needs safetensors.
     """
-    gathering.check_summoned(model, "save_adapter")
-    model = unwrapped(model)
+    fsdp2.reshard(model)
+    with gathering.summoned(model) as has_values:
+        if has_values:
+            _save(unwrapped(model), Path(directory))
+
+
+def _save(model: nn.Module, directory: Path) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no LinearWithLoRA or LinearWithDoRA; build it with lora_fast.apply")
+    for name, layer in layers.items():
+        gathering.check_not_in_parts(name, layer, "save_adapter")
     trained = _trained_outside(model, layers)
     train_biases = any(layer.bias is not None and layer.bias.requires_grad for layer in layers.values())
     slots = _adapter_slots(layers, train_biases) | trained.slots
@@ -59,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         metadata[TRAINED] = json.dumps(trained.noted)
     values = {PREFIX + name: gathering.value(module, key) for name, (module, key) in slots.items()}
     if gathering.is_first_process([gathering.own_tensor(module, key) for module, key in slots.values()]):
-        _write(Path(directory), config, values, metadata)
+        _write(directory, config, values, metadata)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

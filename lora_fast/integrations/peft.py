@@ -72,7 +72,8 @@ def accelerate(
     Parameters, their names, ``state_dict`` and saved files stay as they are, and so does the function, but for the
     compute dtype, zero rows and the dropout's generator (docs/peft.md). A layer that lora_fast does not take runs
     PEFT's own code, and the report says why. May be called again, after adapters were added to further layers or with
-    other arguments; and before or after FSDP2's ``fully_shard``.
+    other arguments; and before or after the model is sharded, by FSDP2, FSDP1 or DeepSpeed (docs/distributed.md). Of a
+    model that is sharded, ``save_pretrained`` gathers what it writes: every process has to call it.
 
     Args:
         model: a PeftModel, or any module with PEFT's layers in it.
@@ -97,7 +98,7 @@ def accelerate(
         warnings.warn(fault, UserWarning, stacklevel=2)
         return Report((), version, compute_dtype, fault)
 
-    from lora_fast.integrations import peft_layers, peft_names
+    from lora_fast.integrations import peft_layers, peft_names, peft_saving
 
     fsdp2.reshard(model)
     tuned: list[tuple[str, Any]] = [
@@ -112,6 +113,9 @@ def accelerate(
         for inner in layer.modules()
         if inner is not layer
     }
+    for module in model.modules():
+        if isinstance(module, peft_names.PeftModel):
+            vars(module).setdefault("save_pretrained", types.MethodType(peft_saving.save_pretrained, module))
     units = fsdp2.units_around(model)
     reports = []
     for name, layer in tuned:
@@ -138,7 +142,7 @@ def restore(model: nn.Module) -> None:
     if not accelerated:
         return
 
-    from lora_fast.integrations import peft_layers
+    from lora_fast.integrations import peft_layers, peft_saving
 
     originals = []
     for name, layer in accelerated:
@@ -155,6 +159,9 @@ def restore(model: nn.Module) -> None:
         delattr(layer, peft_layers.STATE)
         if type(layer.base_layer) is nn.Linear and not bases.is_quantised(layer.base_layer):
             stacked.unstack(layer.base_layer.weight)
+    for module in model.modules():
+        if getattr(vars(module).get("save_pretrained"), "__func__", None) is peft_saving.save_pretrained:
+            del vars(module)["save_pretrained"]
 
 
 def _peft_version() -> tuple[str, str | None]:

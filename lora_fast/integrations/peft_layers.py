@@ -166,7 +166,9 @@ class FastLayer(nn.Module, LoraLayer):
     def prepare(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         self._note_magnitudes()
-        if peft_names.layer_obstacle(self) is not None or peft_names.is_sharded(self):
+        base = peft_names.base(self)
+        is_put_together = whole.is_put_together(base, tensor_of(base, "weight"))
+        if is_put_together or peft_names.layer_obstacle(self) is not None or peft_names.sharded_by(self) is not None:
             return
         self._prepare_base()
         for name in peft_names.available(self):
@@ -195,6 +197,14 @@ class FastLayer(nn.Module, LoraLayer):
         """Forget the kept norms; see :func:`lora_fast.invalidate_norms`."""
         self._lora_fast.kept.clear()
         self.prepare()
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        peft_names.check_whole(self, "merge")
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        peft_names.check_whole(self, "unmerge")
+        super().unmerge()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().update_layer(adapter_name, *args, **kwargs)

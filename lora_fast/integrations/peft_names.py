@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import (
     DoraConv1dLayer,
@@ -56,7 +57,17 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FACTORS, MAGNITUDES = ("lora_A", "lora_B"), "lora_magnitude_vector"  # of ModuleDicts by adapter
 _ON_META = "the base weight is on the meta device (offloaded or not loaded yet)"
 
-__all__ = ["BaseTunerLayer", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "MultiheadAttention"]
+__all__ = [
+    "BaseTunerLayer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "PeftModel",
+]
 
 
 class Adapter(NamedTuple):
@@ -143,11 +154,21 @@ def adapter(layer: Any, name: str) -> Adapter:
     return Adapter(name, A, B, scaling, dropout, bias, magnitude, project, expand)
 
 
-def is_sharded(layer: Any) -> bool:
-    """Whether the base layer's weight is spread over processes, now or between forwards."""
+def sharded_by(layer: Any) -> str | None:
+    """Which way of sharding keeps the base layer's weight from being written now; None if none does."""
     weight = tensor_of(base(layer), "weight")
-    in_parts = type(weight) is nn.Parameter and weight.dim() == 1  # of FSDP1
-    return in_parts or whole.sharded(base_module(layer), "weight", writes=True) is not None
+    if type(weight) is nn.Parameter and weight.dim() == 1 and not hasattr(weight, "ds_id"):
+        return "FSDP1"
+    return whole.sharded(base_module(layer), "weight", writes=True)
+
+
+def check_whole(layer: Any, action: str) -> None:
+    """RuntimeError where the base weight is sharded: PEFT would fail in the middle, or write into a gathered copy."""
+    if kept_by := sharded_by(layer):
+        raise RuntimeError(
+            f"{action}: weight is sharded over processes by {kept_by}, and this needs it whole in each; save the "
+            "adapter, and do it with a model that is not sharded"
+        )
 
 
 def magnitude(layer: Any, name: str) -> tuple[nn.Module, Tensor | None]:

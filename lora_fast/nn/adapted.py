@@ -15,7 +15,7 @@ from lora_fast.calls import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer
-from lora_fast.parallel import calling
+from lora_fast.parallel import calling, zero
 
 
 class AdaptedLinear(nn.Module):
@@ -81,7 +81,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return zero.shape(self.lora_A)[0]
 
     @property
     def scaling(self) -> float:

@@ -14,7 +14,7 @@ from lora_fast import bases
 from lora_fast.dtypes import FLOATS
 from lora_fast.nn import hooks
 from lora_fast.nn.names import Place, wrapped_attribute
-from lora_fast.parallel import zero3
+from lora_fast.parallel import zero
 
 _DTYPE_NAMES = "float64, float32, bfloat16 or float16"
 
@@ -60,9 +60,9 @@ def check_linear(linear: Any, name: str = "linear") -> None:
             )
         if parameter.dtype not in FLOATS:
             raise TypeError(f"{name}.{parameter_name}: got {parameter.dtype}, expected {_DTYPE_NAMES}")
-    if not is_quantised and zero3.shape(linear.weight) != (linear.out_features, linear.in_features):
+    if not is_quantised and zero.shape(linear.weight) != (linear.out_features, linear.in_features):
         raise TypeError(
-            f"{name}.weight: got shape {list(zero3.shape(linear.weight))}, expected [out, in] = "
+            f"{name}.weight: got shape {list(zero.shape(linear.weight))}, expected [out, in] = "
             f"{[linear.out_features, linear.in_features]}; a part of a weight cannot be adapted"
         )
     if hooks.has_hooks(linear):

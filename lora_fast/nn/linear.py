@@ -18,7 +18,7 @@ from lora_fast.gain import unrounded
 from lora_fast.nn import hooks
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.norm_cache import NormCache
-from lora_fast.parallel import calling, whole, zero3
+from lora_fast.parallel import calling, whole, zero
 
 
 class LinearWithLoRA(AdaptedLinear):
@@ -132,7 +132,7 @@ class LinearWithDoRA(AdaptedLinear):
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
         super().reset_parameters()
         if not self.lora_A.is_meta:
-            with torch.no_grad(), zero3.gathered([self.weight]):
+            with torch.no_grad(), zero.gathered([self.weight]):
                 self.magnitude.copy_(self._norm())
 
     def extra_repr(self) -> str:
@@ -212,7 +212,9 @@ class LinearWithDoRA(AdaptedLinear):
     def _prepare_weight(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         self._kept_norm.clear()
-        if whole.sharded(self.linear, "weight", (self.out_features, self.in_features), writes=True):
+        linear, shape = calling.owner(self.linear), (self.out_features, self.in_features)
+        is_put_together = whole.is_put_together(linear, whole.tensor_of(linear, "weight"))
+        if is_put_together or whole.sharded(linear, "weight", shape, writes=True):
             return
         base = self._prepared_base()
         if base is None and self.stack_weight and self.norm_axis == "output":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast.parallel import calling, fsdp1, fsdp2, zero3
+from lora_fast.parallel import calling, fsdp1, fsdp2, zero
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
@@ -24,7 +24,7 @@ def is_put_together(module: nn.Module, tensor: Any) -> bool:
 
     Its address and version then say nothing of what is in it, and it is gone after backward.
     """
-    return is_from_fsdp(module, tensor) or zero3.is_partitioned(tensor)
+    return is_from_fsdp(module, tensor) or zero.is_partitioned(tensor)
 
 
 def is_from_fsdp(module: nn.Module, tensor: Any) -> bool:
@@ -35,7 +35,8 @@ def is_from_fsdp(module: nn.Module, tensor: Any) -> bool:
 def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *, writes: bool = False) -> str | None:
     """Which way of sharding keeps ``name`` of ``module`` from being read now, or from being written; None if none does.
 
-    ``shape``: that of the whole, where it is known.
+    What FSDP2 has gathered, and nobody sees that, may be read and not written; blocks in which others gather are the
+    user's. ``shape``: that of the whole, where it is known.
     """
     module = calling.owner(module)
     tensor = tensor_of(module, name)
@@ -43,11 +44,11 @@ def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *,
         return None
     if fsdp2.is_dtensor(tensor) or (writes and fsdp2.manages(module)):
         return "FSDP2 (or another user of DTensor)"
-    if zero3.is_partitioned(tensor) and (writes or tensor.shape != zero3.shape(tensor)):
+    if tensor.shape != zero.shape(tensor):
         return "DeepSpeed's ZeRO-3"
     if type(tensor) is Tensor and module._parameters.get(name) is None and fsdp1.is_view(tensor):
         return "FSDP1"
-    if shape is not None and tuple(tensor.shape) != tuple(shape) and not zero3.is_partitioned(tensor):
+    if shape is not None and tuple(tensor.shape) != tuple(shape) and not zero.is_partitioned(tensor):
         return "FSDP1"
     if tensor.numel() and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0:
         return "FSDP"

@@ -1,4 +1,8 @@
-"""What DeepSpeed's ZeRO-3 makes of parameters: between calls they have no elements, and ``ds_shape`` is their shape."""
+"""What DeepSpeed's ZeRO makes of parameters.
+
+In stage 3 they have no elements between calls, and ``ds_shape`` is their shape. In all stages the optimizer steps on
+copies of its own, in float32, which it writes into the parameters afterwards.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +39,18 @@ def gathered(tensors: Iterable[Any], *, writes: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(found, modifier_rank=0 if writes else None):
         yield
+
+
+def write(parameter: Any, value: Tensor) -> None:
+    """``value``, which every process has, into the parameter, and into the optimizer's copy of it if there is one."""
+    with gathered([parameter], writes=True):
+        parameter.copy_(value)
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        import deepspeed
+
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value.float())
+
+
+def is_first_process(parameter: Any) -> bool:
+    """Of those that have the parts of a parameter that is partitioned."""
+    return torch.distributed.get_rank(parameter.ds_process_group) == 0
