@@ -125,7 +125,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def plain_name(name: str) -> str:
-    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module."):
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module."):
         name = name.replace(part, "")
     return name
 
@@ -152,8 +152,7 @@ def _train(
     together: Callable[[Tensor], Tensor],
     *,
     dtype: torch.dtype = torch.float64,
-    backward: Callable[[nn.Module, Tensor], None] | None = None,
-    gradients: bool = True,
+    gradients: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     found = {}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -164,13 +163,8 @@ def _train(
         y = model(x)
         F.mse_loss(y, target).backward()
         found[f"y {step}"] = together(y.detach())
-        if gradients:
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    assert parameter.grad is not None, name
-                    found[f"{plain_name(name)} {step}"] = full(parameter.grad).clone()
-                else:
-                    assert parameter.grad is None, name
+        of_step = (gradients or whole_gradients)(model)
+        found.update({f"{name} {step}": gradient for name, gradient in of_step.items()})
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -178,6 +172,21 @@ def _train(
         for again in range(2):
             found[f"evaluation {again}"] = together(model(own(batch(STEPS, dtype)[0])))
     return found
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of all that trains; and nothing else has one."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            found[plain_name(name)] = full(parameter.grad).clone()
+    return found
+
+
+def no_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Where they cannot be had; the steps of the optimizer show them."""
+    return {}
 
 
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerances: float) -> None:
@@ -206,10 +215,14 @@ def counted() -> Iterator[dict[str, int]]:
 
 def together(world: int, tmp_path: Path, check: Callable[..., None], *arguments: Any) -> None:
     """``check(*arguments)`` in ``world`` processes over gloo."""
-    # forked from a server that has imported what takes long, once
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "lora_fast", "peft"])
     given = world, str(tmp_path / f"store {world}"), check, arguments
-    mp.start_processes(_process, args=given, nprocs=world, start_method="forkserver")
+    spawn(_process, given, world)
+
+
+def spawn(function: Callable[..., None], arguments: tuple, processes: int) -> None:
+    """``function(rank, *arguments)`` in each, forked from a server that has imported what takes long, once."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "lora_fast", "peft"])
+    mp.start_processes(function, args=arguments, nprocs=processes, start_method="forkserver")
 
 
 def _process(rank: int, world: int, store: str, check: Callable[..., None], arguments: tuple) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from parallel_helpers import spawn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -198,4 +198,4 @@ def process(rank: int, tmp: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(process, args=(tmp_path,), nprocs=WORLD)
+    spawn(process, (tmp_path,), WORLD)

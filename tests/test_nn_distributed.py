@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from nn_helpers import DORA_KINDS, IN, adapter_names, expected, make_layer
+from parallel_helpers import spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -100,4 +100,4 @@ def process(rank: int, store: str, names: list[str]) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     names = ["torch", "cpu"] if backends.is_present("cpu") else ["torch"]
-    mp.spawn(process, args=(str(tmp_path / "store"), names), nprocs=WORLD)
+    spawn(process, (str(tmp_path / "store"), names), WORLD)

@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
 import peft
+from parallel_helpers import spawn
 from peft_helpers import EXACT, adapted, perceptron, results, tokens
 
 import lora_fast
@@ -273,4 +273,4 @@ def process(rank: int, world: int, store: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_fully_sharded(tmp_path: Path, world: int) -> None:
-    mp.spawn(process, args=(world, str(tmp_path / "store")), nprocs=world)
+    spawn(process, (world, str(tmp_path / "store")), world)
