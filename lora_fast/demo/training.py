@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -54,17 +54,41 @@ class Batch:
     def reversed(self) -> Batch:
         return Batch({name: tensor.flip(0) for name, tensor in self.tokens.items()}, self.labels.flip(0))
 
+    def part(self, index: int, parts: int) -> Batch:
+        """Every ``parts``-th row from ``index`` on."""
+        rows = slice(index, None, parts)
+        return Batch({name: tensor[rows] for name, tensor in self.tokens.items()}, self.labels[rows])
 
-@dataclass
-class Training:
-    """One model in training and what was measured of it."""
 
-    model: Classifier
-    steps: int
+@dataclass(kw_only=True)
+class Measured:
+    """What was measured of a training."""
+
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     accuracy: float = float("nan")
+
+    def step_ms(self) -> tuple[float, float, float]:
+        """p20, median and p80 of a step's time."""
+        p20, median, p80 = np.percentile(self.seconds, [20, 50, 80]) * 1e3
+        return float(p20), float(median), float(p80)
+
+    def as_dict(self) -> dict[str, Any]:
+        p20, median, p80 = self.step_ms()
+        return {
+            "losses": self.losses,
+            "accuracy": self.accuracy,
+            "step_ms": {"median": median, "p20": p20, "p80": p80},
+        }
+
+
+@dataclass
+class Training(Measured):
+    """One model in training and what was measured of it."""
+
+    model: Classifier
+    steps: int
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -85,31 +109,29 @@ class Training:
         self.seconds.append(time.perf_counter() - start)
         self.schedule.step()
 
-    def step_ms(self) -> tuple[float, float, float]:
-        """p20, median and p80 of a step's time."""
-        p20, median, p80 = np.percentile(self.seconds, [20, 50, 80]) * 1e3
-        return float(p20), float(median), float(p80)
+    def answer(self, tokenizer: Any, test: Sequence[Example]) -> None:
+        """The model's answers to the held-out texts, and their accuracy."""
+        self.answers = predict(self.model, tokenizer, test)
+        correct = sum(answer == example.label for answer, example in zip(self.answers, test, strict=True))
+        self.accuracy = correct / len(test)
 
     def as_dict(self) -> dict[str, Any]:
-        p20, median, p80 = self.step_ms()
-        return {
-            "losses": self.losses,
-            "accuracy": self.accuracy,
-            "step_ms": {"median": median, "p20": p20, "p80": p80},
-            "peak_bytes": self.peak_bytes,
-        }
+        return super().as_dict() | {"peak_bytes": self.peak_bytes}
+
+
+AnyMeasured = TypeVar("AnyMeasured", bound=Measured)
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Generic[AnyMeasured]):
     """Two trainings from one start, which may differ by rounding alone."""
 
     compared_steps: ClassVar[int]  # after that, rounding has been amplified by training itself, in the reference too
     loss_bar: ClassVar[float]  # on the relative difference of their losses
 
-    reference: Training
-    fast: Training
-    other_order: Training  # the reference again, each batch's rows in reverse
+    reference: AnyMeasured
+    fast: AnyMeasured
+    other_order: AnyMeasured  # the reference again, each batch's rows in reverse
     train_size: int
     test_size: int
     trained_parameters: int
@@ -190,9 +212,7 @@ def evaluate(
 ) -> None:
     """Each run's answers to the held-out texts, their accuracy, and the peak memory of a step on ``batch``."""
     for done, run in enumerate(runs, 1):
-        run.answers = predict(run.model, tokenizer, test)
-        correct = sum(answer == example.label for answer, example in zip(run.answers, test, strict=True))
-        run.accuracy = correct / len(test)
+        run.answer(tokenizer, test)
         run.peak_bytes = peak_bytes(partial(run.step, batch))
         on_progress("held-out texts, memory", done / len(runs))
 
