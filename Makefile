@@ -6,13 +6,15 @@ JOBS   ?= 2
 GPU    ?= .venv-gpu
 PYTHON312 ?= python3.12
 BIN    := $(VENV)/bin
+DEEPSPEED := DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(VENV)/deepspeed/built) \
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) PATH="$(abspath $(BIN)):$$PATH"
 NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csrc -type f 2>/dev/null)
 
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised bench-layer bench-peft bench-quantised clean
+	peft-oldest test-quantised test-deepspeed bench-layer bench-peft bench-quantised clean
 
 setup: $(VENV)/.installed
 
@@ -93,6 +95,10 @@ peft-oldest: setup
 test-quantised: $(VENV)/hqq/.installed
 	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest -m hqq -n $(JOBS) $(wildcard tests/test_bases.py tests/test_*quantised*.py)
 
+# Models that DeepSpeed shards. It compiles an operator of its own at the first run, with ninja.
+test-deepspeed: $(VENV)/deepspeed/.installed
+	$(DEEPSPEED) $(BIN)/pytest tests/test_deepspeed.py
+
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).
 bench-layer bench-peft: bench-%: setup
@@ -108,6 +114,12 @@ clean:
 # Beside the others: where HQQ is found without all that it asks for, transformers cannot be imported.
 $(VENV)/hqq/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/hqq hqq==0.2.8 termcolor einops
+	touch $@
+
+# Beside the others: it asks for nothing that they have not, but for these.
+$(VENV)/deepspeed/.installed: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
+		deepspeed==0.19.8 einops hjson msgpack py-cpuinfo psutil pydantic pydantic_core annotated-types typing-inspection
 	touch $@
 
 # torch first and alone: the extension is compiled against it.

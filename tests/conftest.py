@@ -63,8 +63,8 @@ def _no_cuda_kernels() -> str | None:
     return backends.get("cuda").missing()
 
 
-def _not_installed(library: str) -> str | None:
-    return None if importlib.util.find_spec(library) else f"{library} is not installed (make test-quantised has all)"
+def _not_installed(library: str, target: str = "test-quantised") -> str | None:
+    return None if importlib.util.find_spec(library) else f"{library} is not installed (make {target} has all)"
 
 
 def _no_nvcc() -> str | None:
@@ -82,6 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
         **{library: _not_installed(library) for library in ("bitsandbytes", "torchao", "hqq")},
+        "deepspeed": _not_installed("deepspeed", "test-deepspeed"),
         "nvcc": _no_nvcc(),
         "clang": None if shutil.which("clang++") else "no clang++ (clang)",
         "objdump": None if shutil.which("objdump") else "no objdump (binutils)",

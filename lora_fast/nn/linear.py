@@ -130,10 +130,11 @@ class LinearWithDoRA(AdaptedLinear):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
-        super().reset_parameters()
-        if not self.lora_A.is_meta:
-            with torch.no_grad(), zero.gathered([self.weight]):
-                self.magnitude.copy_(self._norm())
+        with zero.gathered([whole.tensor_of(calling.owner(self.linear), "weight")]):
+            super().reset_parameters()
+            if not self.lora_A.is_meta:
+                with torch.no_grad():
+                    self.magnitude.copy_(self._norm())
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, norm_axis={self.norm_axis!r}"
