@@ -104,8 +104,7 @@ def base_module(layer: Any) -> Any:
 
 def base(layer: Any) -> Any:
     """The same without FSDP1's wrapper, if it has one."""
-    found = layer._modules["base_layer"]
-    return found if type(found) is nn.Linear else calling.owner(found)
+    return _held(layer._modules["base_layer"])
 
 
 def _module(layer: Any, container: str, name: str) -> Any:
@@ -115,8 +114,12 @@ def _module(layer: Any, container: str, name: str) -> Any:
 
 def _member(layer: Any, container: str, name: str) -> Any:
     """The same without FSDP1's wrapper, if it has one."""
-    found = layer._modules[container]._modules[name]
-    return found if type(found) is nn.Linear else calling.owner(found)
+    return _held(layer._modules[container]._modules[name])
+
+
+def _held(module: Any) -> Any:
+    """What FSDP1's wrapper holds; ``module`` itself if it is none."""
+    return calling.owner(module) if "_fsdp_wrapped_module" in module._modules else module
 
 
 def available(layer: Any) -> list[str]:
@@ -235,9 +238,11 @@ def base_bias(layer: Any) -> Tensor | None:
 
 
 def _frozen(layer: Any, name: str) -> Any:
+    tensor = layer._modules["base_layer"]._parameters.get(name)
+    if type(tensor) is nn.Parameter:
+        return tensor
     module = base(layer)
-    tensor = tensor_of(module, name)
-    return tensor if type(tensor) is nn.Parameter else fsdp1.without_gradient(tensor, module, name)
+    return fsdp1.without_gradient(tensor_of(module, name), module, name)
 
 
 def embed(layer: Any, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -255,18 +260,22 @@ def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
 
 def is_direct(layer: Any) -> bool:
     """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
-    module = base(layer)
-    if not _is_of(module, READ_DIRECTLY.get(kind(layer), ())):
+    module = layer._modules["base_layer"]
+    held = _held(module)
+    if not _is_of(held, READ_DIRECTLY.get(kind(layer), ())):
         return False
-    weight = tensor_of(module, "weight")
+    weight = tensor_of(held, "weight")
     is_read = type(weight) in PLAIN or fsdp2.is_sharded(weight)
-    return is_read and (not has_hooks(base_module(layer)) or calling.gathers(base_module(layer)))
+    return is_read and not _has_foreign_hooks(module)
 
 
 def quantised_base(layer: Any) -> bases.Base | None:
     """What stands under the adapters where that is a quantised linear, without an obstacle; else None."""
-    module = base(layer)
-    return None if type(module) is nn.Linear and type(tensor_of(module, "weight")) in PLAIN else bases.find(module)
+    module = layer._modules["base_layer"]
+    if type(module) is nn.Linear and type(module._parameters.get("weight")) in PLAIN:
+        return None
+    module = _held(module)
+    return None if _is_of(module, (nn.Linear,)) and type(tensor_of(module, "weight")) in PLAIN else bases.find(module)
 
 
 def calls_base(layer: Any) -> bool:
@@ -285,11 +294,12 @@ def call_base(layer: Any, x: Tensor) -> Tensor:
 
 def gathering(layer: Any, adapters: Iterable[str]) -> list[nn.Module]:
     """Of the modules that the adapters' tensors and the base layer's are in, those whose calls alone gather them."""
-    modules = [base_module(layer)]
-    for name in adapters:
-        containers = (layer._modules.get(container) for container in (*FACTORS, MAGNITUDES))
-        modules += [at._modules[name] for at in containers if at is not None and name in at._modules]
-    return [module for module in modules if calling.gathers(module)]
+    modules = layer._modules
+    found = [modules["base_layer"]] if calling.gathers(modules["base_layer"]) else []
+    for container in (*FACTORS, MAGNITUDES):
+        members = modules[container]._modules if container in modules else {}
+        found += [members[name] for name in adapters if name in members and calling.gathers(members[name])]
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -357,16 +367,16 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
     # math.isfinite takes no number that torch.compile holds symbolic
     if type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
         return f"its scaling is {scaling!r}, no finite number"
-    # each tensor, and the module in whose call it is there
-    owned: list[tuple[Any, Any]]
     if layer_kind is Embedding:
-        owned = [(layer.lora_embedding_A[name], None), (layer.lora_embedding_B[name], None)]
+        modules: list[Any] = [None, None]  # the layer's own
+        tensors = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
     else:
+        modules = [_module(layer, "lora_A", name), _module(layer, "lora_B", name)]
+        project, expand = held = [_held(module) for module in modules]
         part = nn.Linear if layer_kind is Linear else CONVOLUTIONS[layer_kind]
-        project, expand = _member(layer, "lora_A", name), _member(layer, "lora_B", name)
         if not (_is_of(project, (part,)) and _is_of(expand, (part,))):
             return f"lora_A or lora_B is no plain {part.__name__}"
-        dropout = _member(layer, "lora_dropout", name)
+        dropout = _module(layer, "lora_dropout", name)
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"its dropout is {type(dropout).__name__}"
         if _has_foreign_hooks(dropout):
@@ -377,14 +387,15 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
             return "PEFT's DoRA with lora_bias puts the bias into the norm"
         if layer_kind in CONVOLUTIONS and variant is not None and not _fit(base(layer), project, expand):
             return "lora_B @ lora_A is not of the base weight's shape"
-        owned = [(tensor_of(_member(layer, at, name), "weight"), _module(layer, at, name)) for at in FACTORS]
+        tensors = [tensor_of(module, "weight") for module in held]
     if variant is not None:
-        magnitude = _member(layer, MAGNITUDES, name)
+        modules.append(_module(layer, MAGNITUDES, name))
+        magnitude = _held(modules[-1])
         if not _is_of(magnitude, (dora_module,)):
             return f"its magnitude is {type(magnitude).__name__}"
-        owned.append((tensor_of(magnitude, "weight"), _module(layer, MAGNITUDES, name)))
+        tensors.append(tensor_of(magnitude, "weight"))
     device = _device(layer)
-    for tensor, module in owned:
+    for tensor, module in zip(tensors, modules, strict=True):  # each with the module in whose call it is there
         if module is not None and _has_foreign_hooks(module):
             return f"its {type(module).__name__} has hooks or a forward of its own"
         if not _is_readable(tensor, module, gathers) or tensor.dtype not in DTYPES:

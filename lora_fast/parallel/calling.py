@@ -28,6 +28,9 @@ def owner(module: Any) -> Any:
 
 def gathers(module: nn.Module) -> bool:
     """Whether a call of ``module`` gathers its parameters, and does nothing else beside its forward."""
+    own = vars(module)  # asked in every forward: what gathers has one of these
+    if not own["_forward_pre_hooks"] and "_fsdp_wrapped_module" not in own["_modules"]:
+        return False
     held = owner(module)
     if "forward" in vars(held):
         return False

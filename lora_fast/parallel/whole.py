@@ -15,8 +15,8 @@ def tensor_of(module: nn.Module, name: str) -> Any:
 
     It gathers nothing, where ``module.weight`` would under ZeRO-3 in a forward.
     """
-    found = module._parameters.get(name)
-    return vars(module).get(name) if found is None else found
+    own = module._parameters
+    return own.get(name) if name in own else module.__dict__.get(name)
 
 
 def is_put_together(module: nn.Module, tensor: Any) -> bool:
