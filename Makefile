@@ -14,7 +14,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised test-deepspeed bench-layer bench-peft bench-quantised clean
+	peft-oldest test-quantised test-deepspeed bench-layer bench-peft bench-quantised bench-distributed clean
 
 setup: $(VENV)/.installed
 
@@ -107,6 +107,10 @@ bench-layer bench-peft: bench-%: setup
 # PEFT models over quantised linears, against their bars.
 bench-quantised: $(VENV)/hqq/.installed
 	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest benchmarks/bench_quantised.py
+
+# PEFT models trained by two processes, by engine, against their bars. It needs an idle machine.
+bench-distributed: $(VENV)/deepspeed/.installed
+	$(DEEPSPEED) $(BIN)/pytest benchmarks/bench_distributed.py
 
 clean:
 	rm -rf $(VENV) $(GPU) .arm build dist demo *.egg-info lora_fast/*.so .pytest_cache .mypy_cache .ruff_cache

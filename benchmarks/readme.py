@@ -27,7 +27,8 @@ ZEN_5_AVX512, ZEN_5_AVX2 = (
 )
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "gpu.md", "peft.md", "quantised.md")))
+_DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "peft.md", "quantised.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
 )
@@ -206,6 +207,45 @@ def _quantised(folder: Path) -> str:
 
     times = table(["", *names], ([row["title"], *(cell(row, name) for name in names)] for row in results["rows"]))
     return f"{origin(results, 'quantised.json', folder)}\n{times}\n{bars_lines(results['rows'])}"
+
+
+def distributed() -> str:
+    """Training steps in two processes, by engine: time and memory, targets, and what the processes send each other."""
+    folders = [folder for folder in (RESULTS, ZEN_5) if (folder / "distributed.json").exists()]
+    return "\n".join(map(_distributed, folders))
+
+
+def _distributed(folder: Path) -> str:
+    results = read("distributed.json", folder)
+    rows = [row for row in results["rows"] if row["records"]]
+    names = list(dict.fromkeys(name for row in rows for name in (*row["records"], *row["left_out"])))
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if name not in row["records"]:
+            return "fails"
+        record, baseline = row["records"][name], row["records"][row["baseline"]]
+        ratios = (record[field] / baseline[field] for field in ("median_ms", "peak_bytes"))
+        return "{:.2f} ({:.2f})".format(*ratios)
+
+    times = table(["engine", *names], ([row["engine"], *(cell(row, name) for name in names)] for row in rows))
+    rings = list(rows[0]["records"][rows[0]["baseline"]]["ring"])
+    sent = table(
+        ["engine", "", "calls, MiB of a step", *(f"each of {ranks} sends" for ranks in rings)],
+        (
+            [row["engine"], name, _calls(row["records"][name]), *map(_sent, row["records"][name]["ring"].values())]
+            for row in rows
+            for name in ("PEFT LoRA", "accelerated DoRA")
+        ),
+    )
+    return f"{origin(results, 'distributed.json', folder)}\n{times}\n{bars_lines(rows)}\n{sent}"
+
+
+def _calls(record: dict[str, Any]) -> str:
+    return ", ".join(f"{kind} {_sent(count)}" for kind, count in record["collectives"].items())
+
+
+def _sent(count: dict[str, int]) -> str:
+    return f"{count['messages']}, {digits(count['bytes'] / 2**20)}"
 
 
 def _target(bar: dict[str, Any]) -> str:
@@ -420,6 +460,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "layer": layer,
     "peft": peft,
     "quantised": quantised,
+    "distributed": distributed,
     "t0-3b": t0_3b,
     "losses": losses,
     "grid": grid,

@@ -51,8 +51,8 @@ def is_trained_leaf(module: nn.Module) -> bool:
 # ---- with use_orig_params=True, a unit may hold frozen and trained parameters
 
 
-def root_only(model: nn.Module) -> nn.Module:
-    return FullyShardedDataParallel(model, use_orig_params=True, **CPU)
+def root_only(model: nn.Module, **options: Any) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, **CPU, **options)
 
 
 def per_block(model: nn.Module, **options: Any) -> nn.Module:
@@ -94,12 +94,12 @@ def hybrid(model: nn.Module) -> nn.Module:
 # ---- without it, a unit's parameters are all frozen or all trained
 
 
-def each_apart(model: Any) -> nn.Module:
+def each_apart(model: Any, **options: Any) -> nn.Module:
     """Frozen linears and what trains in units of their own; the frozen head by itself."""
     linears = [linear_of(layer) for layer in layers_of(model)]
     head = next(module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 3)
     wrap = policy(lambda module: module in linears or is_trained_leaf(module) or module is head)
-    return FullyShardedDataParallel(model, auto_wrap_policy=wrap, use_orig_params=False, **CPU)
+    return FullyShardedDataParallel(model, auto_wrap_policy=wrap, use_orig_params=False, **CPU, **options)
 
 
 SHARDINGS: tuple[Wrap, ...] = (

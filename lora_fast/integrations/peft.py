@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fast import bases, stacked
-from lora_fast.parallel import fsdp2
+from lora_fast.parallel import fsdp1, fsdp2
+from lora_fast.parallel.whole import tensor_of
 
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
 OLDEST, NEWEST = (0, 18), (0, 21)
@@ -115,8 +117,8 @@ def accelerate(
     }
     for module in model.modules():
         if isinstance(module, peft_names.PeftModel):
-            vars(module).setdefault("save_pretrained", types.MethodType(peft_saving.save_pretrained, module))
-    units = fsdp2.units_around(model)
+            peft_saving.set_on(module)
+    sharding = _Sharding(fsdp2.modules_within(model), fsdp2.param_dtypes(model) | fsdp1.param_dtypes(model))
     reports = []
     for name, layer in tuned:
         reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None
@@ -127,7 +129,7 @@ def accelerate(
             )
             state.compute_dtype, state.norm_reuse, state.stack_weights = compute_dtype, norm_reuse, stack_weights
             layer.prepare()
-        reports.append(_describe(name, layer, reason, units))
+        reports.append(_describe(name, layer, reason, sharding))
     return Report(tuple(reports), version, compute_dtype)
 
 
@@ -160,8 +162,7 @@ def restore(model: nn.Module) -> None:
         if type(layer.base_layer) is nn.Linear and not bases.is_quantised(layer.base_layer):
             stacked.unstack(layer.base_layer.weight)
     for module in model.modules():
-        if getattr(vars(module).get("save_pretrained"), "__func__", None) is peft_saving.save_pretrained:
-            del vars(module)["save_pretrained"]
+        peft_saving.take_off(module)
 
 
 def _peft_version() -> tuple[str, str | None]:
@@ -222,25 +223,33 @@ def _set_class(layer: Any, kind: type[nn.Module]) -> None:
             vars(layer)[name] = types.MethodType(kind.forward, layer)
 
 
-def _describe(name: str, layer: Any, reason: str | None, units: dict[int, nn.Module]) -> LayerReport:
+@dataclass(frozen=True)
+class _Sharding:
+    """What is known of a model's sharding, by the ids of its modules."""
+
+    within_fsdp2: set[int]
+    rounded_to: dict[int, torch.dtype]  # by mixed precision, for a forward
+
+
+def _describe(name: str, layer: Any, reason: str | None, sharding: _Sharding) -> LayerReport:
     from lora_fast.integrations import peft_layers, peft_names
 
     base = fsdp2.base_class(type(layer))
     kind = (peft_layers.original_class(base) or base).__name__
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward: {reason}")
-    gathers = id(layer) in units
+    gathers = id(layer) in sharding.within_fsdp2
     reason = peft_names.layer_obstacle(layer, gathers=gathers)
     if reason is not None:
         return LayerReport(name, kind, False, f"PEFT's own forward until this changes: {reason}")
     obstacles = {
         adapter: peft_names.adapter_obstacle(layer, adapter, gathers=gathers) for adapter in peft_names.available(layer)
     }
-    runs = "; ".join(_describe_adapters(layer, obstacles, units))
+    runs = "; ".join(_describe_adapters(layer, obstacles, sharding))
     return LayerReport(name, kind, None in obstacles.values(), runs or "no adapter")
 
 
-def _describe_adapters(layer: Any, obstacles: dict[str, str | None], units: dict[int, nn.Module]) -> Iterator[str]:
+def _describe_adapters(layer: Any, obstacles: dict[str, str | None], sharding: _Sharding) -> Iterator[str]:
     from lora_fast.integrations import peft_layers, peft_names
 
     if isinstance(layer, (peft_layers.FastConv, peft_layers.FastEmbedding)):
@@ -253,17 +262,17 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None], units: dict
             how += " (it passes no gradient to x: here dy W is passed, straight through the rounding of x)"
     else:
         how = f"base_layer(x), lora_compose: {type(layer.base_layer).__name__} has hooks or a forward of its own"
-    if peft_names.is_direct(layer) and layer.may_be_left_to_peft(peft_names.base_weight(layer)):
+    if peft_names.is_direct(layer) and layer.may_be_left_to_peft(tensor_of(peft_names.base(layer), "weight")):
         how += ", and PEFT's own forward for few tokens"
     for adapter, obstacle in obstacles.items():
         if obstacle is not None:
             yield f"{adapter}: PEFT's own forward while it is active: {obstacle}"
             continue
         form = "DoRA, weight_norm" if peft_names.is_dora(layer, adapter) else "LoRA"
-        yield f"{adapter}: {form}, {how}{_describe_sharding(layer, adapter, units)}"
+        yield f"{adapter}: {form}, {how}{_describe_sharding(layer, adapter, sharding)}"
 
 
-def _describe_sharding(layer: Any, adapter: str, units: dict[int, nn.Module]) -> str:
+def _describe_sharding(layer: Any, adapter: str, sharding: _Sharding) -> str:
     """What sharding changes for one adapter, whose layer has no obstacle."""
     from lora_fast.integrations import peft_names
 
@@ -273,8 +282,7 @@ def _describe_sharding(layer: Any, adapter: str, units: dict[int, nn.Module]) ->
     elif peft_names.obstacle(layer, [adapter]) is not None:
         text += ", once FSDP has gathered the weights"
     module, magnitude = peft_names.magnitude(layer, adapter)
-    unit = units.get(id(module))
-    dtype = None if magnitude is None or unit is None else fsdp2.param_dtype(unit)
+    dtype = sharding.rounded_to.get(id(module))
     if magnitude is not None and dtype is not None and dtype.itemsize < magnitude.dtype.itemsize:
         text += f"; FSDP's mixed precision rounds the magnitude to {dtype}: gains nearer to 1 than its precision are 1"
     return text

@@ -42,7 +42,6 @@ class State:
     stack_weights: bool = True
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
-    magnitude_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # by adapter, of what is kept between calls
 
 
 class FastLayer(nn.Module, LoraLayer):
@@ -71,7 +70,8 @@ class FastLayer(nn.Module, LoraLayer):
             return super().forward(x, *args, **kwargs)
         gathering = peft_names.gathering(self, names)
         if gathering:
-            return calling.call_inside(gathering, lambda x: self._with(x, names, adapter_names), x)
+            base = peft_names.base_module(self)
+            return calling.call_inside(gathering, lambda x: self._with(x, names, adapter_names), x, casting=base)
         if not self._takes(x):
             return super().forward(x, *args, **kwargs)
         return self._with(x, names, adapter_names)
@@ -143,8 +143,8 @@ class FastLayer(nn.Module, LoraLayer):
         """Whether FSDP's mixed precision has rounded the magnitude for this forward."""
         if adapter.magnitude is None or adapter.magnitude.dtype.itemsize > 2:
             return False
-        dtype = self._lora_fast.magnitude_dtypes.get(adapter.name, adapter.magnitude.dtype)
-        return dtype.itemsize > 2 and whole.is_from_fsdp(*peft_names.magnitude(self, adapter.name))
+        module, magnitude = peft_names.magnitude(self, adapter.name)
+        return magnitude is not None and whole.is_rounded(module, "weight", magnitude)
 
     def _norm(self, adapter: Adapter) -> Tensor:
         weight, lora_A, lora_B = self._matrices(adapter)
@@ -165,7 +165,6 @@ class FastLayer(nn.Module, LoraLayer):
 
     def prepare(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
-        self._note_magnitudes()
         base = peft_names.base(self)
         is_put_together = whole.is_put_together(base, tensor_of(base, "weight"))
         if is_put_together or peft_names.layer_obstacle(self) is not None or peft_names.sharded_by(self) is not None:
@@ -177,13 +176,6 @@ class FastLayer(nn.Module, LoraLayer):
 
     def _prepare_base(self) -> None:
         """The same for the base layer, whatever its adapters."""
-
-    def _note_magnitudes(self) -> None:
-        """The dtypes that magnitudes have, before FSDP's mixed precision rounds them for a forward."""
-        for name in peft_names.available(self):
-            module, magnitude = peft_names.magnitude(self, name)
-            if magnitude is not None and not whole.is_from_fsdp(module, magnitude):
-                self._lora_fast.magnitude_dtypes[name] = magnitude.dtype
 
     def _prepare(self, adapter: Adapter) -> None:
         """The same for one adapter, which is DoRA."""

@@ -8,16 +8,35 @@ checkpointing's, change.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import peft
+import torch
 from torch import Tensor, nn
 
 from lora_fast.adapters import gathering
 from lora_fast.nn.names import places, wrapped_attribute
-from lora_fast.parallel import fsdp2, zero
+from lora_fast.parallel import fsdp1, fsdp2, zero
+from lora_fast.parallel.whole import tensor_of
+
+
+def set_on(model: Any) -> None:
+    """Let the model's ``save_pretrained`` be :func:`save_pretrained`: a partial, which is copied and pickled too."""
+    if not _is_set(model):
+        vars(model)["save_pretrained"] = functools.partial(save_pretrained, model)
+
+
+def take_off(model: nn.Module) -> None:
+    """Undo :func:`set_on`."""
+    if _is_set(model):
+        del vars(model)["save_pretrained"]
+
+
+def _is_set(model: nn.Module) -> bool:
+    return getattr(vars(model).get("save_pretrained"), "func", None) is save_pretrained
 
 
 def save_pretrained(model: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -32,12 +51,34 @@ def save_pretrained(model: Any, /, *args: Any, **kwargs: Any) -> None:
     with _names_of_the_model(model):
         if options.get("state_dict") is None:
             fsdp2.reshard(model)
+            _check_not_in_parts(model)
             tensors = dict(model.state_dict(keep_vars=True))
+            if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):  # which have gathered
+                call.arguments["is_main_process"] &= torch.distributed.get_rank() == 0
             if any(map(_is_sharded, tensors.values())):
                 chosen = _chosen(model, call.arguments, tensors)
                 options["state_dict"] = _gathered(tensors, chosen)
                 call.arguments["is_main_process"] &= gathering.is_first_process(list(chosen.values()))
         save(*call.args, **call.kwargs)
+
+
+def _check_not_in_parts(model: nn.Module) -> None:
+    """ValueError where FSDP1 has parameters in a unit that is not in the model, which the model cannot gather."""
+    outside = _outside_of_units(model)
+    tensors = ((module, name) for module in outside for name in (*module._parameters, *vars(module)))
+    if any(fsdp1.is_in_parts(module, name, tensor_of(module, name)) for module, name in tensors):
+        raise ValueError(
+            "model: FullyShardedDataParallel holds parameters of it in parts; give save_pretrained a state_dict, or "
+            "call it inside `with FullyShardedDataParallel.summon_full_params(...)` of the model that it returned"
+        )
+
+
+def _outside_of_units(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` but for those in FSDP1's units."""
+    inside = {
+        inner for module in model.modules() if "_fsdp_wrapped_module" in module._modules for inner in module.modules()
+    }
+    return [module for module in model.modules() if module not in inside]
 
 
 def _is_sharded(tensor: Any) -> bool:

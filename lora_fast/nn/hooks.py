@@ -8,7 +8,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def call_inside(linear: nn.Module, compute: Callable[[Tensor], Tensor], x: Tenso
     Raises RuntimeError for what ``linear`` carries that would not be called.
     """
     if calling.gathers(linear):
-        return calling.call_inside([linear], compute, x)
+        return calling.call_inside([linear], compute, x, casting=linear)
     if obstacle := _obstacle(linear):
         raise RuntimeError(obstacle)
     if not has_accelerate_hook(linear):
@@ -98,16 +98,27 @@ def check_weight(layer: Any, action: str, *, writes: bool = False) -> None:
 
 
 def check_not_sharded(layer: Any, action: str, *, writes: bool) -> None:
+    for name, kept_by in _sharded(layer, writes):
+        raise RuntimeError(
+            f"{action}: {name} is sharded over processes by {kept_by}, and this needs it whole in each; save the "
+            "adapter (lora_fast.save_adapter), and do it with a model that is not sharded"
+        )
+
+
+def is_sharded(layer: Any) -> bool:
+    """Whether a parameter that ``layer`` reads is not whole now."""
+    return any(_sharded(layer, writes=False))
+
+
+def _sharded(layer: Any, writes: bool) -> Iterator[tuple[str, str]]:
+    """Each parameter that is not whole, or must not be written, and what has it in parts."""
     shape = layer.out_features, layer.in_features
     places = [(layer.linear, "weight", shape), *((layer, name, None) for name in ("lora_A", "lora_B", "magnitude"))]
     for module, name, whole_shape in places:
         if name == "weight" and bases.is_quantised(calling.owner(module)):
             continue
         if kept_by := whole.sharded(module, name, whole_shape, writes=writes):
-            raise RuntimeError(
-                f"{action}: {name} is sharded over processes by {kept_by}, and this needs it whole in each; save the "
-                "adapter (lora_fast.save_adapter), and do it with a model that is not sharded"
-            )
+            yield name, kept_by
 
 
 def may_reload(layer: Any) -> bool:

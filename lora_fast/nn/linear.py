@@ -161,7 +161,7 @@ class LinearWithDoRA(AdaptedLinear):
         }
         if base is None:
             weight, bias, lora_A, lora_B = self._factors()
-            if magnitude.dtype.itemsize == 2 and whole.is_from_fsdp(self, magnitude):
+            if magnitude.dtype.itemsize == 2 and whole.is_rounded(self, "magnitude", magnitude):
                 _warn_of_rounding(magnitude.dtype)
                 factors = (lora_A.detach(), lora_B.detach()) if self.detach_norm else (lora_A, lora_B)
                 norm = functional.weight_norm(
@@ -207,7 +207,14 @@ class LinearWithDoRA(AdaptedLinear):
     def invalidate_norm(self) -> None:
         """Forget the kept norm; a frozen one is computed anew."""
         self._prepare_weight()
-        if self._frozen_gain is not None and not self.is_merged:
+        if self._frozen_gain is None or self.is_merged:
+            return
+        if hooks.is_sharded(self):
+            warnings.warn(
+                "norms that were frozen before the model was sharded follow the parameters again", stacklevel=2
+            )
+            self.unfreeze_norm()
+        else:
             self.freeze_norm()
 
     def _prepare_weight(self) -> None:

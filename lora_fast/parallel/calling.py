@@ -38,24 +38,30 @@ def gathers(module: nn.Module) -> bool:
     return (held is not module or bool(hooks)) and all(map(_is_gathering, hooks))
 
 
-def call_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def call_inside(
+    modules: Sequence[nn.Module], compute: Callable[[Tensor], Tensor], x: Tensor, casting: nn.Module
+) -> Tensor:
     """``compute(x)`` inside the calls of ``modules``, which all gather; x and the result pass through their hooks.
 
-    ``compute`` must not call them again: :func:`forward_of` is what they compute themselves. As FSDP's own calls, it is
-    for one thread at a time in one module.
+    Mixed precision casts both for a module's own product. Only what the hooks of ``casting`` make of their dtypes is
+    kept. ``compute`` must not call the modules again: :func:`forward_of` is what they compute themselves. As FSDP's own
+    calls, it is for one thread at a time in one module.
     """
     if not modules:
         return compute(x)
-    held = vars(owner(modules[0]))
+    module, held, casts = modules[0], vars(owner(modules[0])), modules[0] is casting
+    dtypes = []  # of the result, before the module's hooks have it
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(given: Tensor) -> Tensor:
         del held["forward"]
-        return call_inside(modules[1:], compute, x)
+        result = call_inside(modules[1:], compute, given if casts or given.dtype == x.dtype else x, casting)
+        dtypes.append(result.dtype)
+        return result
 
     held["forward"] = forward
     try:
-        y: Tensor = modules[0](x)
-        return y
+        y: Tensor = module(x)
+        return y if casts else y.to(dtypes[0])
     finally:
         held.pop("forward", None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -21,14 +22,43 @@ def is_view(tensor: Any) -> bool:
     return type(tensor) is Tensor and hasattr(tensor._base, "_param_infos")
 
 
+def stored_dtype(view: Tensor) -> torch.dtype:
+    """Of a view between forwards."""
+    flat: Any = view._base
+    return getattr(flat, "_local_shard", flat).dtype
+
+
+def param_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
+    """For each module within a unit that rounds its parameters for a forward, by its id: to what."""
+    found: dict[int, torch.dtype] = {}
+    for module in model.modules():  # outer ones come first
+        if "_fsdp_wrapped_module" in module._modules:
+            dtype = getattr(getattr(module, "mixed_precision", None), "param_dtype", None)
+            for inner in module.modules():
+                found.pop(id(inner), None)
+                if dtype is not None:
+                    found[id(inner)] = dtype
+    return found
+
+
+def is_in_parts(module: nn.Module, name: str, tensor: Any) -> bool:
+    """Whether it is what ``module`` has of a parameter between forwards, outside a block that puts the whole there."""
+    if not hasattr(tensor, "_fsdp_flattened"):
+        return is_view(tensor)
+    is_matrix = name == "weight" and isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
+    return tensor.numel() == 0 or (is_matrix and tensor.dim() < 2)
+
+
 def is_frozen(tensor: Tensor, module: nn.Module, name: str) -> bool:
     """Whether ``tensor``, which is ``module``'s ``name`` in a forward, is a view in the place of a frozen parameter."""
     flat: Any = tensor._base if is_view(tensor) else None
     if flat is None or flat._params is None:  # None without use_orig_params: then one flag is that of all
         return False
     if flat not in _places:
-        infos = enumerate(flat._param_infos)
-        _places[flat] = {(id(info.module), info.param_name): place for place, info in infos}
+        places = {(id(info.module), info.param_name): place for place, info in enumerate(flat._param_infos)}
+        for info in flat._shared_param_infos:  # of what a second module has too
+            places[id(info.module), info.param_name] = places[id(info.prim_module), info.prim_param_name]
+        _places[flat] = places
     place = _places[flat].get((id(module), name))
     return place is not None and not flat._params[place].requires_grad
 

@@ -8,6 +8,7 @@ It makes that module an instance of a new class, derived from ``FSDPModule`` and
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,27 +28,58 @@ def is_unit(module: Any) -> bool:
     return unit is not None and isinstance(module, unit)
 
 
-def units_around(model: nn.Module) -> dict[int, nn.Module]:
-    """For each module of ``model`` that lies in one, by its id: the innermost that ``fully_shard`` was applied to."""
-    found: dict[int, nn.Module] = {}
+def modules_within(model: nn.Module) -> set[int]:
+    """The ids of the modules of ``model`` that ``fully_shard`` was applied to, and of all within those."""
+    return {id(inner) for module in model.modules() if is_unit(module) for inner in module.modules()}
+
+
+def param_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
+    """For each module within a unit that rounds its parameters for a forward, by its id: to what."""
+    found: dict[int, torch.dtype] = {}
     for module in model.modules():  # outer ones come first
         if is_unit(module):
-            found.update(dict.fromkeys(map(id, module.modules()), module))
+            unit: Any = module
+            dtype = unit._get_fsdp_state()._mp_policy.param_dtype
+            for inner in module.modules():
+                found.pop(id(inner), None)
+                if dtype is not None:
+                    found[id(inner)] = dtype
     return found
 
 
-def param_dtype(unit: Any) -> torch.dtype | None:
-    """That to which the unit's policy of mixed precision casts its parameters for a forward; None if it casts none."""
-    state = unit._get_fsdp_state()
-    dtype: torch.dtype | None = state._mp_policy.param_dtype
-    return dtype
-
-
 def manages(module: nn.Module) -> bool:
-    """Whether FSDP2 has parameters of the module itself, at any time of its life: told from a hook that it leaves."""
-    hooks = module._load_state_dict_post_hooks
-    return bool(hooks) and any(
-        getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks.values()
+    """Whether FSDP2 has parameters of the module itself, at any time of its life."""
+    return next(_own_parameters(module), None) is not None or _shares(module)
+
+
+def stored_dtype(module: nn.Module, name: str) -> torch.dtype | None:
+    """Of the module's parameter ``name`` between forwards; None if FSDP2 has no such one, or has not run yet."""
+    for parameter in _own_parameters(module):
+        if parameter._module_info.param_name == name:
+            return getattr(parameter, "orig_dtype", None)
+    return None
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Any]:
+    """FSDP2's records of the parameters that the module holds first, from the hooks that it leaves there."""
+    for hook in module._load_state_dict_post_hooks.values():
+        if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
+            cells: Any = hook.__closure__
+            yield cells[0].cell_contents
+
+
+def _shares(module: nn.Module) -> bool:
+    """Whether a module of a unit has a parameter that ``module`` has too: it leaves no hook on the second."""
+    units = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
+    if torch.compiler.is_compiling() or not units:
+        return False
+    states = (reference() for reference in list(units.values()))
+    groups = (group for state in states for group in getattr(state, "_fsdp_param_groups", ()))
+    return any(
+        module is other
+        for group in groups
+        for parameter in group.fsdp_params
+        for other in parameter._module_info.shared_modules
     )
 
 

@@ -24,12 +24,15 @@ def is_put_together(module: nn.Module, tensor: Any) -> bool:
 
     Its address and version then say nothing of what is in it, and it is gone after backward.
     """
-    return is_from_fsdp(module, tensor) or zero.is_partitioned(tensor)
+    if type(tensor) is not nn.Parameter:
+        return fsdp1.is_view(tensor)
+    return zero.is_partitioned(tensor) or fsdp2.manages(module)
 
 
-def is_from_fsdp(module: nn.Module, tensor: Any) -> bool:
-    """The same by FSDP, whose mixed precision may have rounded it; ZeRO-3 casts nothing."""
-    return fsdp2.manages(module) if type(tensor) is nn.Parameter else fsdp1.is_view(tensor)
+def is_rounded(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether FSDP's mixed precision has rounded ``tensor``, which is ``module``'s ``name`` in a forward."""
+    stored = fsdp1.stored_dtype(tensor) if fsdp1.is_view(tensor) else fsdp2.stored_dtype(module, name)
+    return stored is not None and stored.itemsize > tensor.dtype.itemsize
 
 
 def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *, writes: bool = False) -> str | None:
