@@ -39,6 +39,7 @@ Vector turned(Vector v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
 SOURCE_TREE_ONLY = {
     "lora_fast.benchmarks": {
         *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
+        *("bench_distributed", "collectives", "distributed_engines", "distributed_model"),
         *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
     },
     "lora_fast.triton_kernels": {"aot", "prewarm"},
