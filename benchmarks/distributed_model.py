@@ -11,7 +11,7 @@ grad for all of them, so that the frozen model has a backward.
 - ZeRO runs without its bf16 mode, which would make the adapters bfloat16. Its bounds on what stays gathered are
   for models of billions of parameters, and would keep this one whole: nothing is fetched ahead, or kept for backward.
 
-A step begins at a barrier and takes as long as on the slowest rank. The peak of a rank is what it holds between steps
+Freed memory stays with the processes (KEPT_MEMORY), as it does on a GPU. A step begins at a barrier and takes as long as on the slowest rank. The peak of a rank is what it holds between steps
 (the memory of all tensors that came with the contender: shards, optimizer state, buffers; DDP's own buckets in C++ are
 not seen) and the most that one step takes beyond that: PyTorch's allocations by the profiler's events, in which are
 gathered parameters and the buffers of collectives, but not what gloo takes in threads of its own. In that step each
@@ -29,6 +29,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import os
 import pickle
 import random
 import tempfile
@@ -39,6 +40,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -61,6 +63,10 @@ RANKS = 2
 CHECKED_TOKENS = 16
 COUNTED_FOR = (8, 64, 1024)  # GPUs
 MOST_TIME, MOST_MEMORY = 1.0, 1.03  # times PEFT's LoRA
+# For glibc's malloc, in the processes of all contenders: to keep what is freed, as the allocator of a GPU does. By
+# default it gives large blocks back to the system, and the weights that are gathered in every step are zeroed again,
+# page by page.
+KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 TIMEOUT = datetime.timedelta(minutes=2)  # of a collective to which another rank does not come
 
 
@@ -347,7 +353,7 @@ def run(
 
 def in_processes(engine: Engine, size: Size, budget_s: float) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """:func:`measured` in new processes, of which an error is raised here."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, KEPT_MEMORY):
         spawn(_process, (engine, size, budget_s, Path(folder)), nprocs=RANKS, daemon=True)
         return pickle.loads((Path(folder) / "measured").read_bytes())
 
