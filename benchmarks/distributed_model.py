@@ -11,8 +11,8 @@ grad for all of them, so that the frozen model has a backward.
 - ZeRO runs without its bf16 mode, which would make the adapters bfloat16. Its bounds on what stays gathered are
   for models of billions of parameters, and would keep this one whole: nothing is fetched ahead, or kept for backward.
 
-Freed memory stays with the processes (KEPT_MEMORY), as it does on a GPU. A step begins at a barrier and takes as long as
-on the slowest rank. The peak of a rank is what it holds between steps (the memory of all tensors that came with the
+Freed memory stays with the processes (KEPT_MEMORY), as it does on a GPU. A step begins at a barrier and takes as long
+as on the slowest rank. The peak of a rank is what it holds between steps (the memory of all tensors that came with the
 contender: shards, optimizer state, buffers; DDP's own buckets in C++ are not seen) and the most that one step takes
 beyond that: PyTorch's allocations by the profiler's events, in which are gathered parameters and the buffers of
 collectives, but not what gloo takes in threads of its own. In that step each collective is waited for (see
