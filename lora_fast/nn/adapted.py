@@ -172,9 +172,9 @@ class AdaptedLinear(nn.Module):
         state_dict and load_state_dict. ``keep_base=True`` keeps a copy of W on the CPU, for :meth:`unmerge_` to restore
         its bits.
 
-        Raises RuntimeError when merged already, for a quantised linear, and for a weight that another module of the
-        model has too (a tied embedding), if :func:`lora_fast.apply` made the layer: for a layer made by hand, what else
-        has the weight is not known, and changes with it.
+        Raises RuntimeError when merged already, for a quantised or a sharded linear, and for a weight that another
+        module of the model has too (a tied embedding), if :func:`lora_fast.apply` made the layer: for a layer made by
+        hand, what else has the weight is not known, and changes with it.
         """
         if self.is_merged:
             raise RuntimeError("merge_: the layer is merged already")

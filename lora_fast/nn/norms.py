@@ -30,8 +30,8 @@ def freeze_norms(model: nn.Module) -> None:
     gets no gradient (its ``.grad`` is left alone) and lora_A and lora_B get theirs through the product alone: this is
     not for training, and ``train()`` unfreezes, as :func:`unfreeze_norms` does.
 
-    Raises RuntimeError, before anything is frozen, when a layer is in training mode, merged, or offloaded by
-    accelerate's hooks.
+    Raises RuntimeError, before anything is frozen, when a layer is in training mode, merged, sharded over processes, or
+    offloaded by accelerate's hooks. Norms may be frozen before a model is sharded; what is loaded then unfreezes them.
     """
     layers = list(_dora_layers(model))
     for layer in layers:

@@ -1,4 +1,5 @@
-"""What PyTorch's FSDP2 does to the layers it is applied to, told from its public names.
+"""What PyTorch's FSDP2 does to the layers it is applied to, told from its public names and, where they do not tell,
+from the record that it has of each parameter.
 
 Between calls ``fully_shard`` keeps parameters as DTensors, in shards. For the call of a module it was applied to, it
 puts plain parameters into that module and those within it, but for the modules within that it was applied to as well.
@@ -8,7 +9,7 @@ It makes that module an instance of a new class, derived from ``FSDPModule`` and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,13 +75,20 @@ def _shares(module: nn.Module) -> bool:
     if torch.compiler.is_compiling() or not units:
         return False
     states = (reference() for reference in list(units.values()))
-    groups = (group for state in states for group in getattr(state, "_fsdp_param_groups", ()))
     return any(
         module is other
-        for group in groups
+        for state in states
+        for group in _groups(state)
         for parameter in group.fsdp_params
         for other in parameter._module_info.shared_modules
     )
+
+
+def _groups(state: Any) -> Sequence[Any]:
+    """The groups of parameters of a unit, of which earlier releases of PyTorch have one or none."""
+    single = getattr(state, "_fsdp_param_group", None)
+    found: Sequence[Any] = getattr(state, "_fsdp_param_groups", [single] if single is not None else [])
+    return found
 
 
 def reshard(model: nn.Module) -> None:
