@@ -54,6 +54,22 @@ def tied(way: str) -> Any:
     return model
 
 
+def check_tied_weights_when_compiled() -> None:
+    for way in ("apply DoRA", "PEFT DoRA"):
+        model = tied(way).eval()
+        name, layer = next((name, module) for name, module in model.named_modules() if name.endswith("head"))
+        fully_shard(model, mesh=mesh())
+        layer.compile(backend="aot_eager")
+        for trial in range(20):
+            with torch.no_grad():
+                model(TOKENS)
+                fsdp2.reshard(model)
+                linear_of(layer).weight.to_local()[trial % 64, (7 * trial + 1) % SIZE] += 40.0
+                y = model(TOKENS)
+                lora_fast.invalidate_norms(model)
+                assert torch.equal(y, model(TOKENS)), f"{way}, {name}, trial {trial}"
+
+
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 9]])
 
 
@@ -199,6 +215,7 @@ def check_copies_save_whole_tensors(tmp: Path) -> None:
 
 def check(tmp: Path) -> None:
     check_tied_weights()
+    check_tied_weights_when_compiled()
     check_frozen_norms(tmp)
     check_magnitudes_that_are_kept_in_16_bits()
     check_gains_under_fsdp1()

@@ -71,10 +71,9 @@ def _own_parameters(module: nn.Module) -> Iterator[Any]:
 
 def _shares(module: nn.Module) -> bool:
     """Whether a module of a unit has a parameter that ``module`` has too: it leaves no hook on the second."""
-    units = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
-    if torch.compiler.is_compiling() or not units:
-        return False
-    states = (reference() for reference in list(units.values()))
+    if torch.compiler.is_compiling():
+        return _has_units()  # it may be so: a trace cannot look through them
+    states = (reference() for reference in _units())
     return any(
         module is other
         for state in states
@@ -82,6 +81,20 @@ def _shares(module: nn.Module) -> bool:
         for parameter in group.fsdp_params
         for other in parameter._module_info.shared_modules
     )
+
+
+def _units() -> list[Any]:
+    """References to the states of all units in this process."""
+    module = sys.modules.get("torch.distributed._composable_state")
+    return list(getattr(module, "_module_state_mapping", {}).values())
+
+
+def _has_units() -> bool:
+    return bool(_units())
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler: it is asked when a trace is made
+_has_units._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _groups(state: Any) -> Sequence[Any]:
