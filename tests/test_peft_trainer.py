@@ -193,6 +193,17 @@ def check_adapter_saved(run: Run, checkpoint: Path, tmp: Path) -> None:
     assert load_file(checkpoint / name).keys() == load_file(of_peft / name).keys()
 
 
+def check_adapter_of_wrapped_blocks(run: Run, checkpoint: Path, tmp: Path) -> None:
+    """PEFT 0.21 alone writes an empty file then: it looks for names that have the checkpointing's wrappers in them."""
+    trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+    wanted = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in whole(trained).items()}
+    assert wanted.keys() != {name for name, _ in trained}
+    dist.barrier()  # the first process writes
+    loaded = PeftModel.from_pretrained(base(tmp), checkpoint)
+    check_equal({name: p for name, p in loaded.named_parameters() if name in wanted}, wanted)
+    assert len(load_file(checkpoint / "adapter_model.safetensors")) == len(wanted)
+
+
 def check_model_saved(run: Run, checkpoint: Path, tmp: Path) -> None:
     """transformers' file and the Trainer's own have the whole model, and save_adapter what was trained."""
     wanted = whole(run.model.state_dict().items())
@@ -255,8 +266,6 @@ def check_options(rank: int, tmp: Path) -> None:
     """Checkpoints in shards, activations computed again, and models accelerated after they were sharded."""
     wanted = pytest.approx(train(plain(tmp), tmp / "plain").losses, **EXACT)
     in_shards = {"state_dict_type": "SHARDED_STATE_DICT"}
-    # PEFT 0.21, accelerated or not, writes an empty adapter file then: it looks for names that have the checkpointing's
-    # wrappers in them. The Trainer resumes from a file of its own, which is whole.
     recomputed = {"activation_checkpointing": True}
     for option, fsdp, calls in (("shards", in_shards, EVERY), ("recomputed", recomputed, (2 * LAYERS, LAYERS))):
         for name, make in (("accelerated", accelerated), ("applied", applied)):
@@ -264,6 +273,8 @@ def check_options(rank: int, tmp: Path) -> None:
             assert run.losses == wanted
             assert run.calls == [calls] * STEPS
             check_resuming(run, make(tmp, start=False), tmp / option / name, fsdp)
+            if option == "recomputed" and make is accelerated:
+                check_adapter_of_wrapped_blocks(run, tmp / option / name / f"checkpoint-{STEPS}", tmp)
     late = AccelerateLate()
     run = train(plain(tmp), tmp / "late", callback=late)
     assert late.report.left_alone == []
