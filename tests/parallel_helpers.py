@@ -130,6 +130,13 @@ def plain_name(name: str) -> str:
     return name
 
 
+def in_every_order(check: Callable[[str, str], None], ways: tuple[str, ...]) -> None:
+    """``check(way, first)``: a PEFT model is accelerated before it is sharded, or after."""
+    for way in ways:
+        for first in ("accelerate", "shard") if way.startswith("PEFT") else ("apply",):
+            check(way, first)
+
+
 def trained(model: nn.Module, **how: Any) -> dict[str, Tensor]:
     """What three optimizer steps on the whole batches give in one process: see :func:`trained_together`."""
     return _train(model, lambda tensor: tensor, lambda tensor: tensor, **how)

@@ -14,6 +14,7 @@ from parallel_helpers import (
     assert_equal,
     blocks_of,
     counted,
+    in_every_order,
     layers_of,
     linear_of,
     together,
@@ -148,13 +149,7 @@ def check(way: str, first: str) -> None:
             raise AssertionError(f"{way}, {shard.__name__}, {first} first: {error}") from error
 
 
-def check_all(ways: tuple[str, ...]) -> None:
-    for way in ways:
-        for first in ("accelerate", "shard") if way.startswith("PEFT") else ("apply",):
-            check(way, first)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_training(tmp_path: Path, world: int) -> None:
-    together(world, tmp_path, check_all, WAYS if world == 2 else WAYS[1::2])
+    together(world, tmp_path, in_every_order, check, WAYS if world == 2 else WAYS[1::2])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,15 +18,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
 import peft
-from parallel_helpers import spawn
+from parallel_helpers import OPS, counted, spawn
 from peft_helpers import EXACT, adapted, perceptron, results, tokens
 
 import lora_fast
-from lora_fast import functional
 from lora_fast.integrations import peft_layers
 
 ONCE = "once FSDP has gathered the weights"
-OPS = ("lora_linear", "dora_linear", "lora_compose", "weight_norm")
 
 
 def tuned(model: nn.Module) -> list[Any]:
@@ -38,22 +34,6 @@ def tuned(model: nn.Module) -> list[Any]:
 def classes(model: nn.Module) -> list[tuple[str, tuple[type, ...]]]:
     """The layers' classes, told from others by name and bases: FSDP derives new ones."""
     return [(type(layer).__name__, type(layer).__bases__) for layer in tuned(model)]
-
-
-@contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """How often each public function is called within."""
-    counts = dict.fromkeys(OPS, 0)
-
-    def counting(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with mock.patch.multiple(functional, **{name: counting(name, getattr(functional, name)) for name in OPS}):
-        yield counts
 
 
 def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_fast.nn.hooks import is_offloaded
-from lora_fast.nn.names import wrapped_attribute
-from lora_fast.parallel import fsdp2, zero
+from lora_fast.parallel import fsdp1, fsdp2, zero
 
 
 @contextlib.contextmanager
@@ -25,7 +24,7 @@ def summoned(model: nn.Module, *, writes: bool = False) -> Iterator[bool]:
     To be read they are moved to the CPU of the first process, unit by unit. To be written, each process has all of them
     where it computes.
     """
-    units: list[Any] = [module for module in model.modules() if wrapped_attribute(module) == "_fsdp_wrapped_module"]
+    units: list[Any] = list(filter(fsdp1.is_unit, model.modules()))
     if not units or units[0].training_state.name == "SUMMON_FULL_PARAMS":  # by the user: every process goes on
         yield True
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,17 +25,11 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    comparison: Comparison
-    quick: bool
-    seed: int
-    seconds: float
-
+class Result(sheets.Result[Comparison]):
     def checks(self) -> list[Check]:
         c = self.comparison
         return [
-            *sheets.agreement(c, quick=self.quick),
+            *super().checks(),
             Check(
                 "Both save the same adapter: largest relative difference of a tensor",
                 f"{c.adapter_difference:.1e}",
@@ -43,10 +37,6 @@ class Result:
                 c.adapters_agree,
             ),
         ]
-
-    @property
-    def correct(self) -> bool:
-        return all(check.met for check in self.checks())
 
 
 def show(console: Console, result: Result) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,26 +13,14 @@ from lora_fast.benchmarks import report as benchmark_report
 
 from . import sheets
 from .qlora import Comparison
-from .sheets import Check, Sheet
+from .sheets import Sheet
 from .training import MODEL, RANK
 
 MIB = 2**20
 NAMES = ("PEFT DoRA", "accelerated DoRA", "PEFT LoRA")
 
 
-@dataclass(frozen=True)
-class Result:
-    comparison: Comparison
-    quick: bool
-    seed: int
-    seconds: float
-
-    def checks(self) -> list[Check]:
-        return sheets.agreement(self.comparison, quick=self.quick)
-
-    @property
-    def correct(self) -> bool:
-        return all(check.met for check in self.checks())
+Result = sheets.Result[Comparison]
 
 
 def show(console: Console, result: Result) -> None:

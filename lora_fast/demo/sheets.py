@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from .docstrings import LABELS
 from .training import ACCURACY_BAR, Pair
+
+Compared = TypeVar("Compared", bound=Pair[Any])
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,23 @@ class Check:
     measured: str
     bar: str
     met: bool
+
+
+@dataclass(frozen=True)
+class Result(Generic[Compared]):
+    """Trainings from one start, and what is required of them."""
+
+    comparison: Compared
+    quick: bool
+    seed: int
+    seconds: float
+
+    def checks(self) -> list[Check]:
+        return agreement(self.comparison, quick=self.quick)
+
+    @property
+    def correct(self) -> bool:
+        return all(check.met for check in self.checks())
 
 
 def agreement(pair: Pair[Any], *, quick: bool) -> list[Check]:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora_fast import bases, stacked
-from lora_fast.parallel import fsdp1, fsdp2
-from lora_fast.parallel.whole import tensor_of
+from lora_fast.parallel import fsdp2
+from lora_fast.parallel.whole import rounded_to, tensor_of
 
 # Releases of PEFT, major and minor, whose layers lora_fast knows: CI tests the newest, `make peft-oldest` the oldest.
 OLDEST, NEWEST = (0, 18), (0, 21)
@@ -118,7 +118,7 @@ def accelerate(
     for module in model.modules():
         if isinstance(module, peft_names.PeftModel):
             peft_saving.set_on(module)
-    sharding = _Sharding(fsdp2.modules_within(model), fsdp2.param_dtypes(model) | fsdp1.param_dtypes(model))
+    sharding = _Sharding(fsdp2.modules_within(model), rounded_to(model))
     reports = []
     for name, layer in tuned:
         reason = "lora.MultiheadAttention reads its weight without calling it" if id(layer) in uncalled else None

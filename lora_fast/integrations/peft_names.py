@@ -104,7 +104,7 @@ def base_module(layer: Any) -> Any:
 
 def base(layer: Any) -> Any:
     """The same without FSDP1's wrapper, if it has one."""
-    return _held(layer._modules["base_layer"])
+    return fsdp1.owner(layer._modules["base_layer"])
 
 
 def _module(layer: Any, container: str, name: str) -> Any:
@@ -114,12 +114,7 @@ def _module(layer: Any, container: str, name: str) -> Any:
 
 def _member(layer: Any, container: str, name: str) -> Any:
     """The same without FSDP1's wrapper, if it has one."""
-    return _held(layer._modules[container]._modules[name])
-
-
-def _held(module: Any) -> Any:
-    """What FSDP1's wrapper holds; ``module`` itself if it is none."""
-    return calling.owner(module) if "_fsdp_wrapped_module" in module._modules else module
+    return fsdp1.owner(layer._modules[container]._modules[name])
 
 
 def available(layer: Any) -> list[str]:
@@ -168,10 +163,7 @@ def sharded_by(layer: Any) -> str | None:
 def check_whole(layer: Any, action: str) -> None:
     """RuntimeError where the base weight is sharded: PEFT would fail in the middle, or write into a gathered copy."""
     if kept_by := sharded_by(layer):
-        raise RuntimeError(
-            f"{action}: weight is sharded over processes by {kept_by}, and this needs it whole in each; save the "
-            "adapter, and do it with a model that is not sharded"
-        )
+        raise whole.error(action, "weight", kept_by)
 
 
 def magnitude(layer: Any, name: str) -> tuple[nn.Module, Tensor | None]:
@@ -204,7 +196,7 @@ def multiply_adds(layer: Any, x: Tensor) -> int:
 def adapter_dtypes(layer: Any) -> set[torch.dtype]:
     """Of a linear's adapters."""
     lora_A = layer._modules["lora_A"]._modules.values()
-    return {tensor_of(calling.owner(module), "weight").dtype for module in lora_A}
+    return {tensor_of(fsdp1.owner(module), "weight").dtype for module in lora_A}
 
 
 def drops(layer: Any) -> bool:
@@ -261,7 +253,7 @@ def check_mixed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> None:
 def is_direct(layer: Any) -> bool:
     """Whether the base layer is its weight and bias and nothing else, so that calling it may be left out."""
     module = layer._modules["base_layer"]
-    held = _held(module)
+    held = fsdp1.owner(module)
     if not _is_of(held, READ_DIRECTLY.get(kind(layer), ())):
         return False
     weight = tensor_of(held, "weight")
@@ -274,7 +266,7 @@ def quantised_base(layer: Any) -> bases.Base | None:
     module = layer._modules["base_layer"]
     if type(module) is nn.Linear and type(module._parameters.get("weight")) in PLAIN:
         return None
-    module = _held(module)
+    module = fsdp1.owner(module)
     return None if _is_of(module, (nn.Linear,)) and type(tensor_of(module, "weight")) in PLAIN else bases.find(module)
 
 
@@ -372,7 +364,7 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
         tensors = [layer.lora_embedding_A[name], layer.lora_embedding_B[name]]
     else:
         modules = [_module(layer, "lora_A", name), _module(layer, "lora_B", name)]
-        project, expand = held = [_held(module) for module in modules]
+        project, expand = held = [fsdp1.owner(module) for module in modules]
         part = nn.Linear if layer_kind is Linear else CONVOLUTIONS[layer_kind]
         if not (_is_of(project, (part,)) and _is_of(expand, (part,))):
             return f"lora_A or lora_B is no plain {part.__name__}"
@@ -390,7 +382,7 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
         tensors = [tensor_of(module, "weight") for module in held]
     if variant is not None:
         modules.append(_module(layer, MAGNITUDES, name))
-        magnitude = _held(modules[-1])
+        magnitude = fsdp1.owner(modules[-1])
         if not _is_of(magnitude, (dora_module,)):
             return f"its magnitude is {type(magnitude).__name__}"
         tensors.append(tensor_of(magnitude, "weight"))

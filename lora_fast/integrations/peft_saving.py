@@ -53,7 +53,7 @@ def save_pretrained(model: Any, /, *args: Any, **kwargs: Any) -> None:
             fsdp2.reshard(model)
             _check_not_in_parts(model)
             tensors = dict(model.state_dict(keep_vars=True))
-            if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):  # which have gathered
+            if any(map(fsdp1.is_unit, model.modules())):  # which have gathered
                 call.arguments["is_main_process"] &= torch.distributed.get_rank() == 0
             if any(map(_is_sharded, tensors.values())):
                 chosen = _chosen(model, call.arguments, tensors)
@@ -75,9 +75,7 @@ def _check_not_in_parts(model: nn.Module) -> None:
 
 def _outside_of_units(model: nn.Module) -> list[nn.Module]:
     """The modules of ``model`` but for those in FSDP1's units."""
-    inside = {
-        inner for module in model.modules() if "_fsdp_wrapped_module" in module._modules for inner in module.modules()
-    }
+    inside = {inner for module in model.modules() if fsdp1.is_unit(module) for inner in module.modules()}
     return [module for module in model.modules() if module not in inside]
 
 

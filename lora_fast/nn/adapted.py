@@ -15,7 +15,7 @@ from lora_fast.calls import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
 from lora_fast.nn.tied import Sharer
-from lora_fast.parallel import calling, whole, zero
+from lora_fast.parallel import fsdp1, whole, zero
 
 
 class AdaptedLinear(nn.Module):
@@ -58,7 +58,7 @@ class AdaptedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), which is Kaiming uniform with a = √5 as in PEFT; lora_B = 0."""
-        with zero.gathered([whole.tensor_of(calling.owner(self.linear), "weight")]):
+        with zero.gathered([whole.tensor_of(fsdp1.owner(self.linear), "weight")]):
             hooks.check_weight(self, "reset_parameters", writes=True)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -110,7 +110,7 @@ class AdaptedLinear(nn.Module):
 
     def base(self) -> bases.Base | None:
         """The linear as a base where it is quantised; None where its weight is a tensor that kernels read."""
-        linear: Any = calling.owner(self._modules["linear"])
+        linear: Any = fsdp1.owner(self._modules["linear"])
         is_plain = type(linear) is nn.Linear and type(linear._parameters.get("weight")) is nn.Parameter
         return None if is_plain else bases.find(linear)
 

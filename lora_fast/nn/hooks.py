@@ -57,7 +57,7 @@ def frozen_parameter(linear: Any, name: str) -> Any:
     own = linear._parameters
     if name in own and type(own[name]) is not Tensor:
         return own[name]
-    linear = calling.owner(linear)
+    linear = fsdp1.owner(linear)
     return fsdp1.without_gradient(parameter(linear, name), linear, name)
 
 
@@ -99,10 +99,7 @@ def check_weight(layer: Any, action: str, *, writes: bool = False) -> None:
 
 def check_not_sharded(layer: Any, action: str, *, writes: bool) -> None:
     for name, kept_by in _sharded(layer, writes):
-        raise RuntimeError(
-            f"{action}: {name} is sharded over processes by {kept_by}, and this needs it whole in each; save the "
-            "adapter (lora_fast.save_adapter), and do it with a model that is not sharded"
-        )
+        raise whole.error(action, name, kept_by)
 
 
 def is_sharded(layer: Any) -> bool:
@@ -115,7 +112,7 @@ def _sharded(layer: Any, writes: bool) -> Iterator[tuple[str, str]]:
     shape = layer.out_features, layer.in_features
     places = [(layer.linear, "weight", shape), *((layer, name, None) for name in ("lora_A", "lora_B", "magnitude"))]
     for module, name, whole_shape in places:
-        if name == "weight" and bases.is_quantised(calling.owner(module)):
+        if name == "weight" and bases.is_quantised(fsdp1.owner(module)):
             continue
         if kept_by := whole.sharded(module, name, whole_shape, writes=writes):
             yield name, kept_by

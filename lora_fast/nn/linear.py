@@ -18,7 +18,7 @@ from lora_fast.gain import unrounded
 from lora_fast.nn import hooks
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.norm_cache import NormCache
-from lora_fast.parallel import calling, whole, zero
+from lora_fast.parallel import fsdp1, whole, zero
 
 
 class LinearWithLoRA(AdaptedLinear):
@@ -130,7 +130,7 @@ class LinearWithDoRA(AdaptedLinear):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
-        with zero.gathered([whole.tensor_of(calling.owner(self.linear), "weight")]):
+        with zero.gathered([whole.tensor_of(fsdp1.owner(self.linear), "weight")]):
             super().reset_parameters()
             if not self.lora_A.is_meta:
                 with torch.no_grad():
@@ -220,7 +220,7 @@ class LinearWithDoRA(AdaptedLinear):
     def _prepare_weight(self) -> None:
         """What is made when W has come to its place: torch.compile and the capture of a graph are too late for it."""
         self._kept_norm.clear()
-        linear, shape = calling.owner(self.linear), (self.out_features, self.in_features)
+        linear, shape = fsdp1.owner(self.linear), (self.out_features, self.in_features)
         is_put_together = whole.is_put_together(linear, whole.tensor_of(linear, "weight"))
         if is_put_together or whole.sharded(linear, "weight", shape, writes=True):
             return
@@ -244,7 +244,7 @@ class LinearWithDoRA(AdaptedLinear):
         # a trace can't see that an offloaded weight lies in new memory
         if not self.norm_reuse or (torch.compiler.is_compiling() and hooks.may_reload(self)):
             return None
-        linear = calling.owner(self._modules["linear"])
+        linear = fsdp1.owner(self._modules["linear"])
         if whole.is_put_together(linear, whole.tensor_of(linear, "weight")):
             return None
         return self._kept_norm

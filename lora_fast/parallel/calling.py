@@ -15,23 +15,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_fast.parallel import fsdp1
+
 REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GATHERING = ("torch.distributed.fsdp.", "deepspeed.")  # what the modules of hooks that gather begin with
-
-
-def owner(module: Any) -> Any:
-    """``module``, or what FSDP1's wrapper around it holds."""
-    while (inner := module._modules.get("_fsdp_wrapped_module")) is not None:
-        module = inner
-    return module
 
 
 def gathers(module: nn.Module) -> bool:
     """Whether a call of ``module`` gathers its parameters, and does nothing else beside its forward."""
     own = vars(module)  # asked in every forward: what gathers has one of these
-    if not own["_forward_pre_hooks"] and "_fsdp_wrapped_module" not in own["_modules"]:
+    if not own["_forward_pre_hooks"] and fsdp1.WRAPPED not in own["_modules"]:
         return False
-    held = owner(module)
+    held = fsdp1.owner(module)
     if "forward" in vars(held):
         return False
     hooks = _hooks(module) if held is module else [*_hooks(module), *_hooks(held)]
@@ -49,7 +44,7 @@ def call_inside(
     """
     if not modules:
         return compute(x)
-    module, held, casts = modules[0], vars(owner(modules[0])), modules[0] is casting
+    module, held, casts = modules[0], vars(fsdp1.owner(modules[0])), modules[0] is casting
     dtypes = []  # of the result, before the module's hooks have it
 
     def forward(given: Tensor) -> Tensor:
@@ -68,7 +63,7 @@ def call_inside(
 
 def forward_of(module: nn.Module) -> Callable[..., Tensor]:
     """The module's own computation, without the hooks around it, inside :func:`call_inside`."""
-    forward: Callable[..., Tensor] = owner(module).forward
+    forward: Callable[..., Tensor] = fsdp1.owner(module).forward
     return forward
 
 

@@ -13,8 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+WRAPPED = "_fsdp_wrapped_module"  # under which a wrapper holds its module
 # for each flat parameter, the place in it of each parameter, by the id of its module and its name there
 _places: Any = WeakIdKeyDictionary()
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether it is FSDP1's wrapper around a module."""
+    return WRAPPED in module._modules
+
+
+def owner(module: Any) -> Any:
+    """``module``, or what FSDP1's wrapper around it holds."""
+    while WRAPPED in module._modules:
+        module = module._modules[WRAPPED]
+    return module
 
 
 def is_view(tensor: Any) -> bool:
@@ -28,17 +41,10 @@ def stored_dtype(view: Tensor) -> torch.dtype:
     return getattr(flat, "_local_shard", flat).dtype
 
 
-def param_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
-    """For each module within a unit that rounds its parameters for a forward, by its id: to what."""
-    found: dict[int, torch.dtype] = {}
-    for module in model.modules():  # outer ones come first
-        if "_fsdp_wrapped_module" in module._modules:
-            dtype = getattr(getattr(module, "mixed_precision", None), "param_dtype", None)
-            for inner in module.modules():
-                found.pop(id(inner), None)
-                if dtype is not None:
-                    found[id(inner)] = dtype
-    return found
+def param_dtype(unit: Any) -> torch.dtype | None:
+    """That to which the unit's mixed precision rounds its parameters for a forward; None if it rounds none."""
+    dtype: torch.dtype | None = unit.mixed_precision.param_dtype
+    return dtype
 
 
 def is_in_parts(module: nn.Module, name: str, tensor: Any) -> bool:

@@ -34,18 +34,10 @@ def modules_within(model: nn.Module) -> set[int]:
     return {id(inner) for module in model.modules() if is_unit(module) for inner in module.modules()}
 
 
-def param_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
-    """For each module within a unit that rounds its parameters for a forward, by its id: to what."""
-    found: dict[int, torch.dtype] = {}
-    for module in model.modules():  # outer ones come first
-        if is_unit(module):
-            unit: Any = module
-            dtype = unit._get_fsdp_state()._mp_policy.param_dtype
-            for inner in module.modules():
-                found.pop(id(inner), None)
-                if dtype is not None:
-                    found[id(inner)] = dtype
-    return found
+def param_dtype(unit: Any) -> torch.dtype | None:
+    """That to which the unit's mixed precision rounds its parameters for a forward; None if it rounds none."""
+    dtype: torch.dtype | None = unit._get_fsdp_state()._mp_policy.param_dtype
+    return dtype
 
 
 def manages(module: nn.Module) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_fast.parallel import calling, fsdp1, fsdp2, zero
+from lora_fast.parallel import fsdp1, fsdp2, zero
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
@@ -35,13 +36,28 @@ def is_rounded(module: nn.Module, name: str, tensor: Tensor) -> bool:
     return stored is not None and stored.itemsize > tensor.dtype.itemsize
 
 
+def rounded_to(model: nn.Module) -> dict[int, torch.dtype]:
+    """For each module within a unit of FSDP that rounds its parameters for a forward, by its id: to what."""
+    found: dict[int, torch.dtype] = {}
+    for module in model.modules():  # outer ones come first
+        engine: Any = fsdp2 if fsdp2.is_unit(module) else fsdp1 if fsdp1.is_unit(module) else None
+        if engine is None:
+            continue
+        dtype = engine.param_dtype(module)
+        for inner in module.modules():
+            found.pop(id(inner), None)
+            if dtype is not None:
+                found[id(inner)] = dtype
+    return found
+
+
 def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *, writes: bool = False) -> str | None:
     """Which way of sharding keeps ``name`` of ``module`` from being read now, or from being written; None if none does.
 
     What FSDP2 has gathered, and nobody sees that, may be read and not written; blocks in which others gather are the
     user's. ``shape``: that of the whole, where it is known.
     """
-    module = calling.owner(module)
+    module = fsdp1.owner(module)
     tensor = tensor_of(module, name)
     if tensor is None:
         return None
@@ -56,3 +72,11 @@ def sharded(module: nn.Module, name: str, shape: Sequence[int] | None = None, *,
     if tensor.numel() and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0:
         return "FSDP"
     return None
+
+
+def error(action: str, name: str, sharded_by: str) -> RuntimeError:
+    """That ``action`` needs the parameter ``name``, which :func:`sharded` says is not at hand."""
+    return RuntimeError(
+        f"{action}: {name} is sharded over processes by {sharded_by}, and this needs it whole in each; save the "
+        "adapter, and do it with a model that is not sharded"
+    )
