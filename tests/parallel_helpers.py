@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,6 +234,7 @@ def spawn(function: Callable[..., None], arguments: tuple, processes: int) -> No
 
 
 def _process(rank: int, world: int, store: str, check: Callable[..., None], arguments: tuple) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:

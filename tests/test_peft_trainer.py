@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -297,6 +298,7 @@ def check_bf16(rank: int, tmp: Path) -> None:
 
 
 def process(rank: int, folder: str, checks: tuple[Callable[..., None], ...]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     tmp = Path(folder)
@@ -308,6 +310,9 @@ def process(rank: int, folder: str, checks: tuple[Callable[..., None], ...]) -> 
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # As processes that are forked from a server end (parallel_helpers.spawn): without taking the interpreter down under
+    # gloo's threads, which outlive the group where anything refers to it.
+    os._exit(0)
 
 
 @pytest.mark.slow
