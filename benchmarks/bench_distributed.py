@@ -34,7 +34,7 @@ def records_table(rows: Iterable[dict[str, Any]]) -> Table:
             for field, unit in (("median_ms", 1), ("peak_bytes", 2**20)):
                 ratio = f"{record[field] / baseline[field]:.3f}" if baseline else ""
                 cells += [digits(record[field] / unit), ratio]
-            table.add_row(row["engine"], name, *cells)
+            table.add_row(f"{row['engine']}, {row['tokens']} tokens", name, *cells)
         for name, reason in row["left_out"].items():
             table.add_row(row["engine"], f"{name}, left out: {reason}")
         table.add_section()

@@ -91,14 +91,26 @@ def fsdp2_per_linear(model: nn.Module) -> Placed:
     return fsdp2_per_block(model)
 
 
+def fsdp1_per_linear(model: nn.Module) -> Placed:
+    """Every module with frozen parameters of its own, then the blocks with their adapters."""
+    blocks = set(_blocks(model))
+
+    def is_unit(module: nn.Module) -> bool:
+        own = list(module.parameters(recurse=False))
+        return module in blocks or (bool(own) and not any(parameter.requires_grad for parameter in own))
+
+    return _fsdp1(model, is_unit)
+
+
 def fsdp1_per_block(model: nn.Module) -> Placed:
-    policy = partial(lambda_auto_wrap_policy, lambda_fn=set(_blocks(model)).__contains__)
+    precision = MixedPrecision(param_dtype=torch.bfloat16)
+    return _fsdp1(model.float(), set(_blocks(model)).__contains__, mixed_precision=precision)
+
+
+def _fsdp1(model: nn.Module, is_unit: Callable[[nn.Module], bool], **options: Any) -> Placed:
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=is_unit)
     wrapped = FullyShardedDataParallel(
-        model.float(),
-        auto_wrap_policy=policy,
-        use_orig_params=True,
-        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16),
-        device_id=torch.device("cpu"),
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), **options
     )
     return _PlacedInFSDP1(wrapped, _adamw(wrapped))
 
@@ -146,7 +158,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 ENGINES = (
     Engine("FSDP2 per block", fsdp2_per_block),
     Engine("FSDP2 per linear", fsdp2_per_linear),
-    Engine("FSDP1 per block (use_orig_params)", fsdp1_per_block),
+    Engine("FSDP1 per linear", fsdp1_per_linear),
+    Engine("FSDP1 per block, all in bfloat16", fsdp1_per_block),
     Engine("DDP", ddp),
     Engine("ZeRO-2", partial(zero, stage=2), "deepspeed"),
     Engine("ZeRO-3", partial(zero, stage=3), "deepspeed"),

@@ -227,13 +227,17 @@ def _distributed(folder: Path) -> str:
         ratios = (record[field] / baseline[field] for field in ("median_ms", "peak_bytes"))
         return "{:.2f} ({:.2f})".format(*ratios)
 
-    times = table(["engine", *names], ([row["engine"], *(cell(row, name) for name in names)] for row in rows))
+    times = table(
+        ["engine", "tokens", *names],
+        ([row["engine"], str(row["tokens"]), *(cell(row, name) for name in names)] for row in rows),
+    )
+    of_engines = {row["engine"]: row for row in rows}.values()  # what they send does not depend on the tokens
     rings = list(rows[0]["records"][rows[0]["baseline"]]["ring"])
     sent = table(
         ["engine", "", "calls, MiB of a step", *(f"each of {ranks} sends" for ranks in rings)],
         (
             [row["engine"], name, _calls(row["records"][name]), *map(_sent, row["records"][name]["ring"].values())]
-            for row in rows
+            for row in of_engines
             for name in ("PEFT LoRA", "accelerated DoRA")
         ),
     )
