@@ -45,7 +45,7 @@ def sent_table(rows: Iterable[dict[str, Any]]) -> Table:
     """What a step communicates, and what each rank of larger rings would send: messages, MiB."""
     rings = [f"sends, of {ranks}" for ranks in distributed_model.COUNTED_FOR]
     table = _table("Messages and MiB of a step, counted; and predicted for each rank of a ring", "calls", *rings)
-    for row in rows:
+    for row in {row["engine"]: row for row in rows}.values():  # it does not depend on the tokens
         for name, record in row["records"].items():
             calls = (f"{kind} {_amount(count)}" for kind, count in record["collectives"].items())
             table.add_row(row["engine"], name, "\n".join(calls), *map(_amount, record["ring"].values()))
