@@ -378,3 +378,4 @@ def _process(rank: int, engine: Engine, size: Size, budget_s: float, folder: Pat
         (folder / "measured").write_bytes(pickle.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # as the processes of lora_fast.demo.distributed

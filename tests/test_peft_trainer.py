@@ -310,8 +310,9 @@ def process(rank: int, folder: str, checks: tuple[Callable[..., None], ...]) -> 
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # As processes that are forked from a server end (parallel_helpers.spawn): without taking the interpreter down under
-    # gloo's threads, which outlive the group where anything refers to it.
+    # As processes end that are forked from a server (parallel_helpers.spawn). Gloo's threads outlive the group where
+    # anything refers to it, and where one lets go of a tensor in an interpreter that is ending, the process aborts
+    # (PyTorch's pull request 179291).
     os._exit(0)
 
 
