@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_fast.benchmarks import against_bars, distributed_model
-from lora_fast.benchmarks.report import digits
+from lora_fast.benchmarks.report import digits, traffic
 
 
 def test_distributed_models(pytestconfig: pytest.Config) -> None:
@@ -47,14 +47,10 @@ def sent_table(rows: Iterable[dict[str, Any]]) -> Table:
     table = _table("Messages and MiB of a step, counted; and predicted for each rank of a ring", "calls", *rings)
     for row in {row["engine"]: row for row in rows}.values():  # it does not depend on the tokens
         for name, record in row["records"].items():
-            calls = (f"{kind} {_amount(count)}" for kind, count in record["collectives"].items())
-            table.add_row(row["engine"], name, "\n".join(calls), *map(_amount, record["ring"].values()))
+            calls = (f"{kind} {traffic(count)}" for kind, count in record["collectives"].items())
+            table.add_row(row["engine"], name, "\n".join(calls), *map(traffic, record["ring"].values()))
         table.add_section()
     return table
-
-
-def _amount(count: dict[str, int]) -> str:
-    return f"{count['messages']}, {digits(count['bytes'] / 2**20)}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import grid as grid_of_sizes
-from .report import bound, digits
+from .report import bound, digits, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
@@ -236,7 +236,7 @@ def _distributed(folder: Path) -> str:
     sent = table(
         ["engine", "", "calls, MiB of a step", *(f"each of {ranks} sends" for ranks in rings)],
         (
-            [row["engine"], name, _calls(row["records"][name]), *map(_sent, row["records"][name]["ring"].values())]
+            [row["engine"], name, _calls(row["records"][name]), *map(traffic, row["records"][name]["ring"].values())]
             for row in of_engines
             for name in ("PEFT LoRA", "accelerated DoRA")
         ),
@@ -245,11 +245,7 @@ def _distributed(folder: Path) -> str:
 
 
 def _calls(record: dict[str, Any]) -> str:
-    return ", ".join(f"{kind} {_sent(count)}" for kind, count in record["collectives"].items())
-
-
-def _sent(count: dict[str, int]) -> str:
-    return f"{count['messages']}, {digits(count['bytes'] / 2**20)}"
+    return ", ".join(f"{kind} {traffic(count)}" for kind, count in record["collectives"].items())
 
 
 def _target(bar: dict[str, Any]) -> str:

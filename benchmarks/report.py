@@ -168,6 +168,11 @@ def digits(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
+def traffic(count: dict[str, int]) -> str:
+    """How many messages, and their MiB."""
+    return f"{count['messages']}, {digits(count['bytes'] / 2**20)}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -131,10 +131,15 @@ def plain_name(name: str) -> str:
     return name
 
 
+def orders(way: str) -> tuple[str, ...]:
+    """What comes first: a PEFT model is accelerated before it is sharded, or after."""
+    return ("accelerate", "shard") if way.startswith("PEFT") else ("apply",)
+
+
 def in_every_order(check: Callable[[str, str], None], ways: tuple[str, ...]) -> None:
-    """``check(way, first)``: a PEFT model is accelerated before it is sharded, or after."""
+    """``check(way, first)`` of all :func:`orders`."""
     for way in ways:
-        for first in ("accelerate", "shard") if way.startswith("PEFT") else ("apply",):
+        for first in orders(way):
             check(way, first)
 
 

@@ -26,6 +26,7 @@ from parallel_helpers import (
     linear_of,
     move,
     no_gradients,
+    orders,
     share,
     together,
     trained,
@@ -49,7 +50,7 @@ def check_training(stages: tuple[int, ...], ways: tuple[str, ...], dtype: torch.
     for way in ways:
         wanted = trained(adapted(way, dtype), dtype=dtype, gradients=no_gradients)
         for stage in stages:
-            for first in ("accelerate", "engine") if way.startswith("PEFT") else ("apply",):
+            for first in orders(way):
                 model = adapted(way, dtype, fast=first == "accelerate")
                 running = engine(model, stage)
                 if way.startswith("PEFT"):

@@ -166,9 +166,9 @@ def process(rank: int, task: Task, folder: Path, fraction: Any) -> None:
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(run))
     if task.processes > 1:
         dist.destroy_process_group()
-    # Gloo's threads outlive the group where anything refers to it, and where one lets go of a tensor in an interpreter
-    # that is ending, the process aborts (PyTorch's pull request 179291).
-    os._exit(0)
+        # Gloo's threads outlive the group where anything refers to it, and where one lets go of a tensor in an
+        # interpreter that is ending, the process aborts (PyTorch's pull request 179291).
+        os._exit(0)
 
 
 def measure(rank: int, task: Task, on_progress: Progress) -> Run:

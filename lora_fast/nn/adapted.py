@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ class AdaptedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), which is Kaiming uniform with a = √5 as in PEFT; lora_B = 0."""
-        with zero.gathered([whole.tensor_of(fsdp1.owner(self.linear), "weight")]):
+        with self._gathered_weight():
             hooks.check_weight(self, "reset_parameters", writes=True)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -107,6 +108,10 @@ class AdaptedLinear(nn.Module):
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _gathered_weight(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which ZeRO-3 has W whole."""
+        return zero.gathered([whole.tensor_of(fsdp1.owner(self.linear), "weight")])
 
     def base(self) -> bases.Base | None:
         """The linear as a base where it is quantised; None where its weight is a tensor that kernels read."""

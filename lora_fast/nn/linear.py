@@ -18,7 +18,7 @@ from lora_fast.gain import unrounded
 from lora_fast.nn import hooks
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.norm_cache import NormCache
-from lora_fast.parallel import fsdp1, whole, zero
+from lora_fast.parallel import fsdp1, whole
 
 
 class LinearWithLoRA(AdaptedLinear):
@@ -130,7 +130,7 @@ class LinearWithDoRA(AdaptedLinear):
 
     def reset_parameters(self) -> None:
         """lora_A ~ U(-1/√in, 1/√in), lora_B = 0 and magnitude = ‖W‖, so that the gain is 1."""
-        with zero.gathered([whole.tensor_of(fsdp1.owner(self.linear), "weight")]):
+        with self._gathered_weight():
             super().reset_parameters()
             if not self.lora_A.is_meta:
                 with torch.no_grad():
