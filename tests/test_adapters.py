@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast.adapters import files, loading
-from lora_fast.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 from safetensors.torch import load_file, save_file

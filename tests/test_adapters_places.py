@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from toy_folders import MERGED, W, adapter_folder, lora
 
 import lora_fast
-from lora_fast.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 
 
 def scramble(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ import lora_fast
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 from safetensors.torch import load_file
 
-from lora_fast.adapters.files import WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import WEIGHTS_NAME
 
 WORLD = 2
 FSDP1: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_fast
 from lora_fast import cli
-from lora_fast.adapters.files import WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import WEIGHTS_NAME
 from lora_fast.demo import distributed, distributed_report, finetune, resident, training
 
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "integrations": {"adapters", "backends", "bases", "functional", "nn", "parallel"},
     "parallel": set(),
     "bases": {"backends", "functional", "ops"},
-    "adapters": {"functional", "nn", "parallel"},
+    "adapters": {"bases", "functional", "nn", "parallel"},
     "merge_checkpoint": {"adapters"},
     "functional": {"autograd", "backends", "ops"},
     "autograd": {"backends", "ops"},

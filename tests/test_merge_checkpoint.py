@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import cli, reference
-from lora_fast.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from lora_fast.merge_checkpoint import merge_checkpoint
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_fast.adapters.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from lora_fast.adapters.formats.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from lora_fast.merge_checkpoint import merge_checkpoint
 
 W = torch.eye(4)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lora_fast.adapters import files
+from lora_fast.adapters import reading
 
 # safetensors' names
 DTYPES = {
@@ -104,7 +104,7 @@ def read(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"{folder}: is not a folder with a checkpoint")
     index, shards = _shards(folder)
     path = folder / CONFIG_NAME
-    return Checkpoint(folder, index, shards, files.read_json(path) if path.is_file() else {})
+    return Checkpoint(folder, index, shards, reading.read_json(path) if path.is_file() else {})
 
 
 def is_weights(path: Path) -> bool:
@@ -185,7 +185,7 @@ def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
         return None, [_shard(found[0])]
     if len(indexes) > 1:
         raise ValueError(f"{base}: has {len(indexes)} *.safetensors.index.json, expected one")
-    weight_map = files.read_json(indexes[0]).get("weight_map")
+    weight_map = reading.read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{indexes[0]}: its weight_map is not an object of file names")
     for name in weight_map.values():
@@ -206,18 +206,9 @@ def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
 def _shard(path: Path) -> Shard:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    safetensors = files.import_safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt"):  # checks the header against the file
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(size))
-    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    header, metadata, start = reading.read_header(path)
     entries = {
-        key: Entry(entry["dtype"], tuple(entry["shape"]), *(8 + size + offset for offset in entry["data_offsets"]))
+        key: Entry(entry["dtype"], tuple(entry["shape"]), *(start + offset for offset in entry["data_offsets"]))
         for key, entry in header.items()
     }
     return Shard(path, entries, metadata)

@@ -1,387 +1,104 @@
-"""An adapter in PEFT's files, checked as it is read: adapter_config.json and adapter_model.safetensors.
+"""Adapters' files, whichever tool wrote them: which format it is, and the adapter in it.
 
-    base_model.model.<module>.lora_A.weight [R, K], .lora_B.weight [N, R], .lora_magnitude_vector [N]; s = alpha / R
-
-Beside the updates a file can hold whole tensors, and PEFT reads them in two ways. One that belongs to a module of
-``modules_to_save`` becomes a copy of that module, its own even where the base model ties its weight to another. Every
-other (``<module>.base_layer.weight`` under an adapter, the embeddings of a resized vocabulary, biases) is written into
-the base model, and with it into whatever is tied to it; an update comes on top.
-
-Nothing in such a folder is executed or trusted: a pickle is never opened, shapes and numbers are checked, and what the
-file asks for beyond LoRA and DoRA is refused. Every error is a ValueError that names the file, what came and what was
-expected, or an OSError of the system's.
+Nothing in them is executed or trusted. A pickle is opened in two formats only, torchtune's and litgpt's, by PyTorch's
+unpickler of plain tensors; shapes and numbers are checked; what a file has beyond LoRA and DoRA, or leaves open, is
+refused. Every error is a ValueError that names the file, what came and what was expected, or an OSError of the
+system's.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from lora_fast.adapters import reading
+from lora_fast.adapters.adapter import Adapter, AdapterFile, Faults
+from lora_fast.adapters.formats import litgpt, mlx, peft, single_file, torchtune
+from lora_fast.calls import Axis
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAX_JSON_BYTES = 2**24
-# Notes of save_adapter in the metadata of the weights' file: that it adapts torch.nn.Linear only, and which tensors
-# were trained though modules_to_save cannot name them. PEFT does not read them.
-WRITTEN_HERE = "lora_fast.adapts"
-TRAINED = "lora_fast.trained"
-
-# Other functions than LoRA and DoRA; what is not set is null, false, or empty.
-OTHER_METHODS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
-# The other initialisations change the base weight, which then is not the one that the user has.
-INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-_PARTS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-# of resized embeddings, and with bias="all", PEFT writes both sides of its wrapper around a module to save
-_WRAPPED = re.compile(r"(?P<module>.+)\.(?P<copy>original_module|modules_to_save)\.(?P<name>.+)")
-_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-@dataclass(frozen=True)
-class AdapterLayer:
-    """One module's update. lora_A [R, K] and lora_B [N, R] (a convolution's in its own shape), magnitude [N]."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor | None
-    scaling: float
-    is_embedding: bool
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
+def read(
+    path: str | os.PathLike[str],
+    *,
+    component: str | None = None,
+    magnitude_axis: Axis | None = None,
+    norm_eps: float | None = None,
+) -> Adapter:
+    """The adapter of one model in the file or folder ``path``: see :func:`read_file`."""
+    return read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps).component(component)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A whole file, by the names that modules and tensors have in the base model.
+def read_file(
+    path: str | os.PathLike[str],
+    *,
+    magnitude_axis: Axis | None = None,
+    norm_eps: float | None = None,
+    faults: Faults | None = None,
+) -> AdapterFile:
+    """Read and check a file, or a folder, of one of the formats; its tensors are on the CPU, in the file's dtypes.
 
-    ``layers`` are the updates by module. ``base`` are tensors that are written into the base model, ``copies`` those of
-    ``modules_to_save``. ``trained`` names the tensors of ``base`` that training changed. ``left_out`` are the file's
-    keys that hold nothing of their own: PEFT writes some modules of a resized vocabulary twice. ``only_linears`` is
-    True where the file says that it adapts nothing but torch.nn.Linear.
+    Args:
+        magnitude_axis: which norm a magnitude belongs to, "output" or "input", where the file does not say.
+        norm_eps: what is added to the norms, instead of what the tool that wrote the file adds.
+        faults: collects what is wrong with a file whose structure is whole; by default the first is raised.
+
+    Raises FileNotFoundError for a file that is not there, ValueError for one that is damaged, is no LoRA or DoRA,
+    contradicts itself or leaves open what it means, and ModuleNotFoundError without safetensors.
     """
-
-    folder: Path
-    config: dict[str, Any]
-    layers: dict[str, AdapterLayer]
-    base: dict[str, Tensor]
-    copies: dict[str, Tensor]
-    trained: frozenset[str]
-    left_out: list[str]
-    only_linears: bool
-
-    @property
-    def weights_path(self) -> Path:
-        return self.folder / WEIGHTS_NAME
-
-    @property
-    def config_path(self) -> Path:
-        return self.folder / CONFIG_NAME
-
-    @property
-    def use_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-
-def read(folder: str | os.PathLike[str]) -> Adapter:
-    """Read and check the adapter in ``folder``; its tensors are on the CPU, in the file's dtypes.
-
-    Raises FileNotFoundError for a file that is not there, ValueError for one that is damaged, is no LoRA or DoRA, or
-    contradicts itself, and ModuleNotFoundError without safetensors.
-    """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_NAME)
-    where = folder / WEIGHTS_NAME
-    tensors, metadata = _read_tensors(where)
-    noted = _noted(metadata, tensors, where)
-    parts: dict[str, dict[str, Tensor]] = {}
-    embeddings: set[str] = set()
-    whole: dict[str, Tensor] = {}
-    left_out: list[str] = []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        found = _KEY.fullmatch(name)
-        if found is None:
-            is_part = any(part.startswith("lora_") for part in name.split(".")[-2:])
-            if is_part and not _is_to_save(name.rpartition(".")[0], config) and name not in noted:
-                raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
-            whole[name] = tensor
-            continue
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
-        part = _PARTS[found["part"]]
-        first = parts.setdefault(found["module"], {}).setdefault(part, tensor)
-        if first is not tensor:  # of resized embeddings PEFT writes the magnitude under both of its names
-            if first.shape != tensor.shape or not torch.equal(first, tensor):
-                raise ValueError(f"{where}: {found['module']} has two different {part}")
-            left_out.append(key)
-        if found["part"].startswith("lora_embedding"):
-            embeddings.add(found["module"])
-    if not parts:
-        raise ValueError(f"{where}: holds no lora_A and lora_B")
-    layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
-    _check_targets(layers, config, folder / CONFIG_NAME)
-    base, copies, second = _whole_tensors(whole, layers, config, noted, where)
-    return Adapter(
-        folder=folder,
-        config=config,
-        layers=layers,
-        base=base,
-        copies=copies,
-        trained=_trained(base, layers, config, noted),
-        left_out=left_out + second,
-        only_linears=metadata.get(WRITTEN_HERE) == "linears",
-    )
-
-
-def _check_targets(layers: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
-    """Refuse layers that the lists of names in the configuration leave out: PEFT drops them without a word."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    for name in layers:
-        if isinstance(targets, list) and not config.get("ensure_weight_tying") and not _is_named(name, targets):
-            raise ValueError(f"{where}: target_modules names no end of {name}, for which {WEIGHTS_NAME} has an adapter")
-        if isinstance(excluded, list) and _is_named(name, excluded):
-            raise ValueError(f"{where}: exclude_modules names {name}, for which {WEIGHTS_NAME} has an adapter")
-
-
-def _is_named(name: str, ends: list[Any]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
-
-
-def _whole_tensors(
-    whole: Mapping[str, Tensor],
-    layers: Mapping[str, AdapterLayer],
-    config: Mapping[str, Any],
-    noted: Collection[str],
-    where: Path,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """(written into the base model, copies of modules_to_save, keys without content of their own)."""
-    base: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    left_out: list[str] = []
-    wrapped_keys = {key: found for key in whole if (found := _WRAPPED.fullmatch(key))}
-    plain_keys = {key: _plain(found, whole) for key, found in wrapped_keys.items()}
-    for key, tensor in whole.items():
-        module, _, name = key.rpartition(".")
-        owner, _, last = module.rpartition(".")
-        wrapped, plain = wrapped_keys.get(key), plain_keys.get(key)
-        if key in noted:
-            base[key] = tensor
-        elif last == "base_layer" and owner in layers:
-            base[f"{owner}.{name}"] = tensor
-        elif last == "base_layer" and not _is_to_save(module, config):
-            raise ValueError(f"{where}: has {key}, but no lora_A and lora_B of {owner}")
-        elif wrapped and plain is not None and wrapped["copy"] == "original_module":  # what the copy stands in for
-            base[plain] = tensor
-        elif wrapped and plain is not None:
-            if not torch.equal(whole[plain], tensor):
-                raise ValueError(f"{where}: {plain} and {key} differ, though both are the copy of {wrapped['module']}")
-            left_out.append(PREFIX + key)
-        elif module in layers:
-            if name != "bias" or config.get("bias") not in ("all", "lora_only"):
+    path, faults = _located(Path(path)), faults or Faults()
+    if magnitude_axis not in (None, "output", "input"):
+        raise ValueError(f"magnitude_axis: got {magnitude_axis!r}, expected 'output', 'input' or None")
+    if norm_eps is not None and not 0 <= norm_eps < 1:
+        raise ValueError(f"norm_eps: got {norm_eps!r}, expected a number in [0, 1)")
+    reader = _reader(path)
+    if reader is None:
+        return single_file.read(path, magnitude_axis, norm_eps, faults)
+    found = reader(path)
+    for adapter in found.components.values():
+        for name, layer in adapter.layers.items():
+            if layer.magnitude is None:
+                continue
+            if magnitude_axis not in (None, layer.norm_axis):
                 raise ValueError(
-                    f"{where}: {key} stands beside an adapter of {module}; expected {module}.base_layer.{name}, "
-                    "under which PEFT saves what lies below an adapter"
+                    f"{path}: {name} is of the {layer.norm_axis} axis, as {layer.axis_reason}; magnitude_axis says "
+                    f"{magnitude_axis!r}"
                 )
-            base[key] = tensor  # as PEFT before 0.6 saved biases
-        elif key in plain_keys.values() or _is_to_save(module, config):
-            copies[key] = tensor
-        else:
-            base[key] = tensor
-    return base, copies, left_out
+            if norm_eps is not None:
+                adapter.layers[name] = dataclasses.replace(layer, norm_eps=norm_eps)
+    return found
 
 
-def _plain(wrapped: re.Match[str], whole: Mapping[str, Tensor]) -> str | None:
-    """The key of the same tensor of the module to save, which the file has without PEFT's wrapper's parts."""
-    inside = wrapped["name"]
-    names = (inside, inside.partition(".")[2])  # the second, where the adapter's name comes first
-    return next((key for name in names if (key := f"{wrapped['module']}.{name}") in whole), None)
+def _located(path: Path) -> Path:
+    """``path``, or the one file with everything in it that the folder ``path`` holds."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir() and not any((path / name).is_file() for name in (peft.CONFIG_NAME, litgpt.WEIGHTS_NAME)):
+        found = [file for file in sorted(path.glob("*.safetensors")) if file.name != peft.WEIGHTS_NAME]
+        if len(found) == 1:
+            return found[0]
+    return path
 
 
-def _is_to_save(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether ``module`` lies in one of modules_to_save, each of which is the end of a name, as PEFT reads it."""
-    ends = config.get("modules_to_save") or []
-    parts = module.split(".")
-    return any(".".join(parts[:length]).endswith(tuple(ends)) for length in range(1, len(parts) + 1)) if ends else False
-
-
-def _trained(
-    base: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], noted: list[str]
-) -> frozenset[str]:
-    """What was trained of the base model: biases as the configuration says, and what save_adapter notes."""
-    bias = config.get("bias")
-    trained = {
-        name
-        for name in base
-        if name.endswith(".bias") and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in layers))
-    }
-    return frozenset(trained.union(noted))
-
-
-def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> list[str]:
-    try:
-        noted = json.loads(metadata.get(TRAINED, "[]"))
-    except ValueError:
-        noted = None
-    if not isinstance(noted, list) or not all(f"{PREFIX}{name}" in tensors for name in noted):
-        raise ValueError(f"{where}: its note {TRAINED} is {metadata[TRAINED]!r:.80}, expected a list of its tensors")
-    return noted
-
-
-def import_safetensors() -> Any:
-    """The library, imported where it is needed; ModuleNotFoundError says how to get it."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        message = "adapters as files need safetensors: pip install 'lora_fast[adapters]'"
-        raise ModuleNotFoundError(message, name="safetensors") from None
-    return safetensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a sane size; ValueError for anything else."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON, or not whole: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def scaling_of(config: Mapping[str, Any], name: str, rank: int, where: Path) -> float:
-    """alpha / R (alpha / √R for rsLoRA) of module ``name``, as PEFT reads r, lora_alpha and their patterns."""
-    expected = _by_pattern(config, "rank_pattern", name, config.get("r"), where)
-    if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:
-        raise ValueError(f"{where}: the rank of {name} is {expected!r}, expected a positive integer")
-    if expected != rank:
-        raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A in {WEIGHTS_NAME} has {rank}")
-    alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"), where)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{where}: the alpha of {name} is {alpha!r}, expected a number")
-    try:
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except OverflowError:
-        scaling = math.inf
-    if not math.isfinite(scaling):
-        raise ValueError(f"{where}: the alpha of {name} is {str(alpha)[:40]}, expected a finite number")
-    return scaling
-
-
-def matches(pattern: str, name: str, where: Path) -> bool:
-    """Whether PEFT takes ``pattern``, a key of rank_pattern or alpha_pattern, for the module ``name``.
-
-    It is a regular expression from the file. One that could run for ever is refused: a repeated group, or more than
-    three repetitions.
-    """
-    literal = re.sub(r"\[[^]]*\]", "", re.sub(r"\\.", "", pattern))  # without what is escaped or in a class
-    if re.search(r"\)\s*[*+{]", literal) or len(re.findall(r"[*+{]", literal)) > 3 or len(pattern) > 1000:
-        raise ValueError(f"{where}: the pattern {pattern[:80]!r} repeats too much to be safe")
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where}: the pattern {pattern[:80]!r} is no regular expression: {error}") from None
-
-
-def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any, where: Path) -> Any:
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
-    return next((value for pattern, value in patterns.items() if matches(pattern, name, where)), default)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'")
-    for key in OTHER_METHODS:
-        if config.get(key):
-            raise ValueError(f"{path}: {key} is set, which is another method than LoRA and DoRA")
-    if config.get("init_lora_weights", True) not in INITIALISATIONS:
+def _reader(path: Path) -> Callable[[Path], AdapterFile] | None:
+    """Who reads ``path``; None: it is one safetensors file with everything in it."""
+    if path.is_dir():
+        if (path / litgpt.WEIGHTS_NAME).is_file():
+            return litgpt.read
+        config = path / peft.CONFIG_NAME
+        return mlx.read if config.is_file() and mlx.is_config(reading.read_json(config)) else peft.read
+    if path.name in (peft.WEIGHTS_NAME, mlx.WEIGHTS_NAME) and (path.parent / peft.CONFIG_NAME).is_file():
+        return lambda path: read_file(path.parent)
+    if path.name == litgpt.WEIGHTS_NAME:
+        return lambda path: litgpt.read(path.parent)
+    if path.suffix == ".pt":
+        return torchtune.read
+    if path.suffix in PICKLES:
         raise ValueError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weight; "
-            "save it from PEFT with path_initial_model_for_weight_conversion"
+            f"{path}: is a pickle, which can run code and is never loaded. Load it with the tool that wrote it, if you "
+            "trust it, and save it again as safetensors"
         )
-    ends = config.get("modules_to_save") or []
-    if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
-        raise ValueError(f"{path}: modules_to_save is {ends!r}, expected a list of names")
-    for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
-        if config.get(key) not in (True, False, None):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, expected true or false")
-    return config
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, and the file's metadata."""
-    if not path.is_file():
-        pickles = sorted(other.name for other in path.parent.glob("*.bin"))
-        if pickles:
-            raise ValueError(
-                f"{path}: is missing; {', '.join(pickles)} is a pickle, which can run code and is never loaded. "
-                "Load it with PEFT, if you trust it, and save it again with safe_serialization=True"
-            )
-        raise FileNotFoundError(f"{path}: no such file")
-    safetensors = import_safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, or not whole: {error}") from None
-
-
-def _layer(
-    name: str, parts: dict[str, Tensor], is_embedding: bool, config: Mapping[str, Any], where: Path
-) -> AdapterLayer:
-    wanted = ["lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])]
-    missing = [part for part in wanted if part not in parts]
-    if missing:
-        raise ValueError(f"{where}: {name} has no {', '.join(missing)}")
-    if len(parts) > len(wanted):
-        raise ValueError(f"{where}: {name} has a magnitude, but use_dora is not set in {CONFIG_NAME}")
-    lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
-    # a convolution's lora_A is [R, in, *kernel], its lora_B [N, R, 1, …], its magnitude [1, N, 1, …]
-    shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
-    expected = "expected [R, K] and [N, R]"
-    if lora_A.dim() > 2:
-        expected = "expected [R, in, *kernel] and [N, R, 1, …]; convolutions with groups are not supported"
-    if lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or lora_B.shape[1] != lora_A.shape[0] or lora_B.numel() == 0:
-        raise ValueError(f"{where}: {name} has {shapes}, {expected}")
-    if any(size != 1 for size in lora_B.shape[2:]) or lora_A.numel() == 0:
-        raise ValueError(f"{where}: {name} has {shapes}, {expected}")
-    if magnitude is not None:
-        N = lora_B.shape[0]
-        of_its_kind = [N, 1] if lora_B.dim() == 2 else [1, N, *lora_B.shape[2:]]
-        if list(magnitude.shape) not in ([N], of_its_kind):
-            raise ValueError(
-                f"{where}: {name} has a magnitude of shape {list(magnitude.shape)}, expected [N] = [{N}] or "
-                f"{of_its_kind}"
-            )
-        magnitude = magnitude.reshape(-1)
-    scaling = scaling_of(config, name, lora_A.shape[0], where.parent / CONFIG_NAME)
-    return AdapterLayer(lora_A, lora_B, magnitude, scaling, is_embedding)
+    return None

@@ -1,4 +1,4 @@
-"""PEFT's files loaded into a model, with or without adapters in it, bit for bit."""
+"""Adapters' files loaded into a model, with or without adapters in it, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_fast.adapters import files, gathering
+from lora_fast import bases, functional
+from lora_fast.adapters import files, gathering, naming, rows
+from lora_fast.adapters.adapter import Adapter, AdapterLayer
 from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
-from lora_fast.adapters.files import Adapter, AdapterLayer
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
+from lora_fast.calls import Axis
 from lora_fast.nn import LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import kept_flags, put_in_place, read_without_call
@@ -28,11 +30,28 @@ from lora_fast.nn.names import Place, places, unwrapped
 from lora_fast.parallel import fsdp2, zero
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load the adapter in ``directory``, saved by :func:`save_adapter` or by PEFT, into ``model``; returns ``model``.
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    magnitude_axis: Axis | None = None,
+    *,
+    norm_eps: float | None = None,
+    component: str | None = None,
+) -> nn.Module:
+    """Load the adapter in the file or folder ``path`` into ``model``; returns ``model``.
+
+    It takes what :func:`save_adapter` and PEFT write, the files of kohya's scripts, LyCORIS, OneTrainer, ComfyUI,
+    ai-toolkit and diffusers, and torchtune's, MLX-LM's and litgpt's (docs/adapters.md).
+
+    Args:
+        magnitude_axis: "output" or "input": the norm that a magnitude belongs to, where the file leaves it open. A
+            layer with one norm for each input becomes a ``LinearWithDoRA(..., norm_axis="input")``.
+        norm_eps: what the tool that wrote the file adds to the norms; None: what it is known to add. An update with a
+            norm_eps of not 0 is loaded with the magnitude m · n / (n + norm_eps), which computes the same.
+        component: which of the file's models ``model`` is ("unet", "lora_te1"), where it has several.
 
     A model from :func:`lora_fast.apply` gets the values: its adapted layers must be those of the file, with the same
-    ranks, scaling and kind (LoRA or DoRA). A model without adapted layers gets the layers too, in the places that the
+    ranks, scaling, kind (LoRA or DoRA) and norm axis. A model without adapted layers gets the layers too, in the places that the
     file names, in its dtypes, with the rest frozen as ``apply`` leaves it. Values are copied bit for bit; a value that
     the layer's dtype cannot hold is an error.
 
@@ -50,14 +69,34 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     safetensors.
     """
     inner = unwrapped(model)
-    adapter = _renamed(files.read(directory), inner)
+    adapter = files.read(path, component=component, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
+    adapter = _renamed(adapter, inner) if adapter.format == "peft" else adapter
     fsdp2.reshard(inner)
     with gathering.summoned(model, writes=True):
-        _load(model, inner, adapter)
+        _load(model, inner, _in_model(adapter, inner))
     for module in inner.modules():
         if isinstance(module, LinearWithDoRA):
             module.invalidate_norm()
     return model
+
+
+def _in_model(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter by the names of ``model``, one update for each of its modules."""
+    if adapter.added:
+        raise ValueError(
+            f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
+            f"({', '.join(list(adapter.added)[:4])}), which no adapted layer has; merge it (lora-fast merge)"
+        )
+    shapes = naming.weight_shapes(
+        {name: tuple(zero.shape(gathering.own_tensor(*slot))) for name, slot in _slots(model).items()}
+    )
+    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    adapter = naming.to_base(adapter, shapes, config, "the model")
+    whole = {
+        name: rows.fused(parts, shapes[name][0], f"{adapter.weights_path}: {name}")
+        for name, parts in adapter.stacked.items()
+    }
+    return dataclasses.replace(adapter, layers=adapter.layers | whole, stacked={})
 
 
 def _load(model: nn.Module, inner: nn.Module, adapter: Adapter) -> None:
@@ -150,7 +189,7 @@ def _layer_values(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Va
     values: dict[tuple[int, str], Value] = {}
     for name, layer in adapter.layers.items():
         module = _same_kind(name, layer, modules.get(name), where)
-        parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
+        parts = {"lora_A": layer.convolution_A(), "lora_B": layer.lora_B, "magnitude": _magnitude(module, layer)}
         for key, part in parts.items():
             if part is None:
                 continue
@@ -186,13 +225,36 @@ def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: 
     if isinstance(module, LinearWithDoRA) != (layer.magnitude is not None):
         theirs = "LoRA" if layer.magnitude is None else "DoRA"
         raise ValueError(f"{where}: {name} has {theirs}, the model's is a {type(module).__name__}")
-    if module.norm_axis != "output":
-        raise ValueError(f"{where}: {name} has one norm per output; the model's has norm_axis={module.norm_axis!r}")
+    if layer.magnitude is not None and module.norm_axis != layer.norm_axis:
+        raise ValueError(
+            f"{where}: {name} has one norm per {layer.norm_axis}; the model's has norm_axis={module.norm_axis!r}"
+        )
     if not math.isclose(layer.scaling, module.scaling, rel_tol=1e-9):
         raise ValueError(
             f"{where}: {name} has a scaling (alpha / r) of {layer.scaling:.9g}, the model's {module.scaling:.9g}"
         )
     return module
+
+
+def _magnitude(module: AdaptedLinear, layer: AdapterLayer) -> Tensor | None:
+    """The layer's magnitude; where its tool adds to the norm, the one that computes the same without that.
+
+    m / (n + eps) = m' / n with m' = m · n / (n + eps).
+    """
+    if layer.magnitude is None or not layer.norm_eps:
+        return layer.magnitude
+    lora_A, lora_B = (
+        factor.to(own.dtype) for factor, own in ((layer.lora_A, module.lora_A), (layer.lora_B, module.lora_B))
+    )
+    base = module.base()
+    if base is None:
+        weight = gathering.value(module.linear, "weight")
+        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling, axis=layer.norm_axis)
+    else:
+        factors = lora_A.to(module.lora_A.device), lora_B.to(module.lora_A.device)
+        norm = bases.weight_norm(base, *factors, layer.scaling, axis=layer.norm_axis).cpu()
+    norm = norm.double()
+    return (layer.magnitude.double() * norm / (norm + layer.norm_eps)).to(module.magnitude.dtype)
 
 
 def _whole_values(slots: Mapping[str, Slot], adapter: Adapter) -> list[Value]:
@@ -300,7 +362,8 @@ def _adapted(linear: nn.Module, layer: AdapterLayer, dropout: float) -> AdaptedL
     dtype = torch.promote_types(layer.lora_A.dtype, layer.lora_B.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="rank .* is above min")  # whoever trained it chose it
-        return kind(cast(nn.Linear, linear), layer.rank, layer.scaling, dropout=dropout, adapter_dtype=dtype)
+        options: dict[str, Any] = {} if layer.magnitude is None else {"norm_axis": layer.norm_axis}
+        return kind(cast(nn.Linear, linear), layer.rank, layer.scaling, dropout, adapter_dtype=dtype, **options)
 
 
 def _forget_ties(model: nn.Module) -> None:

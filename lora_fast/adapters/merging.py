@@ -1,6 +1,6 @@
 """What merging an adapter does to each tensor of a checkpoint, decided and checked before anything is written.
 
-    W ← W + s B A (LoRA)      W ← gain ⊙ (W + s B A), gain = m / ‖W + s B A‖ (DoRA)      rounded once to W's dtype
+    W ← W + ΔW (LoRA)      W ← gain ⊙ (W + ΔW), gain = m / (‖W + ΔW‖ + eps) (DoRA)      rounded once to W's dtype
 
 A tensor of the file can have several ends: an embedding that is the output head too. What the adapter writes into the
 base model changes all of them, an update and a copy of a module one alone. Where the ends differ afterwards, each gets
@@ -9,32 +9,40 @@ a tensor of its own, and config.json says so (``tie_word_embeddings``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fast import functional
-from lora_fast.adapters import architecture
+from lora_fast.adapters import architecture, naming
+from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterLayer
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint, Edit, Entry
-from lora_fast.adapters.files import DTYPES as FLOATS, Adapter, AdapterLayer
 from lora_fast.adapters.orientation import FanInFanOut, transposed_layers
 from lora_fast.adapters.resolving import Resolver
+from lora_fast.adapters.rows import Rows
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one end: content of its own or not, and an update on top of it or not."""
+    """What becomes of one end: content of its own or not, a difference, and an update on top, of all rows or of some."""
 
     base: Tensor | None = None
     layer: AdapterLayer | None = None
     is_transposed: bool = False
+    added: Tensor | None = None
+    stacked: Mapping[Rows, AdapterLayer] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> list[AdapterLayer]:
+        return [*([] if self.layer is None else [self.layer]), *self.stacked.values()]
 
     def same_as(self, other: Change) -> bool:
-        return _equal(self.base, other.base) and _same_update(self, other)
+        return _equal(self.base, other.base) and _equal(self.added, other.added) and _same_update(self, other)
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,13 @@ class _Planner:
         self.checkpoint, self.adapter = checkpoint, adapter
         self.resolver = Resolver(checkpoint)
         self.entries = checkpoint.entries
-        weights = [f"{name}.weight" for name in adapter.layers]
-        keys = self.resolver.resolve(dict.fromkeys([*weights, *adapter.base, *adapter.copies]))
+        self.modules = {naming.weight_key(name): name for name in (*adapter.layers, *adapter.stacked)}
+        whole = (*adapter.base, *adapter.copies, *adapter.added)
+        keys = self.resolver.resolve(dict.fromkeys([*self.modules, *whole]))
         self.wanted: dict[str, list[str]] = {}  # the adapter's names of each key
         for wanted, key in keys.items():
             self.wanted.setdefault(key, []).append(wanted)
-        layer_keys = {name: keys[f"{name}.weight"] for name in adapter.layers}
+        layer_keys = {name: keys[naming.weight_key(name)] for name in adapter.layers}
         self.transposed = transposed_layers(adapter, layer_keys, self.resolver, fan_in_fan_out)
 
     def plan(self) -> Plan:
@@ -90,7 +99,7 @@ class _Planner:
             change = changes.get(key, {}).get(self.resolver.end_at(target), Change())
             if target in added or change != Change():
                 edits[target] = self._edit(key, change)
-            if change.layer is not None:
+            if change.updates or change.added is not None:
                 merged.add(target)
         self._check_shapes(after, edits, added)
         return Plan(edits, merged, added, None if config == self.checkpoint.config else config)
@@ -106,16 +115,17 @@ class _Planner:
         for wanted, (key, end) in end_of.items():
             if end not in changes[key]:
                 raise ValueError(f"{self.checkpoint.folder}: {wanted} of the adapter is not the checkpoint's {key}")
-            layer = self.adapter.layers.get(wanted.removesuffix(".weight")) if wanted.endswith(".weight") else None
-            copy = self.adapter.copies.get(wanted)
-            if layer is None and copy is None:
+            module = self.modules.get(wanted, "")
+            layer, stacked = self.adapter.layers.get(module), self.adapter.stacked.get(module, {})
+            copy, added = self.adapter.copies.get(wanted), self.adapter.added.get(wanted)
+            if layer is None and copy is None and added is None and not stacked:
                 continue
             if named.setdefault(end, wanted) != wanted or (layer is not None and copy is not None):
                 raise ValueError(
                     f"{self.adapter.weights_path}: {named[end]} and {wanted} are both the checkpoint's {key}"
                 )
-            is_transposed = layer is not None and self.transposed[wanted.removesuffix(".weight")]
-            changes[key][end] = Change(base if copy is None else copy, layer, is_transposed)
+            is_transposed = layer is not None and self.transposed[module]
+            changes[key][end] = Change(base if copy is None else copy, layer, is_transposed, added, stacked)
         for wanted, (key, _) in end_of.items():
             self._check_head_outside(wanted, key)
         for key, ends in changes.items():
@@ -136,7 +146,8 @@ class _Planner:
 
     def _check_fits(self, key: str, change: Change) -> None:
         entry, where = self.entries[key], self.adapter.weights_path
-        if change.layer is not None or (change.base is not None and change.base.is_floating_point()):
+        is_number = change.base is not None and change.base.is_floating_point()
+        if change.updates or change.added is not None or is_number:
             if DTYPES.get(entry.dtype) not in FLOATS:
                 expected = ", ".join(name for name, dtype in DTYPES.items() if dtype in FLOATS)
                 raise ValueError(f"{self.checkpoint.folder}: {key} has dtype {entry.dtype}, expected one of {expected}")
@@ -147,21 +158,36 @@ class _Planner:
             raise ValueError(
                 f"{where}: has shape {list(shape)} for {key}, which has {list(entry.shape)} in {self.checkpoint.folder}"
             )
-        if change.layer is None:
-            return
-        lora_A, lora_B = change.layer.lora_A, change.layer.lora_B
-        weight = _as_matrix(torch.empty(shape, device="meta"), change)
-        if list(weight.shape) != [lora_B.shape[0], lora_A[0].numel()] or (
-            not change.layer.is_embedding and len(shape) != lora_A.dim()
+        if change.added is not None and tuple(change.added.shape) != shape:
+            raise ValueError(
+                f"{where}: has a difference of shape {list(change.added.shape)} for {key}, which has {list(shape)}"
+            )
+        if change.layer is not None:
+            self._check_update(key, shape, change.layer, change.is_transposed)
+        for rows, layer in change.stacked.items():
+            self._check_update(key, (rows.stop - rows.start, *shape[1:]), layer, False)
+
+    def _check_update(self, key: str, shape: tuple[int, ...], layer: AdapterLayer, is_transposed: bool) -> None:
+        where, lora_A, lora_B = self.adapter.weights_path, layer.lora_A, layer.lora_B
+        weight = _as_matrix(torch.empty(shape, device="meta"), is_transposed)
+        inner = layer.in_features * math.prod(layer.kernel)
+        # a linear's update of a convolution of 1 × 1, and the other way round, is the same update
+        is_one_by_one = set(shape[2:]) | set(layer.kernel) == {1} and self.adapter.format != "peft"
+        if list(weight.shape) != [layer.out_features, inner] or (
+            not layer.is_embedding and len(shape) != lora_A.dim() and not is_one_by_one
         ):
             raise ValueError(
                 f"{where}: has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} for {key}, which has "
                 f"{list(shape)}"
             )
-        if lora_A.dim() > 2 and lora_A.shape[1:] != shape[1:]:
+        if layer.kernel and not is_one_by_one and (layer.in_features, *layer.kernel) != shape[1:]:
             raise ValueError(
                 f"{where}: has lora_A {list(lora_A.shape)} for the convolution {key}, which has {list(shape)}"
             )
+        if any(not tensor.isfinite().all() for tensor in (lora_A, lora_B, layer.magnitude) if tensor is not None):
+            raise ValueError(f"{where}: has NaN or infinity for {key}")
+        if self.adapter.format != "peft":  # others give their lora_A the dilation of the base
+            return
         module = self.resolver.end_at(key).removesuffix(".weight")
         if self.resolver.known is not None and not self.resolver.known.is_plain_convolution(module):
             raise ValueError(
@@ -244,8 +270,13 @@ class _Planner:
             if change.base is not None:
                 wider = torch.promote_types(change.base.dtype, dtype)
                 old = change.base.to(wider, copy=True).contiguous()
+            if change.added is not None:
+                wider = torch.promote_types(torch.promote_types(change.added.dtype, old.dtype), torch.float32)
+                old = old.to(wider) + change.added
             if change.layer is not None:
-                _merge(old, change)
+                _merge(_as_matrix(old, change.is_transposed), change.layer)
+            for rows, layer in change.stacked.items():
+                _merge(_as_matrix(old[rows.start : rows.stop], False), layer)
             return old.to(dtype)
 
         return Edit(_shape(entry, change), new)
@@ -299,21 +330,24 @@ def _shape(entry: Entry, change: Change) -> tuple[int, ...]:
     return entry.shape if change.base is None else tuple(change.base.shape)
 
 
-def _as_matrix(weight: Tensor, change: Change) -> Tensor:
+def _as_matrix(weight: Tensor, is_transposed: bool) -> Tensor:
     """A view [N, K]: embeddings and transformers' Conv1D are stored [K, N], convolutions [N, in, *kernel]."""
-    return weight.T if change.is_transposed else weight.reshape(weight.shape[0], -1)
+    return weight.T if is_transposed else weight.view(weight.shape[0], -1)
 
 
-def _merge(tensor: Tensor, change: Change) -> None:
-    layer = change.layer
-    assert layer is not None
-    weight = _as_matrix(tensor, change)
-    lora_A, lora_B = layer.lora_A.reshape(layer.rank, -1), layer.lora_B.reshape(-1, layer.rank)
+def _merge(weight: Tensor, layer: AdapterLayer) -> None:
+    """Fold an update into ``weight`` [N, K · kernel], in place."""
+    lora_A, lora_B = layer.matrices()
     gain = None
     if layer.magnitude is not None:
-        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling)
-        gain = functional.dora_gain(layer.magnitude, norm)
-    functional.merge_weight(weight, lora_A, lora_B, layer.scaling, gain)
+        taps = math.prod(layer.kernel)
+        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling, axis=layer.norm_axis)
+        if layer.norm_axis == "input":
+            norm = torch.linalg.vector_norm(norm.view(-1, taps), dim=1)
+        gain = functional.dora_gain(layer.magnitude, norm + layer.norm_eps)
+        if layer.norm_axis == "input":
+            gain = gain.repeat_interleave(taps)
+    functional.merge_weight(weight, lora_A, lora_B, layer.scaling, gain, axis=layer.norm_axis)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -325,6 +359,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 def _same_update(a: Change, b: Change) -> bool:
     """Whether the same update comes on top, perhaps of a matrix seen from its two sides, as PEFT ties adapters."""
     one, other = a.layer, b.layer
+    if a.stacked or b.stacked:
+        return False
     if one is None or other is None or one is other:
         return one is other
     if one.scaling != other.scaling or one.magnitude is not None or other.magnitude is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_fast.adapters.files import Adapter
+from lora_fast.adapters.adapter import Adapter
 from lora_fast.adapters.resolving import Resolver
 
 FanInFanOut = (
@@ -37,7 +37,7 @@ def _named(ends: list[str], adapter: Adapter) -> set[str]:
     for end in ends:
         found = {name for name in adapter.layers if name == end or name.endswith(f".{end}")}
         if not found:
-            raise ValueError(f"fan_in_fan_out: {end!r} is no layer of {adapter.folder}")
+            raise ValueError(f"fan_in_fan_out: {end!r} is no layer of {adapter.config_path.parent}")
         named |= found
     return named
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast.adapters import files, gathering
-from lora_fast.adapters.files import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
+from lora_fast.adapters import gathering, reading
+from lora_fast.adapters.formats.peft import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import places_outside_adapters
@@ -269,7 +269,7 @@ def own_keys(module: nn.Module) -> Iterator[str]:
 
 
 def _write(directory: Path, config: dict[str, Any], values: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file = files.import_safetensors().torch.save_file
+    save_file = reading.import_safetensors().torch.save_file
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = {name: directory / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_NAME, CONFIG_NAME)}
     try:

@@ -1,0 +1,102 @@
+"""litgpt's folder: lit_model.pth.lora, with hyperparameters.yaml and model_config.yaml beside it. LoRA only.
+
+    transformer.h.<i>.attn.proj.lora_A [R, K], .lora_B [N, R]; s = lora_alpha / lora_r
+    transformer.h.<i>.attn.qkv.lora_A [R · parts, K], .lora_B [Σ N_part, R]
+
+The weight of qkv has the rows of the queries, the keys and the values one below another, and each of the three that is
+adapted has R rows of lora_A of its own: lora_B is read as a block diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_fast.adapters import reading, rows
+from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
+
+WEIGHTS_NAME = "lit_model.pth.lora"
+SETTINGS_NAME = "hyperparameters.yaml"
+MODEL_NAME = "model_config.yaml"
+_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])")
+_PARTS = ("lora_query", "lora_key", "lora_value")
+
+
+def read(folder: Path) -> AdapterFile:
+    """The adapter in ``folder``, by litgpt's names."""
+    path = folder / WEIGHTS_NAME
+    content = reading.read_pickle(path)
+    inner = content.get("model", content)
+    if not isinstance(inner, dict):
+        raise ValueError(f"{path}: its model is a {type(inner).__name__}, expected a dict of tensors by name")
+    tensors = reading.plain_tensors(inner, path)
+    settings = reading.read_yaml(folder / SETTINGS_NAME)
+    model = reading.read_yaml(folder / MODEL_NAME)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if (found := _KEY.fullmatch(key)) is None:
+            raise ValueError(f"{path}: {key} is no part of LoRA as litgpt names it")
+        parts.setdefault(found["module"], {})[found["part"]] = tensor
+    check_parts(parts, path)
+    where = folder / SETTINGS_NAME
+    rank = reading.finite(settings.get("lora_r"), "lora_r", where)
+    scaling = reading.finite(settings.get("lora_alpha"), "lora_alpha", where) / rank if rank >= 1 else math.nan
+    dropout = reading.finite(settings.get("lora_dropout", 0.0), "lora_dropout", where)
+    layers: dict[str, AdapterLayer] = {}
+    for name, own in parts.items():
+        if name.endswith(".qkv"):
+            layers[name] = _qkv(name, own, scaling, int(rank), settings, model, folder)
+        else:
+            layers[name] = AdapterLayer(own["lora_A"], own["lora_B"], None, scaling)
+            check_layer(name, layers[name], path)
+            if layers[name].rank != rank:
+                raise ValueError(f"{path}: {name} has rank {layers[name].rank}, {SETTINGS_NAME} says {rank:g}")
+    adapter = Adapter(path, where, layers, format="litgpt", config={"lora_dropout": dropout})
+    return AdapterFile(folder, "litgpt", "litgpt", {"": adapter})
+
+
+def _qkv(
+    name: str,
+    parts: dict[str, Tensor],
+    scaling: float,
+    rank: int,
+    settings: dict[str, Any],
+    model: dict[str, Any],
+    folder: Path,
+) -> AdapterLayer:
+    """One update of the whole of qkv, of the sum of the ranks."""
+    sizes = _sizes(model, folder / MODEL_NAME)
+    enabled = [index for index, part in enumerate(_PARTS) if settings.get(part) is True]
+    lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+    total = sum(sizes[index] for index in enabled)
+    if not enabled or lora_A.dim() != 2 or len(lora_A) != rank * len(enabled) or list(lora_B.shape) != [total, rank]:
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME}: {name} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, expected "
+            f"[{rank * len(enabled)}, K] and [{total}, {rank}] for {', '.join(_PARTS[index] for index in enabled) or 'none'} "
+            f"of {SETTINGS_NAME}"
+        )
+    own: dict[rows.Rows, AdapterLayer] = {}
+    row = 0
+    for place, index in enumerate(enabled):
+        start, size = sum(sizes[:index]), sizes[index]
+        factors = lora_A[place * rank : (place + 1) * rank], lora_B[row : row + size]
+        own[rows.Rows(start, start + size)] = AdapterLayer(*factors, None, scaling)
+        row += size
+    return rows.fused(own, sum(sizes), name, row_parts=sizes)
+
+
+def _sizes(model: dict[str, Any], where: Path) -> tuple[int, int, int]:
+    """The rows of the queries, the keys and the values."""
+    heads, width = model.get("n_head"), model.get("n_embd")
+    groups = model.get("n_query_groups") or heads
+    found = [heads, groups, width]
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
+        raise ValueError(f"{where}: n_head, n_query_groups and n_embd are {found}, expected positive integers")
+    head = model.get("head_size") or width // heads
+    if isinstance(head, bool) or not isinstance(head, int) or head < 1:
+        raise ValueError(f"{where}: head_size is {head!r}, expected a positive integer")
+    return heads * head, groups * head, groups * head

@@ -1,0 +1,75 @@
+"""MLX-LM's folder: adapters.safetensors and adapter_config.json.
+
+    <module>.lora_a [K, R], .lora_b [R, N], .m [N]         lora_parameters.scale is s itself
+    an embedding's: .lora_a [vocabulary, R], .lora_b [R, dim], .m [vocabulary]
+
+An embedding's DoRA has one norm for each word, where PEFT's has one for each dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_fast.adapters import reading
+from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
+from lora_fast.adapters.formats import peft
+from lora_fast.calls import Axis
+
+WEIGHTS_NAME = "adapters.safetensors"
+METHODS = ("lora", "dora")
+_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|m)")
+_PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
+# Of an embedding, whose file does not differ from a linear's. Merged, the weight's shape tells as well.
+_EMBEDDING = re.compile(r"(.+\.)?(\w*embed\w*|wte|wpe)")
+
+
+def is_config(config: dict[str, Any]) -> bool:
+    return "lora_parameters" in config or "fine_tune_type" in config
+
+
+def read(folder: Path) -> AdapterFile:
+    """The adapter in ``folder``, by the names of MLX-LM's model, which are those of transformers."""
+    path, config_path = folder / WEIGHTS_NAME, folder / peft.CONFIG_NAME
+    config = reading.read_json(config_path)
+    kind, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind not in METHODS or not isinstance(settings, dict):
+        raise ValueError(f"{config_path}: fine_tune_type is {kind!r}, expected 'lora' or 'dora' with lora_parameters")
+    scaling = reading.finite(settings.get("scale"), "lora_parameters.scale", config_path)
+    dropout = reading.finite(settings.get("dropout", 0.0), "lora_parameters.dropout", config_path)
+    tensors, metadata = reading.read_safetensors(path)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if (found := _KEY.fullmatch(key)) is None:
+            raise ValueError(f"{path}: {key} is no part of LoRA or DoRA as MLX-LM names it")
+        if tensor.dim() != (1 if found["part"] == "m" else 2):
+            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; the layers of experts are not supported")
+        parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = tensor
+    check_parts(parts, path)
+    if any(("magnitude" in own) != (kind == "dora") for own in parts.values()):
+        raise ValueError(
+            f"{path}: fine_tune_type is {kind!r} in {config_path.name}, which its magnitudes (m) contradict"
+        )
+    layers = {name: _layer(name, own, scaling, path) for name, own in parts.items()}
+    adapter = Adapter(path, config_path, layers, format="mlx", config={"lora_dropout": dropout})
+    return AdapterFile(folder, "mlx", "MLX-LM", {"": adapter}, metadata)
+
+
+def _layer(name: str, parts: dict[str, Tensor], scaling: float, path: Path) -> AdapterLayer:
+    is_embedding = _EMBEDDING.fullmatch(name) is not None
+    axis: Axis = "input" if is_embedding else "output"
+    magnitude = parts.get("magnitude")
+    layer = AdapterLayer(
+        lora_A=parts["lora_A"].T.contiguous(),
+        lora_B=parts["lora_B"].T.contiguous(),
+        magnitude=magnitude,
+        scaling=scaling,
+        is_embedding=is_embedding,
+        norm_axis=axis,
+        axis_reason="" if magnitude is None else f"MLX-LM has one norm for each {'word' if is_embedding else 'output'}",
+    )
+    check_layer(name, layer, path)
+    return layer

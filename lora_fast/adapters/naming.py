@@ -1,0 +1,248 @@
+"""Which module of a base model each name of an adapter's file means.
+
+The base's own names decide: they are written as the file would write them (kohya's scripts and LyCORIS have _ for each
+dot), and looked up. A name is never taken apart at its underscores, which would be a guess. A file can have the names of
+another code base than the base has (:mod:`lora_fast.adapters.block_maps`), whose weights can hold several of the other's
+modules, one below another; and all its names can lack a prefix that the base's have, or have one more. What fits in two
+places is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lora_fast.adapters import rows
+from lora_fast.adapters.adapter import Adapter, AdapterLayer
+from lora_fast.adapters.block_maps import MAPS, BlockMap
+from lora_fast.adapters.rows import Rows
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
+
+
+class Meaning(NamedTuple):
+    """One of the base's modules that a name of the file means.
+
+    ``index`` of ``count``: the file's weight holds the rows of ``count`` modules, of which this is one; negative count:
+    this module holds the rows of that many of the file's weights, of which the name's is one.
+    """
+
+    module: str
+    index: int = 0
+    count: int = 1
+    is_rotary: bool = False
+
+
+class View(NamedTuple):
+    """One way to read the base's names: through a map or not, below a prefix."""
+
+    map: str
+    prefix: str
+
+
+def weight_key(module: str) -> str:
+    """The name of a module's weight; torch.nn.MultiheadAttention's three in one have a name of their own."""
+    return f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight"
+
+
+def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a model, those that are a module's weight, by module."""
+    found = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
+    packed = {key.removesuffix("_weight"): shape for key, shape in shapes.items() if key.endswith(".in_proj_weight")}
+    return found | packed
+
+
+def to_base(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: str) -> Adapter:
+    """``adapter`` by the names of the base, whose modules' weights have ``shapes``.
+
+    ``config`` is the content of the base's config.json, ``where`` its name for errors. PEFT's names, and others with dots
+    that fit nowhere, are left as they are: other rules follow them. Raises ValueError for flattened names that fit nowhere, for names that
+    fit in two places, and for an update that the base's modules cannot express.
+    """
+    if adapter.format == "peft":
+        return adapter
+    modules = dict.fromkeys([*adapter.layers, *(name.rpartition(".")[0] for name in adapter.added)])
+    if not adapter.is_flattened and all(module in shapes for module in modules):
+        return adapter
+    index = _index(shapes, adapter)
+    view, names = _best(index, adapter, list(modules), shapes, where)
+    if view is None:
+        if not adapter.is_flattened:
+            return adapter
+        raise ValueError(_missing(index, adapter, list(modules), where))
+    meanings = {module: index[name][view] for module, name in names.items()}
+    added = {}
+    for name, tensor in adapter.added.items():
+        module, _, part = name.rpartition(".")
+        meaning, *more = meanings[module]
+        if more or meaning.count != 1:
+            raise ValueError(f"{adapter.weights_path}: {name} is not one tensor of {where}")
+        added[f"{meaning.module}.{part}"] = tensor
+    layers, stacked = _layers(adapter, meanings, shapes, config)
+    return dataclasses.replace(adapter, layers=layers, stacked=stacked, added=added, is_flattened=False)
+
+
+def _index(shapes: Shapes, adapter: Adapter) -> dict[str, dict[View, list[Meaning]]]:
+    """For each name that a file can have, what it means in each view."""
+    index: dict[str, dict[View, list[Meaning]]] = defaultdict(lambda: defaultdict(list))
+
+    def enter(name: str, view: View, meaning: Meaning) -> None:
+        known = index[name.replace(".", "_") if adapter.is_flattened else name][view]
+        if meaning not in known:
+            known.append(meaning)
+
+    for module in shapes:
+        parts = module.split(".")
+        for length in range(len(parts)):
+            enter(".".join(parts[length:]), View("", ".".join(parts[:length])), Meaning(module))
+        for block_map in MAPS:
+            if adapter.format in block_map.formats:
+                for name, view, meaning in _through(block_map, module):
+                    enter(name, view, meaning)
+    return index
+
+
+def _through(block_map: BlockMap, module: str) -> Iterator[tuple[str, View, Meaning]]:
+    """What ``module`` is called on the other side of the map."""
+    for before, original, index, count in block_map.originals_of(module):
+        is_rotary = module.rpartition(".")[2] in block_map.rotary
+        yield original, View(block_map.name, before), Meaning(module, index, count, is_rotary)
+    for before, parts in block_map.parts_of(module):
+        for index, part in enumerate(parts):
+            count = -len(parts) if len(parts) > 1 else 1
+            yield part, View(f"{block_map.name}, back", before), Meaning(module, index, count)
+
+
+def _best(
+    index: Mapping[str, Mapping[View, list[Meaning]]],
+    adapter: Adapter,
+    modules: list[str],
+    shapes: Shapes,
+    where: str,
+) -> tuple[View | None, dict[str, str]]:
+    """The view in which all of the file's modules are in the base, and their names there."""
+    separator = "_" if adapter.is_flattened else "."
+    for names in ({module: module for module in modules}, *_without_prefix(modules, separator)):
+        views = [
+            view
+            for view in index.get(names[modules[0]], {})
+            if all(view in index.get(name, {}) for name in names.values())
+        ]
+        fitting = [view for view in views if _fits(view, names, index, adapter, shapes)] or views
+        direct = [view for view in fitting if not view.map]
+        fitting = direct or fitting
+        if View("", "") in fitting:
+            fitting = [View("", "")]
+        if len(fitting) > 1:
+            places = ", ".join(sorted(index[names[modules[0]]][view][0].module for view in fitting))
+            raise ValueError(f"{where}: {modules[0]} of the adapter could be {places}")
+        if fitting:
+            return fitting[0], names
+    return None, {}
+
+
+def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, str]]:
+    """The names without what they all begin with, the least of it first."""
+    parts = min((module.split(separator)[:-1] for module in modules), key=len)
+    for length in range(1, len(parts) + 1):
+        prefix = separator.join(parts[:length]) + separator
+        if not all(module.startswith(prefix) for module in modules):
+            return
+        yield {module: module.removeprefix(prefix) for module in modules}
+
+
+def _fits(
+    view: View,
+    names: Mapping[str, str],
+    index: Mapping[str, Mapping[View, list[Meaning]]],
+    adapter: Adapter,
+    shapes: Shapes,
+) -> bool:
+    """Whether the sizes of the updates are those of the weights in this view."""
+    for module, layer in adapter.layers.items():
+        meanings = index[names[module]][view]
+        found = [shapes[meaning.module] for meaning in meanings]
+        if any(len(shape) < 2 or shape[1] != layer.in_features for shape in found) and not layer.is_embedding:
+            return False
+        whole = {meaning.count for meaning in meanings} == {1}
+        if whole and not layer.is_embedding and any(shape[0] != layer.out_features for shape in found):
+            return False
+    return True
+
+
+def _missing(
+    index: Mapping[str, Mapping[View, list[Meaning]]], adapter: Adapter, modules: list[str], where: str
+) -> str:
+    """What to say when no view has all of the names: of the view that has the most."""
+    counts: dict[View, int] = defaultdict(int)
+    for module in modules:
+        for view in index.get(module, {}):
+            counts[view] += 1
+    missing = modules
+    if counts:
+        best = max(counts, key=lambda view: counts[view])
+        missing = [module for module in modules if best not in index.get(module, {})]
+    shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    return f"{where}: {len(missing)} of the {len(modules)} modules of {adapter.weights_path} are not in it: {shown}"
+
+
+def _layers(
+    adapter: Adapter, meanings: Mapping[str, list[Meaning]], shapes: Shapes, config: Mapping[str, Any]
+) -> tuple[dict[str, AdapterLayer], dict[str, dict[Rows, AdapterLayer]]]:
+    """The updates by the base's modules, and those of rows of a module, by module and rows."""
+    path = adapter.weights_path
+    layers: dict[str, AdapterLayer] = {}
+    stacked: dict[str, dict[Rows, AdapterLayer]] = {}
+    for name, layer in adapter.layers.items():
+        found = meanings[name]
+        if found[0].count == 1 and len(found) > 1:
+            twins = " and ".join(meaning.module for meaning in found)
+            raise ValueError(f"{path}: {name} could be {twins}, whose names are one where dots are written as _")
+        for meaning in found:
+            if meaning.count > 1:
+                part = rows.part(layer, meaning.index, meaning.count)
+                own = rows.taken(layer, part, f"{path}: {name}, of which {meaning.module} is a part,")
+            else:
+                own = layer
+            if meaning.is_rotary:
+                own = rows.half_rotation(own, _heads(meaning.module, config), f"{path}: {name}")
+            if meaning.count >= 1:
+                _enter(layers, meaning.module, own, path)
+            else:
+                N, K = shapes[meaning.module][:2]
+                _enter(
+                    stacked.setdefault(meaning.module, {}),
+                    rows.of_parts(N, K, meaning.index, -meaning.count),
+                    own,
+                    path,
+                )
+    return layers, stacked
+
+
+def _enter(into: dict[Any, AdapterLayer], key: Any, layer: AdapterLayer, path: Any) -> None:
+    if key in into:
+        raise ValueError(f"{path}: two of its names are {key}")
+    into[key] = layer
+
+
+def _heads(module: str, config: Mapping[str, Any]) -> int:
+    """The number of heads whose rows ``module``, a projection to queries or keys, has."""
+    key = "num_key_value_heads" if module.endswith("k_proj") else "num_attention_heads"
+    heads = config.get(key, config.get("num_attention_heads"))
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"config.json: {key} is {heads!r}, expected the number of heads of {module}")
+    return heads
+
+
+def names_of(modules: Iterable[str]) -> dict[str, str]:
+    """Each module's name with _ for its dots; ValueError where two have one."""
+    flattened: dict[str, str] = {}
+    for module in modules:
+        other = flattened.setdefault(module.replace(".", "_"), module)
+        if other != module:
+            raise ValueError(
+                f"{other} and {module} are one name where dots are written as _: {module.replace('.', '_')}"
+            )
+    return {module: name for name, module in flattened.items()}
