@@ -1,7 +1,7 @@
-"""``lora-fast merge``: an adapter folded into a checkpoint folder, shard by shard, without the model's memory.
+"""``lora-fast merge``: an adapter folded into a checkpoint, shard by shard, without the model's memory.
 
-Each shard is written anew, one tensor in memory at a time; what is not changed keeps its bytes. All is written to a
-folder of another name, which is renamed when it is whole. What is done to which tensor is in
+Each shard is written anew, one tensor in memory at a time; what is not changed keeps its bytes. All is written under
+another name, which is changed when it is whole. What is done to which tensor is in
 :mod:`lora_fast.adapters.merging`.
 """
 
@@ -11,13 +11,17 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_fast.adapters import checkpoint as checkpoints, files, merging
+from lora_fast.adapters import checkpoint as checkpoints, files, merging, placing, reading
+from lora_fast.adapters.adapter import Adapter
 from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progress, Shard
+from lora_fast.adapters.formats import peft
 from lora_fast.adapters.merging import Plan
 from lora_fast.adapters.orientation import FanInFanOut
+from lora_fast.calls import Axis
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Merged:
 
     ``merged`` got an update, ``replaced`` another content without one, ``kept`` are as they were. ``untied`` are those
     among them that BASE has as one with another. ``left_out`` are the adapter's tensors that hold nothing of their own,
-    ``not_copied`` the files of BASE that OUT does not have.
+    ``not_copied`` the files of BASE that OUT does not have, ``notes`` what was taken
+    for granted of the adapter, each the end of a sentence that begins with its file.
     """
 
     merged: int
@@ -35,6 +40,7 @@ class Merged:
     untied: list[str]
     left_out: list[str]
     not_copied: list[str]
+    notes: list[str]
 
 
 def merge_checkpoint(
@@ -44,19 +50,25 @@ def merge_checkpoint(
     on_progress: Progress = lambda shard, fraction: None,
     *,
     fan_in_fan_out: FanInFanOut = None,
+    magnitude_axis: Axis | None = None,
+    norm_eps: float | None = None,
 ) -> Merged:
-    """Write the checkpoint ``base`` with ``adapter`` in its weights to the new folder ``out``.
+    """Write the checkpoint ``base`` with ``adapter`` in its weights to the new folder, or file, ``out``.
 
     Args:
-        base: a folder with model.safetensors, or with shards and their model.safetensors.index.json. Its other files
-            (configuration, tokenizer) are copied; other formats of the weights, subfolders and an adapter's
-            configuration are not. config.json changes in ``vocab_size`` where the adapter's vocabulary is another, and
-            in ``tie_word_embeddings`` where the head and the embedding have to part.
-        adapter: a folder in PEFT's format; LoRA or DoRA on linear layers, transformers' Conv1D, embeddings and
-            convolutions, with whole modules, base weights and biases that were saved with it.
+        base: a folder with model.safetensors, or with shards and their model.safetensors.index.json; a folder of
+            diffusers, with a model_index.json and a folder for each model; or one file, a single-file checkpoint.
+            Other files of a folder (configuration, tokenizer) are copied; other formats of the weights and an adapter's
+            configuration are not, nor subfolders that are no model's. config.json changes in ``vocab_size`` where the
+            adapter's vocabulary is another, and in ``tie_word_embeddings`` where the head and the embedding have to
+            part.
+        adapter: a file or folder of any format that :func:`lora_fast.load_adapter` takes; LoRA or DoRA on linear
+            layers, transformers' Conv1D, embeddings and convolutions, with whole modules, base weights, biases and
+            differences that were saved with it.
         out: must not exist, or be an empty folder. It appears when it is complete.
         fan_in_fan_out: for square layers of which nothing else tells it: whether their weight is stored [in, out], as
             transformers' Conv1D has it; True, False, or the names of those that are, or the ends of their names.
+        magnitude_axis, norm_eps: as in :func:`lora_fast.load_adapter`.
 
     Holds the adapter, one tensor of a shard, and a tile in memory. Where transformers is installed it is asked for the
     names, ties and layers of its own models, when nothing else tells them; the model is not built in memory, and no
@@ -68,46 +80,96 @@ def merge_checkpoint(
     base, out = Path(base), Path(out).absolute()
     if out.is_symlink():
         raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
-    update = files.read(adapter)
-    source = checkpoints.read(base)
-    plan = merging.plan(source, update, fan_in_fan_out)
-    names = {shard.path.name for shard in source.shards}
-    others = [path for path in sorted(base.iterdir()) if path.name not in names]
-    copied = [path for path in others if path == source.index or _is_to_copy(path)]
-
+    update = files.read_file(adapter, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
+    jobs = [
+        _Job(checkpoint, own, merging.plan(checkpoint, own, fan_in_fan_out))
+        for checkpoint, own in placing.place(base, update)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
-    unfinished.mkdir()
+    not_copied: list[str] = []
     try:
-        for path in copied:
-            shutil.copyfile(path, unfinished / path.name)
-        if plan.config is not None:
-            _write_json(unfinished / CONFIG_NAME, plan.config)
-        outputs = {shard.path.name: _outputs(shard, plan) for shard in source.shards}
-        if source.index is not None:
-            _write_json(unfinished / source.index.name, _index(source, outputs))
-        for shard in source.shards:
-            checkpoints.write_shard(shard, unfinished / shard.path.name, outputs[shard.path.name], on_progress)
+        if base.is_file():
+            _write_shards(jobs[0], {jobs[0].checkpoint.shards[0].path.name: unfinished}, on_progress)
+        elif placing.is_pipeline(base):
+            not_copied = _write_pipeline(base, jobs, unfinished, on_progress)
+        else:
+            not_copied = _write_folder(jobs[0], unfinished, on_progress)
         unfinished.rename(out)
     except BaseException:  # an interrupt too
-        shutil.rmtree(unfinished)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
         raise
-    written = [output for shard in outputs.values() for output in shard]
     return Merged(
-        merged=len(plan.merged),
-        replaced=len(plan.edits.keys() - plan.merged),
-        kept=sum(output.edit is None for output in written),
-        untied=sorted(plan.added),
-        left_out=update.left_out,
-        not_copied=[path.name for path in others if path not in copied],
+        merged=sum(len(job.plan.merged) for job in jobs),
+        replaced=sum(len(job.plan.edits.keys() - job.plan.merged) for job in jobs),
+        kept=sum(output.edit is None for job in jobs for shard in job.outputs.values() for output in shard),
+        untied=sorted(name for job in jobs for name in job.plan.added),
+        left_out=[key for job in jobs for key in job.adapter.left_out],
+        not_copied=not_copied,
+        notes=update.notes,
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One checkpoint, and what becomes of it."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    plan: Plan
+
+    @cached_property
+    def outputs(self) -> dict[str, list[Output]]:
+        """The tensors to write, by the name of the shard that they come from."""
+        return {shard.path.name: _outputs(shard, self.plan) for shard in self.checkpoint.shards}
+
+
+def _write_pipeline(base: Path, jobs: list[_Job], to: Path, on_progress: Progress) -> list[str]:
+    """Write a folder of diffusers; what is not copied of the changed models' folders."""
+    changed = {job.checkpoint.folder.name: job for job in jobs}
+    to.mkdir()
+    not_copied: list[str] = []
+    for path in sorted(base.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, to / path.name)
+        elif path.name in changed:
+            left = _write_folder(changed[path.name], to / path.name, on_progress)
+            not_copied += [f"{path.name}/{name}" for name in left]
+        else:
+            shutil.copytree(path, to / path.name)
+    return not_copied
+
+
+def _write_folder(job: _Job, to: Path, on_progress: Progress) -> list[str]:
+    """Write a checkpoint's folder; the names of what is not copied."""
+    source, plan = job.checkpoint, job.plan
+    names = {shard.path.name for shard in source.shards}
+    others = [path for path in sorted(source.folder.iterdir()) if path.name not in names]
+    copied = [path for path in others if path == source.index or _is_to_copy(path)]
+    to.mkdir()
+    for path in copied:
+        shutil.copyfile(path, to / path.name)
+    if plan.config is not None:
+        _write_json(to / CONFIG_NAME, plan.config)
+    if source.index is not None:
+        _write_json(to / source.index.name, _index(source, job.outputs))
+    _write_shards(job, {name: to / name for name in names}, on_progress)
+    return [path.name for path in others if path not in copied]
+
+
+def _write_shards(job: _Job, to: dict[str, Path], on_progress: Progress) -> None:
+    for shard in job.checkpoint.shards:
+        name = shard.path.name
+        checkpoints.write_shard(shard, to[name], job.outputs[name], on_progress)
 
 
 def _is_to_copy(path: Path) -> bool:
     """Not weights, and not an adapter's configuration, of which transformers would take OUT for an adapter."""
-    return path.is_file() and not checkpoints.is_weights(path) and path.name != files.CONFIG_NAME
+    return path.is_file() and not checkpoints.is_weights(path) and path.name != peft.CONFIG_NAME
 
 
 def _outputs(shard: Shard, plan: Plan) -> list[Output]:
@@ -124,7 +186,7 @@ def _outputs(shard: Shard, plan: Plan) -> list[Output]:
 def _index(source: Checkpoint, outputs: dict[str, list[Output]]) -> dict[str, Any]:
     """The index of BASE with the tensors of OUT."""
     assert source.index is not None
-    index = files.read_json(source.index)
+    index = reading.read_json(source.index)
     index["weight_map"] = {output.key: name for name, shard in outputs.items() for output in shard}
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:

@@ -1,4 +1,4 @@
-"""A checkpoint folder of safetensors, read and written shard by shard, one tensor in memory at a time."""
+"""A checkpoint of safetensors, a folder or one file, read and written shard by shard, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ DTYPES = {
 # Other copies of the weights, which would not be changed.
 OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 CONFIG_NAME = "config.json"
+# Of transformers and diffusers. Beside the second there can be others, of another precision.
+SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 COPY_BYTES = 2**24
 
 Progress = Callable[[str, float], None]  # called with the name of a shard and its finished fraction
@@ -48,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's weights. Its configuration is {} where the folder has none."""
+    """A folder's weights, or one file's. The configuration is {} where there is none."""
 
     folder: Path
     index: Path | None
@@ -99,9 +101,11 @@ class Output:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, every header checked by safetensors; no tensor is read."""
+    """The checkpoint in ``folder``, or in a file, every header checked by safetensors; no tensor is read."""
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return Checkpoint(folder, None, [_shard(folder)], {})
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: is not a folder with a checkpoint")
+        raise FileNotFoundError(f"{folder}: is not a folder with a checkpoint, and no *.safetensors")
     index, shards = _shards(folder)
     path = folder / CONFIG_NAME
     return Checkpoint(folder, index, shards, reading.read_json(path) if path.is_file() else {})
@@ -173,9 +177,9 @@ def _itemsize(entry: Entry) -> int:
 def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
     """The index, where there is one, and the weights' files."""
     indexes = sorted(base.glob("*.safetensors.index.json"))
-    single = base / "model.safetensors"
-    if single.is_file() or not indexes:
-        found = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
+    single = next((base / name for name in SINGLE_NAMES if (base / name).is_file()), None)
+    if single is not None or not indexes:
+        found = [single] if single is not None else sorted(base.glob("*.safetensors"))
         if not found:
             pickles = any(is_weights(path) for path in base.iterdir())
             why = "; other formats (pickles above all) are not read" if pickles else ""

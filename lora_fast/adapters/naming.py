@@ -1,10 +1,10 @@
 """Which module of a base model each name of an adapter's file means.
 
 The base's own names decide: they are written as the file would write them (kohya's scripts and LyCORIS have _ for each
-dot), and looked up. A name is never taken apart at its underscores, which would be a guess. A file can have the names of
-another code base than the base has (:mod:`lora_fast.adapters.block_maps`), whose weights can hold several of the other's
-modules, one below another; and all its names can lack a prefix that the base's have, or have one more. What fits in two
-places is an error.
+dot), and looked up. A name is never taken apart at its underscores, which would be a guess. A file can have the names
+of another code base than the base has (:mod:`block_maps`), whose weights can hold several of the other's modules, one
+below another; and all its names can lack a prefix that the base's have, or have one more. What fits in two places is an
+error.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 def to_base(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: str) -> Adapter:
     """``adapter`` by the names of the base, whose modules' weights have ``shapes``.
 
-    ``config`` is the content of the base's config.json, ``where`` its name for errors. PEFT's names, and others with dots
-    that fit nowhere, are left as they are: other rules follow them. Raises ValueError for flattened names that fit nowhere, for names that
-    fit in two places, and for an update that the base's modules cannot express.
+    ``config`` is the content of the base's config.json, ``where`` its name for errors. PEFT's names, and others with
+    dots that fit nowhere, are left as they are: other rules follow them. Raises ValueError for flattened names that fit
+    nowhere, for names that fit in two places, and for an update that the base's modules cannot express.
     """
     if adapter.format == "peft":
         return adapter
-    modules = dict.fromkeys([*adapter.layers, *(name.rpartition(".")[0] for name in adapter.added)])
+    modules = _modules(adapter)
     if not adapter.is_flattened and all(module in shapes for module in modules):
         return adapter
     index = _index(shapes, adapter)
-    view, names = _best(index, adapter, list(modules), shapes, where)
+    view, names = _best(index, adapter, modules, shapes, where)
     if view is None:
         if not adapter.is_flattened:
             return adapter
-        raise ValueError(_missing(index, adapter, list(modules), where))
+        raise ValueError(_missing(index, adapter, modules, where))
     meanings = {module: index[name][view] for module, name in names.items()}
     added = {}
     for name, tensor in adapter.added.items():
@@ -82,6 +82,20 @@ def to_base(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: 
         added[f"{meaning.module}.{part}"] = tensor
     layers, stacked = _layers(adapter, meanings, shapes, config)
     return dataclasses.replace(adapter, layers=layers, stacked=stacked, added=added, is_flattened=False)
+
+
+def fits(adapter: Adapter, shapes: Shapes) -> bool:
+    """Whether all names of ``adapter`` are in a base with these ``shapes``, and the sizes are the same."""
+    index = _index(shapes, adapter)
+    try:
+        view, names = _best(index, adapter, _modules(adapter), shapes, "")
+    except ValueError:
+        return False
+    return view is not None and _fits(view, names, index, adapter, shapes)
+
+
+def _modules(adapter: Adapter) -> list[str]:
+    return list(dict.fromkeys([*adapter.layers, *(name.rpartition(".")[0] for name in adapter.added)]))
 
 
 def _index(shapes: Shapes, adapter: Adapter) -> dict[str, dict[View, list[Meaning]]]:

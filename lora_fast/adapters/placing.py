@@ -1,0 +1,90 @@
+"""Which checkpoint of a base each of the models in an adapter's file belongs to, and its names there.
+
+A folder of diffusers holds a checkpoint for each model, in folders of their own. Kohya's scripts and others number the
+text encoders, each in its own way, so that the names and the sizes of the layers decide; the number only between two
+that both fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_fast.adapters import checkpoint as checkpoints, naming
+from lora_fast.adapters.adapter import Adapter, AdapterFile
+from lora_fast.adapters.checkpoint import Checkpoint
+
+PIPELINE_NAME = "model_index.json"
+
+
+def is_pipeline(base: Path) -> bool:
+    """Whether ``base`` is a folder of diffusers, with one folder for each model."""
+    return (base / PIPELINE_NAME).is_file()
+
+
+def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
+    """The checkpoints of ``base`` that ``file`` has something for, and what, by the checkpoint's names.
+
+    Raises ValueError for a model of the file that none of the checkpoints is, or several are.
+    """
+    if not is_pipeline(base):
+        checkpoint = checkpoints.read(base)
+        return [(checkpoint, _combined([_named(checkpoint, adapter) for adapter in file.components.values()]))]
+    folders = [folder for folder in sorted(base.iterdir()) if folder.is_dir() and any(folder.glob("*.safetensors"))]
+    by_folder: dict[Path, list[Adapter]] = {}
+    for component, adapter in file.components.items():
+        by_folder.setdefault(_folder(base, folders, component, adapter), []).append(adapter)
+    found = [(checkpoints.read(folder), adapters) for folder, adapters in by_folder.items()]
+    return [
+        (checkpoint, _combined([_named(checkpoint, adapter) for adapter in adapters])) for checkpoint, adapters in found
+    ]
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in ``checkpoint``, by module."""
+    return naming.weight_shapes({key: entry.shape for key, entry in checkpoint.entries.items()})
+
+
+def _named(checkpoint: Checkpoint, adapter: Adapter) -> Adapter:
+    return naming.to_base(adapter, shapes_of(checkpoint), checkpoint.config, str(checkpoint.folder))
+
+
+def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -> Path:
+    """The one of ``folders`` that ``component`` of the file is."""
+    for folder in folders:
+        if folder.name == component:
+            return folder
+    is_text = re.match(r"(lora_(prior_)?te|text_encoder|clip|t5)", component) is not None
+    likely = [folder for folder in folders if folder.name.startswith("text_encoder") == is_text]
+    fitting = [folder for folder in likely if naming.fits(adapter, shapes_of(checkpoints.read(folder)))]
+    if len(fitting) > 1 and (number := re.search(r"\d$", component)) is not None:
+        own = "text_encoder" + ("" if number[0] == "1" else f"_{number[0]}")
+        fitting = [folder for folder in fitting if folder.name == own] or fitting
+    called = f"{adapter.weights_path}: its {component!r}" if component else f"{adapter.weights_path}"
+    if len(fitting) > 1:
+        raise ValueError(f"{called} could be {' or '.join(folder.name for folder in fitting)} of {base}")
+    if not fitting:
+        tried = ", ".join(folder.name for folder in likely) or "none of its folders"
+        first = next(iter(adapter.layers), next(iter(adapter.added), ""))
+        raise ValueError(
+            f"{called} ({len(adapter.layers)} layers, the first is {first}) is no model of {base}: tried {tried}. Names "
+            "of the original code base that diffusers calls otherwise need the single-file checkpoint (*.safetensors)"
+        )
+    return fitting[0]
+
+
+def _combined(adapters: list[Adapter]) -> Adapter:
+    """The adapters of one checkpoint as one."""
+    first, *others = adapters
+    kinds = ("layers", "base", "copies", "added", "stacked")
+    for other in others:
+        merged: dict[str, Any] = {}
+        for kind in kinds:
+            one, two = getattr(first, kind), getattr(other, kind)
+            if both := one.keys() & two.keys():
+                raise ValueError(f"{first.weights_path}: two of its models have {sorted(both)[0]}")
+            merged[kind] = one | two
+        first = dataclasses.replace(first, left_out=first.left_out + other.left_out, **merged)
+    return first
