@@ -9,7 +9,7 @@ Start with :func:`accelerate` for a PEFT model, :func:`apply` for another, :clas
 """
 
 from lora_fast import functional
-from lora_fast.adapters import load_adapter, save_adapter
+from lora_fast.adapters import convert_adapter, inspect_adapter, load_adapter, save_adapter
 from lora_fast.backends import set_backend, use_backend
 from lora_fast.integrations import accelerate, restore
 from lora_fast.nn import (
@@ -32,9 +32,11 @@ __all__ = [
     "NormCache",
     "accelerate",
     "apply",
+    "convert_adapter",
     "count_parameters",
     "freeze_norms",
     "functional",
+    "inspect_adapter",
     "invalidate_norms",
     "load_adapter",
     "restore",

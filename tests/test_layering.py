@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "benchmarks": {"", *LIBRARY, "bases", "check", "integrations", "nn", "reference", "testing", "triton_kernels"},
     "demo": {"", *LIBRARY, "bases", "benchmarks", "integrations", "nn", "reference", "testing"},
     "info": {"", "backends"},
-    "cli": {"", "backends", "benchmarks", "demo", "info", "merge_checkpoint"},
+    "adapter_commands": {"adapters", "demo", "merge_checkpoint"},
+    "cli": {"", "adapter_commands", "backends", "benchmarks", "demo", "info"},
     "__main__": {"cli"},
 }
 LEAFLESS = {"_build", "reference", "triton_kernels"}  # the specification and the kernels stand alone

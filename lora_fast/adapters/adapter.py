@@ -62,17 +62,24 @@ class AdapterLayer:
         """The size of a convolution's kernel; () for a linear."""
         return tuple((self.lora_A if self.lora_mid is None else self.lora_mid).shape[2:])
 
-    def convolution_A(self) -> Tensor:
-        """lora_A [R, K, *kernel] with ``lora_mid`` multiplied in, computed in float64 and rounded once."""
+    def convolution_A(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """lora_A [R, K, *kernel] with ``lora_mid`` multiplied in, computed in float64 and rounded once.
+
+        To ``dtype``, or to the factors' where that is wider; without ``lora_mid`` it is lora_A itself.
+        """
         if self.lora_mid is None:
             return self.lora_A
-        dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_mid.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_mid.dtype), dtype)
         down = self.lora_A.flatten(1).double()  # [R, K]
         return torch.einsum("ij...,jk->ik...", self.lora_mid.double(), down).to(dtype)
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """lora_A [R, K · kernel] and lora_B [N, R]: ΔW as a matrix [N, K · kernel] is s · lora_B lora_A."""
-        return self.convolution_A().flatten(1), self.lora_B.flatten(1)
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lora_A [R, K · kernel] and lora_B [N, R]: ΔW as a matrix [N, K · kernel] is s · lora_B lora_A.
+
+        They are of use with a weight of ``dtype``.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.convolution_A(wide).flatten(1), self.lora_B.flatten(1)
 
 
 @dataclass(frozen=True)

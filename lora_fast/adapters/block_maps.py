@@ -4,18 +4,20 @@ A pair is a name in the original code base, and the names of the same weight in 
 whose rows the original holds one below another. ``{}`` is a number. Every part has as many rows as the weight has
 columns, but the last, which has the rest; where sizes are others, the file says them (``AdapterLayer.row_parts``).
 
-Sources: the modules of Stability's generative-models (``sgm``), OpenCLIP, Black Forest Labs' flux, torchtune and litgpt,
-beside those of diffusers and transformers. tests/test_interop.py compares the first three with diffusers' own conversion
-of single-file checkpoints.
+Sources: the modules of Stability's generative-models (``sgm``), OpenCLIP, Black Forest Labs' flux, torchtune and
+litgpt, beside those of diffusers and transformers. tests/test_interop_diffusers.py compares the first three with
+diffusers' own conversion of single-file checkpoints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
+T = TypeVar("T")
 Pair = tuple[str, tuple[str, ...]]
 
 
@@ -31,37 +33,48 @@ class BlockMap:
     rotary: Collection[str] = ()
 
     @cached_property
-    def _originals(self) -> list[tuple[re.Pattern[str], tuple[str, ...]]]:
-        return [(_pattern(original), parts) for original, parts in self.pairs]
+    def _originals(self) -> dict[str, list[tuple[re.Pattern[str], tuple[str, ...]]]]:
+        return _by_first_word((original, parts) for original, parts in self.pairs)
 
     @cached_property
-    def _parts(self) -> list[tuple[re.Pattern[str], str, int, int]]:
-        return [
-            (_pattern(part), original, index, len(parts))
-            for original, parts in self.pairs
-            for index, part in enumerate(parts)
-        ]
+    def _parts(self) -> dict[str, list[tuple[re.Pattern[str], tuple[str, int, int]]]]:
+        return _by_first_word(
+            (part, (original, index, len(parts))) for original, parts in self.pairs for index, part in enumerate(parts)
+        )
 
     def parts_of(self, original: str) -> Iterator[tuple[str, list[str]]]:
         """What stands before the part of the name that is in the map, and the names of the weight's parts."""
-        for pattern, parts in self._originals:
-            if found := pattern.fullmatch(original):
-                yield found["before"], [_filled(part, found) for part in parts]
+        for before, found, parts in _matches(original, self._originals):
+            yield before, [_filled(part, found) for part in parts]
 
     def originals_of(self, part: str) -> Iterator[tuple[str, str, int, int]]:
         """What stands before the part of the name that is in the map; the original's name; which of how many parts."""
-        for pattern, original, index, count in self._parts:
-            if found := pattern.fullmatch(part):
-                yield found["before"], _filled(original, found), index, count
+        for before, found, (original, index, count) in _matches(part, self._parts):
+            yield before, _filled(original, found), index, count
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(r"(?P<before>(?:.+\.)?)" + re.escape(template).replace(r"\{\}", r"(\d+)"))
+def _by_first_word(templates: Iterable[tuple[str, T]]) -> dict[str, list[tuple[re.Pattern[str], T]]]:
+    """Each template as a regular expression with what belongs to it, by its first word, which most names lack."""
+    found: dict[str, list[tuple[re.Pattern[str], T]]] = {}
+    for template, value in templates:
+        pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
+        found.setdefault(template.partition(".")[0], []).append((pattern, value))
+    return found
+
+
+def _matches(
+    name: str, templates: Mapping[str, list[tuple[re.Pattern[str], T]]]
+) -> Iterator[tuple[str, re.Match[str], T]]:
+    """Where ``name`` ends with a template: what stands before it, the numbers in it, and what belongs to it."""
+    words = name.split(".")
+    for start, word in enumerate(words):
+        for pattern, value in templates.get(word, ()):
+            if found := pattern.fullmatch(".".join(words[start:])):
+                yield ".".join(words[:start]), found, value
 
 
 def _filled(template: str, found: re.Match[str]) -> str:
-    _, *numbers = found.groups()
-    return template.format(*numbers)
+    return template.format(*found.groups())
 
 
 def _same(*pairs: tuple[str, str]) -> tuple[Pair, ...]:
@@ -85,7 +98,8 @@ _TRANSFORMER = (
     "norm",
     "proj_in",
     "proj_out",
-    *(f"transformer_blocks.{{}}.{attn}.{each}" for attn in ("attn1", "attn2") for each in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.{{}}.attn1.{each}" for each in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.{{}}.attn2.{each}" for each in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"transformer_blocks.{{}}.{each}" for each in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")),
 )  # fmt: skip
 

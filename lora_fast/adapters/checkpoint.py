@@ -1,4 +1,4 @@
-"""A checkpoint of safetensors, a folder or one file, read and written shard by shard, one tensor in memory at a time."""
+"""A checkpoint of safetensors, a folder or a file, read and written shard by shard, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -68,6 +68,13 @@ class Checkpoint:
             return False
         with self._path(key).open("rb") as file, self._path(other).open("rb") as other_file:
             return all(a == b for a, b in zip(_bytes(file, one), _bytes(other_file, two), strict=True))
+
+    def tensor(self, key: str) -> Tensor:
+        """A copy of one tensor."""
+        entry = self.entries[key]
+        with self._path(key).open("rb") as file:
+            buffer = bytearray(b"".join(_bytes(file, entry)))
+        return _view(buffer, entry)
 
     def _path(self, key: str) -> Path:
         return next(shard.path for shard in self.shards if key in shard.entries)
@@ -150,11 +157,14 @@ def _contents(source: BinaryIO, output: Output) -> Iterator[bytes | memoryview]:
         return
     source.seek(entry.start)
     buffer = bytearray(source.read(entry.end - entry.start))
-    dtype = DTYPES[entry.dtype]
-    old = torch.frombuffer(buffer, dtype=dtype).view(entry.shape) if buffer else torch.empty(entry.shape, dtype=dtype)
-    new = output.edit.new(old).contiguous()
-    assert (new.dtype, tuple(new.shape)) == (dtype, output.shape), output.key
+    new = output.edit.new(_view(buffer, entry)).contiguous()
+    assert (new.dtype, tuple(new.shape)) == (DTYPES[entry.dtype], output.shape), output.key
     yield memoryview(new.view(-1).view(torch.uint8).numpy().data)
+
+
+def _view(buffer: bytearray, entry: Entry) -> Tensor:
+    dtype = DTYPES[entry.dtype]
+    return torch.frombuffer(buffer, dtype=dtype).view(entry.shape) if buffer else torch.empty(entry.shape, dtype=dtype)
 
 
 def _bytes(source: BinaryIO, entry: Entry) -> Iterator[bytes]:

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_fast import bases, functional
-from lora_fast.adapters import files, gathering, naming, rows
+from lora_fast import bases
+from lora_fast.adapters import files, gathering, naming, norms, rows
 from lora_fast.adapters.adapter import Adapter, AdapterLayer
 from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
@@ -51,9 +51,9 @@ def load_adapter(
         component: which of the file's models ``model`` is ("unet", "lora_te1"), where it has several.
 
     A model from :func:`lora_fast.apply` gets the values: its adapted layers must be those of the file, with the same
-    ranks, scaling, kind (LoRA or DoRA) and norm axis. A model without adapted layers gets the layers too, in the places that the
-    file names, in its dtypes, with the rest frozen as ``apply`` leaves it. Values are copied bit for bit; a value that
-    the layer's dtype cannot hold is an error.
+    ranks, scaling, kind (LoRA or DoRA) and norm axis. A model without adapted layers gets the layers too, in the places
+    that the file names, in its dtypes, with the rest frozen as ``apply`` leaves it. Values are copied bit for bit; a
+    value that the layer's dtype cannot hold is an error.
 
     Names are the model's own, under whatever wraps it or its parts, and transformers' models follow the renamings of
     their own releases. What the file has for the weight under an adapter (``base_layer``) is written into the frozen
@@ -87,13 +87,11 @@ def _in_model(adapter: Adapter, model: nn.Module) -> Adapter:
             f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
             f"({', '.join(list(adapter.added)[:4])}), which no adapted layer has; merge it (lora-fast merge)"
         )
-    shapes = naming.weight_shapes(
-        {name: tuple(zero.shape(gathering.own_tensor(*slot))) for name, slot in _slots(model).items()}
-    )
-    config = getattr(getattr(model, "config", None), "to_dict", dict)()
-    adapter = naming.to_base(adapter, shapes, config, "the model")
+    tensors = {name: tuple(zero.shape(gathering.own_tensor(*slot))) for name, slot in _slots(model).items()}
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    adapter = naming.to_base(adapter, tensors, config, "the model")
     whole = {
-        name: rows.fused(parts, shapes[name][0], f"{adapter.weights_path}: {name}")
+        name: rows.fused(parts, tensors[naming.weight_key(name)][0], f"{adapter.weights_path}: {name}")
         for name, parts in adapter.stacked.items()
     }
     return dataclasses.replace(adapter, layers=adapter.layers | whole, stacked={})
@@ -237,24 +235,18 @@ def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: 
 
 
 def _magnitude(module: AdaptedLinear, layer: AdapterLayer) -> Tensor | None:
-    """The layer's magnitude; where its tool adds to the norm, the one that computes the same without that.
-
-    m / (n + eps) = m' / n with m' = m · n / (n + eps).
-    """
+    """The layer's magnitude; where its tool adds to the norm, the one that computes the same without that."""
     if layer.magnitude is None or not layer.norm_eps:
         return layer.magnitude
-    lora_A, lora_B = (
-        factor.to(own.dtype) for factor, own in ((layer.lora_A, module.lora_A), (layer.lora_B, module.lora_B))
-    )
+    lora_A, lora_B = layer.lora_A.to(module.lora_A), layer.lora_B.to(module.lora_B)
     base = module.base()
     if base is None:
         weight = gathering.value(module.linear, "weight")
-        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling, axis=layer.norm_axis)
+        own = dataclasses.replace(layer, lora_A=lora_A.cpu(), lora_B=lora_B.cpu())
+        norm = norms.norm_of(weight, own)
     else:
-        factors = lora_A.to(module.lora_A.device), lora_B.to(module.lora_A.device)
-        norm = bases.weight_norm(base, *factors, layer.scaling, axis=layer.norm_axis).cpu()
-    norm = norm.double()
-    return (layer.magnitude.double() * norm / (norm + layer.norm_eps)).to(module.magnitude.dtype)
+        norm = bases.weight_norm(base, lora_A, lora_B, layer.scaling, axis=layer.norm_axis).cpu()
+    return norms.without_eps(layer.magnitude, norm, layer.norm_eps).to(cast(Tensor, module.magnitude).dtype)
 
 
 def _whole_values(slots: Mapping[str, Slot], adapter: Adapter) -> list[Value]:

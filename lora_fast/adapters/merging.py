@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast import functional
-from lora_fast.adapters import architecture, naming
+from lora_fast.adapters import architecture, naming, norms
 from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterLayer
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint, Edit, Entry
@@ -29,7 +28,7 @@ from lora_fast.adapters.rows import Rows
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one end: content of its own or not, a difference, and an update on top, of all rows or of some."""
+    """What becomes of one end: content of its own or not, a difference, and updates on top, of all rows or of some."""
 
     base: Tensor | None = None
     layer: AdapterLayer | None = None
@@ -274,9 +273,9 @@ class _Planner:
                 wider = torch.promote_types(torch.promote_types(change.added.dtype, old.dtype), torch.float32)
                 old = old.to(wider) + change.added
             if change.layer is not None:
-                _merge(_as_matrix(old, change.is_transposed), change.layer)
+                norms.merge(_as_matrix(old, change.is_transposed), change.layer)
             for rows, layer in change.stacked.items():
-                _merge(_as_matrix(old[rows.start : rows.stop], False), layer)
+                norms.merge(_as_matrix(old[rows.start : rows.stop], False), layer)
             return old.to(dtype)
 
         return Edit(_shape(entry, change), new)
@@ -333,21 +332,6 @@ def _shape(entry: Entry, change: Change) -> tuple[int, ...]:
 def _as_matrix(weight: Tensor, is_transposed: bool) -> Tensor:
     """A view [N, K]: embeddings and transformers' Conv1D are stored [K, N], convolutions [N, in, *kernel]."""
     return weight.T if is_transposed else weight.view(weight.shape[0], -1)
-
-
-def _merge(weight: Tensor, layer: AdapterLayer) -> None:
-    """Fold an update into ``weight`` [N, K · kernel], in place."""
-    lora_A, lora_B = layer.matrices()
-    gain = None
-    if layer.magnitude is not None:
-        taps = math.prod(layer.kernel)
-        norm = functional.weight_norm(weight, lora_A, lora_B, layer.scaling, axis=layer.norm_axis)
-        if layer.norm_axis == "input":
-            norm = torch.linalg.vector_norm(norm.view(-1, taps), dim=1)
-        gain = functional.dora_gain(layer.magnitude, norm + layer.norm_eps)
-        if layer.norm_axis == "input":
-            gain = gain.repeat_interleave(taps)
-    functional.merge_weight(weight, lora_A, lora_B, layer.scaling, gain, axis=layer.norm_axis)
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

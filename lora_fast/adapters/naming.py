@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_fast.adapters import rows
@@ -19,10 +19,14 @@ from lora_fast.adapters.adapter import Adapter, AdapterLayer
 from lora_fast.adapters.block_maps import MAPS, BlockMap
 from lora_fast.adapters.rows import Rows
 
+# Whether torchtune has the rows of queries and keys in an order of its own, by transformers' model_type.
+ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+
 Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
 
 
-class Meaning(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Meaning:
     """One of the base's modules that a name of the file means.
 
     ``index`` of ``count``: the file's weight holds the rows of ``count`` modules, of which this is one; negative count:
@@ -54,8 +58,8 @@ def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
     return found | packed
 
 
-def to_base(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: str) -> Adapter:
-    """``adapter`` by the names of the base, whose modules' weights have ``shapes``.
+def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Adapter:
+    """``adapter`` by the names of the base, whose ``tensors`` have these shapes.
 
     ``config`` is the content of the base's config.json, ``where`` its name for errors. PEFT's names, and others with
     dots that fit nowhere, are left as they are: other rules follow them. Raises ValueError for flattened names that fit
@@ -63,6 +67,18 @@ def to_base(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: 
     """
     if adapter.format == "peft":
         return adapter
+    named = _named(adapter, weight_shapes(tensors), config, where)
+    if adapter.format == "torchtune":
+        for name, layer in named.layers.items():
+            if layer.magnitude is not None and f"{name}.bias" in tensors:
+                raise ValueError(
+                    f"{adapter.weights_path}: {name} has a bias in {where}, which torchtune's DoRA scales with the "
+                    "weight, and no other DoRA does"
+                )
+    return named
+
+
+def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: str) -> Adapter:
     modules = _modules(adapter)
     if not adapter.is_flattened and all(module in shapes for module in modules):
         return adapter
@@ -220,8 +236,8 @@ def _layers(
                 own = rows.taken(layer, part, f"{path}: {name}, of which {meaning.module} is a part,")
             else:
                 own = layer
-            if meaning.is_rotary:
-                own = rows.half_rotation(own, _heads(meaning.module, config), f"{path}: {name}")
+            if meaning.is_rotary and (heads := _rotary_heads(meaning.module, config)) is not None:
+                own = rows.half_rotation(own, heads, f"{path}: {name}")
             if meaning.count >= 1:
                 _enter(layers, meaning.module, own, path)
             else:
@@ -241,22 +257,17 @@ def _enter(into: dict[Any, AdapterLayer], key: Any, layer: AdapterLayer, path: A
     into[key] = layer
 
 
-def _heads(module: str, config: Mapping[str, Any]) -> int:
-    """The number of heads whose rows ``module``, a projection to queries or keys, has."""
+def _rotary_heads(module: str, config: Mapping[str, Any]) -> int | None:
+    """The heads of ``module``, a projection to queries or keys, whose rows torchtune has in another order; or None."""
+    kind = config.get("model_type")
+    if kind not in ROTARY_ORDER:
+        raise ValueError(
+            f"config.json: model_type is {kind!r}; the order of torchtune's rows is known for {', '.join(ROTARY_ORDER)}"
+        )
+    if not ROTARY_ORDER[kind]:
+        return None
     key = "num_key_value_heads" if module.endswith("k_proj") else "num_attention_heads"
     heads = config.get(key, config.get("num_attention_heads"))
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(f"config.json: {key} is {heads!r}, expected the number of heads of {module}")
     return heads
-
-
-def names_of(modules: Iterable[str]) -> dict[str, str]:
-    """Each module's name with _ for its dots; ValueError where two have one."""
-    flattened: dict[str, str] = {}
-    for module in modules:
-        other = flattened.setdefault(module.replace(".", "_"), module)
-        if other != module:
-            raise ValueError(
-                f"{other} and {module} are one name where dots are written as _: {module.replace('.', '_')}"
-            )
-    return {module: name for name, module in flattened.items()}

@@ -43,8 +43,8 @@ def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights in ``checkpoint``, by module."""
-    return naming.weight_shapes({key: entry.shape for key, entry in checkpoint.entries.items()})
+    """The shape of each tensor in ``checkpoint``."""
+    return {key: entry.shape for key, entry in checkpoint.entries.items()}
 
 
 def _named(checkpoint: Checkpoint, adapter: Adapter) -> Adapter:
@@ -58,7 +58,9 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
             return folder
     is_text = re.match(r"(lora_(prior_)?te|text_encoder|clip|t5)", component) is not None
     likely = [folder for folder in folders if folder.name.startswith("text_encoder") == is_text]
-    fitting = [folder for folder in likely if naming.fits(adapter, shapes_of(checkpoints.read(folder)))]
+    fitting = [
+        folder for folder in likely if naming.fits(adapter, naming.weight_shapes(shapes_of(checkpoints.read(folder))))
+    ]
     if len(fitting) > 1 and (number := re.search(r"\d$", component)) is not None:
         own = "text_encoder" + ("" if number[0] == "1" else f"_{number[0]}")
         fitting = [folder for folder in fitting if folder.name == own] or fitting
@@ -69,8 +71,9 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
         tried = ", ".join(folder.name for folder in likely) or "none of its folders"
         first = next(iter(adapter.layers), next(iter(adapter.added), ""))
         raise ValueError(
-            f"{called} ({len(adapter.layers)} layers, the first is {first}) is no model of {base}: tried {tried}. Names "
-            "of the original code base that diffusers calls otherwise need the single-file checkpoint (*.safetensors)"
+            f"{called} ({len(adapter.layers)} layers, the first is {first}) is no model of {base}: tried {tried}. "
+            "Names of the original code base that diffusers calls otherwise need the single-file checkpoint "
+            "(*.safetensors)"
         )
     return fitting[0]
 

@@ -38,8 +38,8 @@ def taken(layer: AdapterLayer, rows: Rows, what: str) -> AdapterLayer:
     """The update of ``rows`` of the layer's weight."""
     if layer.magnitude is not None and layer.norm_axis == "input":
         raise ValueError(
-            f"{what} has one norm for each input, over all rows of the weight, of which a part alone cannot be computed; "
-            "merge into a checkpoint that has the weight whole"
+            f"{what} has one norm for each input, over all rows of the weight, of which a part alone cannot be "
+            "computed; merge into a checkpoint that has the weight whole"
         )
     if not 0 <= rows.start < rows.stop <= layer.out_features:
         raise ValueError(f"{what} has {layer.out_features} outputs, which do not hold rows {rows.start} to {rows.stop}")
@@ -59,8 +59,8 @@ def taken(layer: AdapterLayer, rows: Rows, what: str) -> AdapterLayer:
 def fused(parts: dict[Rows, AdapterLayer], N: int, what: str, row_parts: tuple[int, ...] = ()) -> AdapterLayer:
     """One update of a weight with N rows that does what ``parts`` do to theirs, of the sum of their ranks.
 
-    Where their factors differ they are multiplied into lora_B. ValueError where one update cannot do it: a norm for each
-    input, and DoRA of some rows only.
+    Where their factors differ they are multiplied into lora_B. ValueError where one update cannot do it: a norm for
+    each input, and DoRA of some rows only.
     """
     ordered = dict(sorted(parts.items()))
     layers = list(ordered.values())

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_fast.adapters import gathering, reading
 from lora_fast.adapters.formats.peft import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
+from lora_fast.adapters.formats.peft_config import lora_config
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import places_outside_adapters
@@ -95,10 +93,7 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
     for name in standing_in_several(model):
         warnings.warn(f"{name} stands in several places; PEFT adapts only one of them", stacklevel=3)
 
-    use_rslora, alphas = _alphas(layers)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    names = [place.name for place in places_outside_adapters(model)]
+    numbers = lora_config(layers, [place.name for place in places_outside_adapters(model)])
     kind = _own_class(model)
     return {
         "peft_type": "LORA",
@@ -106,14 +101,9 @@ def _config(model: nn.Module, layers: dict[str, AdaptedLinear]) -> dict[str, Any
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": _name_or_path(model),
         "inference_mode": True,
-        "r": rank,
-        "rank_pattern": {_exactly(name): own for name, own in ranks.items() if own != rank},
-        "lora_alpha": alpha,
-        "alpha_pattern": {_exactly(name): own for name, own in alphas.items() if own != alpha},
-        "use_rslora": use_rslora,
+        **numbers,
         "use_dora": any(isinstance(layer, LinearWithDoRA) for layer in layers.values()),
         "lora_dropout": max(dropouts),
-        "target_modules": _targets(list(layers), names),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -145,42 +135,6 @@ def _name_or_path(model: nn.Module) -> str | None:
     """Where transformers loaded the model from."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "name_or_path", None)
     return name if isinstance(name, str) and name else None
-
-
-def _exactly(name: str) -> str:
-    return "^" + re.escape(name)
-
-
-def _alphas(layers: dict[str, AdaptedLinear]) -> tuple[bool, dict[str, float]]:
-    """Whether to call it rsLoRA, and each layer's lora_alpha: where possible the round number that the user chose."""
-    readings: list[tuple[int, bool, dict[str, float]]] = []
-    for use_rslora in (False, True):
-        alphas, penalty = {}, 0
-        for name, layer in layers.items():
-            divisor = math.sqrt(layer.rank) if use_rslora else float(layer.rank)
-            alphas[name] = alpha = _alpha(layer.scaling, divisor)
-            penalty += 0 if isinstance(alpha, int) else 1 if alpha / divisor == layer.scaling else len(layers)
-        readings.append((penalty, use_rslora, alphas))
-    _, use_rslora, alphas = min(readings, key=lambda reading: reading[:2])
-    return use_rslora, alphas
-
-
-def _alpha(scaling: float, divisor: float) -> float:
-    near = scaling * divisor
-    if not math.isfinite(near):
-        raise ValueError(f"model: a scaling of {scaling} is too large for PEFT's files")
-    for alpha in (float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
-        if alpha / divisor == scaling:
-            return int(alpha) if alpha.is_integer() and abs(alpha) < 2**53 else alpha
-    return near
-
-
-def _targets(targets: list[str], names: list[str]) -> list[str] | str:
-    """target_modules with which PEFT takes exactly ``targets`` of ``names``: ends of names, or a regular expression."""
-    ends = sorted({target.rpartition(".")[2] for target in targets})
-    if {name for name in names if name.rpartition(".")[2] in ends} == set(targets):
-        return ends
-    return "|".join(map(re.escape, targets))
 
 
 # What PEFT cannot save as modules, and the modules that it puts into an adapted layer.

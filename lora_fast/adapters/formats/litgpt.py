@@ -55,7 +55,7 @@ def read(folder: Path) -> AdapterFile:
             check_layer(name, layers[name], path)
             if layers[name].rank != rank:
                 raise ValueError(f"{path}: {name} has rank {layers[name].rank}, {SETTINGS_NAME} says {rank:g}")
-    adapter = Adapter(path, where, layers, format="litgpt", config={"lora_dropout": dropout})
+    adapter = Adapter(path, where, layers, only_linears=True, format="litgpt", config={"lora_dropout": dropout})
     return AdapterFile(folder, "litgpt", "litgpt", {"": adapter})
 
 
@@ -74,10 +74,10 @@ def _qkv(
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     total = sum(sizes[index] for index in enabled)
     if not enabled or lora_A.dim() != 2 or len(lora_A) != rank * len(enabled) or list(lora_B.shape) != [total, rank]:
+        said = ", ".join(_PARTS[index] for index in enabled) or "none of the three"
         raise ValueError(
-            f"{folder / WEIGHTS_NAME}: {name} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, expected "
-            f"[{rank * len(enabled)}, K] and [{total}, {rank}] for {', '.join(_PARTS[index] for index in enabled) or 'none'} "
-            f"of {SETTINGS_NAME}"
+            f"{folder / WEIGHTS_NAME}: {name} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, "
+            f"expected [{rank * len(enabled)}, K] and [{total}, {rank}] for {said} of {SETTINGS_NAME}"
         )
     own: dict[rows.Rows, AdapterLayer] = {}
     row = 0
@@ -91,12 +91,14 @@ def _qkv(
 
 def _sizes(model: dict[str, Any], where: Path) -> tuple[int, int, int]:
     """The rows of the queries, the keys and the values."""
-    heads, width = model.get("n_head"), model.get("n_embd")
-    groups = model.get("n_query_groups") or heads
-    found = [heads, groups, width]
-    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
-        raise ValueError(f"{where}: n_head, n_query_groups and n_embd are {found}, expected positive integers")
-    head = model.get("head_size") or width // heads
-    if isinstance(head, bool) or not isinstance(head, int) or head < 1:
-        raise ValueError(f"{where}: head_size is {head!r}, expected a positive integer")
+    heads, width = _size(model, "n_head", where), _size(model, "n_embd", where)
+    groups = _size(model, "n_query_groups", where) if model.get("n_query_groups") else heads
+    head = _size(model, "head_size", where) if model.get("head_size") else width // heads
     return heads * head, groups * head, groups * head
+
+
+def _size(model: dict[str, Any], key: str, where: Path) -> int:
+    size = model.get(key)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{where}: {key} is {size!r}, expected a positive integer")
+    return size

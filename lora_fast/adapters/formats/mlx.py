@@ -27,6 +27,20 @@ _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
 _EMBEDDING = re.compile(r"(.+\.)?(\w*embed\w*|wte|wpe)")
 
 
+_IN_LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether ``name`` is that of an embedding."""
+    return _EMBEDDING.fullmatch(name) is not None
+
+
+def key_of(name: str) -> str:
+    """What lora_parameters.keys calls a module: by its name in its layer, or its whole name outside of the layers."""
+    found = _IN_LAYER.fullmatch(name)
+    return found["key"] if found else name
+
+
 def is_config(config: dict[str, Any]) -> bool:
     return "lora_parameters" in config or "fine_tune_type" in config
 
@@ -59,17 +73,17 @@ def read(folder: Path) -> AdapterFile:
 
 
 def _layer(name: str, parts: dict[str, Tensor], scaling: float, path: Path) -> AdapterLayer:
-    is_embedding = _EMBEDDING.fullmatch(name) is not None
-    axis: Axis = "input" if is_embedding else "output"
+    embedding = is_embedding(name)
+    axis: Axis = "input" if embedding else "output"
     magnitude = parts.get("magnitude")
     layer = AdapterLayer(
         lora_A=parts["lora_A"].T.contiguous(),
         lora_B=parts["lora_B"].T.contiguous(),
         magnitude=magnitude,
         scaling=scaling,
-        is_embedding=is_embedding,
+        is_embedding=embedding,
         norm_axis=axis,
-        axis_reason="" if magnitude is None else f"MLX-LM has one norm for each {'word' if is_embedding else 'output'}",
+        axis_reason="" if magnitude is None else f"MLX-LM has one norm for each {'word' if embedding else 'output'}",
     )
     check_layer(name, layer, path)
     return layer

@@ -245,6 +245,12 @@ def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any, wh
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = reading.read_json(path)
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError for a configuration of anything but LoRA and DoRA; ``path`` begins the sentence."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'")
@@ -262,7 +268,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):
             raise ValueError(f"{path}: {key} is {config[key]!r}, expected true or false")
-    return config
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

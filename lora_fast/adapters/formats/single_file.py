@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ OTHER_METHODS = {
 }
 _OTHERS = {name: re.compile(rf"(.+\.)?({pattern})") for name, pattern in OTHER_METHODS.items()}
 
-_FLATTENED = re.compile(r"(?P<component>lora_(?:prior_)?(?:unet|te\d?|transformer)|lycoris)_(?P<name>.+)")
+_FLATTENED = re.compile(
+    r"(?P<component>lora_(?:prior_)?(?:unet|te\d?|transformer)|lycoris|transformer(?=_(?:single_)?transformer_blocks_))"
+    r"[_.](?P<name>.+)"
+)
 _DOTTED = re.compile(
     r"(?P<component>unet|transformer|prior|diffusion_model(?:\.transformer_[12])?|text_encoder(?:_[2-4])?|"
     r"text_encoders\.\w+\.transformer|clip_[lgh]|t5)\.(?P<name>.+)"
@@ -84,21 +87,20 @@ _DOTTED = re.compile(
 # the wrapper's name that PEFT puts before all
 _WRAPPER = "base_model.model."
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-WRITTEN_HERE = "lora_fast.version"
+WRITTEN_HERE = "lora_fast.format"  # by convert, which adds nothing to a norm
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who wrote the file, and what its metadata says: the axis, and the eps that the tool adds to a norm.
+    """Who wrote the file, and what its metadata says: the axis, and what the tool adds to a norm.
 
-    ``eps`` is "" where none is, "float32" and "stored" where it is that of float32 or of the magnitude's dtype, None
-    where it is not known.
+    ``eps`` takes the dtype in which the magnitude is stored; it is None where it is not known.
     """
 
     tool: str
     axis: Axis | None = None
     noted_as: str = ""
-    eps: str | None = None
+    eps: Callable[[torch.dtype], float] | None = None
 
 
 def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Faults) -> AdapterFile:
@@ -112,7 +114,9 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
     flattened: dict[str, bool] = {}
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for module, parts in modules.items():
-        component, name, flattened[component] = _component(module)
+        component, name, is_flattened = _component(module)
+        if flattened.setdefault(component, is_flattened) != is_flattened:
+            faults(f"{path}: has names of {component} with dots and with _: {module} is one of them")
         if (twin := found.setdefault(component, {}).setdefault(name, parts)) is not parts:
             if twin.keys() & parts.keys():
                 faults(f"{path}: has {module} under two names")
@@ -213,12 +217,17 @@ class _Reader:
             raise ValueError(f"{where}: {called} has two magnitudes")
         layer = AdapterLayer(parts["lora_A"], parts["lora_B"], None, 0.0, lora_mid=parts.get("lora_mid"))
         check_layer(called, layer, where)
+        if self.config is not None and bool(self.config.get("use_dora")) != ("magnitude" in parts):
+            has = "a magnitude" if "magnitude" in parts else "no magnitude"
+            raise ValueError(
+                f"{where}: {called} has {has}, but use_dora is {self.config.get('use_dora')} in the header"
+            )
         scaling = self._scaling(name, called, parts, layer.rank)
         norm_axis: Axis = "output"
         reason, eps, magnitude = "", 0.0, None
         if "magnitude" in parts:
             magnitude = peft.flat_magnitude(called, parts["magnitude"], layer.lora_B, where)
-            reason = "it is called a magnitude, of which there is one for each output"
+            reason = "a magnitude by its name: one per output"
             if self.word.user == "input":
                 raise ValueError(f"{where}: {called} has one magnitude for each output; magnitude_axis says 'input'")
         elif "dora_scale" in parts:
@@ -269,17 +278,18 @@ class _Reader:
         """What is added to the norm of a layer whose dora_scale is stored in ``dtype``."""
         if self.norm_eps is not None:
             return self.norm_eps
+        stored = torch.finfo(dtype).eps
         if self.origin.eps is None:
-            eps = torch.finfo(dtype).eps
             self._note(
-                f"does not say who wrote it: nothing is added to the norms. LyCORIS would add {eps:.3g} (norm_eps, "
-                "--norm-eps)"
+                f"does not say who wrote it: nothing is added to the norms, where LyCORIS would add {stored:.3g} "
+                "(norm_eps, --norm-eps)"
             )
             return 0.0
-        if not self.origin.eps:
-            return 0.0
-        eps = torch.finfo(torch.float32 if self.origin.eps == "float32" else dtype).eps
-        self._note(f"is {self.origin.tool}'s, which adds {eps:.3g} to each norm")
+        eps = self.origin.eps(dtype)
+        if eps:
+            half = dtype.itemsize == 2 and eps == stored
+            doubt = f", if it was trained in {str(dtype)[6:]}; else say --norm-eps 1.19e-7" if half else ""
+            self._note(f"is {self.origin.tool}'s, which adds {eps:.3g} to each norm{doubt}")
         return eps
 
     def _note(self, text: str) -> None:
@@ -303,34 +313,43 @@ def _configuration(metadata: Mapping[str, str], component: str, path: Path) -> M
         key.removeprefix(f"{component}."): value for key, value in content.items() if key.startswith(f"{component}.")
     }
     config = own or content
-    return config if "r" in config else None
+    if "r" not in config:
+        return None
+    peft.check_config({"peft_type": "LORA"} | config, f"{path}: its {DIFFUSERS_METADATA}")
+    return config
 
 
 def _origin(metadata: Mapping[str, str], path: Path) -> Origin:
     if WRITTEN_HERE in metadata:
-        return Origin("lora_fast", eps="")
+        return Origin("lora_fast", eps=_none)
     if "ot_branch" in metadata or "ot_revision" in metadata or "ot_config" in metadata:
         return _one_trainer(metadata, path)
     if "ai-toolkit" in metadata.get("software", ""):
-        return Origin("ai-toolkit", eps="")
+        return Origin("ai-toolkit", eps=_none)
     if "lycoris_config" in metadata:
-        return _lycoris("SimpleTuner with LyCORIS", metadata["lycoris_config"], path)
+        return _lycoris("SimpleTuner with LyCORIS", metadata["lycoris_config"], metadata, path)
     module = metadata.get("ss_network_module", "")
     if module.startswith("lycoris"):
-        return _lycoris("LyCORIS", metadata.get("ss_network_args", "{}"), path)
+        return _lycoris("LyCORIS", metadata.get("ss_network_args", "{}"), metadata, path)
     if module.startswith("networks."):
         is_musubi = "ss_full_bf16" in metadata or "ss_num_train_items" in metadata
         return Origin("musubi-tuner" if is_musubi else "sd-scripts")
     if DIFFUSERS_METADATA in metadata:
-        return Origin("diffusers", eps="")
+        return Origin("diffusers", eps=_none)
     return Origin("")
 
 
-def _lycoris(tool: str, arguments: str, path: Path) -> Origin:
+def _lycoris(tool: str, arguments: str, metadata: Mapping[str, str], path: Path) -> Origin:
     content = {} if arguments in ("", "None") else reading.parse_json(arguments, f"{path}: its network arguments")
     said = str(content.get("wd_on_output", content.get("wd_on_out", ""))).lower()
     axes: dict[str, Axis] = {"true": "output", "false": "input"}
-    return Origin(tool, axes.get(said), f"wd_on_output={said}", "stored")
+
+    def eps(stored: torch.dtype) -> float:
+        """Of the parameters' dtype in training: float32, even for a file in half precision, where it says so."""
+        told = {torch.float16: "ss_full_fp16", torch.bfloat16: "ss_full_bf16"}.get(stored, "")
+        return torch.finfo(torch.float32 if metadata.get(told) == "False" else stored).eps
+
+    return Origin(tool, axes.get(said), f"wd_on_output={said}", eps)
 
 
 def _one_trainer(metadata: Mapping[str, str], path: Path) -> Origin:
@@ -338,10 +357,13 @@ def _one_trainer(metadata: Mapping[str, str], path: Path) -> Origin:
         return Origin("OneTrainer")
     config = reading.parse_json(metadata["ot_config"], f"{path}: its ot_config")
     on_output = config.get("lora_decompose_output_axis") is True
-    eps = "float32" if config.get("lora_decompose_norm_epsilon") is True else ""
-    return Origin(
-        "OneTrainer", "output" if on_output else "input", f"lora_decompose_output_axis={json.dumps(on_output)}", eps
-    )
+    eps = torch.finfo(torch.float32).eps if config.get("lora_decompose_norm_epsilon") is True else 0.0
+    noted_as = f"lora_decompose_output_axis={json.dumps(on_output)}"
+    return Origin("OneTrainer", "output" if on_output else "input", noted_as, lambda dtype: eps)
+
+
+def _none(dtype: torch.dtype) -> float:
+    return 0.0
 
 
 def _shortened(keys: list[str], most: int = 4) -> str:

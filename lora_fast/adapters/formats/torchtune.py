@@ -34,7 +34,7 @@ def read(path: Path) -> AdapterFile:
     check_parts(parts, path)
     rank, alpha = (reading.finite(config.get(key), key, config_path) for key in ("r", "lora_alpha"))
     layers = {name: _layer(name, own, rank, alpha, path) for name, own in parts.items()}
-    adapter = Adapter(path, config_path, layers, format="torchtune")
+    adapter = Adapter(path, config_path, layers, only_linears=True, format="torchtune")
     return AdapterFile(path, "torchtune", "torchtune", {"": adapter})
 
 

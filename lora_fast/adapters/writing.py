@@ -1,0 +1,237 @@
+"""Adapters written as the files of PEFT, kohya's scripts, diffusers and MLX-LM.
+
+Each takes the updates by component and module and gives the tensors of the file, its metadata, and the content of the
+configuration beside it, where the format has one. What a format cannot express is a ValueError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast.adapters.adapter import Adapter, AdapterLayer
+from lora_fast.adapters.formats import mlx, peft, single_file
+from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
+
+Components = Mapping[str, Adapter]
+# What kohya's scripts and LyCORIS call the models of diffusers; "" is a model that is none of them.
+KOHYA_COMPONENTS = {
+    "": "lycoris",
+    "unet": "lora_unet",
+    "transformer": "lora_unet",
+    "diffusion_model": "lora_unet",
+    "prior": "lora_prior_unet",
+    "text_encoder": "lora_te1",
+    "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
+    "text_encoder_4": "lora_te4",
+}
+
+
+@dataclass
+class Written:
+    """The content of a file. ``config`` is None where everything is in one file; ``notes`` are what was changed."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
+    """One file in the words of kohya's scripts: every norm axis, Tucker, LoRA beside DoRA, and differences."""
+    written = Written(metadata=dict(metadata))
+    for component, adapter in components.items():
+        prefix = KOHYA_COMPONENTS.get(component, component)
+        modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
+        names = flattened(modules, adapter)
+        for module, layer in adapter.layers.items():
+            if layer.is_embedding:
+                raise ValueError(f"{adapter.weights_path}: {module} is an embedding, which kohya's files cannot have")
+            for part, tensor in _kohya_parts(layer).items():
+                _put(written, f"{prefix}_{names[module]}.{part}", tensor)
+        for key, tensor in adapter.added.items():
+            module, _, part = key.rpartition(".")
+            is_norm = tensor.dim() == 1 and f"{module}.weight" in adapter.added
+            is_norm &= adapter.added.get(f"{module}.weight", tensor).dim() == 1
+            ending = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}[part][is_norm]
+            _put(written, f"{prefix}_{names[module]}.{ending}", tensor)
+    return written
+
+
+def flattened(modules: Iterable[str], adapter: Adapter) -> dict[str, str]:
+    """Each module's name with _ for its dots; ValueError where two have one."""
+    by_name: dict[str, str] = {}
+    for module in modules:
+        other = by_name.setdefault(module.replace(".", "_"), module)
+        if other != module:
+            raise ValueError(f"{adapter.weights_path}: {other} and {module} are one name where dots are written as _")
+    return {module: name for name, module in by_name.items()}
+
+
+def _kohya_parts(layer: AdapterLayer) -> dict[str, Tensor]:
+    alpha = alpha_of(layer.scaling, layer.rank)
+    narrow = torch.tensor(alpha, dtype=torch.float32)
+    parts = {
+        "lora_down.weight": layer.lora_A,
+        "lora_up.weight": layer.lora_B,
+        "alpha": narrow if narrow.item() == alpha else torch.tensor(alpha, dtype=torch.float64),
+    }
+    if layer.lora_mid is not None:
+        parts["lora_mid.weight"] = layer.lora_mid
+    if layer.magnitude is not None:
+        ones = [1] * (layer.lora_A.dim() - 2)
+        shape = [-1, 1, *ones] if layer.norm_axis == "output" else [1, -1, *ones]
+        parts["dora_scale"] = layer.magnitude.reshape(shape)
+    return parts
+
+
+def diffusers(components: Components) -> Written:
+    """One file as diffusers' pipelines write it, with PEFT's configuration of each model in its header."""
+    written = Written()
+    header: dict[str, Any] = {}
+    for component, adapter in components.items():
+        if component in ("", "diffusion_model") or component not in KOHYA_COMPONENTS:
+            raise ValueError(
+                f"{adapter.weights_path}: diffusers' files name the model of each update, and {component or 'it'!r} is "
+                "none of diffusers': say which it is, --component unet, transformer, text_encoder or text_encoder_2"
+            )
+        config = _peft_config(adapter, None, written)
+        header |= {f"{component}.{key}": value for key, value in config.items()}
+        for key, tensor in _peft_tensors(adapter).items():
+            _put(written, f"{component}.{key}", tensor)
+    written.metadata = {"format": "pt", single_file.DIFFUSERS_METADATA: json.dumps(header, sort_keys=True)}
+    return written
+
+
+def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
+    """PEFT's folder. ``names`` are all modules of the model, where they are known."""
+    adapter = _only(components, "PEFT's folder")
+    written = Written(metadata={"format": "pt"})
+    if adapter.only_linears:
+        written.metadata[peft.WRITTEN_HERE] = "linears"
+    written.config = _peft_config(adapter, names, written)
+    for key, tensor in _peft_tensors(adapter).items():
+        _put(written, peft.PREFIX + key, tensor)
+    return written
+
+
+def _only(components: Components, what: str) -> Adapter:
+    if len(components) > 1:
+        raise ValueError(
+            f"{what} is for one model, and the file has {', '.join(map(repr, components))}: say which, --component"
+        )
+    return next(iter(components.values()))
+
+
+def _peft_config(adapter: Adapter, names: Iterable[str] | None, written: Written) -> dict[str, Any]:
+    where = adapter.weights_path
+    _check_no_differences(adapter, "PEFT's")
+    for name, layer in adapter.layers.items():
+        if layer.magnitude is not None and layer.norm_axis == "input":
+            raise ValueError(
+                f"{where}: {name} has one norm for each {'word' if layer.is_embedding else 'input'}, which PEFT and "
+                "diffusers do not have, and no other update computes the same. Merge it (lora-fast merge), keep it "
+                "(--to kohya), or write its whole difference (--to kohya --as-difference --base BASE)"
+            )
+        if layer.lora_mid is not None:
+            written.notes.append(f"lora_mid of {name} is multiplied into lora_A, rounded once")
+    with_magnitude = [name for name, layer in adapter.layers.items() if layer.magnitude is not None]
+    if 0 < len(with_magnitude) < len(adapter.layers):
+        other = next(name for name, layer in adapter.layers.items() if layer.magnitude is None)
+        raise ValueError(
+            f"{where}: {with_magnitude[0]} has DoRA and {other} LoRA, which one adapter of PEFT's cannot have: there "
+            "every layer would have DoRA"
+        )
+    return {
+        "peft_type": "LORA",
+        **lora_config(adapter.layers, names),
+        "use_dora": bool(with_magnitude),
+        "lora_dropout": adapter.config.get("lora_dropout") or 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+    }
+
+
+def _check_no_differences(adapter: Adapter, whose: str) -> None:
+    if adapter.added:
+        raise ValueError(
+            f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
+            f"({', '.join(list(adapter.added)[:4])}), which {whose} files cannot have; merge it (lora-fast merge)"
+        )
+
+
+def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapter.layers.items():
+        own = ("lora_embedding_A", "lora_embedding_B") if layer.is_embedding else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{name}.{own[0]}"] = layer.convolution_A()
+        tensors[f"{name}.{own[1]}"] = layer.lora_B
+        if layer.magnitude is not None:
+            shape = [1, -1, *[1] * (layer.lora_A.dim() - 2)] if layer.kernel else [-1]
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+    return tensors
+
+
+def mlx_folder(components: Components) -> Written:
+    """MLX-LM's folder: one scale and one rank for all layers.
+
+    Smaller ranks are filled up with zeros. Where the factors s differ they are multiplied into lora_b, rounded once.
+    """
+    adapter = _only(components, "MLX-LM's folder")
+    where = adapter.weights_path
+    _check_no_differences(adapter, "MLX-LM's")
+    rank = max(layer.rank for layer in adapter.layers.values())
+    scalings = {layer.scaling for layer in adapter.layers.values()}
+    kinds = {layer.magnitude is not None for layer in adapter.layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"{where}: has LoRA and DoRA, of which MLX-LM's file has one for all layers")
+    written = Written()
+    if len(scalings) > 1:
+        written.notes.append(f"{len(scalings)} different scalings are multiplied into lora_b, and scale is 1")
+    for name, layer in adapter.layers.items():
+        if layer.kernel:
+            raise ValueError(f"{where}: {name} is a convolution, which MLX-LM's files cannot have")
+        if layer.magnitude is not None and (layer.norm_axis == "input") != layer.is_embedding:
+            has, theirs = ("dimension", "word") if layer.is_embedding else ("input", "output")
+            raise ValueError(
+                f"{where}: {name} has one norm for each {has}, MLX-LM one for each {theirs}, and no other update "
+                "computes the same: merge it (lora-fast merge)"
+            )
+        if layer.is_embedding != mlx.is_embedding(name):
+            raise ValueError(f"{where}: {name} would be read as another kind of layer by its name")
+        lora_B = layer.lora_B
+        if len(scalings) > 1:
+            dtype = torch.promote_types(lora_B.dtype, torch.float32)
+            lora_B = (lora_B.double() * layer.scaling).to(dtype)
+        padding = rank - layer.rank
+        _put(written, f"{name}.lora_a", torch.nn.functional.pad(layer.lora_A.T, (0, padding)))
+        _put(written, f"{name}.lora_b", torch.nn.functional.pad(lora_B.T, (0, 0, 0, padding)))
+        if layer.magnitude is not None:
+            _put(written, f"{name}.m", layer.magnitude)
+    written.config = {
+        "fine_tune_type": "dora" if kinds == {True} else "lora",
+        "num_layers": -1,  # all of them
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scalings.pop() if len(scalings) == 1 else 1.0,
+            "dropout": float(adapter.config.get("lora_dropout") or 0.0),
+            "keys": sorted({mlx.key_of(name) for name in adapter.layers}),
+        },
+    }
+    return written
+
+
+def _put(written: Written, key: str, tensor: Tensor) -> None:
+    if key in written.tensors:
+        raise ValueError(f"two tensors of the file would be called {key}")
+    written.tensors[key] = tensor.contiguous().clone()
