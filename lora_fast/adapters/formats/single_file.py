@@ -148,10 +148,9 @@ def _by_module(
     others: dict[str, list[str]] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
-        if (method := next((name for name, pattern in _OTHERS.items() if pattern.fullmatch(key)), None)) is not None:
-            others.setdefault(method, []).append(key)
-        elif (found := _KEY.fullmatch(key)) is None:
-            unknown.append(key)
+        if (found := _KEY.fullmatch(key)) is None:
+            method = next((name for name, pattern in _OTHERS.items() if pattern.fullmatch(key)), None)
+            (unknown if method is None else others.setdefault(method, [])).append(key)
         elif modules.setdefault(found["module"], {}).setdefault(PARTS[found["part"]], tensor) is not tensor:
             faults(f"{path}: {found['module']} has two {PARTS[found['part']]}")
         elif tensor.dtype not in DTYPES and found["part"] != "alpha":
