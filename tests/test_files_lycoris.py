@@ -1,4 +1,4 @@
-"""Files of LyCORIS and kohya's scripts, merged and loaded: LyCORIS's own merged weights, both norm axes, every layer."""
+"""Files of LyCORIS and kohya's scripts, merged and loaded: LyCORIS's own merged weights, both axes, every layer."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_the_tool_decides_the_eps(tmp_path: Path) -> None:
     assert "0.000977" in note
 
 
-# Which axis, by shape, by the file's word, by the user's: N, K and the dimensions of the weight, the shape of dora_scale.
+# Which axis: the weight's shape, the shape of dora_scale, the word of the file, that of the user.
 DECIDED = [
     ((6, 4), [6, 1], {}, None, "output"),
     ((6, 4), [1, 4], {}, None, "input"),

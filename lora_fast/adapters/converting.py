@@ -98,7 +98,8 @@ def convert_adapter(
         components, names = _without_base(file, component, to), None
     else:
         components, names = _with_base(file, Path(base), component, to, as_difference)
-    keeps_eps = to == "kohya" and file.format == "kohya" and not as_difference and base is None
+    # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
+    keeps_eps = to == file.format == "kohya" and base is None and norm_eps is None
     notes = [f"{file.path} {note}" for note in file.notes]
     if not keeps_eps:
         notes += _check_eps(components)

@@ -325,17 +325,25 @@ def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
     where = adapter.weights_path
     by_name = {place.name: place for place in places(model)}
     never_called = set(read_without_call(model))
+    if missing := [name for name in adapter.layers if name not in by_name]:
+        raise ValueError(f"{where}: {', '.join(missing[:8])} is not in the model")
+    others = [
+        f"{name} is a {type(by_name[name].module).__name__}"
+        for name, layer in adapter.layers.items()
+        if layer.is_embedding or not isinstance(by_name[name].module, nn.Linear) or by_name[name].holder is None
+    ]
+    if others:
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        raise ValueError(
+            f"{where}: {', '.join(others[:8])}{more}; load_adapter takes torch.nn.Linear inside a model only. Merge "
+            "the adapter into the checkpoint (lora-fast merge)"
+        )
     found: dict[str, Place] = {}
     for name, layer in adapter.layers.items():
-        place = by_name.get(name)
-        if place is None:
-            raise ValueError(f"{where}: {name} is not in the model")
+        place = by_name[name]
         module = place.module
-        if layer.is_embedding or not isinstance(module, nn.Linear) or place.holder is None:
-            raise ValueError(
-                f"{where}: {name} is a {type(module).__name__}; load_adapter takes torch.nn.Linear inside a model only"
-            )
         check_linear(module, name)
+        assert isinstance(module, nn.Linear)
         check_replaceable(place)
         if module in never_called:
             raise ValueError(f"{where}: {name}'s owner reads its weight without calling it; see lora_fast.apply")

@@ -1,8 +1,8 @@
 """Writes torchtune/ and litgpt/: adapters as the tools themselves write them, and what the tools merge them to.
 
-Run in an environment with torchtune 0.6.1 (and torchao 0.15) or litgpt 0.5.13, whose requirements exclude one another's
-and ours: python make_samples.py torchtune | litgpt. The files of lycoris/ were written by LyCORIS 4.1.3 in the same way:
-a base, adapters of both norm axes with and without Tucker, and LyCORIS's own merged weights, in float64.
+Run in an environment with torchtune 0.6.1 (and torchao 0.15) or litgpt 0.5.13, whose requirements exclude one
+another's and ours: python make_samples.py torchtune | litgpt. The files of lycoris/ were written by LyCORIS 4.1.3 in
+the same way: a base, adapters of both norm axes with and without Tucker, and LyCORIS's own merged weights, in float64.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def torchtune(folder: Path) -> None:
 
 def litgpt(folder: Path) -> None:
     import lightning
+    from litgpt import model as base_model
     from litgpt.config import Config as BaseConfig
     from litgpt.finetune import lora as script
     from litgpt.lora import GPT, Config, lora_filter, mark_only_lora_as_trainable, merge_lora_weights
-    from litgpt.model import GPT as BaseGPT
     from litgpt.parser_config import save_hyperparameters
     from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
     from litgpt.utils import save_config
@@ -89,7 +89,7 @@ def litgpt(folder: Path) -> None:
         n_query_groups=GROUPS, head_size=WIDTH // HEADS, rotary_percentage=1.0, parallel_residual=False, bias=False,
         norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=INNER,
     )  # fmt: skip
-    base = BaseGPT(config)
+    base = base_model.GPT(config)
     scramble(base)
     save_config(config, folder)
     options = {
