@@ -14,7 +14,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised test-deepspeed bench-layer bench-peft bench-quantised bench-distributed clean
+	peft-oldest test-quantised test-deepspeed test-interop bench-layer bench-peft bench-quantised bench-distributed clean
 
 setup: $(VENV)/.installed
 
@@ -99,6 +99,10 @@ test-quantised: $(VENV)/hqq/.installed
 test-deepspeed: $(VENV)/deepspeed/.installed
 	$(DEEPSPEED) $(BIN)/pytest tests/test_deepspeed.py
 
+# Adapters' files that LyCORIS, diffusers and MLX-LM write and read themselves.
+test-interop: $(VENV)/interop/.installed
+	PYTHONPATH=$(VENV)/interop $(BIN)/pytest -m interop -n $(JOBS) $(wildcard tests/test_interop_*.py)
+
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).
 bench-layer bench-peft: bench-%: setup
@@ -124,6 +128,13 @@ $(VENV)/hqq/.installed: $(VENV)/.installed
 $(VENV)/deepspeed/.installed: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --upgrade --target $(VENV)/deepspeed \
 		deepspeed==0.19.8 einops hjson msgpack py-cpuinfo psutil pydantic pydantic_core annotated-types typing-inspection
+	touch $@
+
+# Beside the others: of their requirements only what is not there already.
+$(VENV)/interop/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/interop lycoris-lora==4.1.3 einops toml \
+		diffusers==0.42.1 importlib_metadata zipp requests urllib3 idna charset_normalizer certifi pillow \
+		mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	touch $@
 
 # torch first and alone: the extension is compiled against it.

@@ -83,6 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": None if torch.cuda.is_available() else "no GPU",
         **{library: _not_installed(library) for library in ("bitsandbytes", "torchao", "hqq")},
         "deepspeed": _not_installed("deepspeed", "test-deepspeed"),
+        "interop": _not_installed("lycoris", "test-interop"),
         "nvcc": _no_nvcc(),
         "clang": None if shutil.which("clang++") else "no clang++ (clang)",
         "objdump": None if shutil.which("objdump") else "no objdump (binutils)",
