@@ -150,6 +150,8 @@ def _print_found(found: dict[str, Any]) -> None:
             table.add_row(*_row(layer))
         if layers:
             console.print(table)
+        if component["left_out"]:
+            console.print(f"left out, a second time in the file: {', '.join(component['left_out'])}")
         for tensor in tensors:
             console.print(f"{tensor['name']} {tensor['shape']} {tensor['dtype']}: {tensor['use']}")
     for title, lines in (("unknown keys", found["unknown"]), ("refused, because", found["faults"])):
@@ -189,8 +191,7 @@ def _merge(args: argparse.Namespace) -> int:
                     norm_eps=args.norm_eps,
                 )
     except KeyboardInterrupt:
-        print(f"lora-fast: interrupted; {args.out} was not made", file=sys.stderr)
-        return 130
+        return _interrupted(args.out)
     print(f"{args.out}: {done.merged} tensors merged, {done.replaced} replaced, {done.kept} kept as they were")
     if done.untied:
         print(f"untied, so that tie_word_embeddings is false in {args.out}: {', '.join(done.untied)}")
@@ -203,22 +204,30 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(args: argparse.Namespace) -> int:
-    with _told_of("convert"):
-        from lora_fast.adapters import convert_adapter
+def _interrupted(out: Path) -> int:
+    print(f"lora-fast: interrupted; {out} was not made", file=sys.stderr)
+    return 130
 
-        done = convert_adapter(
-            args.adapter,
-            args.out,
-            args.to,
-            base=args.base,
-            component=args.component,
-            magnitude_axis=args.magnitude_axis,
-            norm_eps=args.norm_eps,
-            dtype=DTYPES.get(args.dtype),
-            magnitude_dtype=DTYPES.get(args.magnitude_dtype),
-            as_difference=args.as_difference,
-        )
+
+def _convert(args: argparse.Namespace) -> int:
+    try:
+        with _told_of("convert"):
+            from lora_fast.adapters import convert_adapter
+
+            done = convert_adapter(
+                args.adapter,
+                args.out,
+                args.to,
+                base=args.base,
+                component=args.component,
+                magnitude_axis=args.magnitude_axis,
+                norm_eps=args.norm_eps,
+                dtype=DTYPES.get(args.dtype),
+                magnitude_dtype=DTYPES.get(args.magnitude_dtype),
+                as_difference=args.as_difference,
+            )
+    except KeyboardInterrupt:
+        return _interrupted(args.out)
     print(f"{args.out}: {done.layers} layers, as {args.to}")
     for note in done.notes:
         print(note)

@@ -21,6 +21,7 @@ from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progr
 from lora_fast.adapters.formats import peft
 from lora_fast.adapters.merging import Plan
 from lora_fast.adapters.orientation import FanInFanOut
+from lora_fast.adapters.unfinished import written_whole
 from lora_fast.calls import Axis
 
 
@@ -82,27 +83,23 @@ def merge_checkpoint(
         raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
     if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
+    if base.is_file() and out.suffix != ".safetensors":
+        raise ValueError(f"{out}: expected the name of a *.safetensors, as {base} is one")
+    if out.resolve().is_relative_to(base.resolve()):
+        raise ValueError(f"{out}: lies in {base}, which is copied; expected another place")
     update = files.read_file(adapter, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
     jobs = [
         _Job(checkpoint, own, merging.plan(checkpoint, own, fan_in_fan_out))
         for checkpoint, own in placing.place(base, update)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
-    not_copied: list[str] = []
-    try:
+    with written_whole(out) as unfinished:
+        not_copied: list[str] = []
         if base.is_file():
             _write_shards(jobs[0], {jobs[0].checkpoint.shards[0].path.name: unfinished}, on_progress)
         elif placing.is_pipeline(base):
             not_copied = _write_pipeline(base, jobs, unfinished, on_progress)
         else:
             not_copied = _write_folder(jobs[0], unfinished, on_progress)
-        unfinished.rename(out)
-    except BaseException:  # an interrupt too
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
-        raise
     return Merged(
         merged=sum(len(job.plan.merged) for job in jobs),
         replaced=sum(len(job.plan.edits.keys() - job.plan.merged) for job in jobs),
@@ -134,14 +131,24 @@ def _write_pipeline(base: Path, jobs: list[_Job], to: Path, on_progress: Progres
     to.mkdir()
     not_copied: list[str] = []
     for path in sorted(base.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, to / path.name)
-        elif path.name in changed:
+        if path.is_dir() and path.name in changed:
             left = _write_folder(changed[path.name], to / path.name, on_progress)
             not_copied += [f"{path.name}/{name}" for name in left]
+        elif path.is_dir():
+            _copy_folder(path, to / path.name)
+        elif _is_to_copy(path):
+            shutil.copyfile(path, to / path.name)
         else:
-            shutil.copytree(path, to / path.name)
+            not_copied.append(path.name)
     return not_copied
+
+
+def _copy_folder(path: Path, to: Path) -> None:
+    try:
+        shutil.copytree(path, to)
+    except shutil.Error as error:  # of which each file has one
+        (source, _, why), *_ = error.args[0]
+        raise OSError(f"{source}: {why}") from None
 
 
 def _write_folder(job: _Job, to: Path, on_progress: Progress) -> list[str]:

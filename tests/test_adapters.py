@@ -369,7 +369,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated config": (truncate(CONFIG_NAME, 0.5), "is not JSON, or not whole"),
     "deep config": (write(CONFIG_NAME, b"[" * 200_000), "is not JSON"),
     "config is a list": (write(CONFIG_NAME, b"[]"), "expected an object"),
-    "config is not text": (write(CONFIG_NAME, b"\xff\xfe\x00"), "is not JSON"),
+    "config is not text": (write(CONFIG_NAME, b"\xff\xfe\x00"), "is not text in UTF-8"),
     "another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
     "another variant": (edit_config(use_qalora=True), "use_qalora is set"),
     "changed base": (edit_config(init_lora_weights="pissa"), "changes the base weight"),

@@ -64,7 +64,7 @@ def test_torchtune_s_rows_are_reordered_for_the_models_that_it_reorders(tmp_path
     differing = {key.split(".")[-2] for key in before if not torch.equal(before[key], after[key])}
     assert differing == {"q_proj", "k_proj"}
     (base / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
-    with pytest.raises(ValueError, match="model_type is 'phi3'; the order of torchtune's rows is known for llama"):
+    with pytest.raises(ValueError, match="model_type 'phi3'; the order of torchtune's rows is known for llama"):
         merged_folder(base, adapter, tmp_path / "phi3")
     (base / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors") | {"model.layers.0.mlp.up_proj.bias": torch.ones(24)}
@@ -94,22 +94,37 @@ class Attention(nn.Module):
         self.proj = nn.Linear(16, 16, bias=False)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+
+class Litgpt(nn.Module):
+    """As much of litgpt's model as the test needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict({"h": nn.ModuleList([Block()])})
+
+
 def test_litgpt_s_qkv_becomes_one_layer(tmp_path: Path) -> None:
     sample = SAMPLES / "litgpt"
     base, merged = (load_file(sample / f"{name}.safetensors") for name in ("base", "merged"))
     prefix = "transformer.h.0.attn."
-    model = Attention().double()
-    model.load_state_dict({key.removeprefix(prefix): value for key, value in base.items() if key.startswith(prefix)})
+    model = Litgpt().double()
+    model.load_state_dict({key: value for key, value in base.items() if key.startswith(prefix)})
     part = tmp_path / "part"
     shutil.copytree(sample, part)
     content = torch.load(part / "lit_model.pth.lora", weights_only=True)["model"]
     own = {key: value for key, value in content.items() if key.startswith(prefix)}
     torch.save({"model": own}, part / "lit_model.pth.lora")
     lora_fast.load_adapter(model, part)
-    assert model.qkv.rank == 6  # of two parts, 3 each
+    attention = model.transformer.h[0].attn
+    assert attention.qkv.rank == 6  # of two parts, 3 each
     x = torch.randn(3, 16, dtype=torch.float64)
-    assert_close(model.qkv(x), x @ merged[f"{prefix}qkv.weight"].T)
-    assert_close(model.proj(x), x @ merged[f"{prefix}proj.weight"].T)
+    assert_close(attention.qkv(x), x @ merged[f"{prefix}qkv.weight"].T)
+    assert_close(attention.proj(x), x @ merged[f"{prefix}proj.weight"].T)
 
 
 def mlx_folder(folder: Path, updates: dict[str, Update], scale: float, kind: str) -> Path:

@@ -99,7 +99,8 @@ def test_merged_and_converted(drawn: list[Update], form: str) -> None:
         layers = files.read(path, magnitude_axis=open_axis).layers
         assert {layer.rank for layer in layers.values()} == {update.down.shape[0] for update in drawn}
         again = Path(folder) / "again.safetensors"
-        lora_fast.convert_adapter(path, again, "kohya", magnitude_axis=open_axis)
+        # of LyCORIS's own files no shape is open, and they stay its own
+        lora_fast.convert_adapter(path, again, "kohya", magnitude_axis=None if form == "lycoris" else open_axis)
         same = merged_file(base, again, Path(folder) / "same.safetensors", magnitude_axis=open_axis)
         assert all(torch.equal(same[key], tensor) for key, tensor in merged.items())
 

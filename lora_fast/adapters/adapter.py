@@ -11,6 +11,7 @@ is 0 but for LyCORIS and OneTrainer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lora_fast.calls import Axis
 
+MAX_ELEMENTS = 2**28  # that a factor of a convolution has, once it is multiplied
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,6 +71,8 @@ class AdapterLayer:
         """
         if self.lora_mid is None:
             return self.lora_A
+        if (size := self.lora_A.numel() * math.prod(self.kernel)) > MAX_ELEMENTS:
+            raise ValueError(f"lora_A with lora_mid has {size} elements, expected at most {MAX_ELEMENTS}")
         dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_mid.dtype), dtype)
         down = self.lora_A.flatten(1).double()  # [R, K]
         return torch.einsum("ij...,jk->ik...", self.lora_mid.double(), down).to(dtype)
@@ -90,8 +94,9 @@ class Adapter:
     PEFT's ``modules_to_save``, ``added`` those that are added to the base model's (LyCORIS's ``diff`` and ``w_norm``).
     ``trained`` names the tensors of ``base`` that training changed. ``left_out`` are the file's keys that hold nothing
     of their own. ``only_linears`` is True where nothing but torch.nn.Linear and convolutions can be meant, whose weight
-    is [out, in]. ``is_flattened``: the names are kohya's, with _ for each dot. ``config`` is what stands beside the
-    tensors. ``stacked`` are updates of some rows of a module's weight, by module and rows (:mod:`rows`).
+    is [out, in]. ``is_flattened``: the names are kohya's, with _ for each dot. ``component`` is the model's name in the
+    file, ``config`` what stands beside the tensors. ``stacked`` are updates of some rows of a module's weight, by
+    module and rows (:mod:`rows`).
     """
 
     weights_path: Path
@@ -105,6 +110,7 @@ class Adapter:
     only_linears: bool = False
     is_flattened: bool = False
     format: str = ""
+    component: str = ""
     stacked: dict[str, dict[Any, AdapterLayer]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -174,18 +180,13 @@ def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:
     is_one = lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or any(size != 1 for size in lora_B.shape[2:])
     if is_one or lora_A.numel() == 0 or lora_B.numel() == 0:
         raise ValueError(f"{where}: {name} has {shapes}, {expected}")
-    inner = lora_A.shape[0]
     if lora_mid is not None:
-        if lora_mid.dim() != lora_A.dim() or lora_mid.dim() < 3 or any(size != 1 for size in lora_A.shape[2:]):
-            raise ValueError(
-                f"{where}: {name} has {shapes} with lora_mid {list(lora_mid.shape)}, expected [R, R, *kernel]"
-            )
-        if lora_mid.shape[1] != lora_A.shape[0] or lora_mid.numel() == 0:
-            raise ValueError(
-                f"{where}: {name} has {shapes} with lora_mid {list(lora_mid.shape)}, expected [R, R, *kernel]"
-            )
-        inner = lora_mid.shape[0]
-    if lora_B.shape[1] != inner:
+        R = lora_A.shape[0]
+        is_core = lora_mid.dim() == lora_A.dim() > 2 and list(lora_mid.shape[:2]) == [R, R] and lora_mid.numel() > 0
+        if not is_core or any(size != 1 for size in lora_A.shape[2:]):
+            core = f"lora_mid {list(lora_mid.shape)}"
+            raise ValueError(f"{where}: {name} has {shapes} with {core}, expected [R, K, 1, …] with [R, R, *kernel]")
+    if lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(f"{where}: {name} has {shapes}, {expected}")
     if layer.magnitude is not None:
         size = layer.in_features if layer.norm_axis == "input" else layer.out_features
@@ -193,3 +194,11 @@ def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:
             raise ValueError(
                 f"{where}: {name} has a magnitude of shape {list(layer.magnitude.shape)}, expected [{size}]"
             )
+
+
+def dropout_of(adapter: Adapter) -> float:
+    """The dropout of the adapter's input that its file notes; ValueError for what is none."""
+    dropout = adapter.config.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"{adapter.config_path}: lora_dropout is {str(dropout)[:40]!r}, expected a number in [0, 1)")
+    return float(dropout)

@@ -138,22 +138,22 @@ def _unet() -> Iterator[tuple[str, str]]:
 IMAGE_FORMATS = ("kohya", "diffusers")
 UNET = BlockMap("Stable Diffusion's UNet", IMAGE_FORMATS, _same(*_unet()))
 
-_CLIP = "text_model.encoder.layers.{}"
-OPEN_CLIP = BlockMap(
-    "OpenCLIP's text encoder",
-    IMAGE_FORMATS,
-    (
-        (
-            "transformer.resblocks.{}.attn.in_proj",
-            tuple(f"{_CLIP}.self_attn.{each}" for each in ("q_proj", "k_proj", "v_proj")),
-        ),
+
+def _open_clip(layer: str) -> tuple[Pair, ...]:
+    block, heads = "transformer.resblocks.{}", ("q_proj", "k_proj", "v_proj")
+    return (
+        (f"{block}.attn.in_proj", tuple(f"{layer}.self_attn.{each}" for each in heads)),
         *_same(
-            ("transformer.resblocks.{}.attn.out_proj", f"{_CLIP}.self_attn.out_proj"),
-            ("transformer.resblocks.{}.mlp.c_fc", f"{_CLIP}.mlp.fc1"),
-            ("transformer.resblocks.{}.mlp.c_proj", f"{_CLIP}.mlp.fc2"),
+            (f"{block}.attn.out_proj", f"{layer}.self_attn.out_proj"),
+            (f"{block}.mlp.c_fc", f"{layer}.mlp.fc1"),
+            (f"{block}.mlp.c_proj", f"{layer}.mlp.fc2"),
         ),
-    ),
-)
+    )
+
+
+OPEN_CLIP = BlockMap("OpenCLIP's text encoder", IMAGE_FORMATS, _open_clip("text_model.encoder.layers.{}"))
+# transformers 5 leaves one level of the names out
+OPEN_CLIP_5 = BlockMap("OpenCLIP's text encoder, shortened", IMAGE_FORMATS, _open_clip("encoder.layers.{}"))
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 # final_layer.adaLN_modulation, whose two halves diffusers has the other way round, is left out.
@@ -225,4 +225,4 @@ LITGPT = BlockMap(
     ),
 )
 
-MAPS = (UNET, OPEN_CLIP, FLUX, TORCHTUNE, LITGPT)
+MAPS = (UNET, OPEN_CLIP, OPEN_CLIP_5, FLUX, TORCHTUNE, LITGPT)

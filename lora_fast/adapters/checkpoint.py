@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +120,9 @@ def read(folder: Path) -> Checkpoint:
 
 
 def is_weights(path: Path) -> bool:
-    return path.suffix in OTHER_WEIGHTS or path.name.endswith((".bin.index.json", ".safetensors.index.json"))
+    return (
+        path.suffix in OTHER_WEIGHTS or re.search(r"\.(bin|safetensors)\.index(\.\w+)?\.json$", path.name) is not None
+    )
 
 
 def write_shard(shard: Shard, to: Path, outputs: list[Output], on_progress: Progress) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.adapters import files, naming, norms, placing, reading, rows, writing
-from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer
+from lora_fast.adapters import architecture, files, naming, norms, placing, reading, rows, writing
+from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterFile, AdapterLayer
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
 from lora_fast.adapters.formats import mlx, peft, single_file
+from lora_fast.adapters.unfinished import written_whole
 from lora_fast.adapters.writing import Written
 from lora_fast.calls import Axis
 
-TARGETS = ("peft", "kohya", "diffusers", "mlx")
-# The folders' files; the other targets are one file.
-WEIGHTS_NAMES = {"peft": peft.WEIGHTS_NAME, "mlx": mlx.WEIGHTS_NAME}
-# How single-file checkpoints begin the names of each model, and what diffusers calls it.
-SINGLE_FILE_PREFIXES = {
-    "model.diffusion_model.": "unet",
-    "cond_stage_model.transformer.": "text_encoder",
-    "conditioner.embedders.0.transformer.": "text_encoder",
-}
 COMPONENTS_OF_FILES = {
     "lora_unet": "unet",
     "lora_transformer": "transformer",
     "lycoris": "",
     "lora_prior_unet": "prior",
 }
+TARGETS = ("peft", "kohya", "diffusers", "mlx")
+# The folders' files; the other targets are one file.
+WEIGHTS_NAMES = {"peft": peft.WEIGHTS_NAME, "mlx": mlx.WEIGHTS_NAME}
 
 
 @dataclass(frozen=True)
@@ -94,18 +89,26 @@ def convert_adapter(
     file = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
     for adapter in file.components.values():
         _check_only_updates(adapter)
-    if base is None:
-        components, names = _without_base(file, component, to), None
-    else:
-        components, names = _with_base(file, Path(base), component, to, as_difference)
-    # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
-    keeps_eps = to == file.format == "kohya" and base is None and norm_eps is None
+    names: list[str] | None = None
     notes = [f"{file.path} {note}" for note in file.notes]
-    if not keeps_eps:
+    if base is None:
+        components = _without_base(file, to)
+    else:
+        components, names = _with_base(file, Path(base), component, to, as_difference, notes)
+    # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
+    said = (base, norm_eps, magnitude_axis, magnitude_dtype)
+    keeps_origin = to == file.format == "kohya" and all(each is None for each in said)
+    notes += [
+        f"left out, a second time in the file: {key}" for each in file.components.values() for key in each.left_out
+    ]
+    if not keeps_origin:
         notes += _check_eps(components)
+    if to != "kohya":
+        notes += _multiplied(components)
+        components = {name: _without_cores(adapter) for name, adapter in components.items()}
     components = {name: _cast(adapter, dtype, magnitude_dtype) for name, adapter in components.items()}
-    written = _written(to, components, names, dict(file.metadata) if keeps_eps else {})
-    if not keeps_eps:
+    written = _written(to, components, names, dict(file.metadata) if keeps_origin else {})
+    if not keeps_origin:
         written.metadata[single_file.WRITTEN_HERE] = to
     _write(out, to, written)
     return Converted(sum(len(adapter.layers) for adapter in components.values()), notes + written.notes)
@@ -117,7 +120,7 @@ def _chosen(file: AdapterFile, component: str | None) -> AdapterFile:
         return file
     if component in file.components:
         return dataclasses.replace(file, components={component: file.components[component]})
-    if component not in writing.KOHYA_COMPONENTS:
+    if component not in writing.KOHYA_COMPONENTS and not single_file.is_flattened_component(component):
         known = ", ".join(repr(name) for name in writing.KOHYA_COMPONENTS if name)
         raise ValueError(f"component: got {component!r}, expected one of {known}, or of {', '.join(file.components)}")
     return dataclasses.replace(file, components={component: file.component(None)})
@@ -131,7 +134,7 @@ def _check_only_updates(adapter: Adapter) -> None:
         )
 
 
-def _without_base(file: AdapterFile, component: str | None, to: str) -> dict[str, Adapter]:
+def _without_base(file: AdapterFile, to: str) -> dict[str, Adapter]:
     """The updates by the file's own names, if those are the target's too."""
     needs = "say what the model's own names are: --base BASE, a checkpoint of it"
     for adapter in file.components.values():
@@ -139,84 +142,132 @@ def _without_base(file: AdapterFile, component: str | None, to: str) -> dict[str
             raise ValueError(f"{file.path}: has _ for the dots of its names; {needs}")
         if adapter.format in ("torchtune", "litgpt"):
             raise ValueError(f"{file.path}: has the names of {adapter.format}, which no other tool has; {needs}")
-    if (
-        to == "kohya"
-        and "text_encoder" in file.components
-        and not file.components.keys() & {"text_encoder_2", "transformer"}
-    ):
+        if to == "kohya" and adapter.config.get("fan_in_fan_out"):
+            raise ValueError(f"{file.path}: adapts transformers' Conv1D, which kohya's files cannot mean")
+        _check_embeddings(adapter, to, {})
+    several = {"text_encoder_2", "transformer"}
+    if to == "kohya" and "text_encoder" in file.components and not file.components.keys() & several:
         raise ValueError(
             f"{file.path}: kohya's files call a text encoder lora_te where the model has one, lora_te1 where it has "
-            "several; say which: --base BASE, diffusers' folder of the model"
+            "several; say which: --component lora_te or lora_te1, or --base BASE, diffusers' folder of the model"
         )
     return dict(file.components)
 
 
+def _check_embeddings(adapter: Adapter, to: str, config: Mapping[str, Any]) -> None:
+    """PEFT adapts an embedding alone, MLX-LM the head that is tied to it too."""
+    kinds = {"peft": "peft", "diffusers": "peft", "mlx": "mlx"}
+    if (adapter.format == "mlx") == (kinds.get(to) == "mlx") or not architecture.is_maybe_tied(dict(config)):
+        return
+    if embeddings := [name for name, layer in adapter.layers.items() if layer.is_embedding]:
+        raise ValueError(
+            f"{adapter.weights_path}: {embeddings[0]} is an embedding, perhaps tied to the output head, which MLX-LM "
+            "then adapts with it and PEFT does not: give a base whose config.json says tie_word_embeddings false "
+            "(--base BASE), or merge it (lora-fast merge)"
+        )
+
+
 def _with_base(
-    file: AdapterFile, base: Path, component: str | None, to: str, as_difference: bool
+    file: AdapterFile, base: Path, component: str | None, to: str, as_difference: bool, notes: list[str]
 ) -> tuple[dict[str, Adapter], list[str]]:
-    """The updates by the base's names and components, and the names of all its modules."""
+    """The updates by the base's names and components, and the names of all its modules; adds to ``notes``."""
     components: dict[str, Adapter] = {}
     modules: list[str] = []
     for name, adapter in file.components.items():
         ((checkpoint, placed),) = placing.place(base, dataclasses.replace(file, components={name: adapter}))
-        own = naming.weight_shapes(placing.shapes_of(checkpoint))
-        placed = _one_update_each(placed, checkpoint, own, as_difference)
-        placed, prefix = _without_prefix(placed, base)
-        called = component or _component(base, checkpoint, name, prefix)
+        shapes = naming.weight_shapes(placing.shapes_of(checkpoint))
+        _check_embeddings(placed, to, checkpoint.config)
+        for module, layer in placed.layers.items():
+            _check_fits(module, layer, shapes.get(module), placed, checkpoint)
         if to == "kohya":
-            _check_alone(placed, [each.removeprefix(prefix) for each in own], checkpoint)
+            _check_no_conv1d(placed, checkpoint)
+        for module, parts in placed.stacked.items():
+            if rows.are_rounded(parts) and not as_difference:
+                notes.append(f"the factors of {module}'s parts differ, and are multiplied into lora_B, rounded once")
+        placed = _difference_of(placed, checkpoint) if as_difference else _one_update_each(placed, checkpoint, shapes)
+        placed, prefix = _without_prefix(placed, base)
+        called = component or _component(checkpoint, name, prefix)
+        own = [each.removeprefix(prefix) for each in shapes]
+        if to == "kohya":
+            _check_alone(placed, own, checkpoint)
             called = _kohya_component(called, base)
         if called in components:
             raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
         components[called] = placed
-        modules += [each.removeprefix(prefix) for each in own]
+        modules += own
     return components, modules
 
 
-def _one_update_each(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Shapes, as_difference: bool) -> Adapter:
-    """One update for each of the base's weights, that needs no eps; or its whole difference."""
+def _check_fits(
+    module: str, layer: AdapterLayer, shape: tuple[int, ...] | None, adapter: Adapter, checkpoint: Checkpoint
+) -> None:
+    """Whether the base has a weight of that name and of these sizes, stored either way round."""
+    N, K = layer.out_features, layer.in_features * math.prod(layer.kernel)
+    if shape is None:
+        raise ValueError(f"{checkpoint.folder}: {module} of {adapter.weights_path} is not in it")
+    found = [shape[0], math.prod(shape[1:])] if shape else []
+    if found != [N, K] and not (len(shape) == 2 and found == [K, N] and not layer.kernel):
+        raise ValueError(
+            f"{adapter.weights_path}: has an update [N, K] = {[N, K]} for {module}, which has {list(shape)} in "
+            f"{checkpoint.folder}"
+        )
+
+
+def _check_no_conv1d(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    known = None if adapter.only_linears else architecture.Architecture.of(checkpoint.config)
+    for name in adapter.layers:
+        if adapter.config.get("fan_in_fan_out") or (known is not None and known.is_transposed(name)):
+            raise ValueError(
+                f"{adapter.weights_path}: {name} is transformers' Conv1D, or its file has some, which kohya's files "
+                "cannot mean: their updates are those of torch.nn.Linear"
+            )
+
+
+def _one_update_each(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Shapes) -> Adapter:
+    """One update for each of the base's weights, that needs no eps."""
     where = adapter.weights_path
     fused = {name: rows.fused(parts, shapes[name][0], f"{where}: {name}") for name, parts in adapter.stacked.items()}
-    layers, added = adapter.layers | fused, dict(adapter.added)
+    layers = adapter.layers | fused
     for name, layer in layers.items():
-        if not as_difference and not layer.norm_eps:
-            continue
-        key = naming.weight_key(name)
-        entry = checkpoint.entries.get(key)
-        if entry is None or DTYPES.get(entry.dtype) not in (
-            torch.float64,
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
-            raise ValueError(f"{checkpoint.folder}: has no {key} of a floating point dtype")
-        tensor = checkpoint.tensor(key)
-        weight = tensor.T if layer.is_embedding else tensor.flatten(1)
-        expected = [layer.out_features, layer.convolution_A()[0].numel()]
-        if list(weight.shape) != expected:
-            raise ValueError(f"{where}: has an update [N, K] = {expected} for {key}, which has {list(weight.shape)}")
-        layers[name] = norms.with_folded_eps(weight, layer)
-        if as_difference:
-            added[key] = _difference(weight, layer).reshape(tensor.shape)
-    return dataclasses.replace(adapter, layers={} if as_difference else layers, added=added, stacked={})
+        if layer.norm_eps and layer.magnitude is not None:
+            weight = _floating(checkpoint, naming.weight_key(name))
+            layers[name] = norms.with_folded_eps(weight.T if layer.is_embedding else weight.flatten(1), layer)
+    return dataclasses.replace(adapter, layers=layers, stacked={})
 
 
-def _difference(weight: Tensor, layer: AdapterLayer) -> Tensor:
-    """Merged minus ``weight``, in float64, rounded once to float32, or to float64 where the weight is that."""
-    merged = weight.to(torch.float64, copy=True)
-    norms.merge(merged, layer)
-    return (merged - weight.double()).to(torch.promote_types(weight.dtype, torch.float32))
+def _difference_of(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """Merged minus the base's weights, in float64, rounded once to float32, or to float64 where a weight is that."""
+    added = dict(adapter.added)
+    updates = {name: {None: layer} for name, layer in adapter.layers.items()} | adapter.stacked
+    for name, parts in updates.items():
+        if any(layer.is_embedding for layer in parts.values()):
+            raise ValueError(f"{adapter.weights_path}: {name} is an embedding, which kohya's files cannot have")
+        weight = _floating(checkpoint, naming.weight_key(name))
+        merged = weight.to(torch.float64, copy=True)
+        for own, layer in parts.items():
+            norms.merge((merged if own is None else merged[own.start : own.stop]).flatten(1), layer)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        added[f"{name}.weight"] = (merged - weight.double()).to(dtype)
+    return dataclasses.replace(adapter, layers={}, stacked={}, added=added)
+
+
+def _floating(checkpoint: Checkpoint, key: str) -> Tensor:
+    if DTYPES.get(checkpoint.entries[key].dtype) not in FLOATS:
+        raise ValueError(f"{checkpoint.folder}: {key} has dtype {checkpoint.entries[key].dtype}, expected a float")
+    return checkpoint.tensor(key)
 
 
 def _without_prefix(adapter: Adapter, base: Path) -> tuple[Adapter, str]:
     """The names in one model of a single-file checkpoint, and what stood before them."""
     names = [*adapter.layers, *adapter.added]
-    if not base.is_file():
-        return adapter, ""
-    if any(".resblocks." in name for name in names):
-        raise ValueError(f"{base}: has another code base's names of the second text encoder; give diffusers' folder")
-    for prefix in SINGLE_FILE_PREFIXES:
-        if all(name.startswith(prefix) for name in names):
+    if any(name.endswith((".in_proj", ".in_proj.weight")) for name in names):
+        raise ValueError(
+            f"{base}: has q, k and v in the in_proj_weight of a torch.nn.MultiheadAttention, which is no module that a "
+            "file could name; give diffusers' folder of the model"
+        )
+    for known in naming.SINGLE_FILE_PREFIXES:
+        prefix = f"{known}."
+        if base.is_file() and all(name.startswith(prefix) for name in names):
             own: dict[str, Any] = {
                 kind: {name.removeprefix(prefix): value for name, value in getattr(adapter, kind).items()}
                 for kind in ("layers", "added")
@@ -225,10 +276,10 @@ def _without_prefix(adapter: Adapter, base: Path) -> tuple[Adapter, str]:
     return adapter, ""
 
 
-def _component(base: Path, checkpoint: Checkpoint, name: str, prefix: str) -> str:
+def _component(checkpoint: Checkpoint, name: str, prefix: str) -> str:
     """What diffusers calls the model that is ``name`` in the adapter's file."""
     if prefix:
-        return SINGLE_FILE_PREFIXES[prefix]
+        return naming.SINGLE_FILE_PREFIXES[prefix.removesuffix(".")][0]
     if checkpoint.folder.name in writing.KOHYA_COMPONENTS:
         return checkpoint.folder.name
     if "Transformer" in str(checkpoint.config.get("_class_name")):
@@ -265,6 +316,20 @@ def _check_eps(components: dict[str, Adapter]) -> Iterator[str]:
             yield f"{eps:.3g} that the file's tool adds to each norm is left out; with --base it is kept"
 
 
+def _multiplied(components: dict[str, Adapter]) -> Iterator[str]:
+    for adapter in components.values():
+        cores = [name for name, layer in adapter.layers.items() if layer.lora_mid is not None]
+        yield from (f"lora_mid of {name} is multiplied into lora_A, rounded once" for name in cores)
+
+
+def _without_cores(adapter: Adapter) -> Adapter:
+    layers = {
+        name: dataclasses.replace(layer, lora_A=layer.convolution_A(), lora_mid=None)
+        for name, layer in adapter.layers.items()
+    }
+    return dataclasses.replace(adapter, layers=layers)
+
+
 def _cast(adapter: Adapter, dtype: torch.dtype | None, magnitude_dtype: torch.dtype | None) -> Adapter:
     def to(tensor: Tensor | None, wanted: torch.dtype | None) -> Any:
         return tensor if tensor is None or wanted is None else tensor.to(wanted)
@@ -279,9 +344,7 @@ def _cast(adapter: Adapter, dtype: torch.dtype | None, magnitude_dtype: torch.dt
         )
         for name, layer in adapter.layers.items()
     }
-    return dataclasses.replace(
-        adapter, layers=layers, added={key: to(value, dtype) for key, value in adapter.added.items()}
-    )
+    return dataclasses.replace(adapter, layers=layers)
 
 
 def _written(to: str, components: dict[str, Adapter], names: list[str] | None, metadata: dict[str, str]) -> Written:
@@ -293,11 +356,11 @@ def _written(to: str, components: dict[str, Adapter], names: list[str] | None, m
 
 
 def _write(out: Path, to: str, written: Written) -> None:
-    """All of it, under another name first."""
+    for key, tensor in written.tensors.items():
+        if not norms.all_finite(tensor):
+            raise ValueError(f"{key} has NaN or infinity, or values that {str(tensor.dtype)[6:]} cannot hold")
     save_file = reading.import_safetensors().torch.save_file
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with written_whole(out) as unfinished:
         if to in WEIGHTS_NAMES:
             unfinished.mkdir()
             save_file(written.tensors, unfinished / WEIGHTS_NAMES[to], metadata=written.metadata)
@@ -305,9 +368,3 @@ def _write(out: Path, to: str, written: Written) -> None:
             (unfinished / peft.CONFIG_NAME).write_text(text, encoding="utf-8")
         else:
             save_file(written.tensors, unfinished, metadata=written.metadata)
-        unfinished.rename(out)
-    except BaseException:  # an interrupt too
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -77,8 +77,8 @@ def _located(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir() and not any((path / name).is_file() for name in (peft.CONFIG_NAME, litgpt.WEIGHTS_NAME)):
-        found = [file for file in sorted(path.glob("*.safetensors")) if file.name != peft.WEIGHTS_NAME]
-        if len(found) == 1:
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) == 1 and found[0].name != peft.WEIGHTS_NAME:
             return found[0]
     return path
 
@@ -86,11 +86,13 @@ def _located(path: Path) -> Path:
 def _reader(path: Path) -> Callable[[Path], AdapterFile] | None:
     """Who reads ``path``; None: it is one safetensors file with everything in it."""
     if path.is_dir():
-        if (path / litgpt.WEIGHTS_NAME).is_file():
-            return litgpt.read
         config = path / peft.CONFIG_NAME
+        if (path / litgpt.WEIGHTS_NAME).is_file():
+            if config.is_file():
+                raise ValueError(f"{path}: has {litgpt.WEIGHTS_NAME} and {config.name}: say which of the two to read")
+            return litgpt.read
         return mlx.read if config.is_file() and mlx.is_config(reading.read_json(config)) else peft.read
-    if path.name in (peft.WEIGHTS_NAME, mlx.WEIGHTS_NAME) and (path.parent / peft.CONFIG_NAME).is_file():
+    if path.name == peft.WEIGHTS_NAME or (path.name == mlx.WEIGHTS_NAME and (path.parent / peft.CONFIG_NAME).is_file()):
         return lambda path: read_file(path.parent)
     if path.name == litgpt.WEIGHTS_NAME:
         return lambda path: litgpt.read(path.parent)

@@ -17,7 +17,8 @@ def inspect_adapter(
 ) -> dict[str, Any]:
     """A description of the file or folder ``path``, of plain values.
 
-    ``format`` and ``tool``; ``components``, each with its ``name``, its ``layers`` (name, kind, in_features,
+    ``format`` and ``tool``; ``components``, each with its ``name``, the keys ``left_out`` because they hold nothing of
+    their own, its ``layers`` (name, kind, in_features,
     out_features, rank, scaling, dtype, and for DoRA the magnitude's dtype, norm_axis, axis_reason and norm_eps) and its
     other ``tensors``; ``unknown`` keys; ``notes``, what was taken for granted; ``faults``, why the file is refused by
     everything else, [] for one that is not. The arguments are those of :func:`lora_fast.load_adapter`.
@@ -47,6 +48,7 @@ def _component(name: str, adapter: Adapter) -> dict[str, Any]:
     return {
         "name": name,
         "names_are_flattened": adapter.is_flattened,
+        "left_out": adapter.left_out,
         "layers": [_layer(module, layer) for module, layer in adapter.layers.items()],
         "tensors": [
             {"name": key, "shape": list(tensor.shape), "dtype": _dtype(tensor), "use": use}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fast import bases
 from lora_fast.adapters import files, gathering, naming, norms, rows
-from lora_fast.adapters.adapter import Adapter, AdapterLayer
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of
 from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.calls import Axis
@@ -69,11 +69,16 @@ def load_adapter(
     safetensors.
     """
     inner = unwrapped(model)
-    adapter = files.read(path, component=component, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
+    file = files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
+    adapter = file.component(component)
     adapter = _renamed(adapter, inner) if adapter.format == "peft" else adapter
     fsdp2.reshard(inner)
-    with gathering.summoned(model, writes=True):
+    devices = {parameter.device for parameter in inner.parameters() if parameter.is_cuda}
+    # the layers that are made get the file's values: what they are drawn from stays as it is
+    with gathering.summoned(model, writes=True), torch.random.fork_rng(devices):
         _load(model, inner, _in_model(adapter, inner))
+    for note in file.notes:
+        warnings.warn(f"{file.path} {note}", stacklevel=2)
     for module in inner.modules():
         if isinstance(module, LinearWithDoRA):
             module.invalidate_norm()
@@ -87,14 +92,36 @@ def _in_model(adapter: Adapter, model: nn.Module) -> Adapter:
             f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
             f"({', '.join(list(adapter.added)[:4])}), which no adapted layer has; merge it (lora-fast merge)"
         )
-    tensors = {name: tuple(zero.shape(gathering.own_tensor(*slot))) for name, slot in _slots(model).items()}
+    tensors = {name: _shape(*slot) for name, slot in _slots(model).items()}
     config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     adapter = naming.to_base(adapter, tensors, config, "the model")
     whole = {
         name: rows.fused(parts, tensors[naming.weight_key(name)][0], f"{adapter.weights_path}: {name}")
         for name, parts in adapter.stacked.items()
     }
-    return dataclasses.replace(adapter, layers=adapter.layers | whole, stacked={})
+    for name, parts in adapter.stacked.items():
+        if rows.are_rounded(parts):
+            warnings.warn(
+                f"the factors of {name}'s parts differ, and are multiplied into its lora_B, rounded", stacklevel=3
+            )
+    layers = {name: _without_kernel(layer, tensors.get(f"{name}.weight", ())) for name, layer in adapter.layers.items()}
+    return dataclasses.replace(adapter, layers=layers | whole, stacked={})
+
+
+def _shape(module: nn.Module, key: str) -> tuple[int, ...]:
+    """The shape of a parameter or buffer; of a linear's weight [N, K], however it is stored."""
+    if key == "weight" and isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(zero.shape(gathering.own_tensor(module, key)))
+
+
+def _without_kernel(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
+    """The update of a linear, which some tools write as that of a convolution of 1 × 1."""
+    if len(shape) != 2 or set(layer.kernel) != {1}:
+        return layer
+    return dataclasses.replace(
+        layer, lora_A=layer.convolution_A().flatten(1), lora_B=layer.lora_B.flatten(1), lora_mid=None
+    )
 
 
 def _load(model: nn.Module, inner: nn.Module, adapter: Adapter) -> None:
@@ -306,9 +333,7 @@ def _value(name: str, slot: Slot, value: Tensor, where: Path) -> Value:
 def _build(model: nn.Module, adapter: Adapter) -> list[Value]:
     """Put the file's layers into a model that has none, in the places that it names; their values."""
     standing = _linears(model, adapter)
-    dropout = adapter.config.get("lora_dropout") or 0.0
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"{adapter.config_path}: lora_dropout is {dropout!r}, expected a number in [0, 1)")
+    dropout = dropout_of(adapter)
     by_linear: dict[int, AdaptedLinear] = {}
     with kept_flags(model):
         for name, place in standing.items():
@@ -347,7 +372,7 @@ def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
         check_replaceable(place)
         if module in never_called:
             raise ValueError(f"{where}: {name}'s owner reads its weight without calling it; see lora_fast.apply")
-        N, K = zero.shape(module.weight)
+        N, K = module.out_features, module.in_features
         if layer.lora_A.shape != (layer.rank, K) or layer.lora_B.shape != (N, layer.rank):
             raise ValueError(
                 f"{where}: {name} has lora_A {list(layer.lora_A.shape)} and lora_B {list(layer.lora_B.shape)}, "
@@ -360,6 +385,8 @@ def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
 def _adapted(linear: nn.Module, layer: AdapterLayer, dropout: float) -> AdaptedLinear:
     kind = LinearWithLoRA if layer.magnitude is None else LinearWithDoRA
     dtype = torch.promote_types(layer.lora_A.dtype, layer.lora_B.dtype)
+    if layer.magnitude is not None and layer.magnitude.dtype == torch.float64:
+        dtype = torch.float64  # as is then the magnitude
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="rank .* is above min")  # whoever trained it chose it
         options: dict[str, Any] = {} if layer.magnitude is None else {"norm_axis": layer.norm_axis}

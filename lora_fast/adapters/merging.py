@@ -124,7 +124,11 @@ class _Planner:
                     f"{self.adapter.weights_path}: {named[end]} and {wanted} are both the checkpoint's {key}"
                 )
             is_transposed = layer is not None and self.transposed[module]
-            changes[key][end] = Change(base if copy is None else copy, layer, is_transposed, added, stacked)
+            change = Change(base if copy is None else copy, layer, is_transposed, added, stacked)
+            # MLX-LM computes a tied head with the embedding's update
+            both = self.adapter.format == "mlx" and layer is not None and layer.is_embedding
+            for each, ends in changes.items() if both else [(key, [end])]:
+                changes[each] |= dict.fromkeys(ends, change)
         for wanted, (key, _) in end_of.items():
             self._check_head_outside(wanted, key)
         for key, ends in changes.items():
@@ -168,6 +172,8 @@ class _Planner:
 
     def _check_update(self, key: str, shape: tuple[int, ...], layer: AdapterLayer, is_transposed: bool) -> None:
         where, lora_A, lora_B = self.adapter.weights_path, layer.lora_A, layer.lora_B
+        if len(shape) < 2 or not math.prod(shape):
+            raise ValueError(f"{self.checkpoint.folder}: {key} has shape {list(shape)}, expected a weight [N, K]")
         weight = _as_matrix(torch.empty(shape, device="meta"), is_transposed)
         inner = layer.in_features * math.prod(layer.kernel)
         # a linear's update of a convolution of 1 × 1, and the other way round, is the same update
@@ -185,10 +191,13 @@ class _Planner:
             )
         if any(not tensor.isfinite().all() for tensor in (lora_A, lora_B, layer.magnitude) if tensor is not None):
             raise ValueError(f"{where}: has NaN or infinity for {key}")
-        if self.adapter.format != "peft":  # others give their lora_A the dilation of the base
-            return
-        module = self.resolver.end_at(key).removesuffix(".weight")
-        if self.resolver.known is not None and not self.resolver.known.is_plain_convolution(module):
+        module, known = self.resolver.end_at(key).removesuffix(".weight"), self.resolver.known
+        if self.adapter.format in ("kohya", "diffusers") and known is not None and known.is_transposed(module):
+            raise ValueError(
+                f"{self.checkpoint.folder}: {key} is stored [in, out], as transformers' Conv1D, which {where.name} "
+                "cannot mean: the tools that write such files have updates of torch.nn.Linear only"
+            )
+        if self.adapter.format == "peft" and known is not None and not known.is_plain_convolution(module):
             raise ValueError(
                 f"{self.checkpoint.folder}: {key} is a convolution with a dilation or a padding_mode, which PEFT does "
                 "not give to its lora_A, so that no weight computes what the two do together; keep the adapter"
@@ -212,6 +221,8 @@ class _Planner:
         if self.resolver.end_at(key) in self.resolver.stored or not entry.shape:
             return
         is_embedding = any(change.layer is not None and change.layer.is_embedding for change in changes.values())
+        if is_embedding and self.adapter.format == "mlx":  # whose update is the head's too, where the two are one
+            return
         words = architecture.vocabulary(config)
         if not (is_embedding or entry.shape[0] == words or (words is None and config.get(architecture.TIED) is True)):
             return
@@ -266,6 +277,7 @@ class _Planner:
         dtype = DTYPES[entry.dtype]
 
         def new(old: Tensor) -> Tensor:
+            was_finite = norms.all_finite(old)
             if change.base is not None:
                 wider = torch.promote_types(change.base.dtype, dtype)
                 old = change.base.to(wider, copy=True).contiguous()
@@ -276,7 +288,10 @@ class _Planner:
                 norms.merge(_as_matrix(old, change.is_transposed), change.layer)
             for rows, layer in change.stacked.items():
                 norms.merge(_as_matrix(old[rows.start : rows.stop], False), layer)
-            return old.to(dtype)
+            result = old.to(dtype)
+            if (change.updates or change.added is not None) and was_finite and not norms.all_finite(result):
+                raise ValueError(f"{self.adapter.weights_path}: {key} would become infinite or NaN in {entry.dtype}")
+            return result
 
         return Edit(_shape(entry, change), new)
 

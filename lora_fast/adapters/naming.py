@@ -3,8 +3,8 @@
 The base's own names decide: they are written as the file would write them (kohya's scripts and LyCORIS have _ for each
 dot), and looked up. A name is never taken apart at its underscores, which would be a guess. A file can have the names
 of another code base than the base has (:mod:`block_maps`), whose weights can hold several of the other's modules, one
-below another; and all its names can lack a prefix that the base's have, or have one more. What fits in two places is an
-error.
+below another; and all its names can lack a prefix that the base's have, or have one more, if no number is in it, which
+would say which of several blocks is meant. What fits in two places is an error.
 """
 
 from __future__ import annotations
@@ -14,13 +14,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from lora_fast.adapters import rows
 from lora_fast.adapters.adapter import Adapter, AdapterLayer
 from lora_fast.adapters.block_maps import MAPS, BlockMap
+from lora_fast.adapters.reading import described
 from lora_fast.adapters.rows import Rows
 
 # Whether torchtune has the rows of queries and keys in an order of its own, by transformers' model_type.
 ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+
+# How single-file checkpoints begin the names of each of their models, what diffusers calls it, and how the files of
+# adapters do. Below no other prefix with a number in it is looked for a name.
+_DENOISERS = {"", "unet", "transformer", "lora_unet", "lora_transformer", "lycoris", "diffusion_model"}
+_FIRST, _SECOND = {"", "text_encoder", "lora_te", "lora_te1"}, {"", "text_encoder_2", "lora_te2"}
+SINGLE_FILE_PREFIXES = {
+    "model.diffusion_model": ("unet", _DENOISERS),
+    "cond_stage_model.transformer": ("text_encoder", _FIRST),
+    "cond_stage_model.model": ("text_encoder", _FIRST),
+    "conditioner.embedders.0.transformer": ("text_encoder", _FIRST),
+    "conditioner.embedders.1.model": ("text_encoder_2", _SECOND),
+}
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
 
@@ -67,7 +82,8 @@ def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Ma
     """
     if adapter.format == "peft":
         return adapter
-    named = _named(adapter, weight_shapes(tensors), config, where)
+    shapes = weight_shapes(tensors)
+    named = _named(adapter, shapes, config, where)
     if adapter.format == "torchtune":
         for name, layer in named.layers.items():
             if layer.magnitude is not None and f"{name}.bias" in tensors:
@@ -75,7 +91,19 @@ def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Ma
                     f"{adapter.weights_path}: {name} has a bias in {where}, which torchtune's DoRA scales with the "
                     "weight, and no other DoRA does"
                 )
+    if adapter.format == "mlx":  # whose file does not tell an embedding from a linear, as the weight's shape does
+        layers = {name: _of_its_kind(layer, shapes.get(name)) for name, layer in named.layers.items()}
+        return dataclasses.replace(named, layers=layers)
     return named
+
+
+def _of_its_kind(layer: AdapterLayer, shape: tuple[int, ...] | None) -> AdapterLayer:
+    N, K = layer.out_features, layer.in_features
+    if not layer.is_embedding or N == K or shape != (N, K):
+        return layer
+    if layer.magnitude is not None:
+        raise ValueError(f"a magnitude [{K}] does not fit a linear [{N}, {K}], which is called as an embedding")
+    return dataclasses.replace(layer, is_embedding=False)
 
 
 def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: str) -> Adapter:
@@ -89,24 +117,26 @@ def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: s
             return adapter
         raise ValueError(_missing(index, adapter, modules, where))
     meanings = {module: index[name][view] for module, name in names.items()}
-    added = {}
+    layers, stacked = _layers(adapter, meanings, shapes, config, where)
+    added: dict[str, Tensor] = {}
     for name, tensor in adapter.added.items():
         module, _, part = name.rpartition(".")
         meaning, *more = meanings[module]
         if more or meaning.count != 1:
             raise ValueError(f"{adapter.weights_path}: {name} is not one tensor of {where}")
+        if f"{meaning.module}.{part}" in added or meaning.module in layers:
+            raise ValueError(f"{adapter.weights_path}: {name} and another of its names are {meaning.module} of {where}")
         added[f"{meaning.module}.{part}"] = tensor
-    layers, stacked = _layers(adapter, meanings, shapes, config)
     return dataclasses.replace(adapter, layers=layers, stacked=stacked, added=added, is_flattened=False)
 
 
 def fits(adapter: Adapter, shapes: Shapes) -> bool:
-    """Whether all names of ``adapter`` are in a base with these ``shapes``, and the sizes are the same."""
+    """Whether all names of ``adapter`` are in a base with these ``shapes``, perhaps twice, and the sizes fit."""
     index = _index(shapes, adapter)
     try:
         view, names = _best(index, adapter, _modules(adapter), shapes, "")
-    except ValueError:
-        return False
+    except ValueError:  # in two places of it
+        return True
     return view is not None and _fits(view, names, index, adapter, shapes)
 
 
@@ -125,7 +155,8 @@ def _index(shapes: Shapes, adapter: Adapter) -> dict[str, dict[View, list[Meanin
 
     for module in shapes:
         parts = module.split(".")
-        for length in range(len(parts)):
+        whole_only = adapter.format in ("torchtune", "litgpt")  # whose rows have another order under other names
+        for length in range(1 if whole_only else len(parts)):
             enter(".".join(parts[length:]), View("", ".".join(parts[:length])), Meaning(module))
         for block_map in MAPS:
             if adapter.format in block_map.formats:
@@ -154,11 +185,14 @@ def _best(
 ) -> tuple[View | None, dict[str, str]]:
     """The view in which all of the file's modules are in the base, and their names there."""
     separator = "_" if adapter.is_flattened else "."
-    for names in ({module: module for module in modules}, *_without_prefix(modules, separator)):
+    whole = {module: module for module in modules}
+    shortened = () if adapter.format in ("torchtune", "litgpt") else _without_prefix(modules, separator)
+    for names in (whole, *shortened):
         views = [
             view
             for view in index.get(names[modules[0]], {})
-            if all(view in index.get(name, {}) for name in names.values())
+            if _is_place(view.prefix, adapter.component, is_shortened=names is not whole)
+            and all(view in index.get(name, {}) for name in names.values())
         ]
         fitting = [view for view in views if _fits(view, names, index, adapter, shapes)] or views
         direct = [view for view in fitting if not view.map]
@@ -173,12 +207,25 @@ def _best(
     return None, {}
 
 
+def _is_place(prefix: str, component: str, *, is_shortened: bool) -> bool:
+    """Whether a component's names can stand below ``prefix``: its own in a single file, or one without numbers."""
+    for known, (_, components) in SINGLE_FILE_PREFIXES.items():
+        if prefix == known or prefix.startswith(f"{known}."):
+            return component in components and not has_number(prefix[len(known) :], ".")
+    return not has_number(prefix, ".") and not (is_shortened and prefix)
+
+
+def has_number(prefix: str, separator: str) -> bool:
+    """Whether a part of a name says which of several blocks it is."""
+    return any(part.isdigit() for part in prefix.split(separator))
+
+
 def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, str]]:
     """The names without what they all begin with, the least of it first."""
     parts = min((module.split(separator)[:-1] for module in modules), key=len)
     for length in range(1, len(parts) + 1):
         prefix = separator.join(parts[:length]) + separator
-        if not all(module.startswith(prefix) for module in modules):
+        if not all(module.startswith(prefix) for module in modules) or has_number(prefix, separator):
             return
         yield {module: module.removeprefix(prefix) for module in modules}
 
@@ -209,9 +256,9 @@ def _missing(
     counts: dict[View, int] = defaultdict(int)
     for module in modules:
         for view in index.get(module, {}):
-            counts[view] += 1
+            counts[view] += _is_place(view.prefix, adapter.component, is_shortened=False)
     missing = modules
-    if counts:
+    if any(counts.values()):
         best = max(counts, key=lambda view: counts[view])
         missing = [module for module in modules if best not in index.get(module, {})]
     shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -219,7 +266,7 @@ def _missing(
 
 
 def _layers(
-    adapter: Adapter, meanings: Mapping[str, list[Meaning]], shapes: Shapes, config: Mapping[str, Any]
+    adapter: Adapter, meanings: Mapping[str, list[Meaning]], shapes: Shapes, config: Mapping[str, Any], where: str
 ) -> tuple[dict[str, AdapterLayer], dict[str, dict[Rows, AdapterLayer]]]:
     """The updates by the base's modules, and those of rows of a module, by module and rows."""
     path = adapter.weights_path
@@ -230,44 +277,48 @@ def _layers(
         if found[0].count == 1 and len(found) > 1:
             twins = " and ".join(meaning.module for meaning in found)
             raise ValueError(f"{path}: {name} could be {twins}, whose names are one where dots are written as _")
+        if (count := found[0].count) > 1 and len({meaning.index for meaning in found}) < count:
+            there = ", ".join(meaning.module for meaning in found)
+            raise ValueError(f"{path}: {name} is {count} modules, of which {where} has only {there}")
         for meaning in found:
             if meaning.count > 1:
                 part = rows.part(layer, meaning.index, meaning.count)
                 own = rows.taken(layer, part, f"{path}: {name}, of which {meaning.module} is a part,")
             else:
                 own = layer
-            if meaning.is_rotary and (heads := _rotary_heads(meaning.module, config)) is not None:
+            if meaning.is_rotary and (heads := _rotary_heads(meaning.module, config, where)) is not None:
                 own = rows.half_rotation(own, heads, f"{path}: {name}")
             if meaning.count >= 1:
                 _enter(layers, meaning.module, own, path)
             else:
-                N, K = shapes[meaning.module][:2]
-                _enter(
-                    stacked.setdefault(meaning.module, {}),
-                    rows.of_parts(N, K, meaning.index, -meaning.count),
-                    own,
-                    path,
-                )
+                shape = shapes[meaning.module]
+                if len(shape) != 2:
+                    raise ValueError(f"{where}: {meaning.module} has shape {list(shape)}, expected [N, K]")
+                part = rows.of_parts(*shape, meaning.index, -meaning.count)
+                _enter(stacked.setdefault(meaning.module, {}), part, own, path)
     return layers, stacked
 
 
 def _enter(into: dict[Any, AdapterLayer], key: Any, layer: AdapterLayer, path: Any) -> None:
     if key in into:
-        raise ValueError(f"{path}: two of its names are {key}")
+        raise ValueError(f"{path}: two of its names are one module of the base: {key}")
     into[key] = layer
 
 
-def _rotary_heads(module: str, config: Mapping[str, Any]) -> int | None:
+def _rotary_heads(module: str, config: Mapping[str, Any], where: str) -> int | None:
     """The heads of ``module``, a projection to queries or keys, whose rows torchtune has in another order; or None."""
     kind = config.get("model_type")
-    if kind not in ROTARY_ORDER:
+    if not isinstance(kind, str) or kind not in ROTARY_ORDER:
         raise ValueError(
-            f"config.json: model_type is {kind!r}; the order of torchtune's rows is known for {', '.join(ROTARY_ORDER)}"
+            f"{where}: its config.json has model_type {described(kind)}; the order of torchtune's rows is known for "
+            f"{', '.join(ROTARY_ORDER)}"
         )
     if not ROTARY_ORDER[kind]:
         return None
     key = "num_key_value_heads" if module.endswith("k_proj") else "num_attention_heads"
     heads = config.get(key, config.get("num_attention_heads"))
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-        raise ValueError(f"config.json: {key} is {heads!r}, expected the number of heads of {module}")
+        raise ValueError(
+            f"{where}: its config.json has {key} {described(heads)}, expected the number of heads of {module}"
+        )
     return heads

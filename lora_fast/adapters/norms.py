@@ -21,6 +21,11 @@ def norm_of(weight: Tensor, layer: AdapterLayer) -> Tensor:
     return norm
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; in pieces, as the test makes several tensors of what it looks at."""
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(2**16))
+
+
 def without_eps(magnitude: Tensor, norm: Tensor, norm_eps: float) -> Tensor:
     """The magnitude m' that computes without ``norm_eps`` what ``magnitude`` m does with it: m / (n + eps) = m' / n.
 

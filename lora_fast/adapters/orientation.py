@@ -65,9 +65,11 @@ def _square(name: str, adapter: Adapter, key: str, resolver: Resolver) -> bool:
         return noted  # of the last such layer, which is this one
     if not noted and f"{key.removesuffix('.weight')}.bias" not in resolver.entries:
         return False  # a Conv1D has a bias
+    why = f"fan_in_fan_out={noted} is what PEFT noted of one layer of the file"
+    if adapter.format != "peft":
+        why = "nothing tells how it is stored"
     raise ValueError(
-        f"{adapter.config_path}: {key} is square, and fan_in_fan_out={noted} is what PEFT noted of one layer of the "
-        "file; say which such layers are stored [in, out], as transformers' Conv1D: merge_checkpoint(..., "
-        "fan_in_fan_out=True, False, or names), lora-fast merge --fan-in-fan-out all, none, or NAME,NAME"
-        f" ({resolver.why_unknown})"
+        f"{adapter.config_path}: {key} is square, and {why}; say which such layers are stored [in, out], as "
+        "transformers' Conv1D: merge_checkpoint(..., fan_in_fan_out=True, False, or names), lora-fast merge "
+        f"--fan-in-fan-out all, none, or NAME,NAME ({resolver.why_unknown})"
     )

@@ -32,10 +32,17 @@ def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
     if not is_pipeline(base):
         checkpoint = checkpoints.read(base)
         return [(checkpoint, _combined([_named(checkpoint, adapter) for adapter in file.components.values()]))]
-    folders = [folder for folder in sorted(base.iterdir()) if folder.is_dir() and any(folder.glob("*.safetensors"))]
+    folders = [
+        folder
+        for folder in sorted(base.iterdir())
+        if folder.is_dir() and folder.name.isidentifier() and any(folder.glob("*.safetensors"))
+    ]
     by_folder: dict[Path, list[Adapter]] = {}
     for component, adapter in file.components.items():
-        by_folder.setdefault(_folder(base, folders, component, adapter), []).append(adapter)
+        folder = _folder(base, folders, component, adapter)
+        by_folder.setdefault(folder, []).append(adapter)
+        if folder.name != component:
+            file.notes.append(f"has {component!r}, which is taken for {folder.name} of {base}")
     found = [(checkpoints.read(folder), adapters) for folder, adapters in by_folder.items()]
     return [
         (checkpoint, _combined([_named(checkpoint, adapter) for adapter in adapters])) for checkpoint, adapters in found
@@ -57,10 +64,8 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
         if folder.name == component:
             return folder
     is_text = re.match(r"(lora_(prior_)?te|text_encoder|clip|t5)", component) is not None
-    likely = [folder for folder in folders if folder.name.startswith("text_encoder") == is_text]
-    fitting = [
-        folder for folder in likely if naming.fits(adapter, naming.weight_shapes(shapes_of(checkpoints.read(folder))))
-    ]
+    likely = [folder for folder in folders if not component or _is_likely(folder.name, is_text)]
+    fitting = [folder for folder in likely if naming.fits(adapter, naming.weight_shapes(_shapes_in(folder)))]
     if len(fitting) > 1 and (number := re.search(r"\d$", component)) is not None:
         own = "text_encoder" + ("" if number[0] == "1" else f"_{number[0]}")
         fitting = [folder for folder in fitting if folder.name == own] or fitting
@@ -76,6 +81,16 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
             "(*.safetensors)"
         )
     return fitting[0]
+
+
+def _is_likely(folder: str, is_text: bool) -> bool:
+    return (
+        folder.startswith("text_encoder") if is_text else folder.startswith(("unet", "transformer", "prior", "decoder"))
+    )
+
+
+def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    return shapes_of(checkpoints.read(folder))
 
 
 def _combined(adapters: list[Adapter]) -> Adapter:

@@ -2,7 +2,8 @@
 
 An adapter has the names of the model that it was trained on. The checkpoint of the same model can have others: those of
 an older release, or of the model without its head. A name is followed where the file itself has it, where transformers
-knows the renaming, or where one prefix, added or taken away, is the only one that fits all of the adapter's names.
+knows the renaming, or where one prefix, added or taken away, is the only one that fits all of the adapter's names; one
+without a number, which would say which of several blocks is meant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property
 from lora_fast.adapters import architecture
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import Checkpoint
+from lora_fast.adapters.naming import has_number
 
 
 class Resolver:
@@ -109,6 +111,7 @@ class Resolver:
 
     def _by_prefix(self, wanted: list[str], missing: list[str]) -> dict[str, str]:
         added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
+        added = [prefix for prefix in added if not has_number(prefix, ".")]
         candidates = [{name: prefix + name for name in wanted} for prefix in added]
         candidates += [{name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)]
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
@@ -132,4 +135,6 @@ def _common_prefixes(names: list[str]) -> list[str]:
     """The leading parts that all of ``names`` share, each with its last dot, shortest first."""
     parts = min((name.split(".")[:-2] for name in names), key=len)  # of a module, at least, its own name stays
     prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
-    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
+    return [
+        prefix for prefix in prefixes if all(name.startswith(prefix) for name in names) and not has_number(prefix, ".")
+    ]

@@ -23,6 +23,8 @@ class Rows(NamedTuple):
 
 def of_parts(N: int, K: int, index: int, count: int) -> Rows:
     """The rows of part ``index`` of a weight [N, K] of ``count`` parts: each has K rows, the last the rest."""
+    if (count - 1) * K + 1 > N:
+        raise ValueError(f"a weight [{N}, {K}] does not hold the rows of {count} others, which have {K} each")
     return Rows(index * K, N if index == count - 1 else (index + 1) * K)
 
 
@@ -68,6 +70,8 @@ def fused(parts: dict[Rows, AdapterLayer], N: int, what: str, row_parts: tuple[i
     covered = sum(rows.stop - rows.start for rows in ordered)
     if with_magnitude and (len(with_magnitude) < len(layers) or covered < N):
         raise ValueError(f"{what}: DoRA of some of its rows only, which one adapter of all of them cannot express")
+    if len({layer.norm_eps for layer in with_magnitude}) > 1:
+        raise ValueError(f"{what}: its tool adds different numbers to the norms of its rows; merge it")
     if any(layer.norm_axis == "input" for layer in with_magnitude):
         raise ValueError(f"{what}: several norms for each input, which one adapter of all its rows cannot express")
     scalings = {layer.scaling for layer in layers}
@@ -87,9 +91,14 @@ def fused(parts: dict[Rows, AdapterLayer], N: int, what: str, row_parts: tuple[i
         else None,
         scaling=scalings.pop() if len(scalings) == 1 else 1.0,
         axis_reason=layers[0].axis_reason,
-        norm_eps=max(layer.norm_eps for layer in layers),
+        norm_eps=layers[0].norm_eps,
         row_parts=row_parts,
     )
+
+
+def are_rounded(parts: dict[Rows, AdapterLayer]) -> bool:
+    """Whether :func:`fused` multiplies different factors into lora_B, which rounds it."""
+    return len({layer.scaling for layer in parts.values()}) > 1
 
 
 def _scaled(layer: AdapterLayer) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.adapters.adapter import Adapter, AdapterLayer
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
 
@@ -48,12 +48,19 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
     written = Written(metadata=dict(metadata))
     for component, adapter in components.items():
         prefix = KOHYA_COMPONENTS.get(component, component)
+        if not single_file.is_flattened_component(prefix):
+            raise ValueError(
+                f"{adapter.weights_path}: kohya's files have no name for the model {component!r}; say which it is: "
+                "--component unet, text_encoder, …"
+            )
         modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
-        names = flattened(modules, adapter)
+        names = flattened(modules, adapter, is_text=prefix.startswith("lora_te"))
         for module, layer in adapter.layers.items():
             if layer.is_embedding:
                 raise ValueError(f"{adapter.weights_path}: {module} is an embedding, which kohya's files cannot have")
-            for part, tensor in _kohya_parts(layer).items():
+            if alpha_of(layer.scaling, layer.rank) / layer.rank != layer.scaling:
+                written.notes.append(f"no alpha divided by the rank is {module}'s factor to the last bit")
+            for part, tensor in _kohya_parts(f"{adapter.weights_path}: {module}", layer).items():
                 _put(written, f"{prefix}_{names[module]}.{part}", tensor)
         for key, tensor in adapter.added.items():
             module, _, part = key.rpartition(".")
@@ -64,18 +71,24 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
     return written
 
 
-def flattened(modules: Iterable[str], adapter: Adapter) -> dict[str, str]:
-    """Each module's name with _ for its dots; ValueError where two have one."""
+def flattened(modules: Iterable[str], adapter: Adapter, *, is_text: bool) -> dict[str, str]:
+    """Each module's name with _ for its dots; ValueError where two have one.
+
+    Of CLIP's the files have the level ``text_model``, which transformers 5 leaves out.
+    """
     by_name: dict[str, str] = {}
     for module in modules:
-        other = by_name.setdefault(module.replace(".", "_"), module)
+        whole = f"text_model.{module}" if is_text and module.startswith("encoder.layers.") else module
+        other = by_name.setdefault(whole.replace(".", "_"), module)
         if other != module:
             raise ValueError(f"{adapter.weights_path}: {other} and {module} are one name where dots are written as _")
     return {module: name for name, module in by_name.items()}
 
 
-def _kohya_parts(layer: AdapterLayer) -> dict[str, Tensor]:
+def _kohya_parts(what: str, layer: AdapterLayer) -> dict[str, Tensor]:
     alpha = alpha_of(layer.scaling, layer.rank)
+    if not alpha:
+        raise ValueError(f"{what} has alpha 0, which LyCORIS takes for the rank: leave the layer out")
     narrow = torch.tensor(alpha, dtype=torch.float32)
     parts = {
         "lora_down.weight": layer.lora_A,
@@ -101,7 +114,7 @@ def diffusers(components: Components) -> Written:
                 f"{adapter.weights_path}: diffusers' files name the model of each update, and {component or 'it'!r} is "
                 "none of diffusers': say which it is, --component unet, transformer, text_encoder or text_encoder_2"
             )
-        config = _peft_config(adapter, None, written)
+        config = _peft_config(adapter, None)
         header |= {f"{component}.{key}": value for key, value in config.items()}
         for key, tensor in _peft_tensors(adapter).items():
             _put(written, f"{component}.{key}", tensor)
@@ -115,7 +128,7 @@ def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
     written = Written(metadata={"format": "pt"})
     if adapter.only_linears:
         written.metadata[peft.WRITTEN_HERE] = "linears"
-    written.config = _peft_config(adapter, names, written)
+    written.config = _peft_config(adapter, names)
     for key, tensor in _peft_tensors(adapter).items():
         _put(written, peft.PREFIX + key, tensor)
     return written
@@ -129,18 +142,19 @@ def _only(components: Components, what: str) -> Adapter:
     return next(iter(components.values()))
 
 
-def _peft_config(adapter: Adapter, names: Iterable[str] | None, written: Written) -> dict[str, Any]:
+def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any]:
     where = adapter.weights_path
     _check_no_differences(adapter, "PEFT's")
     for name, layer in adapter.layers.items():
         if layer.magnitude is not None and layer.norm_axis == "input":
+            each, more = "word", ""
+            if not layer.is_embedding:
+                each = "input"
+                more = ", keep it (--to kohya), or write its whole difference (--to kohya --as-difference --base BASE)"
             raise ValueError(
-                f"{where}: {name} has one norm for each {'word' if layer.is_embedding else 'input'}, which PEFT and "
-                "diffusers do not have, and no other update computes the same. Merge it (lora-fast merge), keep it "
-                "(--to kohya), or write its whole difference (--to kohya --as-difference --base BASE)"
+                f"{where}: {name} has one norm for each {each}, which PEFT and diffusers do not have, and no other "
+                f"update computes the same. Merge it (lora-fast merge){more}"
             )
-        if layer.lora_mid is not None:
-            written.notes.append(f"lora_mid of {name} is multiplied into lora_A, rounded once")
     with_magnitude = [name for name, layer in adapter.layers.items() if layer.magnitude is not None]
     if 0 < len(with_magnitude) < len(adapter.layers):
         other = next(name for name, layer in adapter.layers.items() if layer.magnitude is None)
@@ -152,9 +166,9 @@ def _peft_config(adapter: Adapter, names: Iterable[str] | None, written: Written
         "peft_type": "LORA",
         **lora_config(adapter.layers, names),
         "use_dora": bool(with_magnitude),
-        "lora_dropout": adapter.config.get("lora_dropout") or 0.0,
+        "lora_dropout": dropout_of(adapter),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
         "inference_mode": True,
         "init_lora_weights": True,
         "task_type": adapter.config.get("task_type"),
@@ -224,7 +238,7 @@ def mlx_folder(components: Components) -> Written:
         "lora_parameters": {
             "rank": rank,
             "scale": scalings.pop() if len(scalings) == 1 else 1.0,
-            "dropout": float(adapter.config.get("lora_dropout") or 0.0),
+            "dropout": dropout_of(adapter),
             "keys": sorted({mlx.key_of(name) for name in adapter.layers}),
         },
     }

@@ -18,11 +18,15 @@ from lora_fast.calls import Axis
 
 @dataclass(frozen=True)
 class Word:
-    """What others say of the axis: the user, and the file of itself, ``noted_as`` in the words of its metadata."""
+    """What others say of the axis: the user, and the file of itself, ``noted_as`` in the words of its metadata.
+
+    ``is_renamed``: the shapes may be PEFT's under LyCORIS's name, as nothing says that LyCORIS or OneTrainer wrote it.
+    """
 
     user: Axis | None = None
     noted: Axis | None = None
     noted_as: str = ""
+    is_renamed: bool = True
 
 
 def decide(magnitude: Tensor, N: int, K: int, dim: int, word: Word) -> tuple[Axis, str]:
@@ -38,12 +42,14 @@ def decide(magnitude: Tensor, N: int, K: int, dim: int, word: Word) -> tuple[Axi
     if shape == [1, K, *ones]:
         found["input"] = f"its shape is {_form('[1, K', dim)}"
     # PEFT's shape for a convolution's, which some converters leave under LyCORIS's name
-    if dim > 2 and shape == [1, N, *ones]:
+    if word.is_renamed and dim > 2 and shape == [1, N, *ones]:
         found["output"] = f"its shape is {_form('[1, N', dim)}, PEFT's"
     if shape == [N]:
         found["output"] = "it has N entries" + ("" if N == K else ", not K")
     if shape == [K]:
         found["input"] = "it has K entries" + ("" if N == K else ", not N")
+    if N == K == 1 and found:
+        return "output", "it has one entry, and the two norms are one"
     if not found:
         expected = f"{_form('[N, 1', dim)} or {_form('[1, K', dim)}"
         raise ValueError(f"has shape {shape}, expected {expected} with N = {N} and K = {K}")

@@ -9,7 +9,6 @@ adapted has R rows of lora_A of its own: lora_B is read as a block diagonal.
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, check
 WEIGHTS_NAME = "lit_model.pth.lora"
 SETTINGS_NAME = "hyperparameters.yaml"
 MODEL_NAME = "model_config.yaml"
+MAX_ROWS = 2**22  # of a part of qkv: a hundred times the largest models'
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])")
 _PARTS = ("lora_query", "lora_key", "lora_value")
 
@@ -31,8 +31,8 @@ def read(folder: Path) -> AdapterFile:
     path = folder / WEIGHTS_NAME
     content = reading.read_pickle(path)
     inner = content.get("model", content)
-    if not isinstance(inner, dict):
-        raise ValueError(f"{path}: its model is a {type(inner).__name__}, expected a dict of tensors by name")
+    if not isinstance(inner, dict) or (inner is not content and len(content) > 1):
+        raise ValueError(f"{path}: expected a dict of tensors by name, alone or as its only entry, 'model'")
     tensors = reading.plain_tensors(inner, path)
     settings = reading.read_yaml(folder / SETTINGS_NAME)
     model = reading.read_yaml(folder / MODEL_NAME)
@@ -43,18 +43,18 @@ def read(folder: Path) -> AdapterFile:
         parts.setdefault(found["module"], {})[found["part"]] = tensor
     check_parts(parts, path)
     where = folder / SETTINGS_NAME
-    rank = reading.finite(settings.get("lora_r"), "lora_r", where)
-    scaling = reading.finite(settings.get("lora_alpha"), "lora_alpha", where) / rank if rank >= 1 else math.nan
+    rank = _size(settings, "lora_r", where)
+    scaling = reading.finite(settings.get("lora_alpha"), "lora_alpha", where) / rank
     dropout = reading.finite(settings.get("lora_dropout", 0.0), "lora_dropout", where)
     layers: dict[str, AdapterLayer] = {}
     for name, own in parts.items():
         if name.endswith(".qkv"):
-            layers[name] = _qkv(name, own, scaling, int(rank), settings, model, folder)
+            layers[name] = _qkv(name, own, scaling, rank, settings, model, folder)
         else:
             layers[name] = AdapterLayer(own["lora_A"], own["lora_B"], None, scaling)
             check_layer(name, layers[name], path)
-            if layers[name].rank != rank:
-                raise ValueError(f"{path}: {name} has rank {layers[name].rank}, {SETTINGS_NAME} says {rank:g}")
+            if layers[name].kernel or layers[name].rank != rank:
+                raise ValueError(f"{path}: {name} has rank {layers[name].rank}, {SETTINGS_NAME} says {rank}")
     adapter = Adapter(path, where, layers, only_linears=True, format="litgpt", config={"lora_dropout": dropout})
     return AdapterFile(folder, "litgpt", "litgpt", {"": adapter})
 
@@ -94,11 +94,14 @@ def _sizes(model: dict[str, Any], where: Path) -> tuple[int, int, int]:
     heads, width = _size(model, "n_head", where), _size(model, "n_embd", where)
     groups = _size(model, "n_query_groups", where) if model.get("n_query_groups") else heads
     head = _size(model, "head_size", where) if model.get("head_size") else width // heads
-    return heads * head, groups * head, groups * head
+    sizes = heads * head, groups * head, groups * head
+    if max(sizes) > MAX_ROWS:
+        raise ValueError(f"{where}: queries, keys and values would have {sizes} rows, expected at most {MAX_ROWS}")
+    return sizes
 
 
-def _size(model: dict[str, Any], key: str, where: Path) -> int:
-    size = model.get(key)
+def _size(settings: dict[str, Any], key: str, where: Path) -> int:
+    size = settings.get(key)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{where}: {key} is {size!r}, expected a positive integer")
+        raise ValueError(f"{where}: {key} is {reading.described(size)}, expected a positive integer")
     return size

@@ -24,7 +24,9 @@ METHODS = ("lora", "dora")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|m)")
 _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
 # Of an embedding, whose file does not differ from a linear's. Merged, the weight's shape tells as well.
-_EMBEDDING = re.compile(r"(.+\.)?(\w*embed\w*|wte|wpe)")
+_EMBEDDING = re.compile(
+    r"(.+\.)?(embed_tokens|embed_in|embed_positions|embedding|embeddings|shared|tok_embeddings|word_embeddings|wpe|wte)"
+)
 
 
 _IN_LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
@@ -54,6 +56,7 @@ def read(folder: Path) -> AdapterFile:
         raise ValueError(f"{config_path}: fine_tune_type is {kind!r}, expected 'lora' or 'dora' with lora_parameters")
     scaling = reading.finite(settings.get("scale"), "lora_parameters.scale", config_path)
     dropout = reading.finite(settings.get("dropout", 0.0), "lora_parameters.dropout", config_path)
+    rank = settings.get("rank")
     tensors, metadata = reading.read_safetensors(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -68,6 +71,9 @@ def read(folder: Path) -> AdapterFile:
             f"{path}: fine_tune_type is {kind!r} in {config_path.name}, which its magnitudes (m) contradict"
         )
     layers = {name: _layer(name, own, scaling, path) for name, own in parts.items()}
+    for name, layer in layers.items():
+        if rank is not None and layer.rank != rank:
+            raise ValueError(f"{path}: {name} has rank {layer.rank}, {config_path.name} says {reading.described(rank)}")
     adapter = Adapter(path, config_path, layers, format="mlx", config={"lora_dropout": dropout})
     return AdapterFile(folder, "mlx", "MLX-LM", {"": adapter}, metadata)
 

@@ -195,9 +195,9 @@ def _trained(
 def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> list[str]:
     try:
         noted = json.loads(metadata.get(TRAINED, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         noted = None
-    if not isinstance(noted, list) or not all(f"{PREFIX}{name}" in tensors for name in noted):
+    if not isinstance(noted, list) or not all(isinstance(name, str) and PREFIX + name in tensors for name in noted):
         raise ValueError(f"{where}: its note {TRAINED} is {metadata[TRAINED]!r:.80}, expected a list of its tensors")
     return noted
 
@@ -227,8 +227,8 @@ def matches(pattern: str, name: str, where: Path) -> bool:
     It is a regular expression from the file. One that could run for ever is refused: a repeated group, or more than
     three repetitions.
     """
-    literal = re.sub(r"\[[^]]*\]", "", re.sub(r"\\.", "", pattern))  # without what is escaped or in a class
-    if re.search(r"\)\s*[*+{]", literal) or len(re.findall(r"[*+{]", literal)) > 3 or len(pattern) > 1000:
+    literal = re.sub(r"\[[^]]*\]", "", re.sub(r"\\.", "", pattern)).replace("(?", "(")  # without escapes and classes
+    if re.search(r"\)\s*[*+?{]", literal) or len(re.findall(r"[*+?{]", literal)) > 3 or len(pattern) > 1000:
         raise ValueError(f"{where}: the pattern {pattern[:80]!r} repeats too much to be safe")
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
@@ -253,7 +253,7 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
     """Raise ValueError for a configuration of anything but LoRA and DoRA; ``path`` begins the sentence."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'")
+        raise ValueError(f"{path}: peft_type is {reading.described(kind)}, expected 'LORA'")
     for key in OTHER_METHODS:
         if config.get(key):
             raise ValueError(f"{path}: {key} is set, which is another method than LoRA and DoRA")

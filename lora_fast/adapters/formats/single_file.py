@@ -38,6 +38,8 @@ PARTS = {
     "lora.up.weight": "lora_B",
     "lora_linear_layer.down.weight": "lora_A",
     "lora_linear_layer.up.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
     "magnitude": "magnitude",
@@ -48,6 +50,7 @@ PARTS = {
     "diff_b": "bias",
     "b_norm": "bias",
 }
+NUMBERS = (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FACTORS = ("lora_A", "lora_B", "lora_mid", "alpha", "dora_scale", "magnitude")
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, PARTS))})")
 
@@ -90,16 +93,24 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 WRITTEN_HERE = "lora_fast.format"  # by convert, which adds nothing to a norm
 
 
+def is_flattened_component(component: str) -> bool:
+    """Whether names that begin so, with _ after it, are read back as that component's."""
+    found = _FLATTENED.fullmatch(f"{component}_x")
+    return found is not None and found["component"] == component
+
+
 @dataclass(frozen=True)
 class Origin:
     """Who wrote the file, and what its metadata says: the axis, and what the tool adds to a norm.
 
-    ``eps`` takes the dtype in which the magnitude is stored; it is None where it is not known.
+    ``has_own_shapes``: it is a tool that has dora_scale in LyCORIS's shapes, never in PEFT's. ``eps`` takes the dtype
+    in which the magnitude is stored; it is None where it is not known.
     """
 
     tool: str
     axis: Axis | None = None
     noted_as: str = ""
+    has_own_shapes: bool = False
     eps: Callable[[torch.dtype], float] | None = None
 
 
@@ -108,7 +119,7 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
     tensors, metadata = reading.read_safetensors(path)
     modules, unknown = _by_module(tensors, path, faults)
     origin = _origin(metadata, path)
-    word = axis.Word(user_axis, origin.axis, origin.noted_as)
+    word = axis.Word(user_axis, origin.axis, origin.noted_as, not origin.has_own_shapes)
     notes: list[str] = []
     components: dict[str, Adapter] = {}
     flattened: dict[str, bool] = {}
@@ -118,13 +129,15 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
         if flattened.setdefault(component, is_flattened) != is_flattened:
             faults(f"{path}: has names of {component} with dots and with _: {module} is one of them")
         if (twin := found.setdefault(component, {}).setdefault(name, parts)) is not parts:
-            if twin.keys() & parts.keys():
+            # diffusers' conversion leaves a dot in the name of a magnitude
+            if twin.keys() & parts.keys() or not (twin.keys() == {"magnitude"} or parts.keys() == {"magnitude"}):
                 faults(f"{path}: has {module} under two names")
             twin |= parts
+    is_peft = any(_WRAPPER in module for module in modules)
     for component, named in found.items():
         is_flattened = flattened[component] and (component != "" or not any("." in name for name in named))
         config = _configuration(metadata, component, path)
-        reader = _Reader(path, component, is_flattened, word, origin, norm_eps, config, faults, notes)
+        reader = _Reader(path, component, is_flattened, is_peft, word, origin, norm_eps, config, faults, notes)
         components[component] = Adapter(
             weights_path=path,
             config_path=path,
@@ -133,8 +146,9 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
             only_linears=True,
             is_flattened=is_flattened,
             format="kohya" if is_flattened else "diffusers",
+            component=component,
         )
-    if not any(adapter.layers or adapter.added for adapter in components.values()):
+    if not faults.found and not any(adapter.layers or adapter.added for adapter in components.values()):
         faults(f"{path}: holds no LoRA: {', '.join(list(tensors)[:4]) or 'it is empty'}")
     kind = "kohya" if any(adapter.is_flattened for adapter in components.values()) else "diffusers"
     return AdapterFile(path, kind, origin.tool, components, metadata, notes, unknown)
@@ -151,11 +165,13 @@ def _by_module(
         if (found := _KEY.fullmatch(key)) is None:
             method = next((name for name, pattern in _OTHERS.items() if pattern.fullmatch(key)), None)
             (unknown if method is None else others.setdefault(method, [])).append(key)
-        elif modules.setdefault(found["module"], {}).setdefault(PARTS[found["part"]], tensor) is not tensor:
-            faults(f"{path}: {found['module']} has two {PARTS[found['part']]}")
-        elif tensor.dtype not in DTYPES and found["part"] != "alpha":
+        elif tensor.dtype not in (NUMBERS if found["part"] == "alpha" else DTYPES):
             expected = "expected float64, float32, bfloat16 or float16"
             faults(f"{path}: {key} has dtype {tensor.dtype}, {expected}")
+        elif modules.setdefault(found["module"], {}).setdefault(PARTS[found["part"]], tensor) is not tensor:
+            faults(f"{path}: {found['module']} has two {PARTS[found['part']]}")
+        elif found["part"].startswith("lora_embedding"):
+            modules[found["module"]]["is_embedding"] = tensor
     for method, keys in others.items():
         faults(f"{path}: holds {method}, which is not LoRA or DoRA: {_shortened(keys)}")
     if unknown:
@@ -173,29 +189,20 @@ def _component(module: str) -> tuple[str, str, bool]:
     return "", module, True
 
 
+@dataclass(frozen=True)
 class _Reader:
-    """The layers of one component."""
+    """The layers of one component. ``config`` is PEFT's configuration of it, where the file has one."""
 
-    def __init__(
-        self,
-        path: Path,
-        component: str,
-        is_flattened: bool,
-        word: axis.Word,
-        origin: Origin,
-        norm_eps: float | None,
-        config: Mapping[str, Any] | None,
-        faults: Faults,
-        notes: list[str],
-    ) -> None:
-        self.path, self.component, self.is_flattened, self.word, self.origin = (
-            path,
-            component,
-            is_flattened,
-            word,
-            origin,
-        )
-        self.norm_eps, self.config, self.faults, self.notes = norm_eps, config, faults, notes
+    path: Path
+    component: str
+    is_flattened: bool
+    is_peft: bool
+    word: axis.Word
+    origin: Origin
+    norm_eps: float | None
+    config: Mapping[str, Any] | None
+    faults: Faults
+    notes: list[str]
 
     def layers(self, modules: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, AdapterLayer]]:
         for name, parts in modules.items():
@@ -214,7 +221,8 @@ class _Reader:
             raise ValueError(f"{where}: {called} has LoRA and a difference of its {' and '.join(sorted(both))} too")
         if "dora_scale" in parts and "magnitude" in parts:
             raise ValueError(f"{where}: {called} has two magnitudes")
-        layer = AdapterLayer(parts["lora_A"], parts["lora_B"], None, 0.0, lora_mid=parts.get("lora_mid"))
+        is_embedding = "is_embedding" in parts
+        layer = AdapterLayer(parts["lora_A"], parts["lora_B"], None, 0.0, is_embedding, lora_mid=parts.get("lora_mid"))
         check_layer(called, layer, where)
         if self.config is not None and bool(self.config.get("use_dora")) != ("magnitude" in parts):
             has = "a magnitude" if "magnitude" in parts else "no magnitude"
@@ -245,6 +253,7 @@ class _Reader:
             lora_B=layer.lora_B,
             magnitude=magnitude,
             scaling=scaling,
+            is_embedding=is_embedding,
             norm_axis=norm_axis,
             axis_reason=reason,
             norm_eps=eps,
@@ -262,9 +271,17 @@ class _Reader:
                 raise ValueError(
                     f"{where}: the alpha of {called} is 0, which LyCORIS takes for the rank; expected another"
                 )
+            if self.config is not None and (told := peft.scaling_of(self.config, name, rank, where)) != value / rank:
+                raise ValueError(
+                    f"{where}: the alpha of {called} gives the factor {value / rank:.9g}, its header {told:.9g}"
+                )
             return value / rank
         if self.config is not None:
             return peft.scaling_of(self.config, name, rank, where)
+        if self.is_peft:
+            raise ValueError(
+                f"{where}: has PEFT's names and no alpha, which PEFT has in an {peft.CONFIG_NAME} that is not beside it"
+            )
         if "magnitude" in parts and self.is_flattened:
             raise ValueError(
                 f"{where}: {called} has no alpha. ai-toolkit does not save that of DoRA for Stable Diffusion, and "
@@ -312,15 +329,15 @@ def _configuration(metadata: Mapping[str, str], component: str, path: Path) -> M
         key.removeprefix(f"{component}."): value for key, value in content.items() if key.startswith(f"{component}.")
     }
     config = own or content
-    if "r" not in config:
-        return None
+    if not own and "r" not in config and "lora_alpha" not in config:
+        return None  # the header is of other models
     peft.check_config({"peft_type": "LORA"} | config, f"{path}: its {DIFFUSERS_METADATA}")
     return config
 
 
 def _origin(metadata: Mapping[str, str], path: Path) -> Origin:
     if WRITTEN_HERE in metadata:
-        return Origin("lora_fast", eps=_none)
+        return Origin("lora_fast", has_own_shapes=True, eps=_none)
     if "ot_branch" in metadata or "ot_revision" in metadata or "ot_config" in metadata:
         return _one_trainer(metadata, path)
     if "ai-toolkit" in metadata.get("software", ""):
@@ -348,17 +365,20 @@ def _lycoris(tool: str, arguments: str, metadata: Mapping[str, str], path: Path)
         told = {torch.float16: "ss_full_fp16", torch.bfloat16: "ss_full_bf16"}.get(stored, "")
         return torch.finfo(torch.float32 if metadata.get(told) == "False" else stored).eps
 
-    return Origin(tool, axes.get(said), f"wd_on_output={said}", eps)
+    return Origin(tool, axes.get(said), f"wd_on_output={said}", True, eps)
 
 
 def _one_trainer(metadata: Mapping[str, str], path: Path) -> Origin:
     if "ot_config" not in metadata:
         return Origin("OneTrainer")
     config = reading.parse_json(metadata["ot_config"], f"{path}: its ot_config")
-    on_output = config.get("lora_decompose_output_axis") is True
+    said = config.get("lora_decompose_output_axis")
+    if said not in (True, False, None):
+        raise ValueError(f"{path}: lora_decompose_output_axis in its ot_config is {reading.described(said)}")
     eps = torch.finfo(torch.float32).eps if config.get("lora_decompose_norm_epsilon") is True else 0.0
-    noted_as = f"lora_decompose_output_axis={json.dumps(on_output)}"
-    return Origin("OneTrainer", "output" if on_output else "input", noted_as, lambda dtype: eps)
+    # settings without the choice are from before there was one
+    noted_as = "no lora_decompose_output_axis" if said is None else f"lora_decompose_output_axis={json.dumps(said)}"
+    return Origin("OneTrainer", "output" if said else "input", noted_as, True, lambda dtype: eps)
 
 
 def _none(dtype: torch.dtype) -> float:

@@ -32,6 +32,10 @@ def read(path: Path) -> AdapterFile:
             raise ValueError(f"{path}: {key} is no part of LoRA or DoRA as torchtune names it")
         parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = tensor
     check_parts(parts, path)
+    peft.check_config(config, str(config_path))
+    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise ValueError(f"{config_path}: {key} is set, which torchtune does not know")
     rank, alpha = (reading.finite(config.get(key), key, config_path) for key in ("r", "lora_alpha"))
     layers = {name: _layer(name, own, rank, alpha, path) for name, own in parts.items()}
     adapter = Adapter(path, config_path, layers, only_linears=True, format="torchtune")
@@ -48,6 +52,6 @@ def _layer(name: str, parts: dict[str, Tensor], rank: float, alpha: float, path:
         axis_reason="" if magnitude is None else "torchtune has one norm for each output",
     )
     check_layer(name, layer, path)
-    if layer.rank != rank:
+    if layer.kernel or layer.rank != rank:
         raise ValueError(f"{path}: {name} has rank {layer.rank}, {peft.CONFIG_NAME} beside it says {rank:g}")
     return layer
