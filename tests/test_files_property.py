@@ -134,8 +134,10 @@ def test_converted_to_one_norm_for_each_output(drawn: list[Update], to: str) -> 
         base_file(base / "model.safetensors", by_name)
         out = Path(folder) / ("out" if to == "peft" else "out.safetensors")
         done = lora_fast.convert_adapter(path, out, to, component="transformer", magnitude_axis="output")
-        folded = [name for name, update in by_name.items() if update.mid is not None]
-        assert len([note for note in done.notes if "lora_mid" in note]) == len(folded)
+        folded = ", ".join(name for name, update in by_name.items() if update.mid is not None)
+        assert ([f"lora_mid of {folded} is multiplied into lora_A, rounded once"] if folded else []) == [
+            note for note in done.notes if "lora_mid" in note
+        ]
         before, after = (files.read(each, magnitude_axis="output").layers for each in (path, out))
         for name, update in by_name.items():
             assert after[name].scaling == before[name].scaling

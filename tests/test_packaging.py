@@ -235,7 +235,7 @@ def test_metadata(pure_wheel: Path) -> None:
     assert fields["License-File"] == "LICENSE"
     assert fields["Requires-Python"] == ">=3.10"
     assert [name for name in fields.get_all("Requires-Dist", []) if "extra ==" not in name] == ["torch>=2.10"]
-    extras = {"adapters", "bitsandbytes", "deepspeed", "demo", "hqq", "lint", "peft", "test", "torchao"}
+    extras = {"adapters", "bitsandbytes", "deepspeed", "demo", "hqq", "interop", "lint", "peft", "test", "torchao"}
     assert set(fields.get_all("Provides-Extra", [])) == extras
     with zipfile.ZipFile(pure_wheel) as archive:
         dist_info = f"lora_fast-{lora_fast.__version__}.dist-info"

@@ -12,7 +12,7 @@ is 0 but for LyCORIS and OneTrainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,3 +202,9 @@ def dropout_of(adapter: Adapter) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{adapter.config_path}: lora_dropout is {str(dropout)[:40]!r}, expected a number in [0, 1)")
     return float(dropout)
+
+
+def shortened(names: Iterable[str], most: int = 4) -> str:
+    """The first of many names, for a sentence."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import architecture, files, naming, norms, placing, reading, rows, writing
-from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterFile, AdapterLayer
+from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterFile, AdapterLayer, shortened
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.unfinished import written_whole
@@ -35,7 +35,7 @@ WEIGHTS_NAMES = {"peft": peft.WEIGHTS_NAME, "mlx": mlx.WEIGHTS_NAME}
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the number of layers, and what has to be known of it, in sentences."""
+    """What was written: the number of updates and differences, and what has to be known of it, in sentences."""
 
     layers: int
     notes: list[str]
@@ -75,22 +75,14 @@ def convert_adapter(
     written then.
     """
     out = Path(out).absolute()
-    if to not in TARGETS:
-        raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, TARGETS))}")
+    _check_out(out, to)
     if as_difference and (to != "kohya" or base is None):
         raise ValueError("as_difference: needs to='kohya' and the base, of which it is the difference")
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out}: exists already; expected a new name")
-    if to in WEIGHTS_NAMES:
-        if out.suffix == ".safetensors":
-            raise ValueError(f"out: got {out.name!r}, expected the name of a folder, which {to!r} is")
-    elif out.suffix != ".safetensors":
-        raise ValueError(f"out: got {out.name!r}, expected the name of a *.safetensors, which {to!r} is")
     file = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
     for adapter in file.components.values():
         _check_only_updates(adapter)
     names: list[str] | None = None
-    notes = [f"{file.path} {note}" for note in file.notes]
+    notes: list[str] = []
     if base is None:
         components = _without_base(file, to)
     else:
@@ -98,9 +90,6 @@ def convert_adapter(
     # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
     said = (base, norm_eps, magnitude_axis, magnitude_dtype)
     keeps_origin = to == file.format == "kohya" and all(each is None for each in said)
-    notes += [
-        f"left out, a second time in the file: {key}" for each in file.components.values() for key in each.left_out
-    ]
     if not keeps_origin:
         notes += _check_eps(components)
     if to != "kohya":
@@ -111,7 +100,20 @@ def convert_adapter(
     if not keeps_origin:
         written.metadata[single_file.WRITTEN_HERE] = to
     _write(out, to, written)
-    return Converted(sum(len(adapter.layers) for adapter in components.values()), notes + written.notes)
+    left_out = [key for adapter in file.components.values() for key in adapter.left_out]
+    notes += [f"left out, a second time in the file: {shortened(left_out)}"] if left_out else []
+    layers = sum(len(adapter.layers) + len(adapter.added) for adapter in components.values())
+    return Converted(layers, [f"{file.path} {note}" for note in file.notes] + notes + written.notes)
+
+
+def _check_out(out: Path, to: str) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, TARGETS))}")
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out}: exists already; expected a new name")
+    if (out.suffix == ".safetensors") == (to in WEIGHTS_NAMES):
+        expected = "a folder" if to in WEIGHTS_NAMES else "a *.safetensors"
+        raise ValueError(f"out: got {out.name!r}, expected the name of {expected}, which {to!r} is")
 
 
 def _chosen(file: AdapterFile, component: str | None) -> AdapterFile:
@@ -181,9 +183,9 @@ def _with_base(
             _check_fits(module, layer, shapes.get(module), placed, checkpoint)
         if to == "kohya":
             _check_no_conv1d(placed, checkpoint)
-        for module, parts in placed.stacked.items():
-            if rows.are_rounded(parts) and not as_difference:
-                notes.append(f"the factors of {module}'s parts differ, and are multiplied into lora_B, rounded once")
+        rounded = [module for module, parts in placed.stacked.items() if rows.are_rounded(parts)]
+        if rounded and not as_difference:
+            notes.append(f"the factors of the parts of {shortened(rounded)} are multiplied into lora_B, rounded once")
         placed = _difference_of(placed, checkpoint) if as_difference else _one_update_each(placed, checkpoint, shapes)
         placed, prefix = _without_prefix(placed, base)
         called = component or _component(checkpoint, name, prefix)
@@ -205,7 +207,7 @@ def _check_fits(
     N, K = layer.out_features, layer.in_features * math.prod(layer.kernel)
     if shape is None:
         raise ValueError(f"{checkpoint.folder}: {module} of {adapter.weights_path} is not in it")
-    found = [shape[0], math.prod(shape[1:])] if shape else []
+    found = [shape[0], math.prod(shape[1:])] if len(shape) > 1 else []
     if found != [N, K] and not (len(shape) == 2 and found == [K, N] and not layer.kernel):
         raise ValueError(
             f"{adapter.weights_path}: has an update [N, K] = {[N, K]} for {module}, which has {list(shape)} in "
@@ -318,8 +320,8 @@ def _check_eps(components: dict[str, Adapter]) -> Iterator[str]:
 
 def _multiplied(components: dict[str, Adapter]) -> Iterator[str]:
     for adapter in components.values():
-        cores = [name for name, layer in adapter.layers.items() if layer.lora_mid is not None]
-        yield from (f"lora_mid of {name} is multiplied into lora_A, rounded once" for name in cores)
+        if cores := [name for name, layer in adapter.layers.items() if layer.lora_mid is not None]:
+            yield f"lora_mid of {shortened(cores)} is multiplied into lora_A, rounded once"
 
 
 def _without_cores(adapter: Adapter) -> Adapter:

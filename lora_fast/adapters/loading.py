@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fast import bases
 from lora_fast.adapters import files, gathering, naming, norms, rows
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
 from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.calls import Axis
@@ -351,16 +351,15 @@ def _linears(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
     by_name = {place.name: place for place in places(model)}
     never_called = set(read_without_call(model))
     if missing := [name for name in adapter.layers if name not in by_name]:
-        raise ValueError(f"{where}: {', '.join(missing[:8])} is not in the model")
+        raise ValueError(f"{where}: {shortened(missing, 8)} is not in the model")
     others = [
         f"{name} is a {type(by_name[name].module).__name__}"
         for name, layer in adapter.layers.items()
         if layer.is_embedding or not isinstance(by_name[name].module, nn.Linear) or by_name[name].holder is None
     ]
     if others:
-        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         raise ValueError(
-            f"{where}: {', '.join(others[:8])}{more}; load_adapter takes torch.nn.Linear inside a model only. Merge "
+            f"{where}: {shortened(others, 8)}; load_adapter takes torch.nn.Linear inside a model only. Merge "
             "the adapter into the checkpoint (lora-fast merge)"
         )
     found: dict[str, Place] = {}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_fast.adapters import rows
-from lora_fast.adapters.adapter import Adapter, AdapterLayer
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, shortened
 from lora_fast.adapters.block_maps import MAPS, BlockMap
 from lora_fast.adapters.reading import described
 from lora_fast.adapters.rows import Rows
@@ -261,8 +261,8 @@ def _missing(
     if any(counts.values()):
         best = max(counts, key=lambda view: counts[view])
         missing = [module for module in modules if best not in index.get(module, {})]
-    shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-    return f"{where}: {len(missing)} of the {len(modules)} modules of {adapter.weights_path} are not in it: {shown}"
+    count = f"{len(missing)} of the {len(modules)} modules"
+    return f"{where}: {count} of {adapter.weights_path} are not in it: {shortened(missing, 8)}"
 
 
 def _layers(

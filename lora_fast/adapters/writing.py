@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
 
@@ -55,11 +55,11 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
             )
         modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
         names = flattened(modules, adapter, is_text=prefix.startswith("lora_te"))
+        if uneven := [name for name, layer in adapter.layers.items() if not _has_alpha(layer)]:
+            written.notes.append(f"no alpha over the rank is the factor of {shortened(uneven)} to the last bit")
         for module, layer in adapter.layers.items():
             if layer.is_embedding:
                 raise ValueError(f"{adapter.weights_path}: {module} is an embedding, which kohya's files cannot have")
-            if alpha_of(layer.scaling, layer.rank) / layer.rank != layer.scaling:
-                written.notes.append(f"no alpha divided by the rank is {module}'s factor to the last bit")
             for part, tensor in _kohya_parts(f"{adapter.weights_path}: {module}", layer).items():
                 _put(written, f"{prefix}_{names[module]}.{part}", tensor)
         for key, tensor in adapter.added.items():
@@ -69,6 +69,11 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
             ending = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}[part][is_norm]
             _put(written, f"{prefix}_{names[module]}.{ending}", tensor)
     return written
+
+
+def _has_alpha(layer: AdapterLayer) -> bool:
+    """Whether an alpha gives the layer's factor to the last bit; of rsLoRA's α / √R not every one does."""
+    return alpha_of(layer.scaling, layer.rank) / layer.rank == layer.scaling
 
 
 def flattened(modules: Iterable[str], adapter: Adapter, *, is_text: bool) -> dict[str, str]:

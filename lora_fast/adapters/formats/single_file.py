@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import DTYPES, Adapter, AdapterFile, AdapterLayer, Faults, check_layer
+from lora_fast.adapters.adapter import DTYPES, Adapter, AdapterFile, AdapterLayer, Faults, check_layer, shortened
 from lora_fast.adapters.formats import axis, peft
 from lora_fast.calls import Axis
 
@@ -173,9 +173,9 @@ def _by_module(
         elif found["part"].startswith("lora_embedding"):
             modules[found["module"]]["is_embedding"] = tensor
     for method, keys in others.items():
-        faults(f"{path}: holds {method}, which is not LoRA or DoRA: {_shortened(keys)}")
+        faults(f"{path}: holds {method}, which is not LoRA or DoRA: {shortened(keys)}")
     if unknown:
-        faults(f"{path}: {_shortened(unknown)} is no part of LoRA or DoRA that is known here")
+        faults(f"{path}: {shortened(unknown)} is no part of LoRA or DoRA that is known here")
     return modules, unknown + [key for keys in others.values() for key in keys]
 
 
@@ -383,7 +383,3 @@ def _one_trainer(metadata: Mapping[str, str], path: Path) -> Origin:
 
 def _none(dtype: torch.dtype) -> float:
     return 0.0
-
-
-def _shortened(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
