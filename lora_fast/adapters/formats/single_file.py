@@ -287,7 +287,7 @@ class _Reader:
                 f"{where}: {called} has no alpha. ai-toolkit does not save that of DoRA for Stable Diffusion, and "
                 "without it nothing says what the layer computes"
             )
-        self._note("has no alpha where it could be: the update is not scaled (alpha is the rank)")
+        self._note("has no alpha: its updates are taken with the factor 1, as tools do that write such files")
         return 1.0
 
     def _eps(self, dtype: torch.dtype) -> float:
