@@ -154,7 +154,8 @@ class Faults:
     def __call__(self, message: str) -> None:
         if self.found is None:
             raise ValueError(message)
-        self.found.append(message)
+        if message not in self.found:
+            self.found.append(message)
 
 
 def check_parts(parts: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:

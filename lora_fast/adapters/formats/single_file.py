@@ -296,9 +296,9 @@ class _Reader:
             return self.norm_eps
         stored = torch.finfo(dtype).eps
         if self.origin.eps is None:
+            who = f"is {self.origin.tool}'s, without its settings" if self.origin.tool else "does not say who wrote it"
             self._note(
-                f"does not say who wrote it: nothing is added to the norms, where LyCORIS would add {stored:.3g} "
-                "(norm_eps, --norm-eps)"
+                f"{who}: nothing is added to the norms, where LyCORIS would add {stored:.3g} (norm_eps, --norm-eps)"
             )
             return 0.0
         eps = self.origin.eps(dtype)
