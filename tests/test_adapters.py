@@ -393,6 +393,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "one-dimensional": (edit_tensors(lambda t: t.update({A: torch.ones(48)})), r"expected \[R, K\]"),
     "empty tensor": (edit_tensors(lambda t: t.update({A: torch.ones(4, 0)})), r"expected \[R, K\]"),
     "misshapen magnitude": (edit_tensors(lambda t: t.update({M: torch.ones(21)})), r"expected \[N\] = \[20\]"),
+    "a row for a magnitude": (edit_tensors(lambda t: t.update({M: torch.ones(1, 20)})), r"expected \[N\] = \[20\]"),
     "integers": (edit_tensors(lambda t: t.update({A: torch.ones(4, 12, dtype=torch.int8)})), "torch.int8"),
     "another module": (
         edit_tensors(

@@ -212,7 +212,9 @@ def test_one_file_of_other_tools(write: Any, axis: str, alpha: float | None, tmp
     base = base_file(tmp_path / "base.safetensors", {"blocks.0.q": update})
     assert_close(merged_file(base, adapter, tmp_path / "out.safetensors")["blocks.0.q.weight"], update.merged(), 1e-12)
     if alpha is None:
-        assert any("has no alpha: its updates are taken with the factor 1" in note for note in files.read_file(adapter).notes)
+        assert any(
+            "has no alpha: its updates are taken with the factor 1" in note for note in files.read_file(adapter).notes
+        )
 
 
 def diffusers_file(path: Path, update: Update, config: dict[str, Any], prefix: str = "unet.") -> Path:
