@@ -268,3 +268,23 @@ def test_a_magnitude_is_of_the_output_and_never_of_the_input(name: str, tmp_path
         files.read(path([1, 8]))
     with pytest.raises(ValueError, match="magnitude_axis says 'input'"):
         files.read(path([8]), magnitude_axis="input")
+
+
+@pytest.mark.bitsandbytes
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_an_eps_is_folded_in_over_a_quantised_weight_too(axis: str, tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from quantised_helpers import BY_NAME
+
+    linear = BY_NAME["nf4-float32"].linear()
+    update = make_update(linear.out_features, linear.in_features, axis=axis, dtype=torch.float16)
+    update.up *= 0.1
+    update.weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    model = nn.Sequential(linear)
+    lora_fast.load_adapter(model, kohya_file(tmp_path / "a.safetensors", {"0": update}, LYCORIS))
+    x = torch.randn(3, linear.in_features)
+    bias = 0.0 if linear.bias is None else linear.bias.double()
+    expected = x.double() @ update.merged(EPS[torch.float16]).T + bias
+    assert_close(model.eval()(x).double(), expected, 1e-6)
+    with pytest.raises(AssertionError):  # the tolerance sees an eps that is left out
+        assert_close(x.double() @ update.merged(0.0).T + bias, expected, 1e-6)
