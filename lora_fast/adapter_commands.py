@@ -25,7 +25,8 @@ def add_commands(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what is in an adapter's file: format, layers, norm axis and why, what is unknown",
-        description="Of the file or folder of any tool. Exit status: 1 for a file that load, merge and convert refuse.",
+        description="Of the file or folder of any tool. Exit status: 1 for a file that load, merge and convert refuse, "
+        "2 for one that cannot be read.",
     )
     inspect.add_argument("adapter", type=Path, metavar="FILE_OR_FOLDER")
     _add_reading(inspect)

@@ -64,6 +64,12 @@ STRANGERS = [
     ("lora_te_text_model_encoder_layers_9_fc1", "encoder.layers.0.fc1"),
     ("lora_unet_attn_q", "blocks.3.attn.q"),
     ("lora_unet_text_model_proj", "vision.proj"),
+    ("lora_unet_single_transformer_blocks_0_to_q", "transformer_blocks.0.to_q"),
+    ("lora_unet_vace_blocks_0_self_attn_q", "blocks.0.self_attn.q"),
+    ("lora_unet_cross_attn_to_q", "attn.to_q"),
+    ("text_encoder_2.text_model.proj", "cond_stage_model.transformer.text_model.proj"),
+    ("clip_g.text_model.proj", "conditioner.embedders.0.transformer.text_model.proj"),
+    ("text_encoder.mid.proj", "model.diffusion_model.mid.proj"),
     ("lora_unet_text_model_proj", "cond_stage_model.transformer.text_model.proj"),
     ("lora_te2_text_model_proj", "conditioner.embedders.0.transformer.text_model.proj"),
     ("lora_te1_mid_proj", "model.diffusion_model.mid.proj"),
@@ -120,7 +126,7 @@ def test_a_base_of_another_model_or_of_other_sizes_is_refused(to: str, tmp_path:
     save_file({f"unet.a.b.{key}": value for key, value in tensors.items()}, tmp_path / "a.safetensors")
     out = tmp_path / ("out" if to in ("peft", "mlx") else "out.safetensors")
     other = base_file(tmp_path / "other.safetensors", {"a.c": update})
-    with pytest.raises(ValueError, match=r"a\.b of .* is not in it"):
+    with pytest.raises(ValueError, match=r"a\.b of .* is not in it|are not in it: a\.b"):
         lora_fast.convert_adapter(tmp_path / "a.safetensors", out, to, base=other)
     sizes = base_file(tmp_path / "sizes.safetensors", {"a.b": make_update(16, 4)})
     with pytest.raises(ValueError, match=r"has an update \[N, K\] = \[6, 4\] for a\.b, which has \[16, 4\]"):
@@ -223,8 +229,22 @@ def test_conv1d_has_no_words_in_kohya_s_files(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "peft")
     for options in ({}, {"base": base}, {"base": base, "as_difference": True}):
-        with pytest.raises(ValueError, match="Conv1D, .*which kohya's files cannot mean|Conv1D, which kohya"):
+        with pytest.raises(ValueError, match="Conv1D, .*which the files of image models cannot mean"):
             lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", **options)
+    for options in ({"component": "unet"}, {"base": base, "component": "unet"}):
+        with pytest.raises(ValueError, match="Conv1D, .*which the files of image models cannot mean"):
+            lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "diffusers", **options)
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": False}))
+    with pytest.raises(ValueError, match=r"c_proj is transformers' Conv1D"):  # its class says so
+        lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", base=base)
+    (base / "config.json").write_text('{"architectures": ["Unknown"]}')
+    with pytest.raises(
+        ValueError, match=r"c_proj is square, and may be transformers' Conv1D or not: transformers does not"
+    ):
+        lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", base=base)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": True}))
+    gpt2(tmp_path)
     name = "transformer.h.0.attn.c_proj"
     adapter = kohya_file(tmp_path / "a.safetensors", {name: make_update(8, 8)})
     refused("is stored .in, out., as transformers' Conv1D, which a.safetensors cannot mean", base, adapter)
@@ -331,3 +351,93 @@ def test_clip_s_names_with_and_without_their_first_level(level: str, tmp_path: P
     flat = tmp_path / "flat.safetensors"
     lora_fast.convert_adapter(tmp_path / "a.safetensors", flat, "kohya", component="text_encoder_2")
     assert all(key.startswith("lora_te2_text_model_encoder_layers_0_self_attn_") for key in load_file(flat))
+
+
+def test_openclip_s_names_over_transformers_4_s(tmp_path: Path) -> None:
+    update = make_update(6, 6)
+    name = "text_model.encoder.layers.0.self_attn.out_proj"
+    base = base_file(tmp_path / "base.safetensors", {name: update})
+    source = kohya_file(
+        tmp_path / "a.safetensors", {"transformer.resblocks.0.attn.out_proj": update}, prefix="lora_te_"
+    )
+    assert_close(merged_file(base, source, tmp_path / "out.safetensors")[f"{name}.weight"], update.merged())
+
+
+def clip(folder: Path, level: str, weights: dict[str, Tensor]) -> Path:
+    (folder / "text_encoder").mkdir(parents=True)
+    save_file({level + key: value for key, value in weights.items()}, folder / "text_encoder" / "model.safetensors")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def test_a_text_encoder_s_names_all_have_their_level_or_none(tmp_path: Path) -> None:
+    update = make_update(6, 6)
+    weights = {"encoder.layers.0.mlp.fc1.weight": update.weight, "final_layer_norm.weight": torch.ones(6)}
+    tensors = {f"lora_te_encoder_layers_0_mlp_fc1.{key}": value for key, value in update.kohya().items()}
+    save_file(tensors | {"lora_te_final_layer_norm.w_norm": torch.ones(6)}, tmp_path / "a.safetensors")
+    old, new = clip(tmp_path / "old", "text_model.", weights), clip(tmp_path / "new", "", weights)
+    for base in (old, new):
+        out = tmp_path / f"from_{base.name}.safetensors"
+        lora_fast.convert_adapter(tmp_path / "a.safetensors", out, "kohya", base=base)
+        assert all(key.startswith("lora_te_text_model_") for key in load_file(out))
+        for other in (old, new):
+            merge_checkpoint(other, out, tmp_path / f"{base.name}_{other.name}")
+            merged = load_file(tmp_path / f"{base.name}_{other.name}" / "text_encoder" / "model.safetensors")
+            level = "text_model." if other is old else ""
+            assert_close(merged[f"{level}encoder.layers.0.mlp.fc1.weight"], update.merged())
+            assert torch.equal(merged[f"{level}final_layer_norm.weight"], torch.full((6,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component", "expected"),
+    [
+        ("cond_stage_model.transformer", "text_encoder", "lora_te"),
+        ("conditioner.embedders.0.transformer", "text_encoder", "lora_te1"),
+        ("conditioner.embedders.0.transformer", "lora_te1", "lora_te1"),
+        ("cond_stage_model.transformer", "lora_te", "lora_te"),
+    ],
+)
+def test_kohya_s_number_of_a_text_encoder(prefix: str, component: str, expected: str, tmp_path: Path) -> None:
+    update = make_update(6, 6)
+    module = "text_model.encoder.layers.0.mlp.fc1"
+    base = base_file(tmp_path / "base.safetensors", {f"{prefix}.{module}": update})
+    if component.startswith("lora"):
+        source = kohya_file(tmp_path / "a.safetensors", {module: update}, prefix=f"{component}_")
+    else:
+        parts = {"lora_A.weight": update.down, "lora_B.weight": update.up, "alpha": torch.tensor(update.alpha)}
+        source = tmp_path / "a.safetensors"
+        save_file({f"{component}.{module}.{key}": value for key, value in parts.items()}, source)
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", base=base)
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == [expected]
+
+
+def test_original_names_are_not_diffusers(tmp_path: Path) -> None:
+    update = make_update(24, 8)
+    parts = {"lora_A.weight": update.down, "lora_B.weight": update.up, "alpha": torch.tensor(update.alpha)}
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{name}.{key}": value for key, value in parts.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="is a name of the original code base, which diffusers calls otherwise"):
+        lora_fast.convert_adapter(
+            tmp_path / "a.safetensors", tmp_path / "out.safetensors", "diffusers", component="transformer"
+        )
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers", "kohya"])
+@pytest.mark.parametrize("is_convolution", [True, False])
+def test_one_by_one_convolutions_and_linears_are_written_as_the_base_has_them(
+    is_convolution: bool, to: str, tmp_path: Path
+) -> None:
+    update = make_update(8, 6, axis="output")
+    shaped = update.weight[..., None, None] if is_convolution else update.weight
+    save_file({"a.weight": shaped}, tmp_path / "base.safetensors")
+    source = kohya_file(tmp_path / "a.safetensors", {"a": update})
+    if not is_convolution:
+        ones = {key: value[..., None, None] for key, value in load_file(source).items() if "alpha" not in key}
+        parts = load_file(source) | ones
+        save_file(parts, source)
+    out = tmp_path / ("out" if to == "peft" else "out.safetensors")
+    lora_fast.convert_adapter(source, out, to, base=tmp_path / "base.safetensors", component="unet")
+    layer = files.read(out).layers["a"]
+    assert layer.lora_A.dim() == shaped.dim()
+    merged = merged_file(tmp_path / "base.safetensors", out, tmp_path / "merged.safetensors")
+    assert_close(merged["a.weight"], update.merged().reshape(shaped.shape))

@@ -78,6 +78,8 @@ def convert_adapter(
     _check_out(out, to)
     if as_difference and (to != "kohya" or base is None):
         raise ValueError("as_difference: needs to='kohya' and the base, of which it is the difference")
+    if as_difference and dtype is not None:
+        raise ValueError("dtype: is for lora_A and lora_B, of which a difference has none")
     file = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
     for adapter in file.components.values():
         _check_only_updates(adapter)
@@ -92,6 +94,10 @@ def convert_adapter(
     keeps_origin = to == file.format == "kohya" and all(each is None for each in said)
     if not keeps_origin:
         notes += _check_eps(components)
+    if dtype is not None:
+        notes.append(f"lora_A and lora_B are {str(dtype).removeprefix('torch.')}, as asked for")
+    if magnitude_dtype is not None:
+        notes.append(f"magnitudes are {str(magnitude_dtype).removeprefix('torch.')}, as asked for")
     if to != "kohya":
         notes += _multiplied(components)
         components = {name: _without_cores(adapter) for name, adapter in components.items()}
@@ -144,8 +150,8 @@ def _without_base(file: AdapterFile, to: str) -> dict[str, Adapter]:
             raise ValueError(f"{file.path}: has _ for the dots of its names; {needs}")
         if adapter.format in ("torchtune", "litgpt"):
             raise ValueError(f"{file.path}: has the names of {adapter.format}, which no other tool has; {needs}")
-        if to == "kohya" and adapter.config.get("fan_in_fan_out"):
-            raise ValueError(f"{file.path}: adapts transformers' Conv1D, which kohya's files cannot mean")
+        if to in ("kohya", "diffusers") and adapter.config.get("fan_in_fan_out"):
+            raise ValueError(f"{file.path}: adapts transformers' Conv1D, which the files of image models cannot mean")
         _check_embeddings(adapter, to, {})
     several = {"text_encoder_2", "transformer"}
     if to == "kohya" and "text_encoder" in file.components and not file.components.keys() & several:
@@ -181,8 +187,8 @@ def _with_base(
         _check_embeddings(placed, to, checkpoint.config)
         for module, layer in placed.layers.items():
             _check_fits(module, layer, shapes.get(module), placed, checkpoint)
-        if to == "kohya":
-            _check_no_conv1d(placed, checkpoint)
+        if to in ("kohya", "diffusers"):
+            _check_no_conv1d(placed, checkpoint, shapes)
         rounded = [module for module, parts in placed.stacked.items() if rows.are_rounded(parts)]
         if rounded and not as_difference:
             notes.append(f"the factors of the parts of {shortened(rounded)} are multiplied into lora_B, rounded once")
@@ -192,7 +198,7 @@ def _with_base(
         own = [each.removeprefix(prefix) for each in shapes]
         if to == "kohya":
             _check_alone(placed, own, checkpoint)
-            called = _kohya_component(called, base)
+            called = component or _kohya_component(called, name, placed, base, prefix)
         if called in components:
             raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
         components[called] = placed
@@ -215,26 +221,47 @@ def _check_fits(
         )
 
 
-def _check_no_conv1d(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    known = None if adapter.only_linears else architecture.Architecture.of(checkpoint.config)
-    for name in adapter.layers:
-        if adapter.config.get("fan_in_fan_out") or (known is not None and known.is_transposed(name)):
+def _check_no_conv1d(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Shapes) -> None:
+    """Refuse transformers' Conv1D, and what may be one: files of image models mean torch.nn.Linear."""
+    config, path = checkpoint.config, adapter.weights_path
+    is_transformers = bool(config.get("architectures") or config.get("model_type"))
+    known = architecture.Architecture.of(config) if is_transformers and not adapter.only_linears else None
+    for name, layer in adapter.layers.items():
+        if layer.is_embedding or layer.kernel:
+            continue
+        is_square = layer.in_features == layer.out_features
+        told = known.is_transposed(name) if known is not None else None
+        if adapter.config.get("fan_in_fan_out") or told or shapes[name][0] != layer.out_features:
             raise ValueError(
-                f"{adapter.weights_path}: {name} is transformers' Conv1D, or its file has some, which kohya's files "
-                "cannot mean: their updates are those of torch.nn.Linear"
+                f"{path}: {name} is transformers' Conv1D, or its file has some, which the files of image models cannot "
+                "mean: their updates are those of torch.nn.Linear"
             )
+        is_open = is_transformers and told is None and not adapter.only_linears
+        if is_open and is_square and f"{name}.bias" in checkpoint.entries:  # a Conv1D has a bias
+            why = architecture.why_unknown(config)
+            raise ValueError(f"{path}: {name} is square, and may be transformers' Conv1D or not: {why}")
 
 
 def _one_update_each(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Shapes) -> Adapter:
     """One update for each of the base's weights, that needs no eps."""
     where = adapter.weights_path
     fused = {name: rows.fused(parts, shapes[name][0], f"{where}: {name}") for name, parts in adapter.stacked.items()}
-    layers = adapter.layers | fused
+    layers = {name: _shaped_like(layer, shapes[name]) for name, layer in (adapter.layers | fused).items()}
     for name, layer in layers.items():
         if layer.norm_eps and layer.magnitude is not None:
             weight = _floating(checkpoint, naming.weight_key(name))
             layers[name] = norms.with_folded_eps(weight.T if layer.is_embedding else weight.flatten(1), layer)
     return dataclasses.replace(adapter, layers=layers, stacked={})
+
+
+def _shaped_like(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
+    """A linear's update as that of a convolution of 1 × 1, and the other way round, as the base's weight is one."""
+    if layer.is_embedding or layer.lora_A.dim() == len(shape) or {*shape[2:], *layer.kernel} != {1}:
+        return layer
+    ones = [1] * (len(shape) - 2)
+    lora_A, lora_B = layer.convolution_A().flatten(1), layer.lora_B.flatten(1)
+    factors = lora_A.reshape(*lora_A.shape, *ones), lora_B.reshape(*lora_B.shape, *ones)
+    return dataclasses.replace(layer, lora_A=factors[0], lora_B=factors[1], lora_mid=None)
 
 
 def _difference_of(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -289,10 +316,14 @@ def _component(checkpoint: Checkpoint, name: str, prefix: str) -> str:
     return COMPONENTS_OF_FILES.get(name, name)
 
 
-def _kohya_component(name: str, base: Path) -> str:
-    """The first text encoder has no number where it is the only one."""
+def _kohya_component(name: str, source: str, adapter: Adapter, base: Path, prefix: str) -> str:
+    """What kohya's scripts call the model that is ``name`` to diffusers and ``source`` in the adapter's file."""
+    if source.startswith("lora_te"):
+        return source
+    if name == "text_encoder_2" and any(module.startswith("encoder.block.") for module in adapter.layers):
+        return "lora_te3"  # T5, beside a CLIP or two
     is_only = placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()
-    return "lora_te" if name == "text_encoder" and is_only else name
+    return "lora_te" if name == "text_encoder" and (is_only or prefix.startswith("cond_stage_model")) else name
 
 
 def _check_alone(adapter: Adapter, modules: list[str], checkpoint: Checkpoint) -> None:

@@ -28,7 +28,8 @@ ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "
 # How single-file checkpoints begin the names of each of their models, what diffusers calls it, and how the files of
 # adapters do. Below no other prefix with a number in it is looked for a name.
 _DENOISERS = {"", "unet", "transformer", "lora_unet", "lora_transformer", "lycoris", "diffusion_model"}
-_FIRST, _SECOND = {"", "text_encoder", "lora_te", "lora_te1"}, {"", "text_encoder_2", "lora_te2"}
+_FIRST = {"", "text_encoder", "lora_te", "lora_te1", "clip_l", "text_encoders.clip_l.transformer"}
+_SECOND = {"", "text_encoder_2", "lora_te2", "clip_g", "text_encoders.clip_g.transformer"}
 SINGLE_FILE_PREFIXES = {
     "model.diffusion_model": ("unet", _DENOISERS),
     "cond_stage_model.transformer": ("text_encoder", _FIRST),
@@ -36,6 +37,10 @@ SINGLE_FILE_PREFIXES = {
     "conditioner.embedders.0.transformer": ("text_encoder", _FIRST),
     "conditioner.embedders.1.model": ("text_encoder_2", _SECOND),
 }
+
+# Levels of names that some releases of a library have and others leave out. Of a flattened name nothing else is cut off
+# its start, which may be the middle of a word: single_transformer_blocks is no transformer_blocks below "single".
+LEVELS = ("model", "text_model")
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
 
@@ -77,8 +82,9 @@ def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Ma
     """``adapter`` by the names of the base, whose ``tensors`` have these shapes.
 
     ``config`` is the content of the base's config.json, ``where`` its name for errors. PEFT's names, and others with
-    dots that fit nowhere, are left as they are: other rules follow them. Raises ValueError for flattened names that fit
-    nowhere, for names that fit in two places, and for an update that the base's modules cannot express.
+    dots and without a component that fit nowhere, are left as they are: other rules follow them. Raises ValueError for
+    other names that fit nowhere, for names that fit in two places, and for an update that the base's modules cannot
+    express.
     """
     if adapter.format == "peft":
         return adapter
@@ -113,7 +119,7 @@ def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: s
     index = _index(shapes, adapter)
     view, names = _best(index, adapter, modules, shapes, where)
     if view is None:
-        if not adapter.is_flattened:
+        if not adapter.is_flattened and not adapter.component:
             return adapter
         raise ValueError(_missing(index, adapter, modules, where))
     meanings = {module: index[name][view] for module, name in names.items()}
@@ -199,7 +205,7 @@ def _best(
         fitting = direct or fitting
         if View("", "") in fitting:
             fitting = [View("", "")]
-        if len(fitting) > 1:
+        if len({str([index[name][view] for name in names.values()]) for view in fitting}) > 1:
             places = ", ".join(sorted(index[names[modules[0]]][view][0].module for view in fitting))
             raise ValueError(f"{where}: {modules[0]} of the adapter could be {places}")
         if fitting:
@@ -222,12 +228,14 @@ def has_number(prefix: str, separator: str) -> bool:
 
 def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, str]]:
     """The names without what they all begin with, the least of it first."""
-    parts = min((module.split(separator)[:-1] for module in modules), key=len)
-    for length in range(1, len(parts) + 1):
-        prefix = separator.join(parts[:length]) + separator
-        if not all(module.startswith(prefix) for module in modules) or has_number(prefix, separator):
-            return
-        yield {module: module.removeprefix(prefix) for module in modules}
+    if separator == "_":
+        prefixes = [f"{level}_" for level in LEVELS]
+    else:
+        parts = min((module.split(".")[:-1] for module in modules), key=len)
+        prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
+    for prefix in prefixes:
+        if all(module.startswith(prefix) for module in modules) and not has_number(prefix, "."):
+            yield {module: module.removeprefix(prefix) for module in modules}
 
 
 def _fits(

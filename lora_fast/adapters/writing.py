@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_fast.adapters import block_maps
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
@@ -81,9 +82,11 @@ def flattened(modules: Iterable[str], adapter: Adapter, *, is_text: bool) -> dic
 
     Of CLIP's the files have the level ``text_model``, which transformers 5 leaves out.
     """
+    modules = list(modules)
+    level = "text_model." if is_text and any(module.startswith("encoder.layers.") for module in modules) else ""
     by_name: dict[str, str] = {}
     for module in modules:
-        whole = f"text_model.{module}" if is_text and module.startswith("encoder.layers.") else module
+        whole = level + module
         other = by_name.setdefault(whole.replace(".", "_"), module)
         if other != module:
             raise ValueError(f"{adapter.weights_path}: {other} and {module} are one name where dots are written as _")
@@ -119,12 +122,25 @@ def diffusers(components: Components) -> Written:
                 f"{adapter.weights_path}: diffusers' files name the model of each update, and {component or 'it'!r} is "
                 "none of diffusers': say which it is, --component unet, transformer, text_encoder or text_encoder_2"
             )
+        _check_diffusers_names(adapter)
         config = _peft_config(adapter, None)
         header |= {f"{component}.{key}": value for key, value in config.items()}
         for key, tensor in _peft_tensors(adapter).items():
             _put(written, f"{component}.{key}", tensor)
     written.metadata = {"format": "pt", single_file.DIFFUSERS_METADATA: json.dumps(header, sort_keys=True)}
     return written
+
+
+def _check_diffusers_names(adapter: Adapter) -> None:
+    """Refuse names that diffusers calls otherwise: it would not find them."""
+    for name in adapter.layers:
+        for block_map in block_maps.OF_IMAGE_MODELS:
+            is_original = any(not before for before, _ in block_map.parts_of(name))
+            if is_original and not any(block_map.originals_of(name)):
+                raise ValueError(
+                    f"{adapter.weights_path}: {name} is a name of the original code base, which diffusers calls "
+                    "otherwise: give its folder of the model (--base BASE)"
+                )
 
 
 def peft_folder(components: Components, names: Iterable[str] | None) -> Written:

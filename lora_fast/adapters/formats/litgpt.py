@@ -102,6 +102,6 @@ def _sizes(model: dict[str, Any], where: Path) -> tuple[int, int, int]:
 
 def _size(settings: dict[str, Any], key: str, where: Path) -> int:
     size = settings.get(key)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
         raise ValueError(f"{where}: {key} is {reading.described(size)}, expected a positive integer")
     return size
