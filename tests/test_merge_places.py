@@ -130,6 +130,18 @@ def test_a_single_file_checkpoint_of_sdxl(axis: str | None, tmp_path: Path) -> N
     assert torch.equal(merged["first_stage_model.decoder.conv_in.weight"], torch.ones(2, 2))
 
 
+def test_a_base_with_one_of_several_models_says_what_to_do(tmp_path: Path) -> None:
+    unet, _, _, adapter = sdxl(tmp_path, None)
+    base = base_file(tmp_path / "unet.safetensors", unet)
+    with pytest.raises(ValueError, match=r"are not in it: .*several models .*convert --to kohya --component NAME"):
+        merged_file(base, adapter, tmp_path / "out.safetensors")
+    alone = tmp_path / "alone.safetensors"
+    lora_fast.convert_adapter(adapter, alone, "kohya", component="lora_unet")
+    merged = merged_file(base, alone, tmp_path / "out.safetensors")
+    for name, update in unet.items():
+        assert_close(merged[f"{name}.weight"], update.merged())
+
+
 def write_pipeline(folder: Path, models: dict[str, dict[str, Tensor]]) -> Path:
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")

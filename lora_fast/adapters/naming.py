@@ -98,17 +98,23 @@ def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Ma
                     "weight, and no other DoRA does"
                 )
     if adapter.format == "mlx":  # whose file does not tell an embedding from a linear, as the weight's shape does
-        layers = {name: _of_its_kind(layer, shapes.get(name)) for name, layer in named.layers.items()}
+        where = str(adapter.weights_path)
+        layers = {
+            name: _of_its_kind(f"{where}: {name}", layer, shapes.get(name)) for name, layer in named.layers.items()
+        }
         return dataclasses.replace(named, layers=layers)
     return named
 
 
-def _of_its_kind(layer: AdapterLayer, shape: tuple[int, ...] | None) -> AdapterLayer:
+def _of_its_kind(what: str, layer: AdapterLayer, shape: tuple[int, ...] | None) -> AdapterLayer:
+    """The update as a linear's, if the weight's shape shows that it is none of an embedding, as its name says."""
     N, K = layer.out_features, layer.in_features
     if not layer.is_embedding or N == K or shape != (N, K):
         return layer
     if layer.magnitude is not None:
-        raise ValueError(f"a magnitude [{K}] does not fit a linear [{N}, {K}], which is called as an embedding")
+        raise ValueError(
+            f"{what} has the name of an embedding, a magnitude [{K}] and the weight [{N}, {K}] of a linear"
+        )
     return dataclasses.replace(layer, is_embedding=False)
 
 
@@ -192,8 +198,8 @@ def _best(
     """The view in which all of the file's modules are in the base, and their names there."""
     separator = "_" if adapter.is_flattened else "."
     whole = {module: module for module in modules}
-    shortened = () if adapter.format in ("torchtune", "litgpt") else _without_prefix(modules, separator)
-    for names in (whole, *shortened):
+    cut = () if adapter.format in ("torchtune", "litgpt") else _without_prefix(modules, separator)
+    for names in (whole, *cut):
         views = [
             view
             for view in index.get(names[modules[0]], {})

@@ -31,7 +31,16 @@ def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
     """
     if not is_pipeline(base):
         checkpoint = checkpoints.read(base)
-        return [(checkpoint, _combined([_named(checkpoint, adapter) for adapter in file.components.values()]))]
+        try:
+            return [(checkpoint, _combined([_named(checkpoint, adapter) for adapter in file.components.values()]))]
+        except ValueError as error:
+            if len(file.components) == 1:
+                raise
+            present = ", ".join(map(repr, file.components))
+            raise ValueError(
+                f"{error}. The file has several models ({present}): give a base that has all of them, or write one "
+                "alone with lora-fast convert --to kohya --component NAME"
+            ) from None
     folders = [
         folder
         for folder in sorted(base.iterdir())
