@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,14 @@ def test_peft_s_weights_without_their_configuration_are_refused(tmp_path: Path) 
 
 def test_loading_says_what_it_takes_for_granted(tmp_path: Path) -> None:
     source = kohya_file(tmp_path / "a.safetensors", {"0": make_update(6, 4, axis="output", dtype=BF16)})
+    model = nn.Sequential(nn.Linear(4, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="does not say who wrote it"):
+            lora_fast.load_adapter(model, source)
+    assert type(model[0]) is nn.Linear
     with pytest.warns(UserWarning, match="does not say who wrote it: nothing is added to the norms"):
-        lora_fast.load_adapter(nn.Sequential(nn.Linear(4, 6)), source)
+        lora_fast.load_adapter(model, source)
 
 
 def test_what_becomes_infinite_is_not_written(tmp_path: Path) -> None:

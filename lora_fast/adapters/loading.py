@@ -71,14 +71,14 @@ def load_adapter(
     inner = unwrapped(model)
     file = files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
     adapter = file.component(component)
+    for note in file.notes:  # now, so that a warning that is an error leaves the model as it is
+        warnings.warn(f"{file.path} {note}", stacklevel=2)
     adapter = _renamed(adapter, inner) if adapter.format == "peft" else adapter
     fsdp2.reshard(inner)
     devices = {parameter.device for parameter in inner.parameters() if parameter.is_cuda}
     # the layers that are made get the file's values: what they are drawn from stays as it is
     with gathering.summoned(model, writes=True), torch.random.fork_rng(devices):
         _load(model, inner, _in_model(adapter, inner))
-    for note in file.notes:
-        warnings.warn(f"{file.path} {note}", stacklevel=2)
     for module in inner.modules():
         if isinstance(module, LinearWithDoRA):
             module.invalidate_norm()
