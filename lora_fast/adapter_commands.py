@@ -170,7 +170,7 @@ def _row(layer: dict[str, Any]) -> tuple[str, ...]:
     if "norm_axis" not in layer:
         return (*row, "", "LoRA")
     eps = f" + {layer['norm_eps']:.3g}" if layer["norm_eps"] else ""
-    return (*row, f"per {layer['norm_axis']}{eps}, {layer['magnitude_dtype']}", layer["axis_reason"])
+    return (*row, f"per {layer['norm_axis'] or '?'}{eps}, {layer['magnitude_dtype']}", layer["axis_reason"])
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def merge_checkpoint(
         raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
     if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
-    if base.is_file() and out.suffix != ".safetensors":
+    if base.is_file() and base.suffix == ".safetensors" != out.suffix:
         raise ValueError(f"{out}: expected the name of a *.safetensors, as {base} is one")
     if out.resolve().is_relative_to(base.resolve()):
         raise ValueError(f"{out}: lies in {base}, which is copied; expected another place")

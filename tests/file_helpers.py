@@ -115,6 +115,13 @@ def merged_file(base: Path, adapter: Path, out: Path, **options: Any) -> dict[st
     return load_file(out)
 
 
+def read(path: Path, component: str | None = None, **options: Any) -> Any:
+    """The adapter of one model in a file."""
+    from lora_fast.adapters import files
+
+    return files.read_file(path, **options).component(component)
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     """Equal to ``tolerance``, of the largest element."""
     torch.testing.assert_close(

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from file_helpers import read
 from support import few_roundings
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast.adapters import files, loading
+from lora_fast.adapters import loading
 from lora_fast.adapters.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
@@ -201,7 +202,7 @@ def test_alpha_is_kept_to_the_bit(rank: int, alpha: float, lora_alpha: int | Non
         assert isinstance(config["lora_alpha"], int)
     divisor = math.sqrt(rank) if config["use_rslora"] else rank
     assert config["lora_alpha"] / divisor == alpha
-    assert files.read(tmp_path).layers["blocks.0.q"].scaling == alpha
+    assert read(tmp_path).layers["blocks.0.q"].scaling == alpha
 
 
 def test_the_layers_that_peft_would_take_are_exactly_ours(tmp_path: Path) -> None:

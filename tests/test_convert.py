@@ -11,14 +11,13 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
-from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file
+from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file, read
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_fast
 from lora_fast import cli
-from lora_fast.adapters import files
 from lora_fast.adapters.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from lora_fast.merge_checkpoint import merge_checkpoint
 
@@ -106,7 +105,7 @@ def test_a_round_trip_is_bit_for_bit(through: str, variant: str, dtype: torch.dt
     assert (done.layers, done.notes) == (4, [])
     assert lora_fast.convert_adapter(between, back, "peft", base=base).notes == []
     assert_equal_files(source / WEIGHTS_NAME, back / WEIGHTS_NAME)
-    before, after = files.read(source).layers, files.read(back).layers
+    before, after = read(source).layers, read(back).layers
     assert {name: layer.scaling for name, layer in before.items()} == {
         name: layer.scaling for name, layer in after.items()
     }
@@ -157,7 +156,7 @@ def test_an_eps_becomes_a_part_of_the_magnitudes(dtype: torch.dtype, tmp_path: P
     lora_fast.convert_adapter(source, tmp_path / "kohya.safetensors", "kohya")
     content, own = load_file(source), load_file(tmp_path / "kohya.safetensors")
     assert all(torch.equal(own[key], tensor) for key, tensor in content.items())
-    assert files.read(tmp_path / "kohya.safetensors").layers["c"].norm_eps == torch.finfo(dtype).eps
+    assert read(tmp_path / "kohya.safetensors").layers["c"].norm_eps == torch.finfo(dtype).eps
 
 
 def test_what_input_norms_can_become(tmp_path: Path) -> None:

@@ -18,12 +18,11 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 pytest.importorskip("yaml", reason="the adapters extra is not installed")
 import torch
-from file_helpers import SAMPLES, kohya_file, make_update
+from file_helpers import SAMPLES, kohya_file, make_update, read
 from safetensors.torch import load_file, save_file
 
 import lora_fast
 from lora_fast import cli
-from lora_fast.adapters import files
 from lora_fast.merge_checkpoint import merge_checkpoint
 
 LORA = "layers.0.attn.q_proj.lora_a.weight"
@@ -39,7 +38,7 @@ def quickly() -> Iterator[None]:
 
 def refused(message: str, path: Path) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        files.read(path)
+        read(path)
     text = str(caught.value)
     assert len(text) < 1000
     assert text.isprintable()
@@ -89,7 +88,9 @@ def test_entries_of_an_archive_that_lie_on_one_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", ["1000000000", "1" + "0" * 30, "0x" + "f" * 300])
 def test_sizes_that_no_model_has(groups: str, tmp_path: Path) -> None:
-    refused("queries, keys and values would have|expected a positive integer", litgpt(tmp_path, n_query_groups=groups))
+    refused(
+        "lora_B of .* elements, expected at most|expected a positive integer", litgpt(tmp_path, n_query_groups=groups)
+    )
 
 
 def test_aliases_of_aliases(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_factor_that_is_large_only_when_it_is_multiplied(tmp_path: Path) -> No
         "lora_mid.weight": torch.ones(1, 1, 200, 200), "alpha": torch.tensor(1.0),
     }  # fmt: skip
     save_file({f"unet.a.{key}": value for key, value in tensors.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="lora_A with lora_mid has 1600000000 elements, expected at most"):
+    with pytest.raises(ValueError, match="lora_A of unet a with lora_mid has 1600000000 elements, expected at most"):
         lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "out", "peft")
     tensors["lora_mid.weight"] = torch.ones(size, 1, 1, 1)
     save_file({f"unet.a.{key}": value for key, value in tensors.items()}, tmp_path / "b.safetensors")
@@ -174,9 +175,9 @@ def test_a_magnitude_of_integers(dtype: str, tmp_path: Path) -> None:
 
 
 CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
-    "nested": (lambda: {LORA: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])}, "expected a dense tensor"),
+    "nested": (lambda: {LORA: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])}, "holds more than tensors"),
     "a number for a name": (lambda: {1: torch.ones(1)}, "1 is no name of a tensor"),
-    "a parameter": (lambda: {LORA: torch.nn.Parameter(torch.ones(1))}, "expected a dense tensor"),
+    "a parameter": (lambda: {LORA: torch.nn.Parameter(torch.ones(1))}, "holds more than tensors"),
 }
 
 
@@ -184,6 +185,38 @@ CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
 def test_tensors_that_are_none(kind: str, tmp_path: Path) -> None:
     content, message = CONTENTS[kind]
     refused(message, torchtune(tmp_path, content()))
+
+
+def test_a_pickle_that_asks_for_memory(tmp_path: Path) -> None:
+    """PyTorch's unpickler of plain tensors knows bytearray, of any number of zeros."""
+    path = torchtune(tmp_path, {LORA: torch.ones(1)})
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            zeros = b"\x80\x02cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR."
+            archive.writestr(name, zeros if name.endswith("data.pkl") else content)
+    refused("holds more than tensors, and is not loaded: 'builtins bytearray'", path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"\x80\x02\x93."])
+def test_a_damaged_pickle(content: bytes, tmp_path: Path) -> None:
+    path = torchtune(tmp_path, {LORA: torch.ones(1)})
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, own in entries.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else own)
+    refused("is not a file of torch.save, or not whole|holds more than tensors", path)
+
+
+def test_a_block_diagonal_that_is_large_only_in_memory(tmp_path: Path) -> None:
+    settings = {"n_head": "4194304", "head_size": "1", "n_query_groups": "1", "lora_r": "4096", "lora_query": "false"}
+    folder = litgpt(tmp_path, **settings)
+    factors = {"lora_A": torch.ones(4096, 1), "lora_B": torch.ones(1, 4096)}
+    content = {f"transformer.h.0.attn.qkv.{key}": value for key, value in factors.items()}
+    torch.save({"model": content}, folder / "lit_model.pth.lora")
+    refused("lora_B of .* would have .* elements, expected at most", folder)
 
 
 def test_keys_beside_litgpt_s_model(tmp_path: Path) -> None:
@@ -218,7 +251,7 @@ def test_notes_and_configurations_of_other_kinds(tmp_path: Path) -> None:
 def test_a_configuration_without_an_end(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").symlink_to("/dev/zero")
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: no such file"):
-        files.read(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [[0], [0, 4], [6, 0], [], [6]])

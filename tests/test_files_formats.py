@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 pytest.importorskip("yaml", reason="the adapters extra is not installed")
 import torch
-from file_helpers import SAMPLES, Update, assert_close, base_file, make_update, merged_file
+from file_helpers import SAMPLES, Update, assert_close, base_file, make_update, merged_file, read
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -161,7 +161,7 @@ def test_mlx_s_factor_and_its_norm_of_an_embedding(kind: str, tmp_path: Path) ->
     merged = merged_folder(base, adapter, tmp_path / "out")
     for name, update in updates.items():
         assert_close(merged[f"{name}.weight"], update.merged())
-    layers = files.read(adapter).layers
+    layers = read(adapter).layers
     assert layers["model.embed_tokens"].is_embedding
     assert layers["model.embed_tokens"].scaling == 20.0
 
@@ -233,9 +233,7 @@ def test_diffusers_header_has_alpha_patterns_and_rslora(prefix: str, tmp_path: P
 
     def scaling(**config: Any) -> float:
         return (
-            files.read(diffusers_file(path, update, {"r": 2, "lora_alpha": 6, **config}, prefix))
-            .layers["blocks.0.q"]
-            .scaling
+            read(diffusers_file(path, update, {"r": 2, "lora_alpha": 6, **config}, prefix)).layers["blocks.0.q"].scaling
         )
 
     assert scaling() == 3.0
@@ -277,7 +275,7 @@ def test_other_methods_are_refused_by_name(name: str, tmp_path: Path) -> None:
     tensors |= {f"lora_unet_b.{part}": torch.ones(2) for part in OTHERS[name]}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=name):
-        files.read(tmp_path / "a.safetensors")
+        read(tmp_path / "a.safetensors")
     found = lora_fast.inspect_adapter(tmp_path / "a.safetensors")
     assert any(name in fault for fault in found["faults"])
     assert found["unknown"] == [f"lora_unet_b.{part}" for part in OTHERS[name]]

@@ -240,8 +240,8 @@ PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (saved([torch.ones(3)]), "holds a list, expected a dict"),
     "numbers": (saved({LORA: 3}), "is 3, expected a dense tensor"),
     "nested": (saved({LORA: {"a": torch.ones(1)}}), "is a dict, expected a dense tensor"),
-    "sparse": (saved({LORA: torch.eye(3).to_sparse()}), "expected a dense tensor"),
-    "without values": (saved({LORA: torch.ones(3, device="meta")}), "expected a dense tensor|is not a file"),
+    "sparse": (saved({LORA: torch.eye(3).to_sparse()}), "holds more than tensors"),
+    "without values": (saved({LORA: torch.ones(3, device="meta")}), "holds more than tensors"),
     "larger than what is stored": (saved({LORA: torch.ones(1).expand(2**40, 2**20)}), "is larger than what is stored"),
     "an optimizer's": (saved({"state": torch.ones(3)}), "state is no part of LoRA or DoRA as torchtune names it"),
 }

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
-from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file
+from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file, read
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -166,7 +166,7 @@ def test_the_tool_decides_the_eps(tmp_path: Path) -> None:
 
     def eps(metadata: dict[str, str] | None) -> float:
         path = kohya_file(tmp_path / "adapter.safetensors", updates, metadata)
-        return files.read(path).layers["a"].norm_eps
+        return read(path).layers["a"].norm_eps
 
     half, single = EPS[torch.float16], EPS[torch.float32]
     assert eps(None) == 0.0
@@ -179,7 +179,7 @@ def test_the_tool_decides_the_eps(tmp_path: Path) -> None:
     assert eps({"ot_config": config % "true"}) == single
     assert eps({"ot_config": config % "false"}) == 0.0
     path = kohya_file(tmp_path / "adapter.safetensors", updates, LYCORIS)
-    assert files.read(path, norm_eps=0.25).layers["a"].norm_eps == 0.25
+    assert read(path, norm_eps=0.25).layers["a"].norm_eps == 0.25
     note = files.read_file(path).notes[0]
     assert "LyCORIS" in note
     assert "0.000977" in note
@@ -232,7 +232,7 @@ def test_the_axis_is_decided_by_the_shape_then_by_the_file_then_by_the_user(
     shape: tuple[int, ...], scale: list[int], arguments: dict[str, str], user: str | None, axis: str, tmp_path: Path
 ) -> None:
     path = file_with_scale(tmp_path, shape, scale, arguments)
-    layer = files.read(path, magnitude_axis=user).layers["a"]
+    layer = read(path, magnitude_axis=user).layers["a"]
     assert layer.norm_axis == axis
     assert layer.magnitude is not None
     assert layer.magnitude.shape == (shape[0] if axis == "output" else shape[1],)
@@ -245,7 +245,7 @@ def test_an_axis_that_is_open_is_refused_and_the_option_named(
 ) -> None:
     path = file_with_scale(tmp_path, shape, scale, arguments)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        files.read(path, magnitude_axis=user)
+        read(path, magnitude_axis=user)
     assert "dora_scale of lora_unet a" in str(caught.value)
     found = lora_fast.inspect_adapter(path, magnitude_axis=user)
     assert any(message in fault for fault in found["faults"])
@@ -263,11 +263,11 @@ def test_a_magnitude_is_of_the_output_and_never_of_the_input(name: str, tmp_path
         save_file({f"transformer.a.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "a.safetensors")
         return tmp_path / "a.safetensors"
 
-    assert files.read(path([8])).layers["a"].norm_axis == "output"
+    assert read(path([8])).layers["a"].norm_axis == "output"
     with pytest.raises(ValueError, match=r"a has a magnitude of shape \[1, 8\], expected \[N\] = \[8\]"):
-        files.read(path([1, 8]))
+        read(path([1, 8]))
     with pytest.raises(ValueError, match="magnitude_axis says 'input'"):
-        files.read(path([8]), magnitude_axis="input")
+        read(path([8]), magnitude_axis="input")
 
 
 @pytest.mark.bitsandbytes

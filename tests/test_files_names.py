@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
-from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file
+from file_helpers import LYCORIS, SAMPLES, Update, assert_close, base_file, kohya_file, make_update, merged_file, read
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,9 +154,9 @@ def test_the_user_s_axis_is_still_decided_in_the_converted_file(tmp_path: Path) 
     update = make_update(4, 4, 3, 3, axis="input")
     source = kohya_file(tmp_path / "a.safetensors", {"a": update})
     with pytest.raises(ValueError, match="may be of either axis"):
-        files.read(source)
+        read(source)
     lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", magnitude_axis="input")
-    assert files.read(tmp_path / "out.safetensors").layers["a"].norm_axis == "input"
+    assert read(tmp_path / "out.safetensors").layers["a"].norm_axis == "input"
 
 
 def test_an_alpha_that_two_places_say_differently_is_an_error(tmp_path: Path) -> None:
@@ -164,27 +164,27 @@ def test_an_alpha_that_two_places_say_differently_is_an_error(tmp_path: Path) ->
     parts = {"lora_A.weight": update.down, "lora_B.weight": update.up, "alpha": torch.tensor(3.0)}
     tensors = {f"unet.a.{key}": value for key, value in parts.items()}
 
-    def read(**header: Any) -> float:
+    def scaling(**header: Any) -> float:
         metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in header.items()})}
         save_file(tensors, tmp_path / "a.safetensors", metadata)
-        return files.read(tmp_path / "a.safetensors").layers["a"].scaling
+        return read(tmp_path / "a.safetensors").layers["a"].scaling
 
-    assert read(r=2, lora_alpha=3) == 1.5
+    assert scaling(r=2, lora_alpha=3) == 1.5
     with pytest.raises(ValueError, match=r"the alpha of unet a gives the factor 1\.5, its header 16"):
-        read(r=2, lora_alpha=32)
+        scaling(r=2, lora_alpha=32)
     with pytest.raises(ValueError, match="the rank of a is None, expected a positive integer"):
-        read(lora_alpha=32)
+        scaling(lora_alpha=32)
 
 
 def test_peft_s_weights_without_their_configuration_are_refused(tmp_path: Path) -> None:
     tensors = peft_s("a")
     save_file(tensors, tmp_path / "renamed.safetensors")
     with pytest.raises(ValueError, match=r"has PEFT's names and no alpha, which PEFT has in an adapter_config\.json"):
-        files.read(tmp_path / "renamed.safetensors")
+        read(tmp_path / "renamed.safetensors")
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     for path in (tmp_path / "adapter_model.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
-            files.read(path)
+            read(path)
 
 
 def test_loading_says_what_it_takes_for_granted(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_an_embedding_of_diffusers_is_read_back(tmp_path: Path) -> None:
     parts = {"lora_embedding_A": torch.randn(2, 9), "lora_embedding_B": torch.randn(6, 2), "alpha": torch.tensor(2.0)}
     save_file({f"text_encoder.emb.{key}": value for key, value in parts.items()}, tmp_path / "a.safetensors")
     lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
-    layer = files.read(tmp_path / "b.safetensors").layers["emb"]
+    layer = read(tmp_path / "b.safetensors").layers["emb"]
     assert layer.is_embedding
     assert torch.equal(layer.lora_A, parts["lora_embedding_A"])
     assert torch.equal(layer.lora_B, parts["lora_embedding_B"])
@@ -444,7 +444,7 @@ def test_one_by_one_convolutions_and_linears_are_written_as_the_base_has_them(
         save_file(parts, source)
     out = tmp_path / ("out" if to == "peft" else "out.safetensors")
     lora_fast.convert_adapter(source, out, to, base=tmp_path / "base.safetensors", component="unet")
-    layer = files.read(out).layers["a"]
+    layer = read(out).layers["a"]
     assert layer.lora_A.dim() == shaped.dim()
     merged = merged_file(tmp_path / "base.safetensors", out, tmp_path / "merged.safetensors")
     assert_close(merged["a.weight"], update.merged().reshape(shaped.shape))

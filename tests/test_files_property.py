@@ -12,13 +12,12 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 pytest.importorskip("hypothesis", reason="the test extra is not installed")
 import torch
-from file_helpers import LYCORIS, Update, assert_close, base_file, make_update, merged_file
+from file_helpers import LYCORIS, Update, assert_close, base_file, make_update, merged_file, read
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_fast
-from lora_fast.adapters import files
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NAMES = ["blocks.0.to_q", "blocks.1.ff.net_2", "x_embedder"]
@@ -96,7 +95,7 @@ def test_merged_and_converted(drawn: list[Update], form: str) -> None:
             if update.magnitude is not None:
                 expected = expected.nan_to_num(0.0)  # 0 / 0, where a whole row is 0
             assert_close(merged[f"{name}.weight"], expected)
-        layers = files.read(path, magnitude_axis=open_axis).layers
+        layers = read(path, magnitude_axis=open_axis).layers
         assert {layer.rank for layer in layers.values()} == {update.down.shape[0] for update in drawn}
         again = Path(folder) / "again.safetensors"
         # of LyCORIS's own files no shape is open, and they stay its own
@@ -138,7 +137,7 @@ def test_converted_to_one_norm_for_each_output(drawn: list[Update], to: str) -> 
         assert ([f"lora_mid of {folded} is multiplied into lora_A, rounded once"] if folded else []) == [
             note for note in done.notes if "lora_mid" in note
         ]
-        before, after = (files.read(each, magnitude_axis="output").layers for each in (path, out))
+        before, after = (read(each, magnitude_axis="output").layers for each in (path, out))
         for name, update in by_name.items():
             assert after[name].scaling == before[name].scaling
             assert torch.equal(after[name].lora_B, update.up)

@@ -22,18 +22,20 @@ from torch import Tensor
 
 from lora_fast.calls import Axis
 
-MAX_ELEMENTS = 2**28  # that a factor of a convolution has, once it is multiplied
+# In the metadata of a file that convert wrote, whose norms have nothing added: what it was converted to.
+CONVERTED = "lora_fast.format"
+MAX_ELEMENTS = 2**28  # of a factor that is larger in memory than in its file
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One module's update.
+    """One module's update: lora_A [R, K, *kernel], lora_B [N, R, 1, …] and lora_mid [R, R, *kernel] as in the file.
 
-    ``magnitude`` is [N], with ``norm_axis="input"`` [K], and None for LoRA. An embedding's weight is [vocabulary, dim]:
-    its K is the vocabulary, its N the dimension, and what is said of W here holds for its transpose. ``axis_reason``
-    says what decided the axis. ``row_parts`` are the sizes of the modules whose rows W holds one below another (q, k
-    and v in one), where the file says it.
+    All are of floating point, each in the file's dtype. ``magnitude`` is [N], with ``norm_axis="input"`` [K], and None
+    for LoRA. An embedding's weight is [vocabulary, dim]: its K is the vocabulary, its N the dimension, and what is said
+    of W here holds for its transpose. ``axis_reason`` says what decided the axis. ``row_parts`` are the sizes of the
+    modules whose rows W holds one below another (q, k and v in one), where the file says it.
     """
 
     lora_A: Tensor
@@ -71,8 +73,6 @@ class AdapterLayer:
         """
         if self.lora_mid is None:
             return self.lora_A
-        if (size := self.lora_A.numel() * math.prod(self.kernel)) > MAX_ELEMENTS:
-            raise ValueError(f"lora_A with lora_mid has {size} elements, expected at most {MAX_ELEMENTS}")
         dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_mid.dtype), dtype)
         down = self.lora_A.flatten(1).double()  # [R, K]
         return torch.einsum("ij...,jk->ik...", self.lora_mid.double(), down).to(dtype)
@@ -159,7 +159,7 @@ class Faults:
 
 
 def check_parts(parts: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
-    """Whether each module has lora_A and lora_B, and all are floating point."""
+    """Raise ValueError unless each module has lora_A and lora_B, and all are floating point."""
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
     for name, own in parts.items():
@@ -172,14 +172,14 @@ def check_parts(parts: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
 
 
 def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:
-    """Whether the shapes of a layer are those of a linear, an embedding or a convolution without groups of its own."""
+    """Raise ValueError unless the shapes are those of a linear, an embedding or a convolution as tools write them."""
     lora_A, lora_B, lora_mid = layer.lora_A, layer.lora_B, layer.lora_mid
     shapes = f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
     expected = "expected [R, K] and [N, R]"
     if lora_A.dim() > 2:
         expected = "expected [R, in, *kernel] and [N, R, 1, …]; convolutions with groups are not supported"
-    is_one = lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or any(size != 1 for size in lora_B.shape[2:])
-    if is_one or lora_A.numel() == 0 or lora_B.numel() == 0:
+    is_misshapen = lora_A.dim() < 2 or lora_B.dim() != lora_A.dim() or any(size != 1 for size in lora_B.shape[2:])
+    if is_misshapen or lora_A.numel() == 0 or lora_B.numel() == 0:
         raise ValueError(f"{where}: {name} has {shapes}, {expected}")
     if lora_mid is not None:
         R = lora_A.shape[0]
@@ -187,6 +187,10 @@ def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:
         if not is_core or any(size != 1 for size in lora_A.shape[2:]):
             core = f"lora_mid {list(lora_mid.shape)}"
             raise ValueError(f"{where}: {name} has {shapes} with {core}, expected [R, K, 1, …] with [R, R, *kernel]")
+        if (size := lora_A.numel() * math.prod(layer.kernel)) > MAX_ELEMENTS:
+            raise ValueError(
+                f"{where}: lora_A of {name} with lora_mid has {size} elements, expected at most {MAX_ELEMENTS}"
+            )
     if lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(f"{where}: {name} has {shapes}, {expected}")
     if layer.magnitude is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import architecture, files, naming, norms, placing, reading, rows, writing
-from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterFile, AdapterLayer, shortened
+from lora_fast.adapters.adapter import CONVERTED, DTYPES as FLOATS, Adapter, AdapterFile, AdapterLayer, shortened
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.unfinished import written_whole
@@ -62,7 +62,8 @@ def convert_adapter(
         base: the checkpoint of the base model, a folder or a file. It is needed where the names of ``path`` are
             flattened or of another code base (its own names are those that are written; q, k and v are split and fused
             as its weights are), for an eps that the target does not add, and for ``as_difference``.
-        component: of a file with several models the one to write; of a format that knows one only, what to call it.
+        component: which of a file's models to write, by its name in the file or by the one that it is to have; of a
+            file with one model only, what to call it.
         magnitude_axis, norm_eps: as in :func:`lora_fast.load_adapter`.
         dtype: for lora_A and lora_B, instead of the file's. magnitude_dtype: for the magnitudes, which stay as they are
             otherwise.
@@ -78,9 +79,11 @@ def convert_adapter(
     _check_out(out, to)
     if as_difference and (to != "kohya" or base is None):
         raise ValueError("as_difference: needs to='kohya' and the base, of which it is the difference")
-    if as_difference and dtype is not None:
-        raise ValueError("dtype: is for lora_A and lora_B, of which a difference has none")
-    file = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
+    for name, wanted in (("dtype", dtype), ("magnitude_dtype", magnitude_dtype)):
+        if wanted is not None and (as_difference or wanted not in FLOATS):
+            expected = "None with as_difference" if as_difference else "a floating point dtype"
+            raise ValueError(f"{name}: got {wanted}, expected {expected}")
+    file, renamed = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
     for adapter in file.components.values():
         _check_only_updates(adapter)
     names: list[str] | None = None
@@ -88,7 +91,7 @@ def convert_adapter(
     if base is None:
         components = _without_base(file, to)
     else:
-        components, names = _with_base(file, Path(base), component, to, as_difference, notes)
+        components, names = _with_base(file, Path(base).absolute(), renamed, to, as_difference, notes)
     # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
     said = (base, norm_eps, magnitude_axis, magnitude_dtype)
     keeps_origin = to == file.format == "kohya" and all(each is None for each in said)
@@ -96,7 +99,8 @@ def convert_adapter(
         notes += _check_eps(components)
     if dtype is not None:
         notes.append(f"lora_A and lora_B are {str(dtype).removeprefix('torch.')}, as asked for")
-    if magnitude_dtype is not None:
+    is_dora = any(layer.magnitude is not None for adapter in components.values() for layer in adapter.layers.values())
+    if magnitude_dtype is not None and is_dora:
         notes.append(f"magnitudes are {str(magnitude_dtype).removeprefix('torch.')}, as asked for")
     if to != "kohya":
         notes += _multiplied(components)
@@ -104,7 +108,7 @@ def convert_adapter(
     components = {name: _cast(adapter, dtype, magnitude_dtype) for name, adapter in components.items()}
     written = _written(to, components, names, dict(file.metadata) if keeps_origin else {})
     if not keeps_origin:
-        written.metadata[single_file.WRITTEN_HERE] = to
+        written.metadata[CONVERTED] = to
     _write(out, to, written)
     left_out = [key for adapter in file.components.values() for key in adapter.left_out]
     notes += [f"left out, a second time in the file: {shortened(left_out)}"] if left_out else []
@@ -122,16 +126,24 @@ def _check_out(out: Path, to: str) -> None:
         raise ValueError(f"out: got {out.name!r}, expected the name of {expected}, which {to!r} is")
 
 
-def _chosen(file: AdapterFile, component: str | None) -> AdapterFile:
-    """``file`` with the one component that is asked for; a single one may be called anything."""
+def _chosen(file: AdapterFile, component: str | None) -> tuple[AdapterFile, str | None]:
+    """``file`` with the one component that is asked for, and what to call it, where that is another name than its own.
+
+    It is asked for by its name in the file, or by the name that it is to have.
+    """
     if component is None:
-        return file
+        return file, None
     if component in file.components:
-        return dataclasses.replace(file, components={component: file.components[component]})
+        return dataclasses.replace(file, components={component: file.components[component]}), None
     if component not in writing.KOHYA_COMPONENTS and not single_file.is_flattened_component(component):
         known = ", ".join(repr(name) for name in writing.KOHYA_COMPONENTS if name)
         raise ValueError(f"component: got {component!r}, expected one of {known}, or of {', '.join(file.components)}")
-    return dataclasses.replace(file, components={component: file.component(None)})
+    own = writing.KOHYA_COMPONENTS.get(component, "")
+    if own not in file.components and len(file.components) > 1:
+        present = ", ".join(map(repr, file.components))
+        raise ValueError(f"component: got {component!r}, {file.path} has {present}: say which of these")
+    chosen = file.components[own] if own in file.components else file.component(None)
+    return dataclasses.replace(file, components={component: chosen}), component
 
 
 def _check_only_updates(adapter: Adapter) -> None:
@@ -176,7 +188,7 @@ def _check_embeddings(adapter: Adapter, to: str, config: Mapping[str, Any]) -> N
 
 
 def _with_base(
-    file: AdapterFile, base: Path, component: str | None, to: str, as_difference: bool, notes: list[str]
+    file: AdapterFile, base: Path, renamed: str | None, to: str, as_difference: bool, notes: list[str]
 ) -> tuple[dict[str, Adapter], list[str]]:
     """The updates by the base's names and components, and the names of all its modules; adds to ``notes``."""
     components: dict[str, Adapter] = {}
@@ -192,13 +204,17 @@ def _with_base(
         rounded = [module for module, parts in placed.stacked.items() if rows.are_rounded(parts)]
         if rounded and not as_difference:
             notes.append(f"the factors of the parts of {shortened(rounded)} are multiplied into lora_B, rounded once")
-        placed = _difference_of(placed, checkpoint) if as_difference else _one_update_each(placed, checkpoint, shapes)
+        if as_difference:
+            placed = _difference_of(placed, checkpoint)
+        else:
+            notes += _folded(placed)
+            placed = _one_update_each(placed, checkpoint, shapes)
         placed, prefix = _without_prefix(placed, base)
-        called = component or _component(checkpoint, name, prefix)
+        called = renamed or _component(checkpoint, name, prefix)
         own = [each.removeprefix(prefix) for each in shapes]
         if to == "kohya":
             _check_alone(placed, own, checkpoint)
-            called = component or _kohya_component(called, name, placed, base, prefix)
+            called = renamed or _kohya_component(called, name, placed, base, prefix)
         if called in components:
             raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
         components[called] = placed
@@ -209,7 +225,7 @@ def _with_base(
 def _check_fits(
     module: str, layer: AdapterLayer, shape: tuple[int, ...] | None, adapter: Adapter, checkpoint: Checkpoint
 ) -> None:
-    """Whether the base has a weight of that name and of these sizes, stored either way round."""
+    """Raise ValueError unless the base has a weight of that name and of these sizes, stored either way round."""
     N, K = layer.out_features, layer.in_features * math.prod(layer.kernel)
     if shape is None:
         raise ValueError(f"{checkpoint.folder}: {module} of {adapter.weights_path} is not in it")
@@ -242,10 +258,18 @@ def _check_no_conv1d(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Sh
             raise ValueError(f"{path}: {name} is square, and may be transformers' Conv1D or not: {why}")
 
 
+def _folded(adapter: Adapter) -> Iterator[str]:
+    layers = [*adapter.layers.values(), *(layer for parts in adapter.stacked.values() for layer in parts.values())]
+    for eps in sorted({layer.norm_eps for layer in layers if layer.magnitude is not None} - {0.0}):
+        yield f"{eps:.3g} beside the norms is a part of the magnitudes now, each rounded once"
+
+
 def _one_update_each(adapter: Adapter, checkpoint: Checkpoint, shapes: naming.Shapes) -> Adapter:
     """One update for each of the base's weights, that needs no eps."""
     where = adapter.weights_path
     fused = {name: rows.fused(parts, shapes[name][0], f"{where}: {name}") for name, parts in adapter.stacked.items()}
+    for name, layer in fused.items():
+        _check_fits(name, layer, shapes[name], adapter, checkpoint)
     layers = {name: _shaped_like(layer, shapes[name]) for name, layer in (adapter.layers | fused).items()}
     for name, layer in layers.items():
         if layer.norm_eps and layer.magnitude is not None:
@@ -309,7 +333,7 @@ def _component(checkpoint: Checkpoint, name: str, prefix: str) -> str:
     """What diffusers calls the model that is ``name`` in the adapter's file."""
     if prefix:
         return naming.SINGLE_FILE_PREFIXES[prefix.removesuffix(".")][0]
-    if checkpoint.folder.name in writing.KOHYA_COMPONENTS:
+    if checkpoint.folder.name in writing.KOHYA_COMPONENTS.keys() - {""}:
         return checkpoint.folder.name
     if "Transformer" in str(checkpoint.config.get("_class_name")):
         return "transformer"
@@ -322,12 +346,20 @@ def _kohya_component(name: str, source: str, adapter: Adapter, base: Path, prefi
         return source
     if name == "text_encoder_2" and any(module.startswith("encoder.block.") for module in adapter.layers):
         return "lora_te3"  # T5, beside a CLIP or two
-    is_only = placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()
-    return "lora_te" if name == "text_encoder" and (is_only or prefix.startswith("cond_stage_model")) else name
+    if name != "text_encoder" or prefix.startswith("conditioner"):
+        return name
+    if prefix or (placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()):
+        return "lora_te"
+    if placing.is_pipeline(base):
+        return "lora_te1"
+    raise ValueError(
+        f"{base}: kohya's files call a text encoder lora_te where the model has one, lora_te1 where it has several; "
+        "say which: --component lora_te or lora_te1, or --base BASE, diffusers' folder of the whole model"
+    )
 
 
 def _check_alone(adapter: Adapter, modules: list[str], checkpoint: Checkpoint) -> None:
-    """Whether no other module of the base has the flattened name of one that is adapted."""
+    """Raise ValueError if another module of the base has the flattened name of one that is adapted."""
     used = {
         name.replace(".", "_"): name for name in (*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added))
     }
@@ -391,7 +423,7 @@ def _written(to: str, components: dict[str, Adapter], names: list[str] | None, m
 def _write(out: Path, to: str, written: Written) -> None:
     for key, tensor in written.tensors.items():
         if not norms.all_finite(tensor):
-            raise ValueError(f"{key} has NaN or infinity, or values that {str(tensor.dtype)[6:]} cannot hold")
+            raise ValueError(f"{out}: {key} has NaN or infinity, or values that {str(tensor.dtype)[6:]} cannot hold")
     save_file = reading.import_safetensors().torch.save_file
     with written_whole(out) as unfinished:
         if to in WEIGHTS_NAMES:

@@ -14,22 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import Adapter, AdapterFile, Faults
+from lora_fast.adapters.adapter import AdapterFile, Faults
 from lora_fast.adapters.formats import litgpt, mlx, peft, single_file, torchtune
 from lora_fast.calls import Axis
 
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-
-
-def read(
-    path: str | os.PathLike[str],
-    *,
-    component: str | None = None,
-    magnitude_axis: Axis | None = None,
-    norm_eps: float | None = None,
-) -> Adapter:
-    """The adapter of one model in the file or folder ``path``: see :func:`read_file`."""
-    return read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps).component(component)
 
 
 def read_file(
@@ -44,7 +33,8 @@ def read_file(
     Args:
         magnitude_axis: which norm a magnitude belongs to, "output" or "input", where the file does not say.
         norm_eps: what is added to the norms, instead of what the tool that wrote the file adds.
-        faults: collects what is wrong with a file whose structure is whole; by default the first is raised.
+        faults: collects what is wrong with a file that has everything in it and whose structure is whole; by default,
+            and in the other formats, the first is raised.
 
     Raises FileNotFoundError for a file that is not there, ValueError for one that is damaged, is no LoRA or DoRA,
     contradicts itself or leaves open what it means, and ModuleNotFoundError without safetensors.
@@ -80,6 +70,8 @@ def _located(path: Path) -> Path:
         found = sorted(path.glob("*.safetensors"))
         if len(found) == 1 and found[0].name != peft.WEIGHTS_NAME:
             return found[0]
+        if len(found) > 1 and not (path / peft.WEIGHTS_NAME).is_file():
+            raise ValueError(f"{path}: has {len(found)} *.safetensors and no {peft.CONFIG_NAME}: name one of them")
     return path
 
 
@@ -92,15 +84,19 @@ def _reader(path: Path) -> Callable[[Path], AdapterFile] | None:
                 raise ValueError(f"{path}: has {litgpt.WEIGHTS_NAME} and {config.name}: say which of the two to read")
             return litgpt.read
         return mlx.read if config.is_file() and mlx.is_config(reading.read_json(config)) else peft.read
-    if path.name == peft.WEIGHTS_NAME or (path.name == mlx.WEIGHTS_NAME and (path.parent / peft.CONFIG_NAME).is_file()):
-        return lambda path: read_file(path.parent)
+    is_beside = (path.parent / peft.CONFIG_NAME).is_file()
+    if path.name == peft.WEIGHTS_NAME:
+        return lambda path: peft.read(path.parent)
+    if path.name == mlx.WEIGHTS_NAME and is_beside:
+        return lambda path: mlx.read(path.parent)
     if path.name == litgpt.WEIGHTS_NAME:
         return lambda path: litgpt.read(path.parent)
-    if path.suffix == ".pt":
+    if path.suffix == ".pt" and is_beside:
         return torchtune.read
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{path}: is a pickle, which can run code and is never loaded. Load it with the tool that wrote it, if you "
-            "trust it, and save it again as safetensors"
+            f"{path}: is a pickle, which can run code and is never loaded, but for torchtune's with its "
+            f"{peft.CONFIG_NAME} beside it. Load it with the tool that wrote it, if you trust it, and save it again as "
+            "safetensors"
         )
     return None

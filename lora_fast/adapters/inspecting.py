@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_fast.adapters import files
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, Faults
+from lora_fast.adapters.formats import axis
 from lora_fast.calls import Axis
 
 
@@ -71,7 +72,7 @@ def _layer(name: str, layer: AdapterLayer) -> dict[str, Any]:
     if layer.magnitude is not None:
         found |= {
             "magnitude_dtype": _dtype(layer.magnitude),
-            "norm_axis": layer.norm_axis,
+            "norm_axis": None if layer.axis_reason == axis.UNDECIDED else layer.norm_axis,
             "axis_reason": layer.axis_reason,
             "norm_eps": layer.norm_eps,
         }

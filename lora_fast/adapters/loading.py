@@ -41,7 +41,7 @@ def load_adapter(
     """Load the adapter in the file or folder ``path`` into ``model``; returns ``model``.
 
     It takes what :func:`save_adapter` and PEFT write, the files of kohya's scripts, LyCORIS, OneTrainer, ComfyUI,
-    ai-toolkit and diffusers, and torchtune's, MLX-LM's and litgpt's (docs/adapters.md).
+    ai-toolkit and diffusers, and torchtune's, MLX-LM's and litgpt's (docs/formats.md).
 
     Args:
         magnitude_axis: "output" or "input": the norm that a magnitude belongs to, where the file leaves it open. A
@@ -218,6 +218,8 @@ def _layer_values(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Va
         for key, part in parts.items():
             if part is None:
                 continue
+            if not norms.all_finite(part):
+                raise ValueError(f"{where}: {key} of {name} has NaN or infinity")
             value = _value(f"{name}.{key}", (module, key), part, where)
             first = values.setdefault((id(module), key), value)
             if first is not value and not torch.equal(first.value, value.value):
@@ -263,8 +265,13 @@ def _same_kind(name: str, layer: AdapterLayer, module: nn.Module | None, where: 
 
 def _magnitude(module: AdaptedLinear, layer: AdapterLayer) -> Tensor | None:
     """The layer's magnitude; where its tool adds to the norm, the one that computes the same without that."""
-    if layer.magnitude is None or not layer.norm_eps:
-        return layer.magnitude
+    own_sizes = module.rank, module.in_features, module.out_features
+    if (
+        layer.magnitude is None
+        or not layer.norm_eps
+        or (layer.rank, layer.in_features, layer.out_features) != own_sizes
+    ):
+        return layer.magnitude  # sizes that differ are refused where the values are compared with the model's
     lora_A, lora_B = layer.lora_A.to(module.lora_A), layer.lora_B.to(module.lora_B)
     base = module.base()
     if base is None:

@@ -128,6 +128,11 @@ class _Planner:
             # MLX-LM computes a tied head with the embedding's update
             both = self.adapter.format == "mlx" and layer is not None and layer.is_embedding
             for each, ends in changes.items() if both else [(key, [end])]:
+                for other in ends:
+                    if named.setdefault(other, wanted) != wanted:
+                        raise ValueError(
+                            f"{self.adapter.weights_path}: {named[other]} and {wanted} are both the checkpoint's {key}"
+                        )
                 changes[each] |= dict.fromkeys(ends, change)
         for wanted, (key, _) in end_of.items():
             self._check_head_outside(wanted, key)

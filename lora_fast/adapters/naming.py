@@ -223,13 +223,13 @@ def _is_place(prefix: str, component: str, *, is_shortened: bool) -> bool:
     """Whether a component's names can stand below ``prefix``: its own in a single file, or one without numbers."""
     for known, (_, components) in SINGLE_FILE_PREFIXES.items():
         if prefix == known or prefix.startswith(f"{known}."):
-            return component in components and not has_number(prefix[len(known) :], ".")
-    return not has_number(prefix, ".") and not (is_shortened and prefix)
+            return component in components and not has_number(prefix[len(known) :])
+    return not has_number(prefix) and not (is_shortened and prefix)
 
 
-def has_number(prefix: str, separator: str) -> bool:
+def has_number(prefix: str) -> bool:
     """Whether a part of a name says which of several blocks it is."""
-    return any(part.isdigit() for part in prefix.split(separator))
+    return any(part.isdigit() for part in prefix.split("."))
 
 
 def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, str]]:
@@ -240,7 +240,7 @@ def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, st
         parts = min((module.split(".")[:-1] for module in modules), key=len)
         prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
     for prefix in prefixes:
-        if all(module.startswith(prefix) for module in modules) and not has_number(prefix, "."):
+        if all(module.startswith(prefix) for module in modules) and not has_number(prefix):
             yield {module: module.removeprefix(prefix) for module in modules}
 
 
@@ -296,7 +296,7 @@ def _layers(
             raise ValueError(f"{path}: {name} is {count} modules, of which {where} has only {there}")
         for meaning in found:
             if meaning.count > 1:
-                part = rows.part(layer, meaning.index, meaning.count)
+                part = rows.part(layer, meaning.index, meaning.count, f"{path}: {name}")
                 own = rows.taken(layer, part, f"{path}: {name}, of which {meaning.module} is a part,")
             else:
                 own = layer
@@ -308,7 +308,7 @@ def _layers(
                 shape = shapes[meaning.module]
                 if len(shape) != 2:
                     raise ValueError(f"{where}: {meaning.module} has shape {list(shape)}, expected [N, K]")
-                part = rows.of_parts(*shape, meaning.index, -meaning.count)
+                part = rows.of_parts(*shape, meaning.index, -meaning.count, f"{where}: {meaning.module}")
                 _enter(stacked.setdefault(meaning.module, {}), part, own, path)
     return layers, stacked
 
@@ -330,7 +330,7 @@ def _rotary_heads(module: str, config: Mapping[str, Any], where: str) -> int | N
     if not ROTARY_ORDER[kind]:
         return None
     key = "num_key_value_heads" if module.endswith("k_proj") else "num_attention_heads"
-    heads = config.get(key, config.get("num_attention_heads"))
+    heads = config.get(key) or config.get("num_attention_heads")
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"{where}: its config.json has {key} {described(heads)}, expected the number of heads of {module}"

@@ -59,7 +59,7 @@ def _square(name: str, adapter: Adapter, key: str, resolver: Resolver) -> bool:
         if (told := resolver.known.is_transposed(module)) is not None:
             return told
     noted = bool(adapter.config.get("fan_in_fan_out"))
-    if not any(
+    if adapter.format == "peft" and not any(
         other != name and not layer.is_embedding and layer.lora_A.dim() == 2 for other, layer in adapter.layers.items()
     ):
         return noted  # of the last such layer, which is this one

@@ -51,7 +51,8 @@ def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
         folder = _folder(base, folders, component, adapter)
         by_folder.setdefault(folder, []).append(adapter)
         if folder.name != component:
-            file.notes.append(f"has {component!r}, which is taken for {folder.name} of {base}")
+            what = f"has {component!r}, which" if component else "has one model, which"
+            file.notes.append(f"{what} is taken for {folder.name} of {base}")
     found = [(checkpoints.read(folder), adapters) for folder, adapters in by_folder.items()]
     return [
         (checkpoint, _combined([_named(checkpoint, adapter) for adapter in adapters])) for checkpoint, adapters in found

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch import Tensor
 MAX_JSON_BYTES = 2**24
 MAX_HEADER_BYTES = 2**26  # of a checkpoint with a hundred thousand tensors: 2**24
 MAX_PICKLE_BYTES = 2**32  # an adapter of 1 % of a model of 200 billion parameters
+# What the pickle of a dict of tensors names.
+_TENSORS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
 MAX_NAME = 1000  # characters of a tensor's name
 
 
@@ -146,6 +150,10 @@ def read_pickle(path: Path) -> dict[str, Any]:
     for entry in entries:
         if entry.filename.endswith("data.pkl") and entry.file_size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: {entry.filename} has {entry.file_size} bytes, expected at most {MAX_JSON_BYTES}")
+    for entry in entries:
+        if entry.filename.endswith("data.pkl"):
+            with zipfile.ZipFile(path) as archive:
+                _check_globals(archive.read(entry), path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -157,6 +165,22 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors by name")
     return content
+
+
+def _check_globals(content: bytes, path: Path) -> None:
+    """Refuse a pickle that names anything but what tensors by name are made of: PyTorch's unpickler allows more."""
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            is_call = opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+            if is_call or (opcode.name == "GLOBAL" and not _TENSORS.fullmatch(str(argument))):
+                named = described(argument or opcode.name)
+                raise ValueError(f"{path}: holds more than tensors, and is not loaded: {named}")
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: is not a file of torch.save, or not whole: {one_line(error)}") from None
+    except Exception as error:  # whatever a damaged pickle makes of its reader
+        raise ValueError(f"{path}: is not a file of torch.save, or not whole: {one_line(error)}") from None
 
 
 def plain_tensors(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:

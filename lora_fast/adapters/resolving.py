@@ -111,7 +111,7 @@ class Resolver:
 
     def _by_prefix(self, wanted: list[str], missing: list[str]) -> dict[str, str]:
         added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
-        added = [prefix for prefix in added if not has_number(prefix, ".")]
+        added = [prefix for prefix in added if not has_number(prefix)]
         candidates = [{name: prefix + name for name in wanted} for prefix in added]
         candidates += [{name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)]
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
@@ -135,6 +135,4 @@ def _common_prefixes(names: list[str]) -> list[str]:
     """The leading parts that all of ``names`` share, each with its last dot, shortest first."""
     parts = min((name.split(".")[:-2] for name in names), key=len)  # of a module, at least, its own name stays
     prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
-    return [
-        prefix for prefix in prefixes if all(name.startswith(prefix) for name in names) and not has_number(prefix, ".")
-    ]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names) and not has_number(prefix)]

@@ -21,19 +21,19 @@ class Rows(NamedTuple):
     stop: int
 
 
-def of_parts(N: int, K: int, index: int, count: int) -> Rows:
+def of_parts(N: int, K: int, index: int, count: int, what: str) -> Rows:
     """The rows of part ``index`` of a weight [N, K] of ``count`` parts: each has K rows, the last the rest."""
     if (count - 1) * K + 1 > N:
-        raise ValueError(f"a weight [{N}, {K}] does not hold the rows of {count} others, which have {K} each")
+        raise ValueError(f"{what}: a weight [{N}, {K}] does not hold the rows of {count} others, which have {K} each")
     return Rows(index * K, N if index == count - 1 else (index + 1) * K)
 
 
-def part(layer: AdapterLayer, index: int, count: int) -> Rows:
+def part(layer: AdapterLayer, index: int, count: int, what: str) -> Rows:
     """The rows of part ``index`` of a layer's weight: by the sizes that its file gives, or as :func:`of_parts`."""
     if layer.row_parts:
         ends = [sum(layer.row_parts[: each + 1]) for each in range(len(layer.row_parts))]
         return Rows(ends[index] - layer.row_parts[index], ends[index])
-    return of_parts(layer.out_features, layer.in_features, index, count)
+    return of_parts(layer.out_features, layer.in_features, index, count, what)
 
 
 def taken(layer: AdapterLayer, rows: Rows, what: str) -> AdapterLayer:
@@ -70,6 +70,10 @@ def fused(parts: dict[Rows, AdapterLayer], N: int, what: str, row_parts: tuple[i
     covered = sum(rows.stop - rows.start for rows in ordered)
     if with_magnitude and (len(with_magnitude) < len(layers) or covered < N):
         raise ValueError(f"{what}: DoRA of some of its rows only, which one adapter of all of them cannot express")
+    for rows, layer in ordered.items():
+        if layer.kernel or layer.out_features != rows.stop - rows.start or layer.in_features != layers[0].in_features:
+            sizes = f"lora_A {list(layer.lora_A.shape)} and lora_B {list(layer.lora_B.shape)}"
+            raise ValueError(f"{what}: has {sizes} for rows {rows.start} to {rows.stop} of the weight")
     if len({layer.norm_eps for layer in with_magnitude}) > 1:
         raise ValueError(f"{what}: its tool adds different numbers to the norms of its rows; merge it")
     if any(layer.norm_axis == "input" for layer in with_magnitude):
@@ -79,7 +83,7 @@ def fused(parts: dict[Rows, AdapterLayer], N: int, what: str, row_parts: tuple[i
     lora_B = lora_A.new_zeros(N, len(lora_A))
     column = 0
     for rows, layer in ordered.items():
-        own = layer.lora_B if len(scalings) == 1 else _scaled(layer)
+        own = layer.lora_B if len(scalings) == 1 else scaled(layer)
         lora_B = lora_B.to(torch.promote_types(lora_B.dtype, own.dtype))
         lora_B[rows.start : rows.stop, column : column + layer.rank] = own
         column += layer.rank
@@ -101,7 +105,7 @@ def are_rounded(parts: dict[Rows, AdapterLayer]) -> bool:
     return len({layer.scaling for layer in parts.values()}) > 1
 
 
-def _scaled(layer: AdapterLayer) -> Tensor:
+def scaled(layer: AdapterLayer) -> Tensor:
     """lora_B times the factor, rounded once to float32, or to float64 where it is that."""
     dtype = torch.promote_types(layer.lora_B.dtype, torch.float32)
     return (layer.lora_B.double() * layer.scaling).to(dtype)
@@ -116,7 +120,5 @@ def half_rotation(layer: AdapterLayer, heads: int, what: str) -> AdapterLayer:
     if N % (2 * heads):
         raise ValueError(f"{what} has {N} outputs, which {heads} heads do not share evenly")
     order = torch.arange(N).view(heads, N // heads // 2, 2).transpose(1, 2).reshape(-1)
-    if layer.magnitude is None:
-        return dataclasses.replace(layer, lora_B=layer.lora_B[order])
-    magnitude = layer.magnitude[order] if layer.norm_axis == "output" else layer.magnitude
+    magnitude = None if layer.magnitude is None else layer.magnitude[order]
     return dataclasses.replace(layer, lora_B=layer.lora_B[order], magnitude=magnitude)

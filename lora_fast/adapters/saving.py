@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fast.adapters import gathering, reading
-from lora_fast.adapters.formats.peft import CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME, WRITTEN_HERE
+from lora_fast.adapters.formats.peft import ADAPTS, CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME
 from lora_fast.adapters.formats.peft_config import lora_config
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.adapted import AdaptedLinear
@@ -60,7 +60,7 @@ def _save(model: nn.Module, directory: Path) -> None:
     config = _config(model, layers)
     config["modules_to_save"] = trained.modules or None
     config["bias"] = "lora_only" if train_biases else "none"
-    metadata = {"format": "pt", WRITTEN_HERE: "linears"}
+    metadata = {"format": "pt", ADAPTS: "linears"}
     if trained.noted:
         metadata[TRAINED] = json.dumps(trained.noted)
     values = {PREFIX + name: gathering.value(module, key) for name, (module, key) in slots.items()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.adapters import block_maps
+from lora_fast.adapters import rows
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
@@ -32,6 +32,10 @@ KOHYA_COMPONENTS = {
     "text_encoder_3": "lora_te3",
     "text_encoder_4": "lora_te4",
 }
+
+
+# How blocks of Stable Diffusion and Flux are called where diffusers has other names.
+ORIGINAL_BLOCKS = {"input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks"}
 
 
 @dataclass
@@ -56,6 +60,8 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
             )
         modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
         names = flattened(modules, adapter, is_text=prefix.startswith("lora_te"))
+        if dropout_of(adapter):
+            written.notes.append(f"the dropout of {dropout_of(adapter)} is left out, which kohya's files do not have")
         if uneven := [name for name, layer in adapter.layers.items() if not _has_alpha(layer)]:
             written.notes.append(f"no alpha over the rank is the factor of {shortened(uneven)} to the last bit")
         for module, layer in adapter.layers.items():
@@ -134,13 +140,11 @@ def diffusers(components: Components) -> Written:
 def _check_diffusers_names(adapter: Adapter) -> None:
     """Refuse names that diffusers calls otherwise: it would not find them."""
     for name in adapter.layers:
-        for block_map in block_maps.OF_IMAGE_MODELS:
-            is_original = any(not before for before, _ in block_map.parts_of(name))
-            if is_original and not any(block_map.originals_of(name)):
-                raise ValueError(
-                    f"{adapter.weights_path}: {name} is a name of the original code base, which diffusers calls "
-                    "otherwise: give its folder of the model (--base BASE)"
-                )
+        if name.partition(".")[0] in ORIGINAL_BLOCKS:
+            raise ValueError(
+                f"{adapter.weights_path}: {name} is a name of the original code base, which diffusers calls otherwise: "
+                "give its folder of the model (--base BASE)"
+            )
 
 
 def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
@@ -148,7 +152,7 @@ def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
     adapter = _only(components, "PEFT's folder")
     written = Written(metadata={"format": "pt"})
     if adapter.only_linears:
-        written.metadata[peft.WRITTEN_HERE] = "linears"
+        written.metadata[peft.ADAPTS] = "linears"
     written.config = _peft_config(adapter, names)
     for key, tensor in _peft_tensors(adapter).items():
         _put(written, peft.PREFIX + key, tensor)
@@ -246,8 +250,7 @@ def mlx_folder(components: Components) -> Written:
             raise ValueError(f"{where}: {name} would be read as another kind of layer by its name")
         lora_B = layer.lora_B
         if len(scalings) > 1:
-            dtype = torch.promote_types(lora_B.dtype, torch.float32)
-            lora_B = (lora_B.double() * layer.scaling).to(dtype)
+            lora_B = rows.scaled(layer)
         padding = rank - layer.rank
         _put(written, f"{name}.lora_a", torch.nn.functional.pad(layer.lora_A.T, (0, padding)))
         _put(written, f"{name}.lora_b", torch.nn.functional.pad(lora_B.T, (0, 0, 0, padding)))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lora_fast.calls import Axis
 
+UNDECIDED = "undecided"  # the reason for an axis that decide refused to say
+
 
 @dataclass(frozen=True)
 class Word:

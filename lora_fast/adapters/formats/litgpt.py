@@ -16,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast.adapters import reading, rows
-from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
+from lora_fast.adapters.adapter import MAX_ELEMENTS, Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
 
 WEIGHTS_NAME = "lit_model.pth.lora"
 SETTINGS_NAME = "hyperparameters.yaml"
 MODEL_NAME = "model_config.yaml"
-MAX_ROWS = 2**22  # of a part of qkv: a hundred times the largest models'
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])")
 _PARTS = ("lora_query", "lora_key", "lora_value")
 
@@ -73,6 +72,10 @@ def _qkv(
     enabled = [index for index, part in enumerate(_PARTS) if settings.get(part) is True]
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     total = sum(sizes[index] for index in enabled)
+    if (elements := sum(sizes) * rank * len(enabled)) > MAX_ELEMENTS:
+        raise ValueError(
+            f"{folder / MODEL_NAME}: lora_B of {name} would have {elements} elements, expected at most {MAX_ELEMENTS}"
+        )
     if not enabled or lora_A.dim() != 2 or len(lora_A) != rank * len(enabled) or list(lora_B.shape) != [total, rank]:
         said = ", ".join(_PARTS[index] for index in enabled) or "none of the three"
         raise ValueError(
@@ -94,10 +97,7 @@ def _sizes(model: dict[str, Any], where: Path) -> tuple[int, int, int]:
     heads, width = _size(model, "n_head", where), _size(model, "n_embd", where)
     groups = _size(model, "n_query_groups", where) if model.get("n_query_groups") else heads
     head = _size(model, "head_size", where) if model.get("head_size") else width // heads
-    sizes = heads * head, groups * head, groups * head
-    if max(sizes) > MAX_ROWS:
-        raise ValueError(f"{where}: queries, keys and values would have {sizes} rows, expected at most {MAX_ROWS}")
-    return sizes
+    return heads * head, groups * head, groups * head
 
 
 def _size(settings: dict[str, Any], key: str, where: Path) -> int:

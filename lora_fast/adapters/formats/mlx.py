@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
+from lora_fast.adapters.adapter import CONVERTED, Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
 from lora_fast.adapters.formats import peft
 from lora_fast.calls import Axis
 
@@ -52,8 +52,10 @@ def read(folder: Path) -> AdapterFile:
     path, config_path = folder / WEIGHTS_NAME, folder / peft.CONFIG_NAME
     config = reading.read_json(config_path)
     kind, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
-    if kind not in METHODS or not isinstance(settings, dict):
-        raise ValueError(f"{config_path}: fine_tune_type is {kind!r}, expected 'lora' or 'dora' with lora_parameters")
+    if kind not in METHODS:
+        raise ValueError(f"{config_path}: fine_tune_type is {reading.described(kind)}, expected 'lora' or 'dora'")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config_path}: lora_parameters is {reading.described(settings)}, expected an object")
     scaling = reading.finite(settings.get("scale"), "lora_parameters.scale", config_path)
     dropout = reading.finite(settings.get("dropout", 0.0), "lora_parameters.dropout", config_path)
     rank = settings.get("rank")
@@ -75,7 +77,7 @@ def read(folder: Path) -> AdapterFile:
         if rank is not None and layer.rank != rank:
             raise ValueError(f"{path}: {name} has rank {layer.rank}, {config_path.name} says {reading.described(rank)}")
     adapter = Adapter(path, config_path, layers, format="mlx", config={"lora_dropout": dropout})
-    return AdapterFile(folder, "mlx", "MLX-LM", {"": adapter}, metadata)
+    return AdapterFile(folder, "mlx", "lora_fast" if CONVERTED in metadata else "MLX-LM", {"": adapter}, metadata)
 
 
 def _layer(name: str, parts: dict[str, Tensor], scaling: float, path: Path) -> AdapterLayer:

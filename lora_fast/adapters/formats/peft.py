@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import DTYPES, Adapter, AdapterFile, AdapterLayer, check_layer
+from lora_fast.adapters.adapter import CONVERTED, DTYPES, Adapter, AdapterFile, AdapterLayer, check_layer
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Notes of save_adapter in the metadata of the weights' file: that it adapts torch.nn.Linear only, and which tensors
 # were trained though modules_to_save cannot name them. PEFT does not read them.
-WRITTEN_HERE = "lora_fast.adapts"
+ADAPTS = "lora_fast.adapts"
 TRAINED = "lora_fast.trained"
 OUTPUT_AXIS = "PEFT has one norm for each output"
 
@@ -100,11 +100,11 @@ def read(folder: Path) -> AdapterFile:
         copies=copies,
         trained=_trained(base, layers, config, noted),
         left_out=left_out + second,
-        only_linears=metadata.get(WRITTEN_HERE) == "linears",
+        only_linears=metadata.get(ADAPTS) == "linears",
         format="peft",
         config=config,
     )
-    tool = "lora_fast" if WRITTEN_HERE in metadata else "PEFT"
+    tool = "lora_fast" if metadata.keys() & {ADAPTS, CONVERTED} else "PEFT" if "peft_version" in config else ""
     return AdapterFile(folder, "peft", tool, {"": adapter}, metadata)
 
 
@@ -206,18 +206,18 @@ def scaling_of(config: Mapping[str, Any], name: str, rank: int, where: Path) -> 
     """alpha / R (alpha / √R for rsLoRA) of module ``name``, as PEFT reads r, lora_alpha and their patterns."""
     expected = _by_pattern(config, "rank_pattern", name, config.get("r"), where)
     if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:
-        raise ValueError(f"{where}: the rank of {name} is {expected!r}, expected a positive integer")
+        raise ValueError(f"{where}: the rank of {name} is {reading.described(expected)}, expected a positive integer")
     if expected != rank:
-        raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A in {WEIGHTS_NAME} has {rank}")
+        raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A has {rank}")
     alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"), where)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{where}: the alpha of {name} is {alpha!r}, expected a number")
+        raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a number")
     try:
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except OverflowError:
         scaling = math.inf
     if not math.isfinite(scaling):
-        raise ValueError(f"{where}: the alpha of {name} is {str(alpha)[:40]}, expected a finite number")
+        raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a finite number")
     return scaling
 
 
@@ -259,15 +259,15 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{path}: {key} is set, which is another method than LoRA and DoRA")
     if config.get("init_lora_weights", True) not in INITIALISATIONS:
         raise ValueError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weight; "
-            "save it from PEFT with path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights is {reading.described(config['init_lora_weights'])}, which changes the base "
+            "weight; save it from PEFT with path_initial_model_for_weight_conversion"
         )
     ends = config.get("modules_to_save") or []
     if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
-        raise ValueError(f"{path}: modules_to_save is {ends!r}, expected a list of names")
+        raise ValueError(f"{path}: modules_to_save is {reading.described(ends)}, expected a list of names")
     for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, expected true or false")
+            raise ValueError(f"{path}: {key} is {reading.described(config[key])}, expected true or false")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

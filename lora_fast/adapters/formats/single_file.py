@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import DTYPES, Adapter, AdapterFile, AdapterLayer, Faults, check_layer, shortened
+from lora_fast.adapters.adapter import (
+    CONVERTED,
+    DTYPES,
+    Adapter,
+    AdapterFile,
+    AdapterLayer,
+    Faults,
+    check_layer,
+    shortened,
+)
 from lora_fast.adapters.formats import axis, peft
 from lora_fast.calls import Axis
 
@@ -90,7 +99,6 @@ _DOTTED = re.compile(
 # the wrapper's name that PEFT puts before all
 _WRAPPER = "base_model.model."
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-WRITTEN_HERE = "lora_fast.format"  # by convert, which adds nothing to a norm
 
 
 def is_flattened_component(component: str) -> bool:
@@ -147,6 +155,7 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
             is_flattened=is_flattened,
             format="kohya" if is_flattened else "diffusers",
             component=component,
+            config=config or {},
         )
     if not faults.found and not any(adapter.layers or adapter.added for adapter in components.values()):
         faults(f"{path}: holds no LoRA: {', '.join(list(tensors)[:4]) or 'it is empty'}")
@@ -214,7 +223,7 @@ class _Reader:
                 self.faults(str(error))
 
     def _layer(self, name: str, parts: Mapping[str, Tensor]) -> AdapterLayer:
-        where, called = self.path, f"{self.component or ''} {name}".strip()
+        where, called = self.path, f"{self.component} {name}".strip()
         if missing := [part for part in ("lora_A", "lora_B") if part not in parts]:
             raise ValueError(f"{where}: {called} has {', '.join(parts)}, but no {' and no '.join(missing)}")
         if both := parts.keys() & {"weight", "bias"}:
@@ -246,7 +255,7 @@ class _Reader:
                 )
             except ValueError as error:
                 self.faults(f"{where}: dora_scale of {called} {error}")
-                reason = "undecided"
+                reason = axis.UNDECIDED
             eps = self._eps(scale.dtype)
         return AdapterLayer(
             lora_A=layer.lora_A,
@@ -336,7 +345,7 @@ def _configuration(metadata: Mapping[str, str], component: str, path: Path) -> M
 
 
 def _origin(metadata: Mapping[str, str], path: Path) -> Origin:
-    if WRITTEN_HERE in metadata:
+    if CONVERTED in metadata:
         return Origin("lora_fast", has_own_shapes=True, eps=_none)
     if "ot_branch" in metadata or "ot_revision" in metadata or "ot_config" in metadata:
         return _one_trainer(metadata, path)
@@ -360,10 +369,13 @@ def _lycoris(tool: str, arguments: str, metadata: Mapping[str, str], path: Path)
     said = str(content.get("wd_on_output", content.get("wd_on_out", ""))).lower()
     axes: dict[str, Axis] = {"true": "output", "false": "input"}
 
+    told = {torch.float16: metadata.get("ss_full_fp16"), torch.bfloat16: metadata.get("ss_full_bf16")}
+    trained_in = next((dtype for dtype, flag in told.items() if flag == "True"), None)
+
     def eps(stored: torch.dtype) -> float:
-        """Of the parameters' dtype in training: float32, even for a file in half precision, where it says so."""
-        told = {torch.float16: "ss_full_fp16", torch.bfloat16: "ss_full_bf16"}.get(stored, "")
-        return torch.finfo(torch.float32 if metadata.get(told) == "False" else stored).eps
+        """Of the parameters' dtype in training, where the file says it; else of the dtype in which they are stored."""
+        is_wider = trained_in is None and told.get(stored) == "False"
+        return torch.finfo(torch.float32 if is_wider else trained_in or stored).eps
 
     return Origin(tool, axes.get(said), f"wd_on_output={said}", True, eps)
 
