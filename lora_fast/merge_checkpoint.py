@@ -60,9 +60,9 @@ def merge_checkpoint(
         base: a folder with model.safetensors, or with shards and their model.safetensors.index.json; a folder of
             diffusers, with a model_index.json and a folder for each model; or one file, a single-file checkpoint.
             Other files of a folder (configuration, tokenizer) are copied; other formats of the weights and an adapter's
-            configuration are not, nor subfolders that are no model's. config.json changes in ``vocab_size`` where the
-            adapter's vocabulary is another, and in ``tie_word_embeddings`` where the head and the embedding have to
-            part.
+            configuration are not, nor a folder's subfolders; of a pipeline the folders that do not change are, whole.
+            config.json changes in ``vocab_size`` where the adapter's vocabulary is another, and in
+            ``tie_word_embeddings`` where the head and the embedding have to part.
         adapter: a file or folder of any format that :func:`lora_fast.load_adapter` takes; LoRA or DoRA on linear
             layers, transformers' Conv1D, embeddings and convolutions, with whole modules, base weights, biases and
             differences that were saved with it.
