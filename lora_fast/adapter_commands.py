@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
     convert = commands.add_parser("convert", help="write an adapter as the file of another tool, exactly or not at all")
     convert.add_argument("adapter", type=Path, metavar="IN", help="the adapter's file or folder")
     convert.add_argument(
-        "out", type=Path, metavar="OUT", help="the file (kohya, diffusers) or folder (peft, mlx) to make"
+        "out", type=Path, metavar="OUT", help="the file (kohya), folder (peft, mlx) or either (diffusers) to make"
     )
     convert.add_argument(
         "--to", required=True, choices=("peft", "kohya", "diffusers", "mlx"), help="whose file to write"

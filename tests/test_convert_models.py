@@ -65,6 +65,16 @@ def test_all_of_several_models(tmp_path: Path) -> None:
         lora_fast.convert_adapter(source, tmp_path / "x.safetensors", "kohya", component="prior")
 
 
+def test_diffusers_file_or_its_folder(tmp_path: Path) -> None:
+    base, source = stable_diffusion(tmp_path)
+    for out in (tmp_path / "out.safetensors", tmp_path / "out"):
+        lora_fast.convert_adapter(source, out, "diffusers", base=base)
+    inside = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [inside.name]
+    assert inside.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    assert list(files.read_file(tmp_path / "out").components) == ["text_encoder", "unet"]
+
+
 def test_a_base_that_is_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, source = stable_diffusion(tmp_path)
     alone = tmp_path / "alone.safetensors"

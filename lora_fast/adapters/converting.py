@@ -29,8 +29,8 @@ COMPONENTS_OF_FILES = {
     "lora_prior_unet": "prior",
 }
 TARGETS = ("peft", "kohya", "diffusers", "mlx")
-# The folders' files; the other targets are one file.
-WEIGHTS_NAMES = {"peft": peft.WEIGHTS_NAME, "mlx": mlx.WEIGHTS_NAME}
+# The files in the folders of the targets that are one; diffusers' is a file, or a folder with one.
+WEIGHTS_NAMES = {"peft": peft.WEIGHTS_NAME, "mlx": mlx.WEIGHTS_NAME, "diffusers": "pytorch_lora_weights.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def convert_adapter(
 
     Args:
         path: a file or folder of any format that :func:`lora_fast.load_adapter` takes.
-        to: "peft" and "mlx", a folder; "kohya" and "diffusers", one safetensors file.
+        to: "peft" and "mlx", a folder; "kohya", one safetensors file; "diffusers", one file, or a folder with
+            pytorch_lora_weights.safetensors where ``out`` has no such ending.
         base: the checkpoint of the base model, a folder or a file. It is needed where the names of ``path`` are
             flattened or of another code base (its own names are those that are written; q, k and v are split and fused
             as its weights are), for an eps that the target does not add, and for ``as_difference``.
@@ -121,9 +122,11 @@ def _check_out(out: Path, to: str) -> None:
         raise ValueError(f"to: got {to!r}, expected one of {', '.join(map(repr, TARGETS))}")
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out}: exists already; expected a new name")
-    if (out.suffix == ".safetensors") == (to in WEIGHTS_NAMES):
-        expected = "a folder" if to in WEIGHTS_NAMES else "a *.safetensors"
-        raise ValueError(f"out: got {out.name!r}, expected the name of {expected}, which {to!r} is")
+    is_file = out.suffix == ".safetensors"
+    if is_file and to in ("peft", "mlx"):
+        raise ValueError(f"out: got {out.name!r}, expected the name of a folder, which {to!r} is")
+    if not is_file and to == "kohya":
+        raise ValueError(f"out: got {out.name!r}, expected the name of a *.safetensors, which {to!r} is")
 
 
 def _chosen(file: AdapterFile, component: str | None) -> tuple[AdapterFile, str | None]:
@@ -426,10 +429,11 @@ def _write(out: Path, to: str, written: Written) -> None:
             raise ValueError(f"{out}: {key} has NaN or infinity, or values that {str(tensor.dtype)[6:]} cannot hold")
     save_file = reading.import_safetensors().torch.save_file
     with written_whole(out) as unfinished:
-        if to in WEIGHTS_NAMES:
-            unfinished.mkdir()
-            save_file(written.tensors, unfinished / WEIGHTS_NAMES[to], metadata=written.metadata)
+        if out.suffix == ".safetensors":
+            save_file(written.tensors, unfinished, metadata=written.metadata)
+            return
+        unfinished.mkdir()
+        save_file(written.tensors, unfinished / WEIGHTS_NAMES[to], metadata=written.metadata)
+        if written.config is not None:
             text = json.dumps(written.config, indent=2) + "\n"
             (unfinished / peft.CONFIG_NAME).write_text(text, encoding="utf-8")
-        else:
-            save_file(written.tensors, unfinished, metadata=written.metadata)
