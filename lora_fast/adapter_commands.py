@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_fast.dtypes import FLOATS
+from lora_fast.dtypes import FLOATS, name_of
 
 INSTALL = "pip install 'lora_fast[adapters]'"
 PACKAGES = ("rich", "safetensors", "yaml")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+DTYPES = {name_of(dtype): dtype for dtype in FLOATS}
 
 
 class UsageError(Exception):
@@ -44,6 +44,9 @@ def add_commands(commands: Any) -> None:
     )
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's file or folder")
     merge.add_argument("out", type=Path, metavar="OUT", help="the folder, or the file, to make")
+    merge.add_argument(
+        "--component", metavar="NAME", help="which of the adapter's models to merge (default: all of them)"
+    )
     _add_reading(merge)
     merge.add_argument(
         "--fan-in-fan-out",
@@ -190,6 +193,7 @@ def _merge(args: argparse.Namespace) -> int:
                     fan_in_fan_out=word,
                     magnitude_axis=args.magnitude_axis,
                     norm_eps=args.norm_eps,
+                    component=args.component,
                 )
     except KeyboardInterrupt:
         return _interrupted(args.out)
@@ -229,7 +233,8 @@ def _convert(args: argparse.Namespace) -> int:
             )
     except KeyboardInterrupt:
         return _interrupted(args.out)
-    print(f"{args.out}: {done.layers} layers, as {args.to}")
+    counts = [(done.layers, "updates"), (done.differences, "differences")]
+    print(f"{args.out}: {' and '.join(f'{count} {what}' for count, what in counts if count)}, as {args.to}")
     for note in done.notes:
         print(note)
     return 0

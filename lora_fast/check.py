@@ -27,7 +27,7 @@ from lora_fast import backends, calls, functional, ops, reference
 from lora_fast.backends import BackendName, registry
 from lora_fast.backends.plan import Refusal
 from lora_fast.calls import Axis
-from lora_fast.dtypes import FLOATS, UP_TO_FLOAT32
+from lora_fast.dtypes import FLOATS, UP_TO_FLOAT32, name_of
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
 from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count
@@ -140,7 +140,7 @@ def _title(form: str) -> str:
 def result_of(name: str, device: str, backend: BackendName, case: Case, item: Item) -> Result:
     (T,) = case.leading
     size = f"{T} token{'s'[: T > 1]}, {case.N}×{case.K}, rank {case.R}"
-    result = Result(name, backend, str(case.dtype).removeprefix("torch."), size)
+    result = Result(name, backend, name_of(case.dtype), size)
     start, result.budget = time.perf_counter(), ErrorBudget(case.dtype)
     if backend != "torch" and case.N * case.K > SMALL.N * SMALL.K:
         result.threads = torch.get_num_threads()

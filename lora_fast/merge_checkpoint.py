@@ -7,6 +7,7 @@ another name, which is changed when it is whole. What is done to which tensor is
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_fast.adapters import checkpoint as checkpoints, files, merging, placing, reading
+from lora_fast.adapters import checkpoint as checkpoints, files, merging, orientation, placing, reading
 from lora_fast.adapters.adapter import Adapter
 from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progress, Shard
 from lora_fast.adapters.formats import peft
@@ -27,12 +28,12 @@ from lora_fast.calls import Axis
 
 @dataclass(frozen=True)
 class Merged:
-    """What was done, in numbers of OUT's tensors, which add up to all of them, and in names.
+    """What was done, in numbers of tensors, which add up to all of OUT's models that change, and in names.
 
     ``merged`` got an update, ``replaced`` another content without one, ``kept`` are as they were. ``untied`` are those
     among them that BASE has as one with another. ``left_out`` are the adapter's tensors that hold nothing of their own,
-    ``not_copied`` the files of BASE that OUT does not have, ``notes`` what was taken
-    for granted of the adapter, each the end of a sentence that begins with its file.
+    ``not_copied`` the files of BASE that OUT does not have, ``notes`` what was taken for granted of the adapter, each
+    the end of a sentence that begins with its file.
     """
 
     merged: int
@@ -53,6 +54,7 @@ def merge_checkpoint(
     fan_in_fan_out: FanInFanOut = None,
     magnitude_axis: Axis | None = None,
     norm_eps: float | None = None,
+    component: str | None = None,
 ) -> Merged:
     """Write the checkpoint ``base`` with ``adapter`` in its weights to the new folder, or file, ``out``.
 
@@ -70,27 +72,35 @@ def merge_checkpoint(
         fan_in_fan_out: for square layers of which nothing else tells it: whether their weight is stored [in, out], as
             transformers' Conv1D has it; True, False, or the names of those that are, or the ends of their names.
         magnitude_axis, norm_eps: as in :func:`lora_fast.load_adapter`.
+        component: which of the adapter's models to merge, where it has several; None: all of them.
 
     Holds the adapter, one tensor of a shard, and a tile in memory. Where transformers is installed it is asked for the
     names, ties and layers of its own models, when nothing else tells them; the model is not built in memory, and no
     code of the checkpoint runs.
 
     Raises ValueError for a file that is damaged, quantised, does not fit the other, or leaves open what the result has
-    to be, FileNotFoundError, FileExistsError, and ModuleNotFoundError without safetensors. Nothing is written then.
+    to be, FileNotFoundError, FileExistsError, and ModuleNotFoundError without safetensors (for litgpt's, PyYAML).
+    Nothing is written then.
     """
     base, out = Path(base), Path(out).absolute()
     if out.is_symlink():
         raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
     if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; expected a new name")
-    if base.is_file() and base.suffix == ".safetensors" != out.suffix:
+    if base.is_file() and base.suffix == ".safetensors" and out.suffix != ".safetensors":
         raise ValueError(f"{out}: expected the name of a *.safetensors, as {base} is one")
     if out.resolve().is_relative_to(base.resolve()):
         raise ValueError(f"{out}: lies in {base}, which is copied; expected another place")
     update = files.read_file(adapter, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
+    if component is not None:
+        chosen = update.component(component)
+        update = dataclasses.replace(update, components={chosen.component: chosen})
+    places = placing.place(base, update)
+    if not (fan_in_fan_out is None or isinstance(fan_in_fan_out, bool)):
+        fan_in_fan_out = orientation.named_layers(fan_in_fan_out, [place.adapter for place in places])
     jobs = [
-        _Job(checkpoint, own, merging.plan(checkpoint, own, fan_in_fan_out))
-        for checkpoint, own in placing.place(base, update)
+        _Job(place.checkpoint, place.adapter, merging.plan(place.checkpoint, place.adapter, fan_in_fan_out))
+        for place in places
     ]
     with written_whole(out) as unfinished:
         not_copied: list[str] = []
@@ -107,7 +117,7 @@ def merge_checkpoint(
         untied=sorted(name for job in jobs for name in job.plan.added),
         left_out=[key for job in jobs for key in job.adapter.left_out],
         not_copied=not_copied,
-        notes=update.notes,
+        notes=update.notes + [note for place in places for note in place.notes],
     )
 
 

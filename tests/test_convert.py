@@ -252,7 +252,7 @@ def test_mlx_has_one_rank_and_one_scale(tmp_path: Path) -> None:
     base = base_file(tmp_path / "base.safetensors", updates)
     source = kohya_file(tmp_path / "a.safetensors", updates)
     done = lora_fast.convert_adapter(source, tmp_path / "mlx", "mlx", base=base)
-    assert done.notes == ["2 different scalings are multiplied into lora_b, and scale is 1"]
+    assert done.notes == ["2 different scalings are multiplied into lora_b, rounded once, and scale is 1"]
     config = json.loads((tmp_path / "mlx" / CONFIG_NAME).read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["num_layers"] == -1
@@ -349,7 +349,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "out"
     assert cli.main(["convert", str(source), str(out), "--to", "peft", "--base", str(base)]) == 0
     text = capsys.readouterr().out
-    assert f"{out}: 1 layers, as peft" in text
+    assert f"{out}: 1 updates, as peft" in text
     assert f"{source} is LyCORIS's, which adds 1.19e-07 to each norm" in text
     magnitude = load_file(out / WEIGHTS_NAME)["base_model.model.a.b.lora_magnitude_vector"]
     assert math.isclose(magnitude[0].item(), updates["a.b"].magnitude[0].item(), rel_tol=1e-6)

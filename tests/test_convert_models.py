@@ -190,7 +190,7 @@ def test_folders_with_more_than_one_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 2 \*\.safetensors and no adapter_config\.json: name one of them"):
         read(tmp_path)
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: is a pickle, .* but for torchtune's with its adapter_config"):
+    with pytest.raises(ValueError, match=r"other\.pt: is a pickle, .* torchtune's \.pt with its adapter_config"):
         read(tmp_path / "other.pt")
 
 

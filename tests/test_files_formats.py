@@ -53,6 +53,13 @@ def test_torchtune_s_folder_for_peft_is_refused_with_the_reason(tmp_path: Path) 
         merge_checkpoint(SAMPLES / "torchtune" / "base", folder, tmp_path / "out")
 
 
+def test_a_folder_of_torchtune_with_its_own_file_alone_says_what_to_name(tmp_path: Path) -> None:
+    for name in ("adapter_model.pt", "adapter_config.json"):
+        shutil.copyfile(SAMPLES / "torchtune" / "epoch_0" / name, tmp_path / name)
+    with pytest.raises(ValueError, match=r"is missing; adapter_model\.pt beside it is torchtune's: give that file"):
+        read(tmp_path)
+
+
 def test_torchtune_s_rows_are_reordered_for_the_models_that_it_reorders(tmp_path: Path) -> None:
     sample = SAMPLES / "torchtune"
     base = in_float64(sample / "base", tmp_path / "base")
@@ -263,6 +270,7 @@ OTHERS = {
     "a raw split of q, k and v": ["lora_up.2.weight"],
     "XLabs' attention processors": ["processor.qkv_lora1.down.weight"],
     "diffusers' attention processors": ["processor.to_q_lora.up.weight"],
+    "a Control-LoRA": ["lora_controlnet"],
     "embeddings of new words": ["bundle_emb.new.clip_l"],
     "a raw state dict of PEFT": ["lora_A.default.weight"],
 }
@@ -281,6 +289,17 @@ def test_other_methods_are_refused_by_name(name: str, tmp_path: Path) -> None:
     assert found["unknown"] == [f"lora_unet_b.{part}" for part in OTHERS[name]]
 
 
+def test_mlx_s_weights_of_a_step(tmp_path: Path) -> None:
+    tensors = {"a.lora_a": torch.ones(4, 2), "a.lora_b": torch.ones(2, 6)}
+    path = tmp_path / "0000100_adapters.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="is MLX-LM's by its name, which needs its adapter_config.json beside it"):
+        read(path)
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert read(path).layers["a"].scaling == 3.0
+
+
 def test_a_model_with_several_parts_takes_the_one_that_is_named(tmp_path: Path) -> None:
     unet, text = make_update(10, 6, seed=1), make_update(6, 6, seed=2)
     tensors = {f"lora_unet_0.{part}": tensor for part, tensor in unet.kohya().items()}
@@ -289,12 +308,14 @@ def test_a_model_with_several_parts_takes_the_one_that_is_named(tmp_path: Path) 
     model = nn.Sequential(nn.Linear(6, 10, bias=False)).double()
     with pytest.raises(ValueError, match="several models, 'lora_te1', 'lora_unet': say which with component="):
         lora_fast.load_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="component: got 'unet', .* has 'lora_te1', 'lora_unet'"):
-        lora_fast.load_adapter(model, tmp_path / "a.safetensors", component="unet")
-    model[0].weight.data = unet.weight
-    lora_fast.load_adapter(model, tmp_path / "a.safetensors", component="lora_unet")
+    with pytest.raises(ValueError, match="component: got 'text_encoder_2', .* has 'lora_te1', 'lora_unet'"):
+        lora_fast.load_adapter(model, tmp_path / "a.safetensors", component="text_encoder_2")
     x = torch.randn(2, 6, dtype=torch.float64)
-    assert_close(model(x), x @ unet.merged().T)
+    for name in ("lora_unet", "unet"):  # as in the file, or as in diffusers
+        model = nn.Sequential(nn.Linear(6, 10, bias=False)).double()
+        model[0].weight.data = unet.weight
+        lora_fast.load_adapter(model, tmp_path / "a.safetensors", component=name)
+        assert_close(model(x), x @ unet.merged().T)
 
 
 def test_layers_that_a_model_has_no_layer_for_are_named(tmp_path: Path) -> None:

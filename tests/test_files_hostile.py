@@ -69,6 +69,7 @@ def twice(header: str) -> str:
     return "{" + entry + "," + header.lstrip("{").rstrip()
 
 
+TWO_KINDS = ("transformer_transformer_blocks_0_q.alpha", "transformer.a.alpha")
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file, or not whole"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a safetensors file, or not whole"),
@@ -106,10 +107,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "key without a module": (with_tensors(lambda old: old.update({"alpha": torch.ones(1)})), "no part of LoRA or DoRA"),
     "names of two kinds": (
-        with_tensors(
-            lambda old: old.update({"lora_unet_a.alpha": torch.ones(1), "lora_unet.b.c.alpha": torch.ones(1)})
-        ),
-        "no lora_A",
+        with_tensors(lambda old: old.update({key: torch.ones(1) for key in TWO_KINDS})),
+        "has names of transformer with dots and with _ for them",
+    ),
+    "a module under two names": (
+        with_tensors(lambda old: old.update({f"lora_unet{mark}a_b.alpha": torch.ones(1) for mark in "._"})),
+        "lora_unet_a_b under two names|lora_unet.a_b under two names",
     ),
     "arguments are not JSON": (
         with_metadata(ss_network_module="lycoris.kohya", ss_network_args="{"),
@@ -126,8 +129,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "lora_adapter_metadata: is not JSON",
     ),
     "rank in the header is text": (
-        with_metadata(lora_adapter_metadata='{"r": "2", "lora_alpha": 1, "use_dora": true}'),
-        "use_dora is True in the header|the rank of 0 is '2'",
+        with_metadata(lora_adapter_metadata='{"r": "2", "lora_alpha": 1, "use_dora": false}'),
+        "the rank of 0 is '2', expected a positive integer",
+    ),
+    "a dora_scale beside PEFT's header": (
+        with_metadata(lora_adapter_metadata='{"r": 2, "lora_alpha": 3, "use_dora": true}'),
+        "has a dora_scale, expected lora_magnitude_vector",
     ),
 }
 
@@ -147,7 +154,7 @@ def test_a_bad_file_changes_nothing(kind: str, tmp_path: Path, capsys: pytest.Ca
     path = good(tmp_path)
     base = base_file(tmp_path / "base.safetensors", UPDATES)
     if kind == "rank in the header is text":
-        with_tensors(lambda old: old.pop(ALPHA))(path)
+        with_tensors(lambda old: [old.pop(key) for key in (ALPHA, SCALE)])(path)
     damage(path)
     plain = model()
     before, on_disk, seed = plain.state_dict(), everything(tmp_path), torch.get_rng_state()

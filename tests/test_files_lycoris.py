@@ -185,6 +185,33 @@ def test_the_tool_decides_the_eps(tmp_path: Path) -> None:
     assert "0.000977" in note
 
 
+def test_layers_without_an_alpha_among_others_are_named(tmp_path: Path) -> None:
+    updates = {"a": make_update(6, 4, alpha=None), "b": make_update(6, 4, alpha=8.0)}
+    path = kohya_file(tmp_path / "a.safetensors", updates)
+    file = files.read_file(path)
+    assert [layer.scaling for layer in file.component(None).layers.values()] == [1.0, 4.0]
+    assert file.notes == [
+        "has no alpha for lycoris a: the factor is taken for 1 there, as kohya's scripts and ComfyUI take it"
+    ]
+    base = base_file(tmp_path / "base.safetensors", updates)
+    merged = merged_file(base, path, tmp_path / "out.safetensors")
+    for name, update in updates.items():
+        assert_close(merged[f"{name}.weight"], update.merged())
+
+
+def test_diffusers_magnitude_keeps_a_dot_in_a_flattened_name(tmp_path: Path) -> None:
+    """Of convert_state_dict_to_kohya."""
+    update = make_update(6, 4, axis="output")
+    parts = update.kohya()
+    del parts["dora_scale"]
+    tensors = {f"lora_unet_a_to_q.{key}": value for key, value in parts.items()}
+    tensors["lora_unet_a.to_q.lora_magnitude_vector"] = update.magnitude
+    save_file(tensors, tmp_path / "a.safetensors")
+    base = base_file(tmp_path / "base.safetensors", {"a.to_q": update})
+    merged = merged_file(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    assert_close(merged["a.to_q.weight"], update.merged())
+
+
 # Which axis: the weight's shape, the shape of dora_scale, the word of the file, that of the user.
 DECIDED = [
     ((6, 4), [6, 1], {}, None, "output"),
@@ -202,6 +229,7 @@ DECIDED = [
     ((6, 4, 3, 3), [1, 6, 1, 1], {}, None, "output"),
     ((4, 4, 3, 3), [4, 1, 1, 1], {}, None, "output"),
     ((4, 4, 3, 3), [1, 4, 1, 1], {"wd_on_output": "False"}, None, "input"),
+    ((4, 4, 3, 3), [1, 4, 1, 1], {"ot_branch": "master"}, None, "input"),
     ((4, 4, 3, 3), [1, 4, 1, 1], {}, "input", "input"),
     ((4, 4, 3, 3), [1, 4, 1, 1], {}, "output", "output"),
 ]
@@ -223,6 +251,7 @@ def file_with_scale(tmp_path: Path, shape: tuple[int, ...], scale: list[int], ar
     update = make_update(*shape)
     parts = update.kohya() | {"dora_scale": torch.rand(scale)}
     metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)} if arguments else None
+    metadata = arguments if "ot_branch" in arguments else metadata
     save_file({f"lora_unet_a.{part}": tensor for part, tensor in parts.items()}, tmp_path / "a.safetensors", metadata)
     return tmp_path / "a.safetensors"
 

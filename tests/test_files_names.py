@@ -116,8 +116,9 @@ def test_torchtune_s_names_are_never_a_part_of_others(tmp_path: Path) -> None:
     base.mkdir()
     save_file(own | {"visual.output.weight": torch.ones(20, 16)}, base / "model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is not in it"):
+    with pytest.raises(ValueError, match="are not in it"):
         lora_fast.convert_adapter(sample / "adapter_model.pt", tmp_path / "peft", "peft", base=base)
+    refused("are not in it", base, sample / "adapter_model.pt")
 
 
 @pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "mlx"])
@@ -236,10 +237,16 @@ def test_conv1d_has_no_words_in_kohya_s_files(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "peft")
     for options in ({}, {"base": base}, {"base": base, "as_difference": True}):
-        with pytest.raises(ValueError, match="Conv1D, .*which the files of image models cannot mean"):
+        with pytest.raises(
+            ValueError,
+            match=r"Conv1D, .*the files of image models cannot mean",
+        ):
             lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", **options)
     for options in ({"component": "unet"}, {"base": base, "component": "unet"}):
-        with pytest.raises(ValueError, match="Conv1D, .*which the files of image models cannot mean"):
+        with pytest.raises(
+            ValueError,
+            match=r"Conv1D, .*the files of image models cannot mean",
+        ):
             lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "diffusers", **options)
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": False}))
@@ -247,7 +254,7 @@ def test_conv1d_has_no_words_in_kohya_s_files(tmp_path: Path) -> None:
         lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", base=base)
     (base / "config.json").write_text('{"architectures": ["Unknown"]}')
     with pytest.raises(
-        ValueError, match=r"c_proj is square, and may be transformers' Conv1D or not: transformers does not"
+        ValueError, match=r"c_proj is square, and may be transformers' Conv1D: .* \(transformers does not know"
     ):
         lora_fast.convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", base=base)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": True}))
@@ -307,10 +314,14 @@ def test_models_that_kohya_has_no_name_for_are_refused(tmp_path: Path) -> None:
         save_file({f"{component}.a.b.{key}": value for key, value in tensors.items()}, source)
         with pytest.raises(ValueError, match=re.escape(f"no name for the model {component!r}; say which it is")):
             lora_fast.convert_adapter(source, out, "kohya")
-        with pytest.raises(ValueError, match="say which: --component lora_te or lora_te1"):
-            lora_fast.convert_adapter(source, out, "kohya", component="text_encoder")
-        lora_fast.convert_adapter(source, out, "kohya", component="lora_te1")
-        assert list(files.read_file(out).components) == ["lora_te1"]
+        wrong, right = ("unet", "lora_te1") if component != "diffusion_model.transformer_1" else ("lora_te1", "unet")
+        with pytest.raises(ValueError, match=f"component: got {wrong!r}, .* has {component!r}, another kind of model"):
+            lora_fast.convert_adapter(source, out, "kohya", component=wrong)
+        if right == "lora_te1":
+            with pytest.raises(ValueError, match="say which: --component lora_te or lora_te1"):
+                lora_fast.convert_adapter(source, out, "kohya", component="text_encoder")
+        lora_fast.convert_adapter(source, out, "kohya", component=right)
+        assert list(files.read_file(out).components) == ["lora_te1" if right == "lora_te1" else "lora_unet"]
 
 
 def test_an_alpha_of_0_is_not_written(tmp_path: Path) -> None:
@@ -421,12 +432,14 @@ def test_kohya_s_number_of_a_text_encoder(prefix: str, component: str, expected:
 def test_original_names_are_not_diffusers(tmp_path: Path) -> None:
     update = make_update(24, 8)
     parts = {"lora_A.weight": update.down, "lora_B.weight": update.up, "alpha": torch.tensor(update.alpha)}
-    name = "diffusion_model.double_blocks.0.img_attn.qkv"
-    save_file({f"{name}.{key}": value for key, value in parts.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="is a name of the original code base, which diffusers calls otherwise"):
-        lora_fast.convert_adapter(
-            tmp_path / "a.safetensors", tmp_path / "out.safetensors", "diffusers", component="transformer"
-        )
+    source, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    for name in ("double_blocks.0.img_attn.qkv", "joint_blocks.0.x_block.attn.qkv", "blocks.0.self_attn.q"):
+        save_file({f"diffusion_model.{name}.{key}": value for key, value in parts.items()}, source)
+        with pytest.raises(ValueError, match="names below diffusion_model are those of the original code base"):
+            lora_fast.convert_adapter(source, out, "diffusers", component="transformer")
+        base = base_file(tmp_path / "base.safetensors", {name: update})
+        with pytest.raises(ValueError, match="is a name of the original code base, which diffusers calls otherwise"):
+            lora_fast.convert_adapter(source, out, "diffusers", component="transformer", base=base)
 
 
 @pytest.mark.parametrize("to", ["peft", "diffusers", "kohya"])

@@ -70,7 +70,7 @@ def test_what_is_refused_is_shown_and_why(tmp_path: Path, capsys: pytest.Capture
     assert "may be of either axis; say which: magnitude_axis, --magnitude-axis output or input" in refusals
     assert cli.main(["inspect", str(path), "--magnitude-axis", "input", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert [layer["axis_reason"] for layer in found["components"][0]["layers"][1:]] == ["you say so"]
+    assert [layer["axis_reason"] for layer in found["components"][0]["layers"][1:]] == ["magnitude_axis says so"]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
-from file_helpers import LYCORIS, assert_close, kohya_file, make_update
+from file_helpers import assert_close, kohya_file, make_update
 from safetensors.torch import save_file
 from torch import Tensor
 
 import lora_fast
 from lora_fast.adapters import naming
-from lora_fast.adapters.block_maps import FLUX, OPEN_CLIP, UNET, BlockMap
+from lora_fast.adapters.block_maps import FLUX, OPEN_CLIP, OPEN_CLIP_5, UNET, BlockMap
 
 pytestmark = pytest.mark.interop
 
@@ -133,8 +133,13 @@ def test_openclip_s_names_are_those_of_diffusers_conversion() -> None:
         assert torch.equal(converted[f"{layer}self_attn.{part}.weight"], expected)
         ours = list(OPEN_CLIP.originals_of(f"{layer}self_attn.{part}"))
         assert ours == [("", "transformer.resblocks.0.attn.in_proj", index, 3)]
-    for name, value in (("self_attn.out_proj", 100.0), ("mlp.fc1", 101.0), ("mlp.fc2", 102.0)):
+    alone = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for (name, original), value in zip(alone.items(), (100.0, 101.0, 102.0), strict=True):
         assert converted[f"{layer}{name}.weight"][0, 0] == value
+        assert originals(OPEN_CLIP, f"{layer}{name}") == [f"transformer.resblocks.0.{original}"]
+        assert originals(OPEN_CLIP_5, f"{layer.removeprefix('text_model.')}{name}") == [
+            f"transformer.resblocks.0.{original}"
+        ]
 
 
 def small_unet() -> Any:
@@ -157,8 +162,8 @@ ADAPTED = {
 
 
 @pytest.mark.parametrize("axis", ["output", None])
-@pytest.mark.parametrize("eps", [True, False])
-def test_diffusers_loads_what_convert_writes(eps: bool, axis: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+def test_diffusers_loads_what_convert_writes(eps: float, axis: str | None, tmp_path: Path) -> None:
     unet = small_unet()
     updates = {}
     for index, (name, shape) in enumerate(ADAPTED.items()):
@@ -168,12 +173,13 @@ def test_diffusers_loads_what_convert_writes(eps: bool, axis: str | None, tmp_pa
     base = tmp_path / "unet"
     base.mkdir()
     save_file(unet.state_dict(), base / "diffusion_pytorch_model.safetensors")
-    source = kohya_file(tmp_path / "a.safetensors", updates, LYCORIS if eps else None, prefix="lora_unet_")
-    lora_fast.convert_adapter(source, tmp_path / "pytorch_lora_weights.safetensors", "diffusers", base=base)
+    source = kohya_file(tmp_path / "a.safetensors", updates, prefix="lora_unet_")
+    written = tmp_path / "pytorch_lora_weights.safetensors"
+    lora_fast.convert_adapter(source, written, "diffusers", base=base, norm_eps=eps)
     unet.load_lora_adapter(str(tmp_path), prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     merged = small_unet()
     for name, update in updates.items():
-        merged.get_submodule(name).weight.data = update.merged(torch.finfo(torch.float64).eps)
+        merged.get_submodule(name).weight.data = update.merged(eps)
     x, text = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(1, 3, 16, dtype=torch.float64)
     with torch.no_grad():
         unadapted = small_unet()(x, 1, text).sample

@@ -98,10 +98,29 @@ def test_every_layer_is_turned_as_its_shape_says(noted: bool, tmp_path: Path) ->
     adapter: dict[str, Tensor] = {}
     for name in ("linear", "conv1d"):
         adapter |= {f"{name}.lora_A.weight": A.clone(), f"{name}.lora_B.weight": up.clone()}
-    base = {"linear.weight": torch.zeros(8, 4), "conv1d.weight": torch.zeros(4, 8)}
+    base = {"linear.weight": torch.zeros(8, 4), "conv1d.weight": torch.zeros(4, 8), "conv1d.bias": torch.zeros(8)}
     tensors, _ = merge(tmp_path, adapter, base, {"fan_in_fan_out": noted})
     assert torch.equal(tensors["linear.weight"], up @ A)
     assert torch.equal(tensors["conv1d.weight"], (up @ A).T)
+
+
+def test_a_linear_of_the_other_sizes_is_refused(tmp_path: Path) -> None:
+    """A Conv1D has a bias, or PEFT noted it; and transformers knows what is none."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    adapter = {"layer.lora_A.weight": torch.ones(1, 4), "layer.lora_B.weight": torch.ones(8, 1)}
+    with pytest.raises(
+        ValueError, match=r"has lora_A \[1, 4\] and lora_B \[8, 1\] for layer.weight, which has \[4, 8\]"
+    ):
+        merge(tmp_path, adapter, {"layer.weight": torch.zeros(4, 8)}, {"fan_in_fan_out": False})
+    name = "model.layers.0.mlp.up_proj"
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 9, "mlp_bias": True,
+    }  # fmt: skip
+    base = {f"{name}.weight": torch.zeros(8, 4), f"{name}.bias": torch.zeros(8)}
+    turned = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(4, 1)}
+    with pytest.raises(ValueError, match=r"up_proj.weight, which has \[8, 4\]"):
+        merge(tmp_path / "known", turned, base, {"fan_in_fan_out": False}, config)
 
 
 SQUARES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -133,11 +134,11 @@ def test_a_single_file_checkpoint_of_sdxl(axis: str | None, tmp_path: Path) -> N
 def test_a_base_with_one_of_several_models_says_what_to_do(tmp_path: Path) -> None:
     unet, _, _, adapter = sdxl(tmp_path, None)
     base = base_file(tmp_path / "unet.safetensors", unet)
-    with pytest.raises(ValueError, match=r"are not in it: .*several models .*convert --to kohya --component NAME"):
+    with pytest.raises(
+        ValueError, match=r"are not in it: .*several models .* say which it is: component=, --component"
+    ):
         merged_file(base, adapter, tmp_path / "out.safetensors")
-    alone = tmp_path / "alone.safetensors"
-    lora_fast.convert_adapter(adapter, alone, "kohya", component="lora_unet")
-    merged = merged_file(base, alone, tmp_path / "out.safetensors")
+    merged = merged_file(base, adapter, tmp_path / "out.safetensors", component="unet")
     for name, update in unet.items():
         assert_close(merged[f"{name}.weight"], update.merged())
 
@@ -153,6 +154,66 @@ def write_pipeline(folder: Path, models: dict[str, dict[str, Tensor]]) -> Path:
         file = "model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors"
         save_file(tensors, folder / name / file)
     return folder
+
+
+def save_in_shards(folder: Path, tensors: dict[str, Tensor], variant: str) -> None:
+    """As diffusers and transformers save a variant ("fp16") that is larger than a shard."""
+    weight_map = {}
+    for index, (key, tensor) in enumerate(tensors.items(), start=1):
+        weight_map[key] = f"model.{variant}-{index:05d}-of-{len(tensors):05d}.safetensors"
+        save_file({key: tensor}, folder / weight_map[key])
+    (folder / f"model.safetensors.index.{variant}.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_variant_in_shards(tmp_path: Path) -> None:
+    update, other = make_update(6, 4), torch.randn(3, 3)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_in_shards(base, {"a.weight": update.weight, "b.weight": other}, "fp16")
+    done = merge_checkpoint(base, kohya_file(tmp_path / "a.safetensors", {"a": update}), tmp_path / "out")
+    assert (done.merged, done.kept, done.not_copied) == (1, 1, [])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()}
+    first, second = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert_close(load_file(first)["a.weight"], update.merged())
+    assert torch.equal(load_file(second)["b.weight"], other)
+
+
+def test_a_folder_that_cannot_be_read_matters_only_if_nothing_else_fits(tmp_path: Path) -> None:
+    update = make_update(6, 4)
+    base = write_pipeline(
+        tmp_path / "base", {"text_encoder": {"q.weight": update.weight}, "text_encoder_2": {"r.weight": torch.ones(1)}}
+    )
+    save_file({"s.weight": torch.ones(1)}, base / "text_encoder_2" / "another.safetensors")
+    (base / "text_encoder_2" / "model.safetensors").rename(base / "text_encoder_2" / "one.safetensors")
+    adapter = kohya_file(tmp_path / "a.safetensors", {"q": update}, prefix="lora_te_")
+    assert merge_checkpoint(base, adapter, tmp_path / "out").merged == 1
+    adapter = kohya_file(tmp_path / "b.safetensors", {"x": update}, prefix="lora_te_")
+    with pytest.raises(ValueError, match=r"is no model of .*text_encoder_2: has 2 \*\.safetensors and no"):
+        merge_checkpoint(base, adapter, tmp_path / "refused")
+
+
+def test_square_layers_are_named_over_all_of_the_models(tmp_path: Path) -> None:
+    update = make_update(4, 4)
+    base = write_pipeline(tmp_path / "base", {name: {"q.weight": update.weight} for name in ("unet", "text_encoder")})
+    tensors = kohya_parts({"q": update}, "lora_unet_") | kohya_parts({"q": make_update(4, 4)}, "lora_te_")
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert merge_checkpoint(base, tmp_path / "a.safetensors", tmp_path / "out", fan_in_fan_out=["q"]).merged == 2
+    with pytest.raises(ValueError, match=r"fan_in_fan_out: 'r' is no layer of .*a\.safetensors"):
+        merge_checkpoint(base, tmp_path / "a.safetensors", tmp_path / "out2", fan_in_fan_out=["q", "r"])
+
+
+@pytest.mark.parametrize("component", ["lora_te", "text_encoder", "text_encoder_2"])
+def test_one_model_of_a_pipeline_is_merged_if_it_is_named(component: str, tmp_path: Path) -> None:
+    update = make_update(4, 4)
+    base = write_pipeline(tmp_path / "base", {name: {"q.weight": update.weight} for name in ("unet", "text_encoder")})
+    tensors = kohya_parts({"q": update}, "lora_unet_") | kohya_parts({"q": make_update(4, 4)}, "lora_te_")
+    save_file(tensors, tmp_path / "a.safetensors")
+    arguments = [str(base), str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--component", component]
+    assert cli.main(["merge", *arguments]) == (0 if component != "text_encoder_2" else 2)
+    if component != "text_encoder_2":
+        assert_close(load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")["q.weight"], update.merged())
+        for path in (base / "unet").iterdir():
+            assert (tmp_path / "out" / "unet" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("axis", ["output", "input", None])

@@ -282,6 +282,35 @@ def test_a_perhaps_tied_tensor_whose_head_nobody_knows_is_refused(
         merge(tmp_path, lora("q") | adapter, base, {"modules_to_save": ["words"]}, base_config)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens", "transformer.wte", "shared", "tok_embeddings"])
+@pytest.mark.parametrize("config", [{}, {"vocab_size": 7}, {"n_words": 9}], ids=["none", "padded", "another word"])
+def test_a_copy_of_a_perhaps_tied_embedding_is_refused_too(config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """``modules_to_save`` parts the embedding from a head that nobody knows of."""
+    adapter = lora("q") | {f"{name}.weight": torch.ones(9, 4)}
+    base = {"q.weight": W.clone(), f"{name}.weight": torch.zeros(9, 4)}
+    own = {"modules_to_save": [name.rpartition(".")[2]]}
+    with pytest.raises(ValueError, match=rf"{name}\.weight may be tied to the output head"):
+        merge(tmp_path, adapter, base, own, config)
+    for index, said in enumerate((UNTIED, {"architectures": ["SomeModel"]})):
+        tensors, _ = merge(tmp_path / str(index), adapter, base, own, config | said)
+        assert torch.equal(tensors[f"{name}.weight"], torch.ones(9, 4))
+
+
+@pytest.mark.parametrize("name", ["model.score", "transformer.wpe", "model.embed_positions", "classifier"])
+def test_a_copy_of_another_module_is_merged(name: str, tmp_path: Path) -> None:
+    adapter = lora("q") | {f"{name}.weight": torch.ones(3, 4)}
+    base = {"q.weight": W.clone(), f"{name}.weight": torch.zeros(3, 4)}
+    tensors, _ = merge(tmp_path, adapter, base, {"modules_to_save": [name.rpartition(".")[2]]})
+    assert torch.equal(tensors[f"{name}.weight"], torch.ones(3, 4))
+
+
+def test_a_trained_head_that_the_base_lacks_is_named_with_the_way_out(tmp_path: Path) -> None:
+    adapter = lora("q") | {"score.weight": torch.ones(3, 4)}
+    told = "not in the checkpoint: score.weight. The adapter was trained on a model with another head: save the base"
+    with pytest.raises(ValueError, match=told):
+        merge(tmp_path, adapter, {"q.weight": W.clone()}, {"modules_to_save": ["score"]})
+
+
 def test_without_transformers_the_error_says_that_it_would_help(tmp_path: Path, without_transformers: None) -> None:
     with pytest.raises(ValueError, match="install transformers to follow the names and ties"):
         merge(tmp_path, lora(Q) | embedding_lora("model.embed_tokens"), llama(), base_config=LLAMA)

@@ -29,9 +29,10 @@ def embedding_lora(name: str, words: int = 9) -> dict[str, Tensor]:
 
 
 def adapter_folder(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}))
+    own = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "fan_in_fan_out": False, **config}
+    (folder / CONFIG_NAME).write_text(json.dumps(own))
     return folder
 
 

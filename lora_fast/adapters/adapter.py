@@ -11,21 +11,33 @@ is 0 but for LyCORIS and OneTrainer.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_fast.adapters import component_names
 from lora_fast.calls import Axis
+from lora_fast.dtypes import FLOATS, FLOATS_SAID
 
 # In the metadata of a file that convert wrote, whose norms have nothing added: what it was converted to.
 CONVERTED = "lora_fast.format"
 MAX_ELEMENTS = 2**28  # of a factor that is larger in memory than in its file
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+Format = Literal["peft", "kohya", "diffusers", "torchtune", "mlx", "litgpt"]
+
+
+class Rows(NamedTuple):
+    """Some rows of a weight, one below another: from ``start`` to before ``stop``."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -109,9 +121,9 @@ class Adapter:
     left_out: list[str] = field(default_factory=list)
     only_linears: bool = False
     is_flattened: bool = False
-    format: str = ""
+    format: Format = "peft"
     component: str = ""
-    stacked: dict[str, dict[Any, AdapterLayer]] = field(default_factory=dict)
+    stacked: dict[str, dict[Rows, AdapterLayer]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -126,7 +138,7 @@ class AdapterFile:
     """
 
     path: Path
-    format: str
+    format: Format
     tool: str
     components: dict[str, Adapter]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -134,15 +146,19 @@ class AdapterFile:
     unknown: list[str] = field(default_factory=list)
 
     def component(self, name: str | None) -> Adapter:
-        """The adapter of one model: the only one, or the named one; ValueError if that leaves something out."""
+        """The adapter of one model: the only one, or the named one; ValueError if that leaves something out.
+
+        It is named as in the file, or as diffusers calls the model.
+        """
         if name is None and len(self.components) == 1:
             return next(iter(self.components.values()))
         present = ", ".join(repr(each) for each in self.components)
         if name is None:
             raise ValueError(f"{self.path}: holds adapters of several models, {present}: say which with component=")
-        if name not in self.components:
+        own = next((each for each in component_names.names_in_files(name) if each in self.components), None)
+        if own is None:
             raise ValueError(f"component: got {name!r}, {self.path} has {present}")
-        return self.components[name]
+        return self.components[own]
 
 
 class Faults:
@@ -157,6 +173,16 @@ class Faults:
         if message not in self.found:
             self.found.append(message)
 
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Take a ValueError of the block for a fault."""
+        try:
+            yield
+        except ValueError as error:
+            if self.found is None:
+                raise
+            self(str(error))
+
 
 def check_parts(parts: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
     """Raise ValueError unless each module has lora_A and lora_B, and all are floating point."""
@@ -166,9 +192,8 @@ def check_parts(parts: Mapping[str, Mapping[str, Tensor]], where: Path) -> None:
         if missing := [part for part in ("lora_A", "lora_B") if part not in own]:
             raise ValueError(f"{where}: {name} has no {', '.join(missing)}")
         for part, tensor in own.items():
-            if tensor.dtype not in DTYPES:
-                expected = "expected float64, float32, bfloat16 or float16"
-                raise ValueError(f"{where}: {part} of {name} has dtype {tensor.dtype}, {expected}")
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{where}: {part} of {name} has dtype {tensor.dtype}, expected {FLOATS_SAID}")
 
 
 def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:

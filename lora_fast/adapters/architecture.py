@@ -121,6 +121,8 @@ def why_unknown(config: dict[str, Any]) -> str:
     """Why :meth:`Architecture.of` has no answer, as part of an error's sentence."""
     if not importlib.util.find_spec("transformers"):
         return "install transformers to follow the names and ties of its models"
+    if not config:
+        return "no config.json tells it; give the checkpoint's folder, with its config.json"
     return f"transformers does not know architectures={config.get('architectures')} of its config.json"
 
 

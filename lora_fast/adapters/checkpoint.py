@@ -189,7 +189,8 @@ def _itemsize(entry: Entry) -> int:
 
 def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
     """The index, where there is one, and the weights' files."""
-    indexes = sorted(base.glob("*.safetensors.index.json"))
+    # the second are those of a variant, "fp16" say
+    indexes = sorted(base.glob("*.safetensors.index.json")) or sorted(base.glob("*.safetensors.index.*.json"))
     single = next((base / name for name in SINGLE_NAMES if (base / name).is_file()), None)
     if single is not None or not indexes:
         found = [single] if single is not None else sorted(base.glob("*.safetensors"))
@@ -201,7 +202,8 @@ def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
             raise ValueError(f"{base}: has {len(found)} *.safetensors and no *.safetensors.index.json")
         return None, [_shard(found[0])]
     if len(indexes) > 1:
-        raise ValueError(f"{base}: has {len(indexes)} *.safetensors.index.json, expected one")
+        names = ", ".join(path.name for path in indexes)
+        raise ValueError(f"{base}: has the indexes {names}, expected one")
     weight_map = reading.read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{indexes[0]}: its weight_map is not an object of file names")

@@ -37,13 +37,15 @@ def read_file(
             and in the other formats, the first is raised.
 
     Raises FileNotFoundError for a file that is not there, ValueError for one that is damaged, is no LoRA or DoRA,
-    contradicts itself or leaves open what it means, and ModuleNotFoundError without safetensors.
+    contradicts itself or leaves open what it means, and ModuleNotFoundError without safetensors, or PyYAML
+    for litgpt's.
     """
-    path, faults = _located(Path(path)), faults or Faults()
     if magnitude_axis not in (None, "output", "input"):
         raise ValueError(f"magnitude_axis: got {magnitude_axis!r}, expected 'output', 'input' or None")
-    if norm_eps is not None and not 0 <= norm_eps < 1:
+    is_number = isinstance(norm_eps, (int, float)) and not isinstance(norm_eps, bool)
+    if norm_eps is not None and not (is_number and 0 <= norm_eps < 1):
         raise ValueError(f"norm_eps: got {norm_eps!r}, expected a number in [0, 1)")
+    path, faults = _located(Path(path)), faults or Faults()
     reader = _reader(path)
     if reader is None:
         return single_file.read(path, magnitude_axis, norm_eps, faults)
@@ -87,16 +89,18 @@ def _reader(path: Path) -> Callable[[Path], AdapterFile] | None:
     is_beside = (path.parent / peft.CONFIG_NAME).is_file()
     if path.name == peft.WEIGHTS_NAME:
         return lambda path: peft.read(path.parent)
-    if path.name == mlx.WEIGHTS_NAME and is_beside:
-        return lambda path: mlx.read(path.parent)
+    if mlx.is_weights(path.name):
+        if not is_beside:
+            raise ValueError(f"{path}: is MLX-LM's by its name, which needs its {peft.CONFIG_NAME} beside it")
+        return mlx.read
     if path.name == litgpt.WEIGHTS_NAME:
         return lambda path: litgpt.read(path.parent)
     if path.suffix == ".pt" and is_beside:
         return torchtune.read
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{path}: is a pickle, which can run code and is never loaded, but for torchtune's with its "
-            f"{peft.CONFIG_NAME} beside it. Load it with the tool that wrote it, if you trust it, and save it again as "
-            "safetensors"
+            f"{path}: is a pickle, which can run code and is never loaded, but for litgpt's {litgpt.WEIGHTS_NAME} and "
+            f"torchtune's .pt with its {peft.CONFIG_NAME} beside it. Load it with the tool that wrote it, if you trust "
+            "it, and save it again as safetensors"
         )
     return None

@@ -11,6 +11,7 @@ from lora_fast.adapters import files
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, Faults
 from lora_fast.adapters.formats import axis
 from lora_fast.calls import Axis
+from lora_fast.dtypes import name_of
 
 
 def inspect_adapter(
@@ -19,13 +20,13 @@ def inspect_adapter(
     """A description of the file or folder ``path``, of plain values.
 
     ``format`` and ``tool``; ``components``, each with its ``name``, the keys ``left_out`` because they hold nothing of
-    their own, its ``layers`` (name, kind, in_features,
-    out_features, rank, scaling, dtype, and for DoRA the magnitude's dtype, norm_axis, axis_reason and norm_eps) and its
-    other ``tensors``; ``unknown`` keys; ``notes``, what was taken for granted; ``faults``, why the file is refused by
-    everything else, [] for one that is not. The arguments are those of :func:`lora_fast.load_adapter`.
+    their own, its ``layers`` (name, kind, in_features, out_features, rank, scaling, dtype, and for DoRA the magnitude's
+    dtype, norm_axis, axis_reason and norm_eps) and its other ``tensors``; ``unknown`` keys; ``notes``, what was taken
+    for granted; ``faults``, why the file is refused by everything else, [] for one that is not. The arguments are those
+    of :func:`lora_fast.load_adapter`.
 
     Raises FileNotFoundError, ValueError for a file that is damaged or of no known format, and ModuleNotFoundError
-    without safetensors.
+    without safetensors (for litgpt's, PyYAML).
     """
     faults = Faults(collect=True)
     file = files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps, faults=faults)
@@ -89,4 +90,4 @@ def _kind(layer: AdapterLayer) -> str:
 
 
 def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)

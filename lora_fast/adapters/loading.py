@@ -46,9 +46,11 @@ def load_adapter(
     Args:
         magnitude_axis: "output" or "input": the norm that a magnitude belongs to, where the file leaves it open. A
             layer with one norm for each input becomes a ``LinearWithDoRA(..., norm_axis="input")``.
-        norm_eps: what the tool that wrote the file adds to the norms; None: what it is known to add. An update with a
-            norm_eps of not 0 is loaded with the magnitude m · n / (n + norm_eps), which computes the same.
-        component: which of the file's models ``model`` is ("unet", "lora_te1"), where it has several.
+        norm_eps: what the tool that wrote the file adds to the norms, in [0, 1); None: what it is known to add. An
+            update with a norm_eps of not 0 is loaded with the magnitude m · n / (n + norm_eps), which computes the
+            same.
+        component: which of the file's models ``model`` is, where it has several: its name in the file ("lora_te1") or
+            in diffusers ("unet").
 
     A model from :func:`lora_fast.apply` gets the values: its adapted layers must be those of the file, with the same
     ranks, scaling, kind (LoRA or DoRA) and norm axis. A model without adapted layers gets the layers too, in the places
@@ -66,7 +68,7 @@ def load_adapter(
     DoRA, needs a pickle to be loaded, or does not fit the model, for parameters that are not at hand (the meta device,
     a part of a model that FSDP1 has wrapped), and for new parameters in a model that DDP, FSDP or DeepSpeed holds
     already; TypeError for a layer that cannot be adapted (see ``apply``); RuntimeError for a merged layer. Needs
-    safetensors.
+    safetensors; litgpt's files PyYAML too.
     """
     inner = unwrapped(model)
     file = files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps)

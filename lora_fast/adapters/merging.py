@@ -10,6 +10,7 @@ a tensor of its own, and config.json says so (``tie_word_embeddings``).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import architecture, naming, norms
-from lora_fast.adapters.adapter import DTYPES as FLOATS, Adapter, AdapterLayer
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, Rows
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint, Edit, Entry
 from lora_fast.adapters.orientation import FanInFanOut, transposed_layers
 from lora_fast.adapters.resolving import Resolver
-from lora_fast.adapters.rows import Rows
+from lora_fast.dtypes import FLOATS, FLOATS_SAID
+
+# The weight of a module that is called as those are that hold one row for each word.
+_WORDS = re.compile(r"(.+\.)?(?!\w*pos)(\w*emb\w*|wte|shared)\.weight")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, fan_in_fan_out: FanInFanOut) 
     """What to do. Raises ValueError, naming the tensor, for all that does not fit or cannot be known to be right."""
     if checkpoint.config.get("quantization_config"):
         raise ValueError(
-            f"{checkpoint.folder}: is quantised; expected float64, float32, bfloat16 or float16 weights. Quantised "
+            f"{checkpoint.folder}: is quantised; expected {FLOATS_SAID} weights. Quantised "
             "anew a weight loses more than most updates are (nf4 about 5 %): merge into the checkpoint that it was "
             "made of"
         )
@@ -72,7 +76,7 @@ class _Planner:
         self.entries = checkpoint.entries
         self.modules = {naming.weight_key(name): name for name in (*adapter.layers, *adapter.stacked)}
         whole = (*adapter.base, *adapter.copies, *adapter.added)
-        keys = self.resolver.resolve(dict.fromkeys([*self.modules, *whole]))
+        keys = self.resolver.resolve(dict.fromkeys([*self.modules, *whole]), adapter.copies)
         self.wanted: dict[str, list[str]] = {}  # the adapter's names of each key
         for wanted, key in keys.items():
             self.wanted.setdefault(key, []).append(wanted)
@@ -119,21 +123,17 @@ class _Planner:
             copy, added = self.adapter.copies.get(wanted), self.adapter.added.get(wanted)
             if layer is None and copy is None and added is None and not stacked:
                 continue
-            if named.setdefault(end, wanted) != wanted or (layer is not None and copy is not None):
-                raise ValueError(
-                    f"{self.adapter.weights_path}: {named[end]} and {wanted} are both the checkpoint's {key}"
-                )
             is_transposed = layer is not None and self.transposed[module]
             change = Change(base if copy is None else copy, layer, is_transposed, added, stacked)
             # MLX-LM computes a tied head with the embedding's update
             both = self.adapter.format == "mlx" and layer is not None and layer.is_embedding
-            for each, ends in changes.items() if both else [(key, [end])]:
-                for other in ends:
-                    if named.setdefault(other, wanted) != wanted:
-                        raise ValueError(
-                            f"{self.adapter.weights_path}: {named[other]} and {wanted} are both the checkpoint's {key}"
-                        )
-                changes[each] |= dict.fromkeys(ends, change)
+            places = [(each, other) for each, ends in changes.items() for other in ends] if both else [(key, end)]
+            for each, other in places:
+                if named.setdefault(other, wanted) != wanted or (layer is not None and copy is not None):
+                    raise ValueError(
+                        f"{self.adapter.weights_path}: {named[other]} and {wanted} are both the checkpoint's {each}"
+                    )
+                changes[each][other] = change
         for wanted, (key, _) in end_of.items():
             self._check_head_outside(wanted, key)
         for key, ends in changes.items():
@@ -225,7 +225,10 @@ class _Planner:
         entry, config = self.entries[key], self.checkpoint.config
         if self.resolver.end_at(key) in self.resolver.stored or not entry.shape:
             return
-        is_embedding = any(change.layer is not None and change.layer.is_embedding for change in changes.values())
+        copied = [name for name in self.wanted.get(key, ()) if name in self.adapter.copies]
+        is_embedding = any(
+            change.layer is not None and change.layer.is_embedding for change in changes.values()
+        ) or any(_WORDS.fullmatch(name) for name in copied)
         if is_embedding and self.adapter.format == "mlx":  # whose update is the head's too, where the two are one
             return
         words = architecture.vocabulary(config)

@@ -12,36 +12,24 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from lora_fast.adapters import rows
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, shortened
+from lora_fast.adapters import component_names, rows
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, Rows, shortened
 from lora_fast.adapters.block_maps import MAPS, BlockMap
 from lora_fast.adapters.reading import described
-from lora_fast.adapters.rows import Rows
 
 # Whether torchtune has the rows of queries and keys in an order of its own, by transformers' model_type.
 ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
-
-# How single-file checkpoints begin the names of each of their models, what diffusers calls it, and how the files of
-# adapters do. Below no other prefix with a number in it is looked for a name.
-_DENOISERS = {"", "unet", "transformer", "lora_unet", "lora_transformer", "lycoris", "diffusion_model"}
-_FIRST = {"", "text_encoder", "lora_te", "lora_te1", "clip_l", "text_encoders.clip_l.transformer"}
-_SECOND = {"", "text_encoder_2", "lora_te2", "clip_g", "text_encoders.clip_g.transformer"}
-SINGLE_FILE_PREFIXES = {
-    "model.diffusion_model": ("unet", _DENOISERS),
-    "cond_stage_model.transformer": ("text_encoder", _FIRST),
-    "cond_stage_model.model": ("text_encoder", _FIRST),
-    "conditioner.embedders.0.transformer": ("text_encoder", _FIRST),
-    "conditioner.embedders.1.model": ("text_encoder_2", _SECOND),
-}
 
 # Levels of names that some releases of a library have and others leave out. Of a flattened name nothing else is cut off
 # its start, which may be the middle of a word: single_transformer_blocks is no transformer_blocks below "single".
 LEVELS = ("model", "text_model")
 
+Kind = Literal["same", "part", "holder"]
 Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
 
 
@@ -49,21 +37,23 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the base's weights, by module
 class Meaning:
     """One of the base's modules that a name of the file means.
 
-    ``index`` of ``count``: the file's weight holds the rows of ``count`` modules, of which this is one; negative count:
-    this module holds the rows of that many of the file's weights, of which the name's is one.
+    With ``kind`` "part" the file's weight holds the rows of ``count`` modules, of which this is the one at ``index``;
+    with "holder" this module holds the rows of ``count`` of the file's weights, of which the name's is that one.
     """
 
     module: str
+    kind: Kind = "same"
     index: int = 0
     count: int = 1
     is_rotary: bool = False
 
 
 class View(NamedTuple):
-    """One way to read the base's names: through a map or not, below a prefix."""
+    """One way to read the base's names: through a map, to its parts or back, or without one; below a prefix."""
 
     map: str
     prefix: str
+    is_backwards: bool = False
 
 
 def weight_key(module: str) -> str:
@@ -125,7 +115,8 @@ def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: s
     index = _index(shapes, adapter)
     view, names = _best(index, adapter, modules, shapes, where)
     if view is None:
-        if not adapter.is_flattened and not adapter.component:
+        # names of torchtune and litgpt that are followed by other rules would leave out the order of their rows
+        if not (adapter.is_flattened or adapter.component or _has_whole_names(adapter)):
             return adapter
         raise ValueError(_missing(index, adapter, modules, where))
     meanings = {module: index[name][view] for module, name in names.items()}
@@ -134,9 +125,12 @@ def _named(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any], where: s
     for name, tensor in adapter.added.items():
         module, _, part = name.rpartition(".")
         meaning, *more = meanings[module]
-        if more or meaning.count != 1:
-            raise ValueError(f"{adapter.weights_path}: {name} is not one tensor of {where}")
-        if f"{meaning.module}.{part}" in added or meaning.module in layers:
+        if more or meaning.kind != "same":
+            raise ValueError(
+                f"{adapter.weights_path}: has a difference of {name}, which is a part of a tensor of {where}, or "
+                "several; expected one tensor"
+            )
+        if f"{meaning.module}.{part}" in added or (part == "weight" and meaning.module in layers):
             raise ValueError(f"{adapter.weights_path}: {name} and another of its names are {meaning.module} of {where}")
         added[f"{meaning.module}.{part}"] = tensor
     return dataclasses.replace(adapter, layers=layers, stacked=stacked, added=added, is_flattened=False)
@@ -150,6 +144,11 @@ def fits(adapter: Adapter, shapes: Shapes) -> bool:
     except ValueError:  # in two places of it
         return True
     return view is not None and _fits(view, names, index, adapter, shapes)
+
+
+def _has_whole_names(adapter: Adapter) -> bool:
+    """Whether its names are only ever whole ones: the weights' rows have another order under other names."""
+    return adapter.format in ("torchtune", "litgpt")
 
 
 def _modules(adapter: Adapter) -> list[str]:
@@ -167,8 +166,7 @@ def _index(shapes: Shapes, adapter: Adapter) -> dict[str, dict[View, list[Meanin
 
     for module in shapes:
         parts = module.split(".")
-        whole_only = adapter.format in ("torchtune", "litgpt")  # whose rows have another order under other names
-        for length in range(1 if whole_only else len(parts)):
+        for length in range(1 if _has_whole_names(adapter) else len(parts)):
             enter(".".join(parts[length:]), View("", ".".join(parts[:length])), Meaning(module))
         for block_map in MAPS:
             if adapter.format in block_map.formats:
@@ -181,11 +179,12 @@ def _through(block_map: BlockMap, module: str) -> Iterator[tuple[str, View, Mean
     """What ``module`` is called on the other side of the map."""
     for before, original, index, count in block_map.originals_of(module):
         is_rotary = module.rpartition(".")[2] in block_map.rotary
-        yield original, View(block_map.name, before), Meaning(module, index, count, is_rotary)
+        kind: Kind = "part" if count > 1 else "same"
+        yield original, View(block_map.name, before), Meaning(module, kind, index, count, is_rotary)
     for before, parts in block_map.parts_of(module):
+        kind = "holder" if len(parts) > 1 else "same"
         for index, part in enumerate(parts):
-            count = -len(parts) if len(parts) > 1 else 1
-            yield part, View(f"{block_map.name}, back", before), Meaning(module, index, count)
+            yield part, View(block_map.name, before, is_backwards=True), Meaning(module, kind, index, len(parts))
 
 
 def _best(
@@ -198,7 +197,7 @@ def _best(
     """The view in which all of the file's modules are in the base, and their names there."""
     separator = "_" if adapter.is_flattened else "."
     whole = {module: module for module in modules}
-    cut = () if adapter.format in ("torchtune", "litgpt") else _without_prefix(modules, separator)
+    cut = () if _has_whole_names(adapter) else _without_prefix(modules, separator)
     for names in (whole, *cut):
         views = [
             view
@@ -211,7 +210,7 @@ def _best(
         fitting = direct or fitting
         if View("", "") in fitting:
             fitting = [View("", "")]
-        if len({str([index[name][view] for name in names.values()]) for view in fitting}) > 1:
+        if len({tuple(tuple(index[name][view]) for name in names.values()) for view in fitting}) > 1:
             places = ", ".join(sorted(index[names[modules[0]]][view][0].module for view in fitting))
             raise ValueError(f"{where}: {modules[0]} of the adapter could be {places}")
         if fitting:
@@ -221,9 +220,9 @@ def _best(
 
 def _is_place(prefix: str, component: str, *, is_shortened: bool) -> bool:
     """Whether a component's names can stand below ``prefix``: its own in a single file, or one without numbers."""
-    for known, (_, components) in SINGLE_FILE_PREFIXES.items():
+    for known, model in component_names.SINGLE_FILE_MODELS.items():
         if prefix == known or prefix.startswith(f"{known}."):
-            return component in components and not has_number(prefix[len(known) :])
+            return component in model.names and not has_number(prefix[len(known) :])
     return not has_number(prefix) and not (is_shortened and prefix)
 
 
@@ -257,8 +256,8 @@ def _fits(
         found = [shapes[meaning.module] for meaning in meanings]
         if any(len(shape) < 2 or shape[1] != layer.in_features for shape in found) and not layer.is_embedding:
             return False
-        whole = {meaning.count for meaning in meanings} == {1}
-        if whole and not layer.is_embedding and any(shape[0] != layer.out_features for shape in found):
+        is_whole = all(meaning.kind == "same" for meaning in meanings)
+        if is_whole and not layer.is_embedding and any(shape[0] != layer.out_features for shape in found):
             return False
     return True
 
@@ -288,32 +287,33 @@ def _layers(
     stacked: dict[str, dict[Rows, AdapterLayer]] = {}
     for name, layer in adapter.layers.items():
         found = meanings[name]
-        if found[0].count == 1 and len(found) > 1:
+        if found[0].kind == "same" and len(found) > 1:
             twins = " and ".join(meaning.module for meaning in found)
             raise ValueError(f"{path}: {name} could be {twins}, whose names are one where dots are written as _")
-        if (count := found[0].count) > 1 and len({meaning.index for meaning in found}) < count:
+        count = found[0].count
+        if found[0].kind == "part" and len({meaning.index for meaning in found}) < count:
             there = ", ".join(meaning.module for meaning in found)
             raise ValueError(f"{path}: {name} is {count} modules, of which {where} has only {there}")
         for meaning in found:
-            if meaning.count > 1:
+            if meaning.kind == "part":
                 part = rows.part(layer, meaning.index, meaning.count, f"{path}: {name}")
                 own = rows.taken(layer, part, f"{path}: {name}, of which {meaning.module} is a part,")
             else:
                 own = layer
             if meaning.is_rotary and (heads := _rotary_heads(meaning.module, config, where)) is not None:
                 own = rows.half_rotation(own, heads, f"{path}: {name}")
-            if meaning.count >= 1:
+            if meaning.kind != "holder":
                 _enter(layers, meaning.module, own, path)
             else:
                 shape = shapes[meaning.module]
                 if len(shape) != 2:
                     raise ValueError(f"{where}: {meaning.module} has shape {list(shape)}, expected [N, K]")
-                part = rows.of_parts(*shape, meaning.index, -meaning.count, f"{where}: {meaning.module}")
+                part = rows.of_parts(*shape, meaning.index, meaning.count, f"{where}: {meaning.module}")
                 _enter(stacked.setdefault(meaning.module, {}), part, own, path)
     return layers, stacked
 
 
-def _enter(into: dict[Any, AdapterLayer], key: Any, layer: AdapterLayer, path: Any) -> None:
+def _enter(into: dict[Any, AdapterLayer], key: Any, layer: AdapterLayer, path: Path) -> None:
     if key in into:
         raise ValueError(f"{path}: two of its names are one module of the base: {key}")
     into[key] = layer

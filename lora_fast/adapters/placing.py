@@ -10,13 +10,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_fast.adapters import checkpoint as checkpoints, naming
+from lora_fast.adapters import checkpoint as checkpoints, component_names, naming
 from lora_fast.adapters.adapter import Adapter, AdapterFile
 from lora_fast.adapters.checkpoint import Checkpoint
 
 PIPELINE_NAME = "model_index.json"
+
+
+class Placed(NamedTuple):
+    """What a file has for one checkpoint, by its names. ``notes`` are ends of sentences that begin with the file."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    notes: list[str]
 
 
 def is_pipeline(base: Path) -> bool:
@@ -24,22 +32,23 @@ def is_pipeline(base: Path) -> bool:
     return (base / PIPELINE_NAME).is_file()
 
 
-def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
-    """The checkpoints of ``base`` that ``file`` has something for, and what, by the checkpoint's names.
+def place(base: Path, file: AdapterFile) -> list[Placed]:
+    """The checkpoints of ``base`` that ``file`` has something for, and what.
 
     Raises ValueError for a model of the file that none of the checkpoints is, or several are.
     """
     if not is_pipeline(base):
         checkpoint = checkpoints.read(base)
         try:
-            return [(checkpoint, _combined([_named(checkpoint, adapter) for adapter in file.components.values()]))]
+            adapters = [_named(checkpoint, adapter) for adapter in file.components.values()]
+            return [Placed(checkpoint, _combined(adapters), [])]
         except ValueError as error:
             if len(file.components) == 1:
                 raise
             present = ", ".join(map(repr, file.components))
             raise ValueError(
-                f"{error}. The file has several models ({present}): give a base that has all of them, or write one "
-                "alone with lora-fast convert --to kohya --component NAME"
+                f"{error}. The file has several models ({present}): give a base that has all of them, or say which it "
+                "is: component=, --component"
             ) from None
     folders = [
         folder
@@ -47,16 +56,19 @@ def place(base: Path, file: AdapterFile) -> list[tuple[Checkpoint, Adapter]]:
         if folder.is_dir() and folder.name.isidentifier() and any(folder.glob("*.safetensors"))
     ]
     by_folder: dict[Path, list[Adapter]] = {}
+    notes: dict[Path, list[str]] = {}
     for component, adapter in file.components.items():
         folder = _folder(base, folders, component, adapter)
         by_folder.setdefault(folder, []).append(adapter)
         if folder.name != component:
             what = f"has {component!r}, which" if component else "has one model, which"
-            file.notes.append(f"{what} is taken for {folder.name} of {base}")
-    found = [(checkpoints.read(folder), adapters) for folder, adapters in by_folder.items()]
-    return [
-        (checkpoint, _combined([_named(checkpoint, adapter) for adapter in adapters])) for checkpoint, adapters in found
-    ]
+            notes.setdefault(folder, []).append(f"{what} is taken for {folder.name} of {base}")
+    found: list[Placed] = []
+    for folder, adapters in by_folder.items():
+        checkpoint = checkpoints.read(folder)
+        own = [_named(checkpoint, adapter) for adapter in adapters]
+        found.append(Placed(checkpoint, _combined(own), notes.get(folder, [])))
+    return found
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -73,9 +85,17 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
     for folder in folders:
         if folder.name == component:
             return folder
-    is_text = re.match(r"(lora_(prior_)?te|text_encoder|clip|t5)", component) is not None
-    likely = [folder for folder in folders if not component or _is_likely(folder.name, is_text)]
-    fitting = [folder for folder in likely if naming.fits(adapter, naming.weight_shapes(_shapes_in(folder)))]
+    likely = [folder for folder in folders if component_names.is_folder_of(component, folder.name)]
+    unread: list[str] = []
+    fitting: list[Path] = []
+    for folder in likely:
+        try:
+            shapes = shapes_of(checkpoints.read(folder))
+        except ValueError as error:  # it may be another model's, and then does not matter
+            unread.append(str(error))
+            continue
+        if naming.fits(adapter, naming.weight_shapes(shapes)):
+            fitting.append(folder)
     if len(fitting) > 1 and (number := re.search(r"\d$", component)) is not None:
         own = "text_encoder" + ("" if number[0] == "1" else f"_{number[0]}")
         fitting = [folder for folder in fitting if folder.name == own] or fitting
@@ -88,19 +108,9 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
         raise ValueError(
             f"{called} ({len(adapter.layers)} layers, the first is {first}) is no model of {base}: tried {tried}. "
             "Names of the original code base that diffusers calls otherwise need the single-file checkpoint "
-            "(*.safetensors)"
+            f"(*.safetensors){''.join(f'; {error}' for error in unread)}"
         )
     return fitting[0]
-
-
-def _is_likely(folder: str, is_text: bool) -> bool:
-    return (
-        folder.startswith("text_encoder") if is_text else folder.startswith(("unet", "transformer", "prior", "decoder"))
-    )
-
-
-def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    return shapes_of(checkpoints.read(folder))
 
 
 def _combined(adapters: list[Adapter]) -> Adapter:

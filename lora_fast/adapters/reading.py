@@ -22,6 +22,8 @@ MAX_HEADER_BYTES = 2**26  # of a checkpoint with a hundred thousand tensors: 2**
 MAX_PICKLE_BYTES = 2**32  # an adapter of 1 % of a model of 200 billion parameters
 # What the pickle of a dict of tensors names.
 _TENSORS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+# Operations of a pickle that call something without the name being written beside them.
+_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 MAX_NAME = 1000  # characters of a tensor's name
 
 
@@ -147,13 +149,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: has {size} bytes, and says that they are {total}")
     if len({entry.filename for entry in entries}) < len(entries):
         raise ValueError(f"{path}: has two entries of one name")
-    for entry in entries:
-        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_JSON_BYTES:
+    pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+    for entry in pickles:
+        if entry.file_size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: {entry.filename} has {entry.file_size} bytes, expected at most {MAX_JSON_BYTES}")
-    for entry in entries:
-        if entry.filename.endswith("data.pkl"):
-            with zipfile.ZipFile(path) as archive:
-                _check_globals(archive.read(entry), path)
+    with zipfile.ZipFile(path) as archive:
+        for entry in pickles:
+            _check_globals(archive, entry, path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -167,20 +169,20 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_globals(content: bytes, path: Path) -> None:
+def _check_globals(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
     """Refuse a pickle that names anything but what tensors by name are made of: PyTorch's unpickler allows more."""
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            is_call = opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
-            if is_call or (opcode.name == "GLOBAL" and not _TENSORS.fullmatch(str(argument))):
-                named = described(argument or opcode.name)
-                raise ValueError(f"{path}: holds more than tensors, and is not loaded: {named}")
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: is not a file of torch.save, or not whole: {one_line(error)}") from None
+        operations = ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(archive.read(entry)))
+        other = next((operation for operation in operations if _is_other(*operation)), None)
     except Exception as error:  # whatever a damaged pickle makes of its reader
         raise ValueError(f"{path}: is not a file of torch.save, or not whole: {one_line(error)}") from None
+    if other is not None:
+        name, argument = other
+        raise ValueError(f"{path}: holds more than tensors, and is not loaded: {described(argument or name)}")
+
+
+def _is_other(operation: str, argument: Any) -> bool:
+    return operation in _CALLS or (operation == "GLOBAL" and not _TENSORS.fullmatch(str(argument)))
 
 
 def plain_tensors(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:

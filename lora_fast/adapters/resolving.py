@@ -8,7 +8,7 @@ without a number, which would say which of several blocks is meant.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 
 from lora_fast.adapters import architecture
@@ -43,9 +43,10 @@ class Resolver:
         """The checkpoint's key of each end that it has, as far as transformers knows: {end: key}."""
         return self.known.names_of(self.entries) if self.known else {}
 
-    def resolve(self, wanted: Iterable[str]) -> dict[str, str]:
+    def resolve(self, wanted: Iterable[str], copies: Collection[str] = ()) -> dict[str, str]:
         """The key of each wanted name; of one that is tied, and not in the file itself, the key of what it is tied to.
 
+        ``copies`` are those among them that the adapter has whole, as modules of the model that it was trained on.
         Raises ValueError for names that are nowhere, or perhaps in several places.
         """
         wanted = list(wanted)
@@ -54,7 +55,7 @@ class Resolver:
             if name not in keys and (key := self._by_architecture(name)) is not None:
                 keys[name] = key
         missing = [name for name in wanted if name not in keys]
-        return self._by_prefix(wanted, missing) if missing else keys
+        return self._by_prefix(wanted, missing, copies) if missing else keys
 
     def end_at(self, key: str) -> str:
         """The end that the file stores as ``key``; the key itself, where transformers does not know it."""
@@ -109,7 +110,7 @@ class Resolver:
             (self.stored[each] for each in (end, *sorted(self._tied.get(end, ()))) if each in self.stored), None
         )
 
-    def _by_prefix(self, wanted: list[str], missing: list[str]) -> dict[str, str]:
+    def _by_prefix(self, wanted: list[str], missing: list[str], copies: Collection[str]) -> dict[str, str]:
         added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
         added = [prefix for prefix in added if not has_number(prefix)]
         candidates = [{name: prefix + name for name in wanted} for prefix in added]
@@ -124,6 +125,11 @@ class Resolver:
             )
         if not fitting:
             hint = "" if self.known else f"; {self.why_unknown}"
+            if set(missing) <= set(copies):
+                hint = (
+                    ". The adapter was trained on a model with another head: save the base from the class that has it "
+                    "(AutoModelForSequenceClassification, say), and merge into that"
+                )
             raise ValueError(
                 f"{folder}: {len(missing)} of the adapter's tensors not in the checkpoint: "
                 f"{', '.join(sorted(missing)[:8])}{hint}"

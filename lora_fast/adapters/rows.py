@@ -8,17 +8,11 @@ part of it computes the same alone. The other way round B = blockdiag(B_1, B_2, 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_fast.adapters.adapter import AdapterLayer
-
-
-class Rows(NamedTuple):
-    start: int
-    stop: int
+from lora_fast.adapters.adapter import AdapterLayer, Rows
 
 
 def of_parts(N: int, K: int, index: int, count: int, what: str) -> Rows:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_fast.adapters import gathering, reading
+from lora_fast.adapters import gathering
 from lora_fast.adapters.formats.peft import ADAPTS, CONFIG_NAME, PREFIX, TRAINED, WEIGHTS_NAME
 from lora_fast.adapters.formats.peft_config import lora_config
+from lora_fast.adapters.unfinished import made_folder, save_tensors
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.apply import places_outside_adapters
@@ -223,14 +224,13 @@ def own_keys(module: nn.Module) -> Iterator[str]:
 
 
 def _write(directory: Path, config: dict[str, Any], values: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file = reading.import_safetensors().torch.save_file
-    directory.mkdir(parents=True, exist_ok=True)
     unfinished = {name: directory / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    try:
-        save_file(values, unfinished[WEIGHTS_NAME], metadata=metadata)
-        unfinished[CONFIG_NAME].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, path in unfinished.items():
-            path.replace(directory / name)
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
+    with made_folder(directory):
+        try:
+            save_tensors(unfinished[WEIGHTS_NAME], values, metadata)
+            unfinished[CONFIG_NAME].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name, path in unfinished.items():
+                path.replace(directory / name)
+        finally:
+            for path in unfinished.values():
+                path.unlink(missing_ok=True)

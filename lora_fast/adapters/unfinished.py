@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
+
+from lora_fast.adapters import reading
 
 
 @contextlib.contextmanager
@@ -18,16 +22,35 @@ def written_whole(out: Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     if part.exists():
         raise FileExistsError(f"{part}: is left from another run; delete it")
-    made = [folder for folder in out.parents if not folder.exists()]
+    with made_folder(out.parent):
+        try:
+            yield part
+            part.rename(out)
+        except BaseException:
+            if part.is_dir():
+                shutil.rmtree(part)
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder``, and what it lies in; if the block fails, what was made and is empty goes again."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.rename(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
-        for folder in made:  # the innermost first
+        for each in made:  # the innermost first
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                each.rmdir()
         raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; OSError where the disk is full, or the place is none that can be written to."""
+    safetensors = reading.import_safetensors()
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: could not be written: {reading.one_line(error)}") from None

@@ -7,6 +7,7 @@ configuration beside it, where the format has one. What a format cannot express 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,28 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fast.adapters import rows
+from lora_fast.adapters import component_names
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
 
 Components = Mapping[str, Adapter]
-# What kohya's scripts and LyCORIS call the models of diffusers; "" is a model that is none of them.
-KOHYA_COMPONENTS = {
-    "": "lycoris",
-    "unet": "lora_unet",
-    "transformer": "lora_unet",
-    "diffusion_model": "lora_unet",
-    "prior": "lora_prior_unet",
-    "text_encoder": "lora_te1",
-    "text_encoder_2": "lora_te2",
-    "text_encoder_3": "lora_te3",
-    "text_encoder_4": "lora_te4",
-}
+# How blocks of image and video models are called where diffusers has other names.
+ORIGINAL_NAMES = re.compile(
+    r"(input_blocks|middle_block|output_blocks|double_blocks|single_blocks|joint_blocks)\..*|"
+    r"blocks\.\d+\.(self_attn|cross_attn)\..*"
+)
 
 
-# How blocks of Stable Diffusion and Flux are called where diffusers has other names.
-ORIGINAL_BLOCKS = {"input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks"}
+DIFFERENCE_ENDINGS = {"weight": "diff", "bias": "diff_b"}
+NORM_ENDINGS = {"weight": "w_norm", "bias": "b_norm"}
 
 
 @dataclass
@@ -52,8 +46,8 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
     """One file in the words of kohya's scripts: every norm axis, Tucker, LoRA beside DoRA, and differences."""
     written = Written(metadata=dict(metadata))
     for component, adapter in components.items():
-        prefix = KOHYA_COMPONENTS.get(component, component)
-        if not single_file.is_flattened_component(prefix):
+        prefix = component_names.KOHYA_NAMES.get(component, component)
+        if not component_names.is_flattened_component(prefix):
             raise ValueError(
                 f"{adapter.weights_path}: kohya's files have no name for the model {component!r}; say which it is: "
                 "--component unet, text_encoder, …"
@@ -71,10 +65,9 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
                 _put(written, f"{prefix}_{names[module]}.{part}", tensor)
         for key, tensor in adapter.added.items():
             module, _, part = key.rpartition(".")
-            is_norm = tensor.dim() == 1 and f"{module}.weight" in adapter.added
-            is_norm &= adapter.added.get(f"{module}.weight", tensor).dim() == 1
-            ending = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}[part][is_norm]
-            _put(written, f"{prefix}_{names[module]}.{ending}", tensor)
+            weight = adapter.added.get(f"{module}.weight")
+            endings = NORM_ENDINGS if weight is not None and weight.dim() == 1 else DIFFERENCE_ENDINGS
+            _put(written, f"{prefix}_{names[module]}.{endings[part]}", tensor)
     return written
 
 
@@ -123,7 +116,7 @@ def diffusers(components: Components) -> Written:
     written = Written()
     header: dict[str, Any] = {}
     for component, adapter in components.items():
-        if component in ("", "diffusion_model") or component not in KOHYA_COMPONENTS:
+        if component in ("", "diffusion_model") or component not in component_names.KOHYA_NAMES:
             raise ValueError(
                 f"{adapter.weights_path}: diffusers' files name the model of each update, and {component or 'it'!r} is "
                 "none of diffusers': say which it is, --component unet, transformer, text_encoder or text_encoder_2"
@@ -140,7 +133,7 @@ def diffusers(components: Components) -> Written:
 def _check_diffusers_names(adapter: Adapter) -> None:
     """Refuse names that diffusers calls otherwise: it would not find them."""
     for name in adapter.layers:
-        if name.partition(".")[0] in ORIGINAL_BLOCKS:
+        if ORIGINAL_NAMES.fullmatch(name):
             raise ValueError(
                 f"{adapter.weights_path}: {name} is a name of the original code base, which diffusers calls otherwise: "
                 "give its folder of the model (--base BASE)"
@@ -193,12 +186,19 @@ def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any
         "use_dora": bool(with_magnitude),
         "lora_dropout": dropout_of(adapter),
         "bias": "none",
-        "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
+        **_orientation(adapter),
         "inference_mode": True,
         "init_lora_weights": True,
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
     }
+
+
+def _orientation(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's fan_in_fan_out, where anything tells it: MLX-LM's files do not, whose models have no Conv1D."""
+    if adapter.only_linears or "fan_in_fan_out" in adapter.config:
+        return {"fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out"))}
+    return {}
 
 
 def _check_no_differences(adapter: Adapter, whose: str) -> None:
@@ -222,21 +222,18 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def mlx_folder(components: Components) -> Written:
-    """MLX-LM's folder: one scale and one rank for all layers.
-
-    Smaller ranks are filled up with zeros. Where the factors s differ they are multiplied into lora_b, rounded once.
-    """
+    """MLX-LM's folder: one scale, that of all layers, and one rank, up to which others are filled with zeros."""
     adapter = _only(components, "MLX-LM's folder")
     where = adapter.weights_path
     _check_no_differences(adapter, "MLX-LM's")
     rank = max(layer.rank for layer in adapter.layers.values())
-    scalings = {layer.scaling for layer in adapter.layers.values()}
+    (scaling,) = {layer.scaling for layer in adapter.layers.values()}
     kinds = {layer.magnitude is not None for layer in adapter.layers.values()}
     if len(kinds) > 1:
         raise ValueError(f"{where}: has LoRA and DoRA, of which MLX-LM's file has one for all layers")
     written = Written()
-    if len(scalings) > 1:
-        written.notes.append(f"{len(scalings)} different scalings are multiplied into lora_b, and scale is 1")
+    if adapter.config.get("fan_in_fan_out"):
+        written.metadata[mlx.FAN_IN_FAN_OUT] = "true"
     for name, layer in adapter.layers.items():
         if layer.kernel:
             raise ValueError(f"{where}: {name} is a convolution, which MLX-LM's files cannot have")
@@ -248,12 +245,9 @@ def mlx_folder(components: Components) -> Written:
             )
         if layer.is_embedding != mlx.is_embedding(name):
             raise ValueError(f"{where}: {name} would be read as another kind of layer by its name")
-        lora_B = layer.lora_B
-        if len(scalings) > 1:
-            lora_B = rows.scaled(layer)
         padding = rank - layer.rank
         _put(written, f"{name}.lora_a", torch.nn.functional.pad(layer.lora_A.T, (0, padding)))
-        _put(written, f"{name}.lora_b", torch.nn.functional.pad(lora_B.T, (0, 0, 0, padding)))
+        _put(written, f"{name}.lora_b", torch.nn.functional.pad(layer.lora_B.T, (0, 0, 0, padding)))
         if layer.magnitude is not None:
             _put(written, f"{name}.m", layer.magnitude)
     written.config = {
@@ -261,7 +255,7 @@ def mlx_folder(components: Components) -> Written:
         "num_layers": -1,  # all of them
         "lora_parameters": {
             "rank": rank,
-            "scale": scalings.pop() if len(scalings) == 1 else 1.0,
+            "scale": scaling,
             "dropout": dropout_of(adapter),
             "keys": sorted({mlx.key_of(name) for name in adapter.layers}),
         },

@@ -19,19 +19,19 @@ UNDECIDED = "undecided"  # the reason for an axis that decide refused to say
 
 
 @dataclass(frozen=True)
-class Word:
+class Claims:
     """What others say of the axis: the user, and the file of itself, ``noted_as`` in the words of its metadata.
 
-    ``is_renamed``: the shapes may be PEFT's under LyCORIS's name, as nothing says that LyCORIS or OneTrainer wrote it.
+    ``has_own_shapes``: a tool wrote it that has LyCORIS's shapes. Without it they may be PEFT's under LyCORIS's name.
     """
 
     user: Axis | None = None
     noted: Axis | None = None
     noted_as: str = ""
-    is_renamed: bool = True
+    has_own_shapes: bool = False
 
 
-def decide(magnitude: Tensor, N: int, K: int, dim: int, word: Word) -> tuple[Axis, str]:
+def decide(magnitude: Tensor, N: int, K: int, dim: int, claims: Claims) -> tuple[Axis, str]:
     """The axis of a ``dora_scale`` of a weight with ``dim`` dimensions, and why.
 
     Raises ValueError, as the end of a sentence that begins with the tensor, for what cannot be decided.
@@ -44,7 +44,7 @@ def decide(magnitude: Tensor, N: int, K: int, dim: int, word: Word) -> tuple[Axi
     if shape == [1, K, *ones]:
         found["input"] = f"its shape is {_form('[1, K', dim)}"
     # PEFT's shape for a convolution's, which some converters leave under LyCORIS's name
-    if word.is_renamed and dim > 2 and shape == [1, N, *ones]:
+    if not claims.has_own_shapes and dim > 2 and shape == [1, N, *ones]:
         found["output"] = f"its shape is {_form('[1, N', dim)}, PEFT's"
     if shape == [N]:
         found["output"] = "it has N entries" + ("" if N == K else ", not K")
@@ -56,14 +56,14 @@ def decide(magnitude: Tensor, N: int, K: int, dim: int, word: Word) -> tuple[Axi
         expected = f"{_form('[N, 1', dim)} or {_form('[1, K', dim)}"
         raise ValueError(f"has shape {shape}, expected {expected} with N = {N} and K = {K}")
 
-    said = word.user or word.noted
-    by = "you say so" if word.user else f"the file says so ({word.noted_as})"
+    said = claims.user or claims.noted
+    by = "magnitude_axis says so" if claims.user else f"the file says so ({claims.noted_as})"
     if said is not None and said not in found:
         (axis, reason), *_ = found.items()
-        if word.user:
+        if claims.user:
             raise ValueError(f"has shape {shape}: it is of the {axis} axis, as {reason}; magnitude_axis says {said!r}")
         raise ValueError(
-            f"has shape {shape}: it is of the {axis} axis, as {reason}, but the file notes {word.noted_as}; "
+            f"has shape {shape}: it is of the {axis} axis, as {reason}, but the file notes {claims.noted_as}; "
             f"say which is right: magnitude_axis, --magnitude-axis {axis} or {said}"
         )
     if len(found) == 1:

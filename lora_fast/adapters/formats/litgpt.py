@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast.adapters import reading, rows
-from lora_fast.adapters.adapter import MAX_ELEMENTS, Adapter, AdapterFile, AdapterLayer, check_layer, check_parts
+from lora_fast.adapters.adapter import MAX_ELEMENTS, Adapter, AdapterFile, AdapterLayer, Rows, check_layer, check_parts
 
 WEIGHTS_NAME = "lit_model.pth.lora"
 SETTINGS_NAME = "hyperparameters.yaml"
@@ -82,12 +82,12 @@ def _qkv(
             f"{folder / WEIGHTS_NAME}: {name} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, "
             f"expected [{rank * len(enabled)}, K] and [{total}, {rank}] for {said} of {SETTINGS_NAME}"
         )
-    own: dict[rows.Rows, AdapterLayer] = {}
+    own: dict[Rows, AdapterLayer] = {}
     row = 0
     for place, index in enumerate(enabled):
         start, size = sum(sizes[:index]), sizes[index]
         factors = lora_A[place * rank : (place + 1) * rank], lora_B[row : row + size]
-        own[rows.Rows(start, start + size)] = AdapterLayer(*factors, None, scaling)
+        own[Rows(start, start + size)] = AdapterLayer(*factors, None, scaling)
         row += size
     return rows.fused(own, sum(sizes), name, row_parts=sizes)
 

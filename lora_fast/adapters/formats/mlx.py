@@ -20,6 +20,9 @@ from lora_fast.adapters.formats import peft
 from lora_fast.calls import Axis
 
 WEIGHTS_NAME = "adapters.safetensors"
+# In the metadata of a file that convert wrote: PEFT's fan_in_fan_out of what it was converted from.
+FAN_IN_FAN_OUT = "lora_fast.fan_in_fan_out"
+_STEP = re.compile(r"\d+_adapters\.safetensors")  # what MLX-LM saves while it trains
 METHODS = ("lora", "dora")
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|m)")
 _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
@@ -27,8 +30,6 @@ _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
 _EMBEDDING = re.compile(
     r"(.+\.)?(embed_tokens|embed_in|embed_positions|embedding|embeddings|shared|tok_embeddings|word_embeddings|wpe|wte)"
 )
-
-
 _IN_LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
 
 
@@ -47,9 +48,15 @@ def is_config(config: dict[str, Any]) -> bool:
     return "lora_parameters" in config or "fine_tune_type" in config
 
 
-def read(folder: Path) -> AdapterFile:
-    """The adapter in ``folder``, by the names of MLX-LM's model, which are those of transformers."""
-    path, config_path = folder / WEIGHTS_NAME, folder / peft.CONFIG_NAME
+def is_weights(name: str) -> bool:
+    """Whether MLX-LM calls a file of weights so: at the end of training, or at one of its steps."""
+    return name == WEIGHTS_NAME or _STEP.fullmatch(name) is not None
+
+
+def read(path: Path) -> AdapterFile:
+    """The adapter in a folder, or in one of its files, by the names of MLX-LM's model, which are transformers'."""
+    folder = path if path.is_dir() else path.parent
+    path, config_path = folder / WEIGHTS_NAME if path.is_dir() else path, folder / peft.CONFIG_NAME
     config = reading.read_json(config_path)
     kind, settings = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind not in METHODS:
@@ -65,7 +72,8 @@ def read(folder: Path) -> AdapterFile:
         if (found := _KEY.fullmatch(key)) is None:
             raise ValueError(f"{path}: {key} is no part of LoRA or DoRA as MLX-LM names it")
         if tensor.dim() != (1 if found["part"] == "m" else 2):
-            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; the layers of experts are not supported")
+            expected = "[N]" if found["part"] == "m" else "two dimensions; the layers of experts are not supported"
+            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}, expected {expected}")
         parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = tensor
     check_parts(parts, path)
     if any(("magnitude" in own) != (kind == "dora") for own in parts.values()):
@@ -76,7 +84,8 @@ def read(folder: Path) -> AdapterFile:
     for name, layer in layers.items():
         if rank is not None and layer.rank != rank:
             raise ValueError(f"{path}: {name} has rank {layer.rank}, {config_path.name} says {reading.described(rank)}")
-    adapter = Adapter(path, config_path, layers, format="mlx", config={"lora_dropout": dropout})
+    noted: dict[str, Any] = {"fan_in_fan_out": True} if metadata.get(FAN_IN_FAN_OUT) == "true" else {}
+    adapter = Adapter(path, config_path, layers, format="mlx", config={"lora_dropout": dropout, **noted})
     return AdapterFile(folder, "mlx", "lora_fast" if CONVERTED in metadata else "MLX-LM", {"": adapter}, metadata)
 
 

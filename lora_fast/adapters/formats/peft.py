@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import reading
-from lora_fast.adapters.adapter import CONVERTED, DTYPES, Adapter, AdapterFile, AdapterLayer, check_layer
+from lora_fast.adapters.adapter import CONVERTED, Adapter, AdapterFile, AdapterLayer, check_layer
+from lora_fast.adapters.formats import peft_targets
+from lora_fast.dtypes import FLOATS, FLOATS_SAID
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+TORCHTUNE_NAME = "adapter_model.pt"
 PREFIX = "base_model.model."
 # Notes of save_adapter in the metadata of the weights' file: that it adapts torch.nn.Linear only, and which tensors
 # were trained though modules_to_save cannot name them. PEFT does not read them.
@@ -40,7 +43,7 @@ OUTPUT_AXIS = "PEFT has one norm for each output"
 # Other functions than LoRA and DoRA; what is not set is null, false, or empty.
 OTHER_METHODS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 # The other initialisations change the base weight, which then is not the one that the user has.
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -77,8 +80,8 @@ def read(folder: Path) -> AdapterFile:
                 raise ValueError(f"{where}: {key} is no part of LoRA or DoRA that is known here")
             whole[name] = tensor
             continue
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{where}: {key} has dtype {tensor.dtype}, expected {FLOATS_SAID}")
         part = _PARTS[found["part"]]
         first = parts.setdefault(found["module"], {}).setdefault(part, tensor)
         if first is not tensor:  # of resized embeddings PEFT writes the magnitude under both of its names
@@ -90,7 +93,7 @@ def read(folder: Path) -> AdapterFile:
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
     layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
-    _check_targets(layers, config, folder / CONFIG_NAME)
+    peft_targets.check_targets(layers, config, folder / CONFIG_NAME, WEIGHTS_NAME)
     base, copies, second = _whole_tensors(whole, layers, config, noted, where)
     adapter = Adapter(
         weights_path=where,
@@ -106,20 +109,6 @@ def read(folder: Path) -> AdapterFile:
     )
     tool = "lora_fast" if metadata.keys() & {ADAPTS, CONVERTED} else "PEFT" if "peft_version" in config else ""
     return AdapterFile(folder, "peft", tool, {"": adapter}, metadata)
-
-
-def _check_targets(layers: Iterable[str], config: Mapping[str, Any], where: Path) -> None:
-    """Refuse layers that the lists of names in the configuration leave out: PEFT drops them without a word."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    for name in layers:
-        if isinstance(targets, list) and not config.get("ensure_weight_tying") and not _is_named(name, targets):
-            raise ValueError(f"{where}: target_modules names no end of {name}, for which {WEIGHTS_NAME} has an adapter")
-        if isinstance(excluded, list) and _is_named(name, excluded):
-            raise ValueError(f"{where}: exclude_modules names {name}, for which {WEIGHTS_NAME} has an adapter")
-
-
-def _is_named(name: str, ends: list[Any]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _whole_tensors(
@@ -221,26 +210,11 @@ def scaling_of(config: Mapping[str, Any], name: str, rank: int, where: Path) -> 
     return scaling
 
 
-def matches(pattern: str, name: str, where: Path) -> bool:
-    """Whether PEFT takes ``pattern``, a key of rank_pattern or alpha_pattern, for the module ``name``.
-
-    It is a regular expression from the file. One that could run for ever is refused: a repeated group, or more than
-    three repetitions.
-    """
-    literal = re.sub(r"\[[^]]*\]", "", re.sub(r"\\.", "", pattern)).replace("(?", "(")  # without escapes and classes
-    if re.search(r"\)\s*[*+?{]", literal) or len(re.findall(r"[*+?{]", literal)) > 3 or len(pattern) > 1000:
-        raise ValueError(f"{where}: the pattern {pattern[:80]!r} repeats too much to be safe")
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where}: the pattern {pattern[:80]!r} is no regular expression: {error}") from None
-
-
 def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any, where: Path) -> Any:
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
-    return next((value for pattern, value in patterns.items() if matches(pattern, name, where)), default)
+    return next((value for pattern, value in patterns.items() if peft_targets.matches(pattern, name, where)), default)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -254,6 +228,8 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path}: peft_type is {reading.described(kind)}, expected 'LORA'")
+    if config.get("target_parameters"):
+        raise ValueError(f"{path}: target_parameters is set: LoRA of parameters (of experts, say) is not supported")
     for key in OTHER_METHODS:
         if config.get(key):
             raise ValueError(f"{path}: {key} is set, which is another method than LoRA and DoRA")
@@ -272,6 +248,8 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, and the file's metadata."""
+    if not path.is_file() and (path.parent / TORCHTUNE_NAME).is_file():
+        raise ValueError(f"{path}: is missing; {TORCHTUNE_NAME} beside it is torchtune's: give that file itself")
     if not path.is_file() and (pickles := sorted(other.name for other in path.parent.glob("*.bin"))):
         raise ValueError(
             f"{path}: is missing; {', '.join(pickles)} is a pickle, which can run code and is never loaded. "
@@ -296,7 +274,7 @@ def _layer(
     if len(parts) > len(wanted):
         raise ValueError(f"{where}: {name} has a magnitude, but use_dora is not set in {CONFIG_NAME}")
     lora_A, lora_B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("magnitude")
-    layer = AdapterLayer(lora_A, lora_B, None, 0.0, is_embedding, axis_reason=OUTPUT_AXIS)
+    layer = AdapterLayer(lora_A, lora_B, None, 1.0, is_embedding, axis_reason=OUTPUT_AXIS)
     check_layer(name, layer, where)
     if magnitude is not None:
         magnitude = flat_magnitude(name, magnitude, lora_B, where)

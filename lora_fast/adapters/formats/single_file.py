@@ -13,29 +13,31 @@ Which key belongs to what is decided by its end alone; a key with another end is
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_fast.adapters import reading
+from lora_fast.adapters import component_names, reading
 from lora_fast.adapters.adapter import (
     CONVERTED,
-    DTYPES,
     Adapter,
     AdapterFile,
     AdapterLayer,
     Faults,
+    Format,
     check_layer,
     shortened,
 )
 from lora_fast.adapters.formats import axis, peft
 from lora_fast.calls import Axis
+from lora_fast.dtypes import FLOATS, FLOATS_SAID, name_of
 
 PARTS = {
     "lora_down.weight": "lora_A",
@@ -59,7 +61,7 @@ PARTS = {
     "diff_b": "bias",
     "b_norm": "bias",
 }
-NUMBERS = (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FACTORS = ("lora_A", "lora_B", "lora_mid", "alpha", "dora_scale", "magnitude")
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, PARTS))})")
 
@@ -88,23 +90,7 @@ OTHER_METHODS = {
 }
 _OTHERS = {name: re.compile(rf"(.+\.)?({pattern})") for name, pattern in OTHER_METHODS.items()}
 
-_FLATTENED = re.compile(
-    r"(?P<component>lora_(?:prior_)?(?:unet|te\d?|transformer)|lycoris|transformer(?=_(?:single_)?transformer_blocks_))"
-    r"[_.](?P<name>.+)"
-)
-_DOTTED = re.compile(
-    r"(?P<component>unet|transformer|prior|diffusion_model(?:\.transformer_[12])?|text_encoder(?:_[2-4])?|"
-    r"text_encoders\.\w+\.transformer|clip_[lgh]|t5)\.(?P<name>.+)"
-)
-# the wrapper's name that PEFT puts before all
-_WRAPPER = "base_model.model."
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-
-
-def is_flattened_component(component: str) -> bool:
-    """Whether names that begin so, with _ after it, are read back as that component's."""
-    found = _FLATTENED.fullmatch(f"{component}_x")
-    return found is not None and found["component"] == component
 
 
 @dataclass(frozen=True)
@@ -127,30 +113,28 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
     tensors, metadata = reading.read_safetensors(path)
     modules, unknown = _by_module(tensors, path, faults)
     origin = _origin(metadata, path)
-    word = axis.Word(user_axis, origin.axis, origin.noted_as, not origin.has_own_shapes)
     notes: list[str] = []
     components: dict[str, Adapter] = {}
-    flattened: dict[str, bool] = {}
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for module, parts in modules.items():
-        component, name, is_flattened = _component(module)
-        if flattened.setdefault(component, is_flattened) != is_flattened:
-            faults(f"{path}: has names of {component} with dots and with _: {module} is one of them")
-        if (twin := found.setdefault(component, {}).setdefault(name, parts)) is not parts:
-            # diffusers' conversion leaves a dot in the name of a magnitude
-            if twin.keys() & parts.keys() or not (twin.keys() == {"magnitude"} or parts.keys() == {"magnitude"}):
-                faults(f"{path}: has {module} under two names")
-            twin |= parts
-    is_peft = any(_WRAPPER in module for module in modules)
-    for component, named in found.items():
-        is_flattened = flattened[component] and (component != "" or not any("." in name for name in named))
+    is_peft = any(component_names.WRAPPER in module for module in modules)
+    for component, (named, is_flattened) in _by_component(modules, path, faults).items():
         config = _configuration(metadata, component, path)
-        reader = _Reader(path, component, is_flattened, is_peft, word, origin, norm_eps, config, faults, notes)
+        reader = _Reader(
+            path=path,
+            component=component,
+            is_flattened=is_flattened,
+            is_peft=is_peft,
+            claims=axis.Claims(user_axis, origin.axis, origin.noted_as, origin.has_own_shapes),
+            origin=origin,
+            norm_eps=norm_eps,
+            config=config,
+            faults=faults,
+            notes=notes,
+        )
         components[component] = Adapter(
             weights_path=path,
             config_path=path,
-            layers=dict(reader.layers(named)),
-            added=dict(_added(named)),
+            layers=reader.layers(named),
+            added=_added(named),
             only_linears=True,
             is_flattened=is_flattened,
             format="kohya" if is_flattened else "diffusers",
@@ -159,28 +143,39 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
         )
     if not faults.found and not any(adapter.layers or adapter.added for adapter in components.values()):
         faults(f"{path}: holds no LoRA: {', '.join(list(tensors)[:4]) or 'it is empty'}")
-    kind = "kohya" if any(adapter.is_flattened for adapter in components.values()) else "diffusers"
+    kind: Format = "kohya" if any(adapter.is_flattened for adapter in components.values()) else "diffusers"
     return AdapterFile(path, kind, origin.tool, components, metadata, notes, unknown)
 
 
-def _by_module(
-    tensors: Mapping[str, Tensor], path: Path, faults: Faults
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+@dataclass
+class _Module:
+    """What a file has for one module, by the values of ``PARTS``."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    is_embedding: bool = False
+
+    @property
+    def has_update(self) -> bool:
+        return any(part in self.parts for part in FACTORS)
+
+
+def _by_module(tensors: Mapping[str, Tensor], path: Path, faults: Faults) -> tuple[dict[str, _Module], list[str]]:
     """The parts of each module, and the keys that belong to none."""
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, _Module] = {}
     others: dict[str, list[str]] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
         if (found := _KEY.fullmatch(key)) is None:
             method = next((name for name, pattern in _OTHERS.items() if pattern.fullmatch(key)), None)
             (unknown if method is None else others.setdefault(method, [])).append(key)
-        elif tensor.dtype not in (NUMBERS if found["part"] == "alpha" else DTYPES):
-            expected = "expected float64, float32, bfloat16 or float16"
-            faults(f"{path}: {key} has dtype {tensor.dtype}, {expected}")
-        elif modules.setdefault(found["module"], {}).setdefault(PARTS[found["part"]], tensor) is not tensor:
-            faults(f"{path}: {found['module']} has two {PARTS[found['part']]}")
-        elif found["part"].startswith("lora_embedding"):
-            modules[found["module"]]["is_embedding"] = tensor
+        elif tensor.dtype not in (NUMBERS if found["part"] == "alpha" else FLOATS):
+            faults(f"{path}: {key} has dtype {tensor.dtype}, expected {FLOATS_SAID}")
+        else:
+            module = modules.setdefault(found["module"], _Module())
+            if PARTS[found["part"]] in module.parts:
+                faults(f"{path}: {found['module']} has two {PARTS[found['part']]}")
+            module.parts[PARTS[found["part"]]] = tensor
+            module.is_embedding |= found["part"].startswith("lora_embedding")
     for method, keys in others.items():
         faults(f"{path}: holds {method}, which is not LoRA or DoRA: {shortened(keys)}")
     if unknown:
@@ -188,14 +183,33 @@ def _by_module(
     return modules, unknown + [key for keys in others.values() for key in keys]
 
 
-def _component(module: str) -> tuple[str, str, bool]:
-    """The component of a key's module, the module's name in it, and whether that has _ for its dots."""
-    module = module.removeprefix(_WRAPPER)
-    if found := _FLATTENED.fullmatch(module):
-        return found["component"], found["name"].replace(".", "_"), True
-    if found := _DOTTED.fullmatch(module):
-        return found["component"], found["name"].removeprefix(_WRAPPER), False
-    return "", module, True
+def _by_component(
+    modules: Mapping[str, _Module], path: Path, faults: Faults
+) -> dict[str, tuple[dict[str, _Module], bool]]:
+    """The modules of each component by their names in it, and whether these have _ for their dots."""
+    found: dict[str, dict[str, _Module]] = {}
+    kinds: dict[str, set[bool]] = {}  # of each component's names: flattened or not
+    for whole, module in modules.items():
+        component, name, is_flattened = component_names.split(whole)
+        named = found.setdefault(component, {})
+        if is_flattened is not None:
+            kinds.setdefault(component, set()).add(is_flattened)
+        if (twin := named.get(name)) is None:
+            named[name] = module
+            continue
+        # diffusers' conversion leaves a dot in the flattened name of a magnitude
+        is_magnitude = {"magnitude"} in (twin.parts.keys(), module.parts.keys())
+        if not is_magnitude or twin.parts.keys() & module.parts.keys():
+            faults(f"{path}: has {whole} under two names")
+        twin.parts |= module.parts
+    for component, own in kinds.items():
+        if len(own) > 1:
+            faults(f"{path}: has names of {component} with dots and with _ for them")
+    # names without a component are flattened if none has a dot and one could have had it
+    return {
+        component: (named, any("_" in name for name in named) if component not in kinds else kinds[component] == {True})
+        for component, named in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -206,68 +220,68 @@ class _Reader:
     component: str
     is_flattened: bool
     is_peft: bool
-    word: axis.Word
+    claims: axis.Claims
     origin: Origin
     norm_eps: float | None
     config: Mapping[str, Any] | None
     faults: Faults
     notes: list[str]
 
-    def layers(self, modules: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, AdapterLayer]]:
-        for name, parts in modules.items():
-            if not any(part in parts for part in FACTORS):
-                continue
-            try:
-                yield name, self._layer(name, parts)
-            except ValueError as error:
-                self.faults(str(error))
+    def layers(self, modules: Mapping[str, _Module]) -> dict[str, AdapterLayer]:
+        updates = {name: module for name, module in modules.items() if module.has_update}
+        found: dict[str, AdapterLayer] = {}
+        for name, module in updates.items():
+            with self.faults.collected():
+                found[name] = self._layer(name, module)
+        self._note_alphas(updates)
+        return found
 
-    def _layer(self, name: str, parts: Mapping[str, Tensor]) -> AdapterLayer:
-        where, called = self.path, f"{self.component} {name}".strip()
+    def _layer(self, name: str, module: _Module) -> AdapterLayer:
+        where, called, parts = self.path, self._called(name), module.parts
         if missing := [part for part in ("lora_A", "lora_B") if part not in parts]:
             raise ValueError(f"{where}: {called} has {', '.join(parts)}, but no {' and no '.join(missing)}")
-        if both := parts.keys() & {"weight", "bias"}:
-            raise ValueError(f"{where}: {called} has LoRA and a difference of its {' and '.join(sorted(both))} too")
+        if "weight" in parts:
+            raise ValueError(f"{where}: {called} has LoRA and a difference of its weight too, expected one of them")
         if "dora_scale" in parts and "magnitude" in parts:
             raise ValueError(f"{where}: {called} has two magnitudes")
-        is_embedding = "is_embedding" in parts
-        layer = AdapterLayer(parts["lora_A"], parts["lora_B"], None, 0.0, is_embedding, lora_mid=parts.get("lora_mid"))
+        lora_A, lora_B, lora_mid = parts["lora_A"], parts["lora_B"], parts.get("lora_mid")
+        layer = AdapterLayer(lora_A, lora_B, None, 1.0, module.is_embedding, lora_mid=lora_mid)
         check_layer(called, layer, where)
-        if self.config is not None and bool(self.config.get("use_dora")) != ("magnitude" in parts):
-            has = "a magnitude" if "magnitude" in parts else "no magnitude"
-            raise ValueError(
-                f"{where}: {called} has {has}, but use_dora is {self.config.get('use_dora')} in the header"
-            )
-        scaling = self._scaling(name, called, parts, layer.rank)
-        norm_axis: Axis = "output"
-        reason, eps, magnitude = "", 0.0, None
+        if self.config is not None:
+            _check_use_dora(self.config, called, parts, where)
+        layer = dataclasses.replace(layer, scaling=self._scaling(name, called, parts, layer.rank))
         if "magnitude" in parts:
-            magnitude = peft.flat_magnitude(called, parts["magnitude"], layer.lora_B, where)
-            reason = "a magnitude by its name: one per output"
-            if self.word.user == "input":
+            if self.claims.user == "input":
                 raise ValueError(f"{where}: {called} has one magnitude for each output; magnitude_axis says 'input'")
-        elif "dora_scale" in parts:
-            scale = parts["dora_scale"]
-            magnitude = scale.reshape(-1)
-            try:
-                norm_axis, reason = axis.decide(
-                    scale, layer.out_features, layer.in_features, layer.lora_A.dim(), self.word
-                )
-            except ValueError as error:
-                self.faults(f"{where}: dora_scale of {called} {error}")
-                reason = axis.UNDECIDED
-            eps = self._eps(scale.dtype)
-        return AdapterLayer(
-            lora_A=layer.lora_A,
-            lora_B=layer.lora_B,
-            magnitude=magnitude,
-            scaling=scaling,
-            is_embedding=is_embedding,
+            return dataclasses.replace(
+                layer,
+                magnitude=peft.flat_magnitude(called, parts["magnitude"], lora_B, where),
+                axis_reason="a magnitude by its name: one per output",
+                norm_eps=self.norm_eps or 0.0,
+            )
+        if "dora_scale" in parts:
+            return self._with_scale(called, layer, parts["dora_scale"])
+        return layer
+
+    def _with_scale(self, called: str, layer: AdapterLayer, scale: Tensor) -> AdapterLayer:
+        norm_axis: Axis = "output"
+        try:
+            norm_axis, reason = axis.decide(
+                scale, layer.out_features, layer.in_features, layer.lora_A.dim(), self.claims
+            )
+        except ValueError as error:
+            self.faults(f"{self.path}: dora_scale of {called} {error}")
+            reason = axis.UNDECIDED
+        return dataclasses.replace(
+            layer,
+            magnitude=scale.reshape(-1),
             norm_axis=norm_axis,
             axis_reason=reason,
-            norm_eps=eps,
-            lora_mid=layer.lora_mid,
+            norm_eps=self._eps(scale.dtype),
         )
+
+    def _called(self, name: str) -> str:
+        return f"{self.component} {name}".strip()
 
     def _scaling(self, name: str, called: str, parts: Mapping[str, Tensor], rank: int) -> float:
         where = self.path
@@ -296,8 +310,20 @@ class _Reader:
                 f"{where}: {called} has no alpha. ai-toolkit does not save that of DoRA for Stable Diffusion, and "
                 "without it nothing says what the layer computes"
             )
-        self._note("has no alpha: its updates are taken with the factor 1, as tools do that write such files")
         return 1.0
+
+    def _note_alphas(self, modules: Mapping[str, _Module]) -> None:
+        """Note which updates are taken with the factor 1 because nothing says another."""
+        without = [self._called(name) for name, module in modules.items() if "alpha" not in module.parts]
+        if self.config is not None or not without:
+            return
+        if len(without) == len(modules):
+            self._note("has no alpha: its updates are taken with the factor 1, as tools do that write such files")
+        else:
+            self._note(
+                f"has no alpha for {shortened(without)}: the factor is taken for 1 there, as kohya's scripts and "
+                "ComfyUI take it"
+            )
 
     def _eps(self, dtype: torch.dtype) -> float:
         """What is added to the norm of a layer whose dora_scale is stored in ``dtype``."""
@@ -305,7 +331,9 @@ class _Reader:
             return self.norm_eps
         stored = torch.finfo(dtype).eps
         if self.origin.eps is None:
-            who = f"is {self.origin.tool}'s, without its settings" if self.origin.tool else "does not say who wrote it"
+            who = "does not say who wrote it"
+            if self.origin.tool:
+                who = f"is {self.origin.tool}'s, and does not say what is added"
             self._note(
                 f"{who}: nothing is added to the norms, where LyCORIS would add {stored:.3g} (norm_eps, --norm-eps)"
             )
@@ -313,7 +341,7 @@ class _Reader:
         eps = self.origin.eps(dtype)
         if eps:
             half = dtype.itemsize == 2 and eps == stored
-            doubt = f", if it was trained in {str(dtype)[6:]}; else say --norm-eps 1.19e-7" if half else ""
+            doubt = f", if it was trained in {name_of(dtype)}; else say --norm-eps 1.19e-7" if half else ""
             self._note(f"is {self.origin.tool}'s, which adds {eps:.3g} to each norm{doubt}")
         return eps
 
@@ -322,11 +350,27 @@ class _Reader:
             self.notes.append(text)
 
 
-def _added(modules: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """What is added to the base's own tensors, by their names."""
-    for name, parts in modules.items():
-        if not any(part in parts for part in FACTORS):
-            yield from ((f"{name}.{part}", tensor) for part, tensor in parts.items())
+def _added(modules: Mapping[str, _Module]) -> dict[str, Tensor]:
+    """What is added to the base's own tensors, by their names: of a bias, also beside LoRA of the weight."""
+    return {
+        f"{name}.{part}": module.parts[part]
+        for name, module in modules.items()
+        for part in ("weight", "bias")
+        if part in module.parts
+    }
+
+
+def _check_use_dora(config: Mapping[str, Any], called: str, parts: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless the layer has a magnitude in PEFT's words if its header says so, and only then."""
+    if "dora_scale" in parts:
+        raise ValueError(
+            f"{path}: {called} has a dora_scale, expected lora_magnitude_vector beside PEFT's configuration in the "
+            "header"
+        )
+    use_dora = config.get("use_dora")
+    if bool(use_dora) != ("magnitude" in parts):
+        has = "a magnitude" if "magnitude" in parts else "no magnitude"
+        raise ValueError(f"{path}: {called} has {has}, but use_dora is {use_dora} in the header")
 
 
 def _configuration(metadata: Mapping[str, str], component: str, path: Path) -> Mapping[str, Any] | None:
@@ -382,7 +426,7 @@ def _lycoris(tool: str, arguments: str, metadata: Mapping[str, str], path: Path)
 
 def _one_trainer(metadata: Mapping[str, str], path: Path) -> Origin:
     if "ot_config" not in metadata:
-        return Origin("OneTrainer")
+        return Origin("OneTrainer", has_own_shapes=True)
     config = reading.parse_json(metadata["ot_config"], f"{path}: its ot_config")
     said = config.get("lora_decompose_output_axis")
     if said not in (True, False, None):

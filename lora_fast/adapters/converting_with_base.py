@@ -1,0 +1,250 @@
+"""An adapter's updates by the names and as the weights of a base have them, for ``lora-fast convert --base``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_fast.adapters import architecture, component_names, naming, norms, placing, rows
+from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, shortened
+from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
+from lora_fast.adapters.orientation import is_possible_conv1d
+from lora_fast.adapters.resolving import Resolver
+from lora_fast.dtypes import FLOATS, FLOATS_SAID
+
+
+def check_embeddings(adapter: Adapter, to: str, config: Mapping[str, Any]) -> None:
+    """PEFT adapts an embedding alone, MLX-LM the head that is tied to it too."""
+    kinds = {"peft": "peft", "diffusers": "peft", "mlx": "mlx"}
+    if (adapter.format == "mlx") == (kinds.get(to) == "mlx") or not architecture.is_maybe_tied(dict(config)):
+        return
+    if embeddings := [name for name, layer in adapter.layers.items() if layer.is_embedding]:
+        raise ValueError(
+            f"{adapter.weights_path}: {embeddings[0]} is an embedding, perhaps tied to the output head, which MLX-LM "
+            "then adapts with it and PEFT does not: give a base whose config.json says tie_word_embeddings false "
+            "(--base BASE), or merge it (lora-fast merge)"
+        )
+
+
+class Base:
+    """A checkpoint, by the names of one of the file's models, all of which it has."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
+        self.checkpoint, self.adapter = checkpoint, adapter
+        self.resolver = Resolver(checkpoint)
+        weights = {naming.weight_key(name): name for name in (*adapter.layers, *adapter.stacked)}
+        keys = self.resolver.resolve([*weights, *adapter.added])
+        self.weight_keys = {name: keys[key] for key, name in weights.items()}
+        for name, layer in adapter.layers.items():
+            self.check_fits(name, layer)
+        for name, difference in adapter.added.items():
+            entry = checkpoint.entries[keys[name]]
+            if entry.shape != tuple(difference.shape):
+                raise ValueError(
+                    f"{adapter.weights_path}: has a difference of shape {list(difference.shape)} for {name}, which has "
+                    f"{list(entry.shape)} in {checkpoint.folder}"
+                )
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        return self.checkpoint.entries[self.weight_keys[module]].shape
+
+    def weight(self, module: str) -> Tensor:
+        key = self.weight_keys[module]
+        dtype = self.checkpoint.entries[key].dtype
+        if DTYPES.get(dtype) not in FLOATS:
+            raise ValueError(f"{self.checkpoint.folder}: {key} has dtype {dtype}, expected {FLOATS_SAID}")
+        return self.checkpoint.tensor(key)
+
+    def check_fits(self, module: str, layer: AdapterLayer) -> None:
+        """Raise ValueError unless the weight has these sizes, stored as a layer of its kind stores it."""
+        N, K = layer.out_features, layer.in_features * math.prod(layer.kernel)
+        shape = self.shape(module)
+        found = [shape[0], math.prod(shape[1:])] if len(shape) > 1 else []
+        is_transposed = shape == (K, N) and not layer.kernel
+        if is_transposed and not layer.is_embedding:
+            key = self.weight_keys[module]
+            is_transposed = is_possible_conv1d(module, self.adapter, key, self.resolver)
+        if found != [N, K] and not is_transposed:
+            raise ValueError(
+                f"{self.adapter.weights_path}: has an update [N, K] = {[N, K]} for {module}, which has {list(shape)} "
+                f"in {self.checkpoint.folder}"
+            )
+
+
+def with_base(
+    file: AdapterFile, base: Path, renamed: str | None, to: str, as_difference: bool
+) -> tuple[dict[str, Adapter], list[str], list[str]]:
+    """The updates by the base's names and components, the names of all its modules, and notes."""
+    components: dict[str, Adapter] = {}
+    modules: list[str] = []
+    notes: list[str] = []
+    for name, adapter in file.components.items():
+        (place,) = placing.place(base, dataclasses.replace(file, components={name: adapter}))
+        checkpoint, placed = place.checkpoint, place.adapter
+        notes += [f"{file.path} {note}" for note in place.notes]
+        found = Base(checkpoint, placed)
+        check_embeddings(placed, to, checkpoint.config)
+        if to in ("kohya", "diffusers"):
+            _check_no_conv1d(placed, found, "the files of image models cannot mean such layers")
+        if any(layer.norm_eps and layer.magnitude is not None for layer in placed.layers.values()):
+            _check_no_conv1d(
+                placed,
+                found,
+                "an eps beside its norms cannot become a part of the magnitudes: leave it out (--norm-eps 0)",
+            )
+        rounded = [module for module, parts in placed.stacked.items() if rows.are_rounded(parts)]
+        if rounded and not as_difference:
+            notes.append(f"the factors of the parts of {shortened(rounded)} are multiplied into lora_B, rounded once")
+        if as_difference:
+            placed = _difference_of(placed, found)
+        else:
+            notes += _folded(placed)
+            placed = _one_update_each(placed, found)
+        placed, prefix = _without_prefix(placed, base)
+        called = renamed or _component(checkpoint, name, prefix)
+        own = [each.removeprefix(prefix) for each in naming.weight_shapes(placing.shapes_of(checkpoint))]
+        if to == "kohya":
+            _check_alone(placed, own, checkpoint)
+            called = renamed or _kohya_component(called, name, placed, base, prefix)
+        if called in components:
+            raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
+        components[called] = placed
+        modules += own
+    return components, modules, notes
+
+
+def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:
+    """Refuse transformers' Conv1D, and what may be one; ``why`` ends the sentence."""
+    checkpoint, path = base.checkpoint, adapter.weights_path
+    known = base.resolver.known if not adapter.only_linears else None
+    is_transformers = bool(checkpoint.config.get("architectures") or checkpoint.config.get("model_type"))
+    for name, layer in adapter.layers.items():
+        if layer.is_embedding or layer.kernel:
+            continue
+        key = base.weight_keys[name]
+        module = base.resolver.end_of(f"{name}.weight", key).removesuffix(".weight")
+        told = known.is_transposed(module) if known is not None else None
+        is_noted = bool(adapter.config.get("fan_in_fan_out")) and told is None
+        if is_noted or told or base.shape(name)[0] != layer.out_features:
+            raise ValueError(f"{path}: {name} is transformers' Conv1D, or its file has some: {why}")
+        is_open = is_transformers and told is None and not adapter.only_linears
+        is_square = layer.in_features == layer.out_features
+        if is_open and is_square and f"{key.removesuffix('.weight')}.bias" in checkpoint.entries:  # a Conv1D has a bias
+            raise ValueError(
+                f"{path}: {name} is square, and may be transformers' Conv1D: {why} "
+                f"({architecture.why_unknown(checkpoint.config)})"
+            )
+
+
+def _folded(adapter: Adapter) -> Iterator[str]:
+    layers = [*adapter.layers.values(), *(layer for parts in adapter.stacked.values() for layer in parts.values())]
+    for eps in sorted({layer.norm_eps for layer in layers if layer.magnitude is not None} - {0.0}):
+        yield f"{eps:.3g} beside the norms is a part of the magnitudes now, each rounded once"
+
+
+def _one_update_each(adapter: Adapter, base: Base) -> Adapter:
+    """One update for each of the base's weights, that needs no eps."""
+    where = adapter.weights_path
+    fused = {
+        name: rows.fused(parts, base.shape(name)[0], f"{where}: {name}") for name, parts in adapter.stacked.items()
+    }
+    for name, layer in fused.items():
+        base.check_fits(name, layer)
+    layers = {name: _shaped_like(layer, base.shape(name)) for name, layer in (adapter.layers | fused).items()}
+    for name, layer in layers.items():
+        if layer.norm_eps and layer.magnitude is not None:
+            weight = base.weight(name)
+            layers[name] = norms.with_folded_eps(weight.T if layer.is_embedding else weight.flatten(1), layer)
+    return dataclasses.replace(adapter, layers=layers, stacked={})
+
+
+def _shaped_like(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
+    """A linear's update as that of a convolution of 1 × 1, and the other way round, as the base's weight is one."""
+    if layer.is_embedding or layer.lora_A.dim() == len(shape) or {*shape[2:], *layer.kernel} != {1}:
+        return layer
+    ones = [1] * (len(shape) - 2)
+    lora_A, lora_B = layer.convolution_A().flatten(1), layer.lora_B.flatten(1)
+    factors = lora_A.reshape(*lora_A.shape, *ones), lora_B.reshape(*lora_B.shape, *ones)
+    return dataclasses.replace(layer, lora_A=factors[0], lora_B=factors[1], lora_mid=None)
+
+
+def _difference_of(adapter: Adapter, base: Base) -> Adapter:
+    """Merged minus the base's weights, in float64, rounded once to float32, or to float64 where a weight is that."""
+    added = dict(adapter.added)
+    updates: dict[str, Mapping[Any, AdapterLayer]] = {  # of the whole weight, None, or of its rows
+        **{name: {None: layer} for name, layer in adapter.layers.items()},
+        **adapter.stacked,
+    }
+    for name, parts in updates.items():
+        if any(layer.is_embedding for layer in parts.values()):
+            raise ValueError(f"{adapter.weights_path}: {name} is an embedding, which kohya's files cannot have")
+        weight = base.weight(name)
+        merged = weight.to(torch.float64, copy=True)
+        for own, layer in parts.items():
+            norms.merge((merged if own is None else merged[own.start : own.stop]).flatten(1), layer)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        added[f"{name}.weight"] = (merged - weight.double()).to(dtype)
+    return dataclasses.replace(adapter, layers={}, stacked={}, added=added)
+
+
+def _without_prefix(adapter: Adapter, base: Path) -> tuple[Adapter, str]:
+    """The names in one model of a single-file checkpoint, and what stood before them."""
+    names = [*adapter.layers, *adapter.added]
+    if any(name.endswith((".in_proj", ".in_proj.weight")) for name in names):
+        raise ValueError(
+            f"{base}: has q, k and v in the in_proj_weight of a torch.nn.MultiheadAttention, which is no module that a "
+            "file could name; give diffusers' folder of the model"
+        )
+    prefix = component_names.single_file_prefix(names)
+    if not prefix or not base.is_file():
+        return adapter, ""
+    own: dict[str, Any] = {
+        kind: {name.removeprefix(prefix): value for name, value in getattr(adapter, kind).items()}
+        for kind in ("layers", "added")
+    }
+    return dataclasses.replace(adapter, **own), prefix
+
+
+def _component(checkpoint: Checkpoint, name: str, prefix: str) -> str:
+    """What diffusers calls the model that is ``name`` in the adapter's file."""
+    if prefix:
+        return component_names.SINGLE_FILE_MODELS[prefix.removesuffix(".")].diffusers_name
+    if checkpoint.folder.name in component_names.KOHYA_NAMES.keys() - {""}:
+        return checkpoint.folder.name
+    if "Transformer" in str(checkpoint.config.get("_class_name")):
+        return "transformer"
+    return component_names.DIFFUSERS_NAMES.get(name, name)
+
+
+def _kohya_component(name: str, source: str, adapter: Adapter, base: Path, prefix: str) -> str:
+    """What kohya's scripts call the model that is ``name`` to diffusers and ``source`` in the adapter's file."""
+    if source.startswith("lora_te"):
+        return source
+    if name == "text_encoder_2" and any(module.startswith("encoder.block.") for module in adapter.layers):
+        return "lora_te3"  # T5, beside a CLIP or two
+    if name != "text_encoder" or prefix.startswith("conditioner"):
+        return name
+    if prefix or (placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()):
+        return "lora_te"
+    if placing.is_pipeline(base):
+        return "lora_te1"
+    raise ValueError(
+        f"{base}: kohya's files call a text encoder lora_te where the model has one, lora_te1 where it has several; "
+        "say which: --component lora_te or lora_te1, or --base BASE, diffusers' folder of the whole model"
+    )
+
+
+def _check_alone(adapter: Adapter, modules: list[str], checkpoint: Checkpoint) -> None:
+    """Raise ValueError if another module of the base has the flattened name of one that is adapted."""
+    used = {
+        name.replace(".", "_"): name for name in (*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added))
+    }
+    for module in modules:
+        if (own := used.get(module.replace(".", "_"), module)) != module:
+            raise ValueError(f"{checkpoint.folder}: {own} and {module} are one name where dots are written as _")

@@ -1,0 +1,194 @@
+"""lora-fast convert --base: every update and difference has to fit the base, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("safetensors", reason="the adapters extra is not installed")
+import torch
+from file_helpers import LYCORIS, assert_close, base_file, kohya_file, make_update, merged_file
+from safetensors.torch import load_file, save_file
+from toy_folders import adapter_folder, base_folder, lora
+
+import lora_fast
+from lora_fast.merge_checkpoint import merge_checkpoint
+
+
+def out_of(folder: Path, to: str) -> Path:
+    return folder / ("out" if to in ("peft", "mlx") else "out.safetensors")
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "diffusers"])
+def test_a_linear_s_update_of_the_other_sizes_is_refused(to: str, tmp_path: Path) -> None:
+    save_file({"a.b.weight": torch.ones(6, 4), "a.b.bias": torch.ones(6)}, tmp_path / "base.safetensors")
+    source = kohya_file(tmp_path / "a.safetensors", {"a.b": make_update(4, 6)})
+    with pytest.raises(ValueError, match=r"an update \[N, K\] = \[4, 6\] for a.b, which has \[6, 4\]"):
+        lora_fast.convert_adapter(
+            source, out_of(tmp_path, to), to, base=tmp_path / "base.safetensors", component="unet"
+        )
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"x.a.diff": torch.ones(4, 4)}, "x.a.weight"),
+        ({"lycoris_q_r.diff": torch.ones(2, 2)}, r"a difference of shape \[2, 2\] for q.r.weight, which has \[6, 4\]"),
+        ({"lycoris_q_r.diff_b": torch.ones(6)}, "q.r.bias"),
+        ({"lycoris_c.diff_b": torch.ones(2)}, r"a difference of shape \[2\] for c.bias, which has \[3\]"),
+    ],
+)
+@pytest.mark.parametrize("as_difference", [True, False])
+def test_differences_fit_the_base(
+    as_difference: bool, added: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    base = {"q.r.weight": torch.ones(6, 4), "c.weight": torch.ones(3, 3), "c.bias": torch.ones(3)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(added, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        lora_fast.convert_adapter(
+            tmp_path / "a.safetensors", tmp_path / "out.safetensors", "kohya", base=tmp_path / "base.safetensors",
+            as_difference=as_difference,
+        )  # fmt: skip
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_lora_beside_a_difference_of_the_bias_is_merged_and_converted(tmp_path: Path) -> None:
+    """As the LoRAs that are extracted from video models have it."""
+    update = make_update(6, 4, axis="output")
+    parts = update.kohya() | {"diff_b": torch.randn(6, dtype=torch.float64)}
+    save_file({f"diffusion_model.blocks.0.q.{key}": value for key, value in parts.items()}, tmp_path / "a.safetensors")
+    weights = {"blocks.0.q.weight": update.weight, "blocks.0.q.bias": torch.randn(6, dtype=torch.float64)}
+    save_file(weights, tmp_path / "base.safetensors")
+    base, source, again = (tmp_path / f"{name}.safetensors" for name in ("base", "a", "again"))
+    done = lora_fast.convert_adapter(source, again, "kohya", base=base)
+    assert (done.layers, done.differences) == (1, 1)
+    assert "lora_unet_blocks_0_q.diff_b" in load_file(again)
+    for index, each in enumerate((source, again)):
+        merged = merged_file(base, each, tmp_path / f"{index}.safetensors")
+        assert_close(merged["blocks.0.q.weight"], update.merged())
+        assert torch.equal(merged["blocks.0.q.bias"], weights["blocks.0.q.bias"] + parts["diff_b"])
+    for to in ("peft", "mlx"):
+        with pytest.raises(ValueError, match=r"differences .*blocks\.0\.q\.bias.* merge it"):
+            lora_fast.convert_adapter(source, tmp_path / to, to, base=base)
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6)})])
+    with pytest.raises(ValueError, match="differences .* which no adapted layer has; merge it"):
+        lora_fast.load_adapter(model, source)
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_an_eps_is_not_folded_over_a_conv1d(square: bool, tmp_path: Path) -> None:
+    N, K = (4, 4) if square else (6, 4)
+    tensors = {
+        "c.lora_A.weight": torch.ones(1, K), "c.lora_B.weight": torch.ones(N, 1),
+        "c.lora_magnitude_vector": torch.ones(N),
+    }  # fmt: skip
+    source = adapter_folder(tmp_path / "peft", tensors, use_dora=True, fan_in_fan_out=True)
+    base = base_folder(tmp_path / "base", {"c.weight": torch.ones(K, N), "c.bias": torch.ones(N)})
+    lora_fast.convert_adapter(source, tmp_path / "without", "peft", base=base)
+    with pytest.raises(ValueError, match=r"c is transformers' Conv1D, .*: an eps .* leave it out \(--norm-eps 0\)"):
+        lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base, norm_eps=0.1)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.25])
+def test_an_eps_that_the_user_names_is_that_of_every_magnitude(eps: float, tmp_path: Path) -> None:
+    update = make_update(6, 4, axis="output")
+    parts = {"lora_A.weight": update.down, "lora_B.weight": update.up, "magnitude": update.magnitude}
+    update.alpha = None
+    save_file({f"transformer.a.{key}": value for key, value in parts.items()}, tmp_path / "a.safetensors")
+    base = base_file(tmp_path / "base.safetensors", {"a": update})
+    merged = merged_file(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors", norm_eps=eps)
+    assert_close(merged["a.weight"], update.merged(eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mlx_s_factors_have_the_dtype_that_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    updates = {
+        "model.layers.0.mlp.up_proj": make_update(6, 4, alpha=3.0, dtype=torch.float32),
+        "model.layers.0.mlp.down_proj": make_update(4, 6, alpha=5.0, dtype=torch.float32),
+    }
+    base = base_file(tmp_path / "base.safetensors", updates)
+    source = kohya_file(tmp_path / "a.safetensors", updates)
+    done = lora_fast.convert_adapter(source, tmp_path / "mlx", "mlx", base=base, dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "mlx" / "adapters.safetensors").values()} == {dtype}
+    assert done.notes == [
+        "2 different scalings are multiplied into lora_b, rounded once, and scale is 1",
+        f"lora_A and lora_B are {str(dtype)[6:]}, as asked for",
+    ]
+
+
+def test_what_is_asked_for_is_said_only_of_what_there_is(tmp_path: Path) -> None:
+    save_file({"lycoris_a.diff": torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    done = lora_fast.convert_adapter(
+        tmp_path / "a.safetensors", tmp_path / "out.safetensors", "kohya", dtype=torch.bfloat16
+    )
+    assert done.notes == []
+    with pytest.raises(ValueError, match="dtype: got torch.float8_e4m3fn, expected float64, float32, bfloat16 or"):
+        lora_fast.convert_adapter(
+            tmp_path / "a.safetensors", tmp_path / "out2.safetensors", "kohya", dtype=torch.float8_e4m3fn
+        )
+
+
+def test_a_conv1d_is_still_one_after_mlx(tmp_path: Path) -> None:
+    source = adapter_folder(tmp_path / "peft", lora("h.0.c"), fan_in_fan_out=True)
+    base = base_folder(tmp_path / "base", {"h.0.c.weight": torch.zeros(4, 4), "h.0.c.bias": torch.zeros(4)})
+    merge_checkpoint(base, source, tmp_path / "expected")
+    lora_fast.convert_adapter(source, tmp_path / "mlx", "mlx")
+    lora_fast.convert_adapter(tmp_path / "mlx", tmp_path / "back", "peft")
+    for name in ("mlx", "back"):
+        merge_checkpoint(base, tmp_path / name, tmp_path / f"{name} merged")
+        merged = load_file(tmp_path / f"{name} merged" / "model.safetensors")
+        assert torch.equal(
+            merged["h.0.c.weight"], load_file(tmp_path / "expected" / "model.safetensors")["h.0.c.weight"]
+        )
+    with pytest.raises(ValueError, match="adapts transformers' Conv1D, which the files of image models cannot mean"):
+        lora_fast.convert_adapter(tmp_path / "mlx", tmp_path / "out.safetensors", "kohya")
+    # of MLX-LM's own files nothing tells it, and nothing is invented
+    save_file(load_file(tmp_path / "mlx" / "adapters.safetensors"), tmp_path / "mlx" / "adapters.safetensors")
+    lora_fast.convert_adapter(tmp_path / "mlx", tmp_path / "open", "peft")
+    assert "fan_in_fan_out" not in json.loads((tmp_path / "open" / "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match="is square, and nothing tells how it is stored"):
+        merge_checkpoint(base, tmp_path / "open", tmp_path / "refused")
+
+
+def test_names_that_transformers_follows_are_in_the_base(tmp_path: Path) -> None:
+    """The hub's GPT-2 has no ``transformer.`` before its names, which the model has that an adapter is trained on."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, n_positions=4)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "model")
+    weights = {key.removeprefix("transformer."): value for key, value in model.transformer.state_dict().items()}
+    base = base_folder(tmp_path / "base", weights, **json.loads((tmp_path / "model" / "config.json").read_text()))
+    name = "transformer.h.0.attn.c_attn"
+    tensors = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(24, 1)}
+    source = adapter_folder(tmp_path / "peft", tensors, fan_in_fan_out=True)
+    merge_checkpoint(base, source, tmp_path / "expected")
+    lora_fast.convert_adapter(source, tmp_path / "again", "peft", base=base)
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == {
+        f"base_model.model.{key}" for key in tensors
+    }
+    merge_checkpoint(base, tmp_path / "again", tmp_path / "merged")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("expected", "merged"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert (one["h.0.attn.c_attn.weight"] - weights["h.0.attn.c_attn.weight"]).abs().max() > 0.5
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    source = kohya_file(tmp_path / "a.safetensors", {"a": make_update(6, 4)}, LYCORIS)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="could not be written: I/O error: No space left on device"):
+        lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya")
+    model = lora_fast.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2, 3.0)
+    with pytest.raises(OSError, match="could not be written: I/O error: No space left on device"):
+        lora_fast.save_adapter(model, tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
