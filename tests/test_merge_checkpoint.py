@@ -209,7 +209,7 @@ def test_memory_is_a_tensor_and_not_the_checkpoint(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("base", "adapter", "out"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 72 * 1024  # one tensor twice over (read, and a chunk being copied), with room
+    assert int(done.stdout) < 40 * 1024  # less than a tensor beside the one that is written, with room
 
 
 @pytest.mark.parametrize("how", ["raise", "interrupt"])

@@ -9,8 +9,9 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,7 @@ class Checkpoint:
         """A copy of one tensor."""
         entry = self.entries[key]
         with self._path(key).open("rb") as file:
-            buffer = bytearray(b"".join(_bytes(file, entry)))
-        return _view(buffer, entry)
+            return _read(file, entry)
 
     def _path(self, key: str) -> Path:
         return next(shard.path for shard in self.shards if key in shard.entries)
@@ -145,12 +145,13 @@ def write_shard(shard: Shard, to: Path, outputs: list[Output], on_progress: Prog
                 file.write(content)
                 done += len(content)
                 on_progress(shard.path.name, done / end)
+                del content  # a tensor, which would be in memory beside the next one
         file.flush()
         os.fsync(file.fileno())
     on_progress(shard.path.name, 1.0)
 
 
-def _contents(source: BinaryIO, output: Output) -> Iterator[bytes | memoryview]:
+def _contents(source: BufferedReader, output: Output) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor in pieces: those of the source, or what the edit makes of them."""
     entry = output.source
     if output.edit is None:
@@ -158,19 +159,21 @@ def _contents(source: BinaryIO, output: Output) -> Iterator[bytes | memoryview]:
         return
     if output.size == 0:
         return
-    source.seek(entry.start)
-    buffer = bytearray(source.read(entry.end - entry.start))
-    new = output.edit.new(_view(buffer, entry)).contiguous()
+    new = output.edit.new(_read(source, entry)).contiguous()
     assert (new.dtype, tuple(new.shape)) == (DTYPES[entry.dtype], output.shape), output.key
     yield memoryview(new.view(-1).view(torch.uint8).numpy().data)
 
 
-def _view(buffer: bytearray, entry: Entry) -> Tensor:
-    dtype = DTYPES[entry.dtype]
-    return torch.frombuffer(buffer, dtype=dtype).view(entry.shape) if buffer else torch.empty(entry.shape, dtype=dtype)
+def _read(source: BufferedReader, entry: Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    content = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+    source.seek(entry.start)
+    if content and source.readinto(content) != len(content):
+        raise OSError(f"{source.name}: ended while it was read")
+    return tensor
 
 
-def _bytes(source: BinaryIO, entry: Entry) -> Iterator[bytes]:
+def _bytes(source: BufferedReader, entry: Entry) -> Iterator[bytes]:
     source.seek(entry.start)
     left = entry.end - entry.start
     while left > 0:
