@@ -8,8 +8,9 @@ Start with :func:`accelerate` for a PEFT model, :func:`apply` for another, :clas
 :mod:`lora_fast.functional` for a function.
 """
 
-from lora_fast import functional
-from lora_fast.adapters import convert_adapter, inspect_adapter, load_adapter, save_adapter
+from typing import TYPE_CHECKING, Any
+
+from lora_fast import adapters, functional
 from lora_fast.backends import set_backend, use_backend
 from lora_fast.integrations import accelerate, restore
 from lora_fast.nn import (
@@ -23,6 +24,9 @@ from lora_fast.nn import (
     unfreeze_norms,
 )
 from lora_fast.norm_cache import NormCache
+
+if TYPE_CHECKING:
+    from lora_fast.adapters import convert_adapter, inspect_adapter, load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -46,3 +50,14 @@ __all__ = [
     "unfreeze_norms",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A function of :mod:`lora_fast.adapters`, whose modules are imported when one is asked for."""
+    if name not in adapters.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(adapters, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *adapters.__all__})

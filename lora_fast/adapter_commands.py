@@ -13,7 +13,7 @@ from typing import Any
 from lora_fast.dtypes import FLOATS, name_of
 
 INSTALL = "pip install 'lora_fast[adapters]'"
-PACKAGES = ("rich", "safetensors", "yaml")
+PACKAGES = {"re2": "google-re2", "rich": "rich", "safetensors": "safetensors", "yaml": "PyYAML"}  # by module
 DTYPES = {name_of(dtype): dtype for dtype in FLOATS}
 
 
@@ -117,7 +117,7 @@ def _told_of(what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
-        raise UsageError(f"{what} needs the package {error.name}: {INSTALL}") from error
+        raise UsageError(f"{what} needs the package {PACKAGES[error.name]}: {INSTALL}") from error
     except (OSError, ValueError) as error:
         raise UsageError(error) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-HEAVY = ("jinja2", "matplotlib", "peft", "rich", "safetensors", "sklearn", "transformers", "triton")
+HEAVY = ("jinja2", "matplotlib", "peft", "re2", "rich", "safetensors", "sklearn", "transformers", "triton")
 
 # Makes `import NAME` fail as on a machine that lacks it.
 BLOCK = """

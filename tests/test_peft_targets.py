@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,10 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 from file_helpers import read
 from toy_folders import adapter_folder, lora
+
+from lora_fast import cli
+from lora_fast.adapters.formats import peft_targets
+from lora_fast.adapters.formats.peft_targets import Patterns
 
 NAME = "model.layers.3.attn.q_proj"
 EXPERT = "model.layers.3.experts.7.up"
@@ -39,6 +46,18 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [
     (NAME, {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.3\..*"}, False),
     (NAME, {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.4\..*"}, True),
     (NAME, {"rank_pattern": {r"(model\.)?layers\.3\.attn\.q_proj": 1}, "r": 4}, True),
+    (NAME, {"target_modules": r"(?!.*visual).*q_proj"}, True),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["attn"]}, False),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["layers.3"]}, False),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["q_pro", "ttn", "del"]}, True),
+    (NAME, {"target_modules": r"(?:.*\.)?(\w+_proj){1,2}"}, True),
+    (NAME, {"target_modules": r".*\.[q-v]_proj$"}, True),
+    (NAME, {"target_modules": r".*\.[^q]_proj"}, False),
+    (NAME, {"target_modules": r"model\.layers\.(1?[0-3])\..*"}, True),
+    (NAME, {"target_modules": r"model\.layers\.(1?[4-9])\..*"}, False),
+    (NAME, {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": "[lm]ayers"}, True),
+    (NAME, {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": "model|layers"}, False),
 ]
 
 
@@ -50,7 +69,9 @@ def test_layers_that_peft_leaves_out_are_refused(
     if is_adapted:
         assert list(read(path).layers) == [name]
     else:
-        with pytest.raises(ValueError, match=r"(leave out|exclude_modules names) .*, for which adapter_model"):
+        with pytest.raises(
+            ValueError, match=r"(leave out|exclude_modules names|modules_to_save names) .*, for which adapter_model"
+        ):
             read(path)
 
 
@@ -68,11 +89,17 @@ def test_the_cases_are_peft_s(name: str, config: dict[str, Any], is_adapted: boo
     ("config", "message"),
     [
         ({"target_modules": "("}, "is no regular expression"),
-        ({"target_modules": ["q_proj"], "exclude_modules": "["}, "is no regular expression"),
+        ({"target_modules": ["q_proj"], "exclude_modules": "(a"}, "exclude_modules .* is no regular expression"),
         (
-            {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": "(a*)*"},
-            "layers_pattern .* repeats too much to be safe",
+            {"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": "(?!a)"},
+            "layers_pattern .* is not supported",
         ),
+        ({"rank_pattern": {"(?<=a)b": 1}}, "rank_pattern .* is not supported"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules is a dict, expected a list of names"),
+        ({"target_modules": [1]}, "target_modules is a list, expected a list of names"),
+        ({"exclude_modules": 3}, "exclude_modules is 3, expected a list of names"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": ["3"]}, "layers_to_transform is a list, expected num"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": 3}, "layers_pattern is 3, expec"),
         ({"target_parameters": ["experts.up"]}, "target_parameters is set: LoRA of parameters .* is not supported"),
     ],
 )
@@ -80,3 +107,69 @@ def test_what_cannot_be_evaluated_is_an_error(config: dict[str, Any], message: s
     path = adapter_folder(tmp_path / "adapter", lora(NAME), **config)
     with pytest.raises(ValueError, match=message):
         read(path)
+
+
+def test_an_adapter_of_a_tied_layer_need_not_be_named(tmp_path: Path) -> None:
+    layers = {**lora(NAME), **lora("lm_head")}
+    config: dict[str, Any] = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
+    assert "lm_head" in read(adapter_folder(tmp_path / "a", layers, **config)).layers
+    with pytest.raises(ValueError, match="exclude_modules names lm_head"):
+        read(adapter_folder(tmp_path / "b", layers, exclude_modules=["lm_head"], **config))
+
+
+PATTERNS = [
+    {"q_proj": 2, "attn.q_proj": 4},
+    {"attn.q_proj": 4, "q_proj": 2},
+    {r"^model\.layers\.3\.attn\.q_proj": 8, "q_proj": 2},
+    {"q_proj": 2, r"^model\.layers\.3\.attn\.q_proj": 8},
+    {r"^layers\.3\.attn\.q_proj": 8, "proj": 2},
+    {"model.layers.3.attn.q_proj": 8},
+    {"layers.?3.attn.q_proj": 8, ".*": 3},
+    {r"(model\.)?layers\.[0-3]\..*": 5, "q_proj": 2},
+    {r"layers\.\d+\.attn\.(q|v)_proj": 5},
+    {"k_proj|q_proj": 5},
+    {"k_proj|attn": 5, "q_proj$": 6},
+    {r"model\.layers\.3\.attn\.q_proj$": 1, "^model-layers": 2},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_the_first_pattern_that_peft_takes_decides(patterns: dict[str, int]) -> None:
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    from peft.utils.other import get_pattern_key
+
+    assert peft.__version__
+    own = Patterns({"alpha_pattern": patterns}, "alpha_pattern", Path("config"))
+    for name in (NAME, EXPERT, "q_proj", "model.layers.13.attn.q_proj", "a.model.layers.3.attn.q_proj"):
+        assert own.of(name, 0) == patterns.get(get_pattern_key(patterns.keys(), name), 0)
+
+
+def test_many_modules_with_a_pattern_each_are_looked_up() -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(100) for expert in range(100)]
+    patterns = {f"^{re.escape(name)}": number for number, name in enumerate(names)}
+    own = Patterns({"rank_pattern": {**patterns, "up_proj": -1}}, "rank_pattern", Path("config"))
+    before = time.monotonic()
+    assert [own.of(name, None) for name in names] == list(range(len(names)))
+    assert own.of("up_proj", None) == -1
+    assert time.monotonic() - before < 2  # one after another they are 5 · 10⁷ patterns
+
+
+def test_names_in_other_letters_are_not_given_to_patterns_that_read_them_otherwise(tmp_path: Path) -> None:
+    name = "modèle.q_proj"
+    assert list(read(adapter_folder(tmp_path / "a", lora(name), target_modules=["q_proj"])).layers) == [name]
+    with pytest.raises(ValueError, match="patterns that cannot be read as PEFT does for the module 'modèle.q_proj'"):
+        read(adapter_folder(tmp_path / "b", lora(name), target_modules=r"\w+\.q_proj"))
+
+
+def test_without_re2_only_what_needs_it_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "re2", None)
+    peft_targets._re2.cache_clear()
+    plain = adapter_folder(tmp_path / "a", lora(NAME), target_modules=["q_proj"], alpha_pattern={"attn.q_proj": 3})
+    assert read(plain).layers[NAME].scaling == 3.0
+    path = adapter_folder(tmp_path / "b", lora(NAME), target_modules=r".*q_proj")
+    with pytest.raises(ModuleNotFoundError, match=r"need google-re2: pip install 'lora_fast\[adapters\]'"):
+        read(path)
+    assert cli.main(["inspect", str(path)]) == 2
+    assert "inspect needs the package google-re2: pip install 'lora_fast[adapters]'" in capsys.readouterr().err

@@ -92,7 +92,8 @@ def read(folder: Path) -> AdapterFile:
             embeddings.add(found["module"])
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
-    layers = {name: _layer(name, part, name in embeddings, config, where) for name, part in parts.items()}
+    scalings = Scalings(config, folder / CONFIG_NAME)
+    layers = {name: _layer(name, part, name in embeddings, config, scalings, where) for name, part in parts.items()}
     peft_targets.check_targets(layers, config, folder / CONFIG_NAME, WEIGHTS_NAME)
     base, copies, second = _whole_tensors(whole, layers, config, noted, where)
     adapter = Adapter(
@@ -191,30 +192,34 @@ def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Pa
     return noted
 
 
-def scaling_of(config: Mapping[str, Any], name: str, rank: int, where: Path) -> float:
-    """alpha / R (alpha / √R for rsLoRA) of module ``name``, as PEFT reads r, lora_alpha and their patterns."""
-    expected = _by_pattern(config, "rank_pattern", name, config.get("r"), where)
-    if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:
-        raise ValueError(f"{where}: the rank of {name} is {reading.described(expected)}, expected a positive integer")
-    if expected != rank:
-        raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A has {rank}")
-    alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"), where)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a number")
-    try:
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except OverflowError:
-        scaling = math.inf
-    if not math.isfinite(scaling):
-        raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a finite number")
-    return scaling
+class Scalings:
+    """What PEFT multiplies the updates with, from r, lora_alpha and their patterns in the configuration ``where``."""
 
+    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+        self._config, self._where = config, where
+        self._ranks = peft_targets.Patterns(config, "rank_pattern", where)
+        self._alphas = peft_targets.Patterns(config, "alpha_pattern", where)
 
-def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any, where: Path) -> Any:
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
-    return next((value for pattern, value in patterns.items() if peft_targets.matches(pattern, name, where)), default)
+    def of(self, name: str, rank: int) -> float:
+        """alpha / R, for rsLoRA alpha / √R, of module ``name``, whose lora_A has ``rank``."""
+        where = self._where
+        expected = self._ranks.of(name, self._config.get("r"))
+        if isinstance(expected, bool) or not isinstance(expected, int) or expected < 1:
+            raise ValueError(
+                f"{where}: the rank of {name} is {reading.described(expected)}, expected a positive integer"
+            )
+        if expected != rank:
+            raise ValueError(f"{where}: the rank of {name} is {expected}, but its lora_A has {rank}")
+        alpha = self._alphas.of(name, self._config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a number")
+        try:
+            scaling = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        except OverflowError:
+            scaling = math.inf
+        if not math.isfinite(scaling):
+            raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a finite number")
+        return scaling
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -259,7 +264,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _layer(
-    name: str, parts: dict[str, Tensor], is_embedding: bool, config: Mapping[str, Any], where: Path
+    name: str,
+    parts: dict[str, Tensor],
+    is_embedding: bool,
+    config: Mapping[str, Any],
+    scalings: Scalings,
+    where: Path,
 ) -> AdapterLayer:
     wanted = ["lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])]
     missing = [part for part in wanted if part not in parts]
@@ -278,8 +288,7 @@ def _layer(
     check_layer(name, layer, where)
     if magnitude is not None:
         magnitude = flat_magnitude(name, magnitude, lora_B, where)
-    scaling = scaling_of(config, name, layer.rank, where.parent / CONFIG_NAME)
-    return dataclasses.replace(layer, magnitude=magnitude, scaling=scaling)
+    return dataclasses.replace(layer, magnitude=magnitude, scaling=scalings.of(name, layer.rank))
 
 
 def flat_magnitude(name: str, magnitude: Tensor, lora_B: Tensor, where: Path) -> Tensor:

@@ -35,7 +35,7 @@ from lora_fast.adapters.adapter import (
     check_layer,
     shortened,
 )
-from lora_fast.adapters.formats import axis, peft
+from lora_fast.adapters.formats import axis, peft, peft_targets
 from lora_fast.calls import Axis
 from lora_fast.dtypes import FLOATS, FLOATS_SAID, name_of
 
@@ -127,13 +127,18 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
             origin=origin,
             norm_eps=norm_eps,
             config=config,
+            scalings=None if config is None else peft.Scalings(config, path),
             faults=faults,
             notes=notes,
         )
+        layers = reader.layers(named)
+        if config is not None:
+            with faults.collected():
+                peft_targets.check_targets(layers, config, path, "the file")
         components[component] = Adapter(
             weights_path=path,
             config_path=path,
-            layers=reader.layers(named),
+            layers=layers,
             added=_added(named),
             only_linears=True,
             is_flattened=is_flattened,
@@ -214,7 +219,7 @@ def _by_component(
 
 @dataclass(frozen=True)
 class _Reader:
-    """The layers of one component. ``config`` is PEFT's configuration of it, where the file has one."""
+    """The layers of one component. ``config`` and ``scalings`` are PEFT's for it, where the file has them."""
 
     path: Path
     component: str
@@ -224,6 +229,7 @@ class _Reader:
     origin: Origin
     norm_eps: float | None
     config: Mapping[str, Any] | None
+    scalings: peft.Scalings | None
     faults: Faults
     notes: list[str]
 
@@ -294,13 +300,13 @@ class _Reader:
                 raise ValueError(
                     f"{where}: the alpha of {called} is 0, which LyCORIS takes for the rank; expected another"
                 )
-            if self.config is not None and (told := peft.scaling_of(self.config, name, rank, where)) != value / rank:
+            if self.scalings is not None and (told := self.scalings.of(name, rank)) != value / rank:
                 raise ValueError(
                     f"{where}: the alpha of {called} gives the factor {value / rank:.9g}, its header {told:.9g}"
                 )
             return value / rank
-        if self.config is not None:
-            return peft.scaling_of(self.config, name, rank, where)
+        if self.scalings is not None:
+            return self.scalings.of(name, rank)
         if self.is_peft:
             raise ValueError(
                 f"{where}: has PEFT's names and no alpha, which PEFT has in an {peft.CONFIG_NAME} that is not beside it"
