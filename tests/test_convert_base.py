@@ -12,7 +12,8 @@ pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
 from file_helpers import LYCORIS, assert_close, base_file, kohya_file, make_update, merged_file
 from safetensors.torch import load_file, save_file
-from toy_folders import adapter_folder, base_folder, lora
+from torch import nn
+from toy_folders import adapter_folder, base_folder, embedding_lora, lora
 
 import lora_fast
 from lora_fast.merge_checkpoint import merge_checkpoint
@@ -192,3 +193,28 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="could not be written: I/O error: No space left on device"):
         lora_fast.save_adapter(model, tmp_path / "new" / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_embedding_s_update_of_the_other_sizes_is_refused(tmp_path: Path) -> None:
+    """[dim, vocabulary] in the file, [vocabulary, dim] in the base: with dim words and vocabulary dimensions."""
+    adapter = adapter_folder(tmp_path / "adapter", embedding_lora("model.embed", words=4))
+    base = base_folder(tmp_path / "base", {"model.embed.weight": torch.ones(4, 9)}, tie_word_embeddings=False)
+    other = base_folder(tmp_path / "other", {"model.embed.weight": torch.ones(9, 4)}, tie_word_embeddings=False)
+    for each in (base, other):
+        with pytest.raises(ValueError, match=r"has an update \[N, K\] = \[4, 4\] for model.embed, which has"):
+            lora_fast.convert_adapter(adapter, tmp_path / "out", "peft", base=each)
+    right = adapter_folder(tmp_path / "right", embedding_lora("model.embed", words=9))
+    lora_fast.convert_adapter(right, tmp_path / "out", "peft", base=other)
+    with pytest.raises(ValueError, match=r"has an update \[N, K\] = \[4, 9\] for model.embed, which has \[4, 9\]"):
+        lora_fast.convert_adapter(right, tmp_path / "no", "peft", base=base)
+
+
+def test_peft_s_update_of_a_convolution_is_none_of_a_linear(tmp_path: Path) -> None:
+    """Other tools write 1 × 1 for linears; PEFT refuses it."""
+    update = {"0.lora_A.weight": torch.ones(1, 4, 1, 1), "0.lora_B.weight": torch.ones(4, 1, 1, 1)}
+    path = adapter_folder(tmp_path / "adapter", update)
+    with pytest.raises(ValueError, match=r"0 has lora_A \[1, 4, 1, 1\] and lora_B \[4, 1, 1, 1\]"):
+        lora_fast.load_adapter(nn.Sequential(nn.Linear(4, 4)), path)
+    base = base_folder(tmp_path / "base", {"0.weight": torch.ones(4, 4)})
+    with pytest.raises(ValueError, match=r"has lora_A \[1, 4, 1, 1\]"):
+        merge_checkpoint(base, path, tmp_path / "out")

@@ -277,9 +277,10 @@ def test_a_perhaps_tied_tensor_whose_head_nobody_knows_is_refused(
     base_config: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
     adapter = {"words.weight": torch.ones(9, 4)} if what == "copy" else embedding_lora("words")
+    config = {"modules_to_save": ["words"]} if what == "copy" else {}
     base = {"q.weight": W.clone(), "words.weight": torch.zeros(9, 4)}
     with pytest.raises(ValueError, match=r"words.weight may be tied .* the head's name is not known"):
-        merge(tmp_path, lora("q") | adapter, base, {"modules_to_save": ["words"]}, base_config)
+        merge(tmp_path, lora("q") | adapter, base, config, base_config)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", "transformer.wte", "shared", "tok_embeddings"])

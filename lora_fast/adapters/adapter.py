@@ -12,6 +12,7 @@ is 0 but for LyCORIS and OneTrainer.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,22 @@ class AdapterLayer:
         """
         wide = torch.promote_types(dtype, torch.float32)
         return self.convolution_A(wide).flatten(1), self.lora_B.flatten(1)
+
+    def shaped_like(self, shape: tuple[int, ...]) -> AdapterLayer:
+        """The same update as one of a weight of ``shape``, where it is a linear's and that a convolution's of 1 × 1.
+
+        And the other way round: some tools write one for the other. Any other update is returned as it is.
+        """
+        if self.is_embedding or self.lora_A.dim() == len(shape) or {*shape[2:], *self.kernel} != {1}:
+            return self
+        ones = [1] * (len(shape) - 2)
+        lora_A, lora_B = self.matrices(self.lora_A.dtype)
+        return dataclasses.replace(
+            self,
+            lora_A=lora_A.reshape(*lora_A.shape, *ones),
+            lora_B=lora_B.reshape(*lora_B.shape, *ones),
+            lora_mid=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -224,6 +241,15 @@ def check_layer(name: str, layer: AdapterLayer, where: Path) -> None:
             raise ValueError(
                 f"{where}: {name} has a magnitude of shape {list(layer.magnitude.shape)}, expected [{size}]"
             )
+
+
+def check_no_differences(adapter: Adapter, why: str) -> None:
+    """Raise ValueError for an adapter with differences; ``why`` they are refused ends a part of the sentence."""
+    if adapter.added:
+        raise ValueError(
+            f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
+            f"({shortened(adapter.added)}), {why}; merge it (lora-fast merge)"
+        )
 
 
 def dropout_of(adapter: Adapter) -> float:

@@ -65,12 +65,12 @@ class Base:
         """Raise ValueError unless the weight has these sizes, stored as a layer of its kind stores it."""
         N, K = layer.out_features, layer.in_features * math.prod(layer.kernel)
         shape = self.shape(module)
-        found = [shape[0], math.prod(shape[1:])] if len(shape) > 1 else []
-        is_transposed = shape == (K, N) and not layer.kernel
-        if is_transposed and not layer.is_embedding:
-            key = self.weight_keys[module]
-            is_transposed = is_possible_conv1d(module, self.adapter, key, self.resolver)
-        if found != [N, K] and not is_transposed:
+        is_stored = len(shape) > 1 and (shape[0], math.prod(shape[1:])) == (N, K)
+        if layer.is_embedding:
+            is_stored = shape == (K, N)
+        elif not is_stored and shape == (K, N) and not layer.kernel:
+            is_stored = is_possible_conv1d(module, self.adapter, self.weight_keys[module], self.resolver)
+        if not is_stored:
             raise ValueError(
                 f"{self.adapter.weights_path}: has an update [N, K] = {[N, K]} for {module}, which has {list(shape)} "
                 f"in {self.checkpoint.folder}"
@@ -156,22 +156,12 @@ def _one_update_each(adapter: Adapter, base: Base) -> Adapter:
     }
     for name, layer in fused.items():
         base.check_fits(name, layer)
-    layers = {name: _shaped_like(layer, base.shape(name)) for name, layer in (adapter.layers | fused).items()}
+    layers = {name: layer.shaped_like(base.shape(name)) for name, layer in (adapter.layers | fused).items()}
     for name, layer in layers.items():
         if layer.norm_eps and layer.magnitude is not None:
             weight = base.weight(name)
             layers[name] = norms.with_folded_eps(weight.T if layer.is_embedding else weight.flatten(1), layer)
     return dataclasses.replace(adapter, layers=layers, stacked={})
-
-
-def _shaped_like(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
-    """A linear's update as that of a convolution of 1 × 1, and the other way round, as the base's weight is one."""
-    if layer.is_embedding or layer.lora_A.dim() == len(shape) or {*shape[2:], *layer.kernel} != {1}:
-        return layer
-    ones = [1] * (len(shape) - 2)
-    lora_A, lora_B = layer.convolution_A().flatten(1), layer.lora_B.flatten(1)
-    factors = lora_A.reshape(*lora_A.shape, *ones), lora_B.reshape(*lora_B.shape, *ones)
-    return dataclasses.replace(layer, lora_A=factors[0], lora_B=factors[1], lora_mid=None)
 
 
 def _difference_of(adapter: Adapter, base: Base) -> Adapter:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_fast import bases
 from lora_fast.adapters import files, gathering, naming, norms, rows
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, check_no_differences, dropout_of, shortened
 from lora_fast.adapters.architecture import TEXT_CONFIGS, TIED, reads_tie, renaming
 from lora_fast.adapters.saving import Slot, adapted_layers, own_keys, standing_in_several
 from lora_fast.calls import Axis
@@ -89,11 +89,7 @@ def load_adapter(
 
 def _in_model(adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter by the names of ``model``, one update for each of its modules."""
-    if adapter.added:
-        raise ValueError(
-            f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
-            f"({', '.join(list(adapter.added)[:4])}), which no adapted layer has; merge it (lora-fast merge)"
-        )
+    check_no_differences(adapter, "which no adapted layer has")
     tensors = {name: _shape(*slot) for name, slot in _slots(model).items()}
     config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     adapter = naming.to_base(adapter, tensors, config, "the model")
@@ -106,7 +102,9 @@ def _in_model(adapter: Adapter, model: nn.Module) -> Adapter:
             warnings.warn(
                 f"the factors of {name}'s parts differ, and are multiplied into its lora_B, rounded", stacklevel=3
             )
-    layers = {name: _without_kernel(layer, tensors.get(f"{name}.weight", ())) for name, layer in adapter.layers.items()}
+    layers = dict(adapter.layers)
+    if adapter.format != "peft":  # which never writes a linear's update as a convolution's
+        layers = {name: layer.shaped_like(tensors.get(f"{name}.weight", ())) for name, layer in layers.items()}
     return dataclasses.replace(adapter, layers=layers | whole, stacked={})
 
 
@@ -115,15 +113,6 @@ def _shape(module: nn.Module, key: str) -> tuple[int, ...]:
     if key == "weight" and isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return tuple(zero.shape(gathering.own_tensor(module, key)))
-
-
-def _without_kernel(layer: AdapterLayer, shape: tuple[int, ...]) -> AdapterLayer:
-    """The update of a linear, which some tools write as that of a convolution of 1 × 1."""
-    if len(shape) != 2 or set(layer.kernel) != {1}:
-        return layer
-    return dataclasses.replace(
-        layer, lora_A=layer.convolution_A().flatten(1), lora_B=layer.lora_B.flatten(1), lora_mid=None
-    )
 
 
 def _load(model: nn.Module, inner: nn.Module, adapter: Adapter) -> None:

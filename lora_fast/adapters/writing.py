@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import component_names
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, dropout_of, shortened
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, check_no_differences, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
 
@@ -162,7 +162,7 @@ def _only(components: Components, what: str) -> Adapter:
 
 def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any]:
     where = adapter.weights_path
-    _check_no_differences(adapter, "PEFT's")
+    check_no_differences(adapter, "which PEFT's and diffusers' files cannot have")
     for name, layer in adapter.layers.items():
         if layer.magnitude is not None and layer.norm_axis == "input":
             each, more = "word", ""
@@ -201,14 +201,6 @@ def _orientation(adapter: Adapter) -> dict[str, Any]:
     return {}
 
 
-def _check_no_differences(adapter: Adapter, whose: str) -> None:
-    if adapter.added:
-        raise ValueError(
-            f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
-            f"({', '.join(list(adapter.added)[:4])}), which {whose} files cannot have; merge it (lora-fast merge)"
-        )
-
-
 def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
@@ -225,7 +217,7 @@ def mlx_folder(components: Components) -> Written:
     """MLX-LM's folder: one scale, that of all layers, and one rank, up to which others are filled with zeros."""
     adapter = _only(components, "MLX-LM's folder")
     where = adapter.weights_path
-    _check_no_differences(adapter, "MLX-LM's")
+    check_no_differences(adapter, "which MLX-LM's files cannot have")
     rank = max(layer.rank for layer in adapter.layers.values())
     (scaling,) = {layer.scaling for layer in adapter.layers.values()}
     kinds = {layer.magnitude is not None for layer in adapter.layers.values()}
