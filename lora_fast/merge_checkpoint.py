@@ -89,7 +89,9 @@ def merge_checkpoint(
         raise FileExistsError(f"{out}: exists already; expected a new name")
     if base.is_file() and base.suffix == ".safetensors" and out.suffix != ".safetensors":
         raise ValueError(f"{out}: expected the name of a *.safetensors, as {base} is one")
-    if out.resolve().is_relative_to(base.resolve()):
+    if base.is_dir() and out.suffix == ".safetensors":
+        raise ValueError(f"{out}: expected the name of a folder, as {base} is one")
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(base)):
         raise ValueError(f"{out}: lies in {base}, which is copied; expected another place")
     update = files.read_file(adapter, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
     if component is not None:

@@ -308,7 +308,10 @@ def test_refusals_name_the_way_out_and_write_nothing(tmp_path: Path) -> None:
     refused("component: got 'nothing', expected one of", flat, "kohya", component="nothing")
     save_file({"lora_unet_a_b.diff": torch.ones(6, 4)}, tmp_path / "diff.safetensors")
     refused(
-        r"differences .* which PEFT's and diffusers' files cannot have; merge it", tmp_path / "diff.safetensors", "peft", base=base
+        r"differences .* which PEFT's and diffusers' files cannot have; merge it",
+        tmp_path / "diff.safetensors",
+        "peft",
+        base=base,
     )
     saved = peft_adapter(tmp_path / "saved", modules_to_save=["conv_1x1"], target_modules=["to_q"])
     refused(r"holds whole tensors beside the updates \(conv_1x1", saved, "kohya")

@@ -82,7 +82,7 @@ def test_what_only_looks_like_a_place_is_none(name: str, module: str, tmp_path: 
     update = make_update(6, 4)
     base = base_file(tmp_path / "base.safetensors", {module: update})
     save_file({f"{name}.{key}": value for key, value in update.kohya().items()}, tmp_path / "a.safetensors")
-    refused("1 of the 1 modules of .* are not in it", base, tmp_path / "a.safetensors")
+    refused("lacks the module of", base, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(("name", "module"), [("model.blocks.7.q", "q"), ("q", "model.blocks.7.q")])
@@ -116,9 +116,9 @@ def test_torchtune_s_names_are_never_a_part_of_others(tmp_path: Path) -> None:
     base.mkdir()
     save_file(own | {"visual.output.weight": torch.ones(20, 16)}, base / "model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="are not in it"):
+    with pytest.raises(ValueError, match="lacks 8 of the 8 modules of"):
         lora_fast.convert_adapter(sample / "adapter_model.pt", tmp_path / "peft", "peft", base=base)
-    refused("are not in it", base, sample / "adapter_model.pt")
+    refused("lacks 8 of the 8 modules of", base, sample / "adapter_model.pt")
 
 
 @pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "mlx"])
@@ -128,7 +128,7 @@ def test_a_base_of_another_model_or_of_other_sizes_is_refused(to: str, tmp_path:
     save_file({f"unet.a.b.{key}": value for key, value in tensors.items()}, tmp_path / "a.safetensors")
     out = tmp_path / ("out" if to in ("peft", "mlx") else "out.safetensors")
     other = base_file(tmp_path / "other.safetensors", {"a.c": update})
-    with pytest.raises(ValueError, match=r"a\.b of .* is not in it|are not in it: a\.b"):
+    with pytest.raises(ValueError, match=r"lacks the module of .*: a\.b"):
         lora_fast.convert_adapter(tmp_path / "a.safetensors", out, to, base=other)
     sizes = base_file(tmp_path / "sizes.safetensors", {"a.b": make_update(16, 4)})
     with pytest.raises(ValueError, match=r"has an update \[N, K\] = \[6, 4\] for a\.b, which has \[16, 4\]"):

@@ -49,7 +49,7 @@ def test_names_that_are_not_in_the_base_are_named_and_nothing_is_written(tmp_pat
     updates = {"a.b": make_update(6, 4), "c.d": make_update(4, 6)}
     base = base_file(tmp_path / "base.safetensors", {"a.b": updates["a.b"]})
     adapter = kohya_file(tmp_path / "a.safetensors", updates)
-    with pytest.raises(ValueError, match=r"1 of the 2 modules of .*a\.safetensors are not in it: c_d"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the 2 modules of .*a\.safetensors: c_d"):
         merged_file(base, adapter, tmp_path / "out.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors"]
 
@@ -135,7 +135,7 @@ def test_a_base_with_one_of_several_models_says_what_to_do(tmp_path: Path) -> No
     unet, _, _, adapter = sdxl(tmp_path, None)
     base = base_file(tmp_path / "unet.safetensors", unet)
     with pytest.raises(
-        ValueError, match=r"are not in it: .*several models .* say which it is: component=, --component"
+        ValueError, match=r"lacks 5 of the 5 modules .*several models .* say which it is: component=, --component"
     ):
         merged_file(base, adapter, tmp_path / "out.safetensors")
     merged = merged_file(base, adapter, tmp_path / "out.safetensors", component="unet")
@@ -178,18 +178,51 @@ def test_a_variant_in_shards(tmp_path: Path) -> None:
     assert torch.equal(load_file(second)["b.weight"], other)
 
 
-def test_a_folder_that_cannot_be_read_matters_only_if_nothing_else_fits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["two files", "damaged", "dangling"])
+def test_a_folder_that_cannot_be_read_could_be_the_model(kind: str, tmp_path: Path) -> None:
     update = make_update(6, 4)
     base = write_pipeline(
-        tmp_path / "base", {"text_encoder": {"q.weight": update.weight}, "text_encoder_2": {"r.weight": torch.ones(1)}}
+        tmp_path / "base", {"text_encoder": {"q.weight": update.weight}, "text_encoder_2": {"q.weight": update.weight}}
     )
-    save_file({"s.weight": torch.ones(1)}, base / "text_encoder_2" / "another.safetensors")
-    (base / "text_encoder_2" / "model.safetensors").rename(base / "text_encoder_2" / "one.safetensors")
-    adapter = kohya_file(tmp_path / "a.safetensors", {"q": update}, prefix="lora_te_")
-    assert merge_checkpoint(base, adapter, tmp_path / "out").merged == 1
-    adapter = kohya_file(tmp_path / "b.safetensors", {"x": update}, prefix="lora_te_")
-    with pytest.raises(ValueError, match=r"is no model of .*text_encoder_2: has 2 \*\.safetensors and no"):
-        merge_checkpoint(base, adapter, tmp_path / "refused")
+    weights = base / "text_encoder_2" / "model.safetensors"
+    if kind == "two files":
+        save_file({"s.weight": torch.ones(1)}, weights.with_name("another.safetensors"))
+        weights.rename(weights.with_name("one.safetensors"))
+    elif kind == "damaged":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        weights.rename(tmp_path / "elsewhere.safetensors")
+        weights.symlink_to(tmp_path / "gone.safetensors")
+    why = r"text_encoder_2(/model\.safetensors)?: (has 2 \*\.safetensors and no|.*safetensors file|no such file)"
+    for prefix, name in (("lora_te_", "q"), ("lora_te2_", "q"), ("lora_te1_", "x")):
+        adapter = kohya_file(tmp_path / "a.safetensors", {name: update}, prefix=prefix)
+        with pytest.raises(ValueError, match=rf"(could be text_encoder or text_encoder_2|is no model) of .*{why}"):
+            merge_checkpoint(base, adapter, tmp_path / "refused")
+    adapter = kohya_file(tmp_path / "a.safetensors", {"q": update}, prefix="lora_te1_")  # by its number
+    if kind != "dangling":
+        assert merge_checkpoint(base, adapter, tmp_path / "out").merged == 1
+
+
+@pytest.mark.parametrize(
+    ("component", "folder"), [("transformer_1", "transformer"), ("transformer_2", "transformer_2")]
+)
+def test_a_number_says_which_of_two_transformers_it_is(component: str, folder: str, tmp_path: Path) -> None:
+    """Wan 2.2 has one for much noise and one for little."""
+    update = make_update(4, 4)
+    base = write_pipeline(
+        tmp_path / "base", {name: {"q.r.weight": update.weight} for name in ("transformer", "transformer_2")}
+    )
+    tensors = {f"diffusion_model.{component}.q.r.{part}": value for part, value in update.kohya().items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    done = merge_checkpoint(base, tmp_path / "a.safetensors", tmp_path / "out")
+    assert f"is taken for {folder} of" in done.notes[-1]
+    save_file(
+        {f"diffusion_model.q.r.{part}": value for part, value in update.kohya().items()}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match="could be transformer or transformer_2 of .*: give that folder itself as the base"
+    ):
+        merge_checkpoint(base, tmp_path / "b.safetensors", tmp_path / "refused")
 
 
 def test_square_layers_are_named_over_all_of_the_models(tmp_path: Path) -> None:

@@ -307,9 +307,24 @@ def test_a_copy_of_another_module_is_merged(name: str, tmp_path: Path) -> None:
 
 def test_a_trained_head_that_the_base_lacks_is_named_with_the_way_out(tmp_path: Path) -> None:
     adapter = lora("q") | {"score.weight": torch.ones(3, 4)}
-    told = "not in the checkpoint: score.weight. The adapter was trained on a model with another head: save the base"
-    with pytest.raises(ValueError, match=told):
-        merge(tmp_path, adapter, {"q.weight": W.clone()}, {"modules_to_save": ["score"]})
+    own = {"modules_to_save": ["score"]}
+    told = "the adapter was trained on a model with another head: save the base"
+    with pytest.raises(
+        ValueError, match=rf"not in the checkpoint: score.weight; no config.json is there .*\. Or {told}"
+    ):
+        merge(tmp_path / "unknown", adapter, {"q.weight": W.clone()}, own)
+    pytest.importorskip("transformers", reason="the demo extra is not installed")
+    with pytest.raises(ValueError, match=rf"not in the checkpoint: score.weight\. {told.capitalize()}"):
+        merge(tmp_path / "known", lora(Q) | {"score.weight": torch.ones(3, 4)}, llama(), own, LLAMA)
+
+
+def test_a_tied_head_that_was_saved_is_found_by_transformers_which_is_said(
+    tmp_path: Path, without_transformers: None
+) -> None:
+    """A copy of the head, which a tied model's file lacks: the way out may be either."""
+    adapter = lora(Q) | {HEAD: torch.ones(9, 4)}
+    with pytest.raises(ValueError, match=r"install transformers to follow .*\. Or the adapter .* another head"):
+        merge(tmp_path, adapter, llama(True), {"modules_to_save": ["lm_head"]}, LLAMA)
 
 
 def test_without_transformers_the_error_says_that_it_would_help(tmp_path: Path, without_transformers: None) -> None:

@@ -173,6 +173,8 @@ class AdapterFile:
         if name is None:
             raise ValueError(f"{self.path}: holds adapters of several models, {present}: say which with component=")
         own = next((each for each in component_names.names_in_files(name) if each in self.components), None)
+        if own is None and list(self.components) == [""]:
+            raise ValueError(f"component: got {name!r}, {self.path} has one model, without a name; leave it out")
         if own is None:
             raise ValueError(f"component: got {name!r}, {self.path} has {present}")
         return self.components[own]

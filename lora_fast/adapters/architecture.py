@@ -122,7 +122,7 @@ def why_unknown(config: dict[str, Any]) -> str:
     if not importlib.util.find_spec("transformers"):
         return "install transformers to follow the names and ties of its models"
     if not config:
-        return "no config.json tells it; give the checkpoint's folder, with its config.json"
+        return "no config.json is there to tell more; give the checkpoint's folder, with its config.json"
     return f"transformers does not know architectures={config.get('architectures')} of its config.json"
 
 

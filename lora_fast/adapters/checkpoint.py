@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".
 CONFIG_NAME = "config.json"
 # Of transformers and diffusers. Beside the second there can be others, of another precision.
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapters.safetensors")  # of PEFT and MLX-LM
 COPY_BYTES = 2**24
 
 Progress = Callable[[str, float], None]  # called with the name of a shard and its finished fraction
@@ -59,26 +61,27 @@ class Checkpoint:
     shards: list[Shard]
     config: dict[str, Any]
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         return {key: entry for shard in self.shards for key, entry in shard.entries.items()}
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        return {key: shard.path for shard in self.shards for key in shard.entries}
 
     def is_same(self, key: str, other: str) -> bool:
         """Whether two tensors of the folder have the same content."""
         one, two = self.entries[key], self.entries[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
-        with self._path(key).open("rb") as file, self._path(other).open("rb") as other_file:
+        with self._paths[key].open("rb") as file, self._paths[other].open("rb") as other_file:
             return all(a == b for a, b in zip(_bytes(file, one), _bytes(other_file, two), strict=True))
 
     def tensor(self, key: str) -> Tensor:
         """A copy of one tensor."""
         entry = self.entries[key]
-        with self._path(key).open("rb") as file:
+        with self._paths[key].open("rb") as file:
             return _read(file, entry)
-
-    def _path(self, key: str) -> Path:
-        return next(shard.path for shard in self.shards if key in shard.entries)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Output:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, or in a file, every header checked by safetensors; no tensor is read."""
+    if folder.name in ADAPTER_NAMES:
+        raise ValueError(f"{folder}: is an adapter's file by its name, expected a checkpoint of the base model")
     if folder.is_file() and folder.suffix == ".safetensors":
         return Checkpoint(folder, None, [_shard(folder)], {})
     if not folder.is_dir():
@@ -197,6 +202,8 @@ def _shards(base: Path) -> tuple[Path | None, list[Shard]]:
     single = next((base / name for name in SINGLE_NAMES if (base / name).is_file()), None)
     if single is not None or not indexes:
         found = [single] if single is not None else sorted(base.glob("*.safetensors"))
+        if found and all(path.name in ADAPTER_NAMES for path in found):
+            raise ValueError(f"{base}: is an adapter's folder, expected a checkpoint of the base model")
         if not found:
             pickles = any(is_weights(path) for path in base.iterdir())
             why = "; other formats (pickles above all) are not read" if pickles else ""

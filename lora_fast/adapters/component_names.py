@@ -34,13 +34,22 @@ DIFFUSERS_NAMES = {
 # The wrapper's name that PEFT puts before all.
 WRAPPER = "base_model.model."
 _FLATTENED = re.compile(
-    r"(?P<component>lora_(?:prior_)?(?:unet|te\d?|transformer)|lycoris|transformer(?=_(?:single_)?transformer_blocks_))"
+    r"(?P<component>lora_(?:prior_)?(?:unet|te\d?|transformer)|lycoris|"
+    r"transformer(?=_(?:single_|joint_)?transformer_blocks_))"
     r"[_.](?P<name>.+)"
 )
 _DOTTED = re.compile(
     r"(?P<component>unet|transformer|prior|diffusion_model(?:\.transformer_[12])?|text_encoder(?:_[2-4])?|"
     r"text_encoders\.\w+\.transformer|clip_[lgh]|t5)\.(?P<name>.+)"
 )
+# Modules of diffusers' transformers: of any; of Qwen-Image alone, whose names are the original's; of those of which the
+# original code has other names; of Wan and HunyuanDiT, for which kohya's files have the original's names only.
+_IN_DIFFUSERS = re.compile(r"(single_|joint_)?transformer_blocks[._]\d+[._]")
+_SAME_IN_DIFFUSERS = re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mod|mlp)[._]")
+_ONLY_IN_DIFFUSERS = re.compile(
+    r"(single_|joint_)transformer_blocks[._]|transformer_blocks[._]\d+[._](ff|ff_context|norm1|norm1_context)[._]"
+)
+_OTHER_IN_KOHYA = re.compile(r"blocks[._]\d+[._]attn[12][._]")
 _TEXT_ENCODER = re.compile(r"(lora_(prior_)?te|text_encoder|clip|t5)")
 
 
@@ -92,6 +101,29 @@ def is_flattened_component(component: str) -> bool:
     """Whether names that begin so, with _ after it, are read back as that component's."""
     found = _FLATTENED.fullmatch(f"{component}_x")
     return found is not None and found["component"] == component
+
+
+def kohya_transformer(modules: Iterable[str], *, is_whole: bool) -> str:
+    """What kohya's files call a transformer with these ``modules``, so that the readers of such files find them.
+
+    By diffusers' names of Flux, Stable Diffusion 3 and their like they are those of lora_transformer; by the names of
+    the original code base, which are Qwen-Image's in diffusers too, of lora_unet. ``is_whole``: they are all modules of
+    the model. Raises ValueError for modules that kohya's files have under other names, or that leave it open.
+    """
+    modules = list(modules)
+    way_out = "write it by the original's names (--base BASE, a checkpoint of them), or say --component"
+    if name := next(filter(_OTHER_IN_KOHYA.match, modules), None):
+        raise ValueError(f"{name} is diffusers' name of a module that kohya's files have another name for: {way_out}")
+    if any(map(_SAME_IN_DIFFUSERS.match, modules)):
+        return "lora_unet"
+    if is_whole or any(map(_ONLY_IN_DIFFUSERS.match, modules)):
+        return "lora_transformer" if any(map(_IN_DIFFUSERS.match, modules)) else "lora_unet"
+    if name := next(filter(_IN_DIFFUSERS.match, modules), None):
+        raise ValueError(
+            f"{name} is a module of lora_unet in kohya's files of Qwen-Image, of lora_transformer in those of other "
+            "transformers: say which, --component, or give diffusers' folder of the model (--base BASE)"
+        )
+    return "lora_unet"
 
 
 def is_text_encoder(component: str) -> bool:

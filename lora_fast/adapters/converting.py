@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_fast.adapters import component_names, files, norms, rows, writing
 from lora_fast.adapters.adapter import CONVERTED, Adapter, AdapterFile, shortened
-from lora_fast.adapters.converting_with_base import check_embeddings, with_base
+from lora_fast.adapters.converting_with_base import check_embeddings, check_only_updates, with_base
 from lora_fast.adapters.formats import mlx, peft
 from lora_fast.adapters.unfinished import save_tensors, written_whole
 from lora_fast.adapters.writing import Written
@@ -83,8 +83,6 @@ def convert_adapter(
             expected = "None with as_difference" if as_difference else FLOATS_SAID
             raise ValueError(f"{name}: got {wanted}, expected {expected}")
     file, renamed = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
-    for adapter in file.components.values():
-        _check_only_updates(adapter)
     names: list[str] | None = None
     notes: list[str] = []
     if base is None:
@@ -156,18 +154,11 @@ def _chosen(file: AdapterFile, component: str | None) -> tuple[AdapterFile, str 
     return dataclasses.replace(file, components={component: chosen}), component
 
 
-def _check_only_updates(adapter: Adapter) -> None:
-    if whole := [*adapter.base, *adapter.copies]:
-        raise ValueError(
-            f"{adapter.weights_path}: holds whole tensors beside the updates ({', '.join(whole[:4])}), which other "
-            "tools' files cannot have; merge it (lora-fast merge)"
-        )
-
-
 def _without_base(file: AdapterFile, to: str, renamed: str | None) -> dict[str, Adapter]:
     """The updates by the file's own names, if those are the target's too."""
     needs = "say what the model's own names are: --base BASE, a checkpoint of it"
     for adapter in file.components.values():
+        check_only_updates(adapter)
         if adapter.is_flattened and to != "kohya":
             raise ValueError(f"{file.path}: has _ for the dots of its names; {needs}")
         if adapter.format in ("torchtune", "litgpt"):

@@ -39,7 +39,9 @@ class Base:
         self.checkpoint, self.adapter = checkpoint, adapter
         self.resolver = Resolver(checkpoint)
         weights = {naming.weight_key(name): name for name in (*adapter.layers, *adapter.stacked)}
-        keys = self.resolver.resolve([*weights, *adapter.added])
+        whole = (*adapter.base, *adapter.copies)
+        keys = self.resolver.resolve([*weights, *adapter.added, *whole], adapter.copies)
+        self.whole_keys = {name: keys[name] for name in whole}
         self.weight_keys = {name: keys[key] for key, name in weights.items()}
         for name, layer in adapter.layers.items():
             self.check_fits(name, layer)
@@ -50,6 +52,17 @@ class Base:
                     f"{adapter.weights_path}: has a difference of shape {list(difference.shape)} for {name}, which has "
                     f"{list(entry.shape)} in {checkpoint.folder}"
                 )
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the model's modules: all, where transformers knows it; else of those with a weight."""
+        known = self.resolver.known
+        return self.stored_modules if known is None else [name for name, _ in known.model.named_modules() if name]
+
+    @property
+    def stored_modules(self) -> list[str]:
+        """The names that the checkpoint has for modules with a weight."""
+        return list(naming.weight_shapes(placing.shapes_of(self.checkpoint)))
 
     def shape(self, module: str) -> tuple[int, ...]:
         return self.checkpoint.entries[self.weight_keys[module]].shape
@@ -89,6 +102,10 @@ def with_base(
         checkpoint, placed = place.checkpoint, place.adapter
         notes += [f"{file.path} {note}" for note in place.notes]
         found = Base(checkpoint, placed)
+        placed, unchanged = _without_unchanged(placed, found)
+        if unchanged:
+            notes.append(f"left out, the same in {checkpoint.folder}: {shortened(unchanged)}")
+        check_only_updates(placed)
         check_embeddings(placed, to, checkpoint.config)
         if to in ("kohya", "diffusers"):
             _check_no_conv1d(placed, found, "the files of image models cannot mean such layers")
@@ -106,17 +123,77 @@ def with_base(
         else:
             notes += _folded(placed)
             placed = _one_update_each(placed, found)
+        placed = _called_as_in(to, placed, found)
         placed, prefix = _without_prefix(placed, base)
         called = renamed or _component(checkpoint, name, prefix)
-        own = [each.removeprefix(prefix) for each in naming.weight_shapes(placing.shapes_of(checkpoint))]
+        own = [each.removeprefix(prefix) for each in (found.modules if to == "peft" else found.stored_modules)]
         if to == "kohya":
             _check_alone(placed, own, checkpoint)
+            if called == "transformer":
+                called = _kohya_transformer(own, placed)
             called = renamed or _kohya_component(called, name, placed, base, prefix)
         if called in components:
             raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
         components[called] = placed
         modules += own
     return components, modules, notes
+
+
+def check_only_updates(adapter: Adapter) -> None:
+    """Raise ValueError for an adapter that has whole tensors, which only PEFT's folder can have."""
+    if whole := [*adapter.base, *adapter.copies]:
+        raise ValueError(
+            f"{adapter.weights_path}: holds whole tensors beside the updates ({shortened(whole)}), which other tools' "
+            "files cannot have; merge it (lora-fast merge)"
+        )
+
+
+def _without_unchanged(adapter: Adapter, base: Base) -> tuple[Adapter, list[str]]:
+    """The adapter without the whole tensors that are the base's own, and their names.
+
+    PEFT saves the embeddings whenever it cannot tell that they are as they were.
+    """
+    whole = adapter.base | adapter.copies
+    same = [name for name, tensor in whole.items() if _is_equal(tensor, base.checkpoint, base.whole_keys[name])]
+    left = {
+        kind: {name: tensor for name, tensor in tensors.items() if name not in same}
+        for kind, tensors in (("base", adapter.base), ("copies", adapter.copies))
+    }
+    return dataclasses.replace(adapter, base=left["base"], copies=left["copies"]), same
+
+
+def _is_equal(tensor: Tensor, checkpoint: Checkpoint, key: str) -> bool:
+    entry = checkpoint.entries[key]
+    if entry.shape != tuple(tensor.shape) or entry.dtype not in DTYPES:
+        return False
+    dtype = torch.promote_types(DTYPES[entry.dtype], tensor.dtype)
+    return torch.equal(checkpoint.tensor(key).to(dtype), tensor.to(dtype))
+
+
+def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
+    """The updates by the names that the target's reader looks up.
+
+    PEFT's are those of transformers' model, which the checkpoint can have without what is around it, or from an earlier
+    release; MLX-LM's are those of the checkpoint itself.
+    """
+    resolver = base.resolver
+    if to not in ("peft", "mlx") or (to == "peft" and resolver.known is None):
+        return adapter
+    layers: dict[str, AdapterLayer] = {}
+    for name, layer in adapter.layers.items():
+        key = base.weight_keys[name]
+        called = (resolver.end_of(f"{name}.weight", key) if to == "peft" else key).removesuffix(".weight")
+        if called in layers:
+            raise ValueError(f"{adapter.weights_path}: {name} and another of its names are {called} of the base")
+        layers[called] = layer
+    return dataclasses.replace(adapter, layers=layers)
+
+
+def _kohya_transformer(modules: list[str], adapter: Adapter) -> str:
+    try:
+        return component_names.kohya_transformer(modules, is_whole=True)
+    except ValueError as error:
+        raise ValueError(f"{adapter.weights_path}: {error}") from None
 
 
 def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:

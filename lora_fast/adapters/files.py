@@ -97,6 +97,8 @@ def _reader(path: Path) -> Callable[[Path], AdapterFile] | None:
         return lambda path: litgpt.read(path.parent)
     if path.suffix == ".pt" and is_beside:
         return torchtune.read
+    if path.suffix in (".json", ".yaml"):
+        raise ValueError(f"{path}: is the configuration of an adapter, or none; give the folder that it is in")
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path}: is a pickle, which can run code and is never loaded, but for litgpt's {litgpt.WEIGHTS_NAME} and "

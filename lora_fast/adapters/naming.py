@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_fast.adapters import component_names, rows
 from lora_fast.adapters.adapter import Adapter, AdapterLayer, Rows, shortened
-from lora_fast.adapters.block_maps import MAPS, BlockMap
+from lora_fast.adapters.block_maps import IMAGE_FORMATS, MAPS, BlockMap
 from lora_fast.adapters.reading import described
 
 # Whether torchtune has the rows of queries and keys in an order of its own, by transformers' model_type.
@@ -274,8 +274,14 @@ def _missing(
     if any(counts.values()):
         best = max(counts, key=lambda view: counts[view])
         missing = [module for module in modules if best not in index.get(module, {})]
-    count = f"{len(missing)} of the {len(modules)} modules"
-    return f"{where}: {count} of {adapter.weights_path} are not in it: {shortened(missing, 8)}"
+    hint = ""
+    if adapter.format in IMAGE_FORMATS:
+        hint = (
+            ". diffusers and a model's original code often call modules otherwise; a base by the adapter's names is "
+            "needed for all but Flux, CLIP and the UNet of Stable Diffusion"
+        )
+    count = f"{len(missing)} of the {len(modules)} modules" if len(modules) > 1 else "the module"
+    return f"{where}: lacks {count} of {adapter.weights_path}: {shortened(missing, 8)}{hint}"
 
 
 def _layers(

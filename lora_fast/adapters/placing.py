@@ -86,31 +86,44 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
         if folder.name == component:
             return folder
     likely = [folder for folder in folders if component_names.is_folder_of(component, folder.name)]
-    unread: list[str] = []
+    unread: dict[str, str] = {}
     fitting: list[Path] = []
     for folder in likely:
         try:
             shapes = shapes_of(checkpoints.read(folder))
-        except ValueError as error:  # it may be another model's, and then does not matter
-            unread.append(str(error))
+        except (OSError, ValueError) as error:
+            unread[folder.name] = str(error)
             continue
         if naming.fits(adapter, naming.weight_shapes(shapes)):
             fitting.append(folder)
-    if len(fitting) > 1 and (number := re.search(r"\d$", component)) is not None:
-        own = "text_encoder" + ("" if number[0] == "1" else f"_{number[0]}")
-        fitting = [folder for folder in fitting if folder.name == own] or fitting
+    possible = [*(folder.name for folder in fitting), *unread]
+    if fitting and len(possible) > 1 and (own := _numbered(component)) in possible:
+        possible = [own]
+        fitting = [folder for folder in fitting if folder.name == own]
     called = f"{adapter.weights_path}: its {component!r}" if component else f"{adapter.weights_path}"
-    if len(fitting) > 1:
-        raise ValueError(f"{called} could be {' or '.join(folder.name for folder in fitting)} of {base}")
+    why = "".join(f"; {error}" for error in unread.values())
+    if len(possible) > 1 and fitting:
+        raise ValueError(
+            f"{called} could be {' or '.join(possible)} of {base}: give that folder itself as the base{why}"
+        )
     if not fitting:
         tried = ", ".join(folder.name for folder in likely) or "none of its folders"
         first = next(iter(adapter.layers), next(iter(adapter.added), ""))
         raise ValueError(
             f"{called} ({len(adapter.layers)} layers, the first is {first}) is no model of {base}: tried {tried}. "
             "Names of the original code base that diffusers calls otherwise need the single-file checkpoint "
-            f"(*.safetensors){''.join(f'; {error}' for error in unread)}"
+            f"(*.safetensors){why}"
         )
     return fitting[0]
+
+
+def _numbered(component: str) -> str:
+    """The folder that a number at the end of the file's name of a model means; "" without one."""
+    number = re.search(r"\d$", component)
+    if number is None:
+        return ""
+    kind = "text_encoder" if component_names.is_text_encoder(component) else "transformer"
+    return kind if number[0] == "1" else f"{kind}_{number[0]}"
 
 
 def _combined(adapters: list[Adapter]) -> Adapter:

@@ -126,9 +126,9 @@ class Resolver:
         if not fitting:
             hint = "" if self.known else f"; {self.why_unknown}"
             if set(missing) <= set(copies):
-                hint = (
-                    ". The adapter was trained on a model with another head: save the base from the class that has it "
-                    "(AutoModelForSequenceClassification, say), and merge into that"
+                hint += (
+                    f". {'The' if self.known else 'Or the'} adapter was trained on a model with another head: save the "
+                    "base from the class that has it (AutoModelForSequenceClassification, say), and give that"
                 )
             raise ValueError(
                 f"{folder}: {len(missing)} of the adapter's tensors not in the checkpoint: "

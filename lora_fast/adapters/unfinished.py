@@ -25,6 +25,8 @@ def written_whole(out: Path) -> Iterator[Path]:
     with made_folder(out.parent):
         try:
             yield part
+            if out.is_symlink() or (out.exists() and not (out.is_dir() and part.is_dir())):  # since it was looked for
+                raise FileExistsError(f"{out}: was made by another while it was being written")
             part.rename(out)
         except BaseException:
             if part.is_dir():
@@ -50,7 +52,10 @@ def made_folder(folder: Path) -> Iterator[None]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; OSError where the disk is full, or the place is none that can be written to."""
     safetensors = reading.import_safetensors()
+    path.touch()
+    mode = path.stat().st_mode  # what the user's new files have; safetensors makes them private
     try:
         safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: could not be written: {reading.one_line(error)}") from None
+    path.chmod(mode)

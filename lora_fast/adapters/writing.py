@@ -46,13 +46,8 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
     """One file in the words of kohya's scripts: every norm axis, Tucker, LoRA beside DoRA, and differences."""
     written = Written(metadata=dict(metadata))
     for component, adapter in components.items():
-        prefix = component_names.KOHYA_NAMES.get(component, component)
-        if not component_names.is_flattened_component(prefix):
-            raise ValueError(
-                f"{adapter.weights_path}: kohya's files have no name for the model {component!r}; say which it is: "
-                "--component unet, text_encoder, …"
-            )
         modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
+        prefix = _kohya_prefix(component, modules, adapter)
         names = flattened(modules, adapter, is_text=prefix.startswith("lora_te"))
         if dropout_of(adapter):
             written.notes.append(f"the dropout of {dropout_of(adapter)} is left out, which kohya's files do not have")
@@ -69,6 +64,24 @@ def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
             endings = NORM_ENDINGS if weight is not None and weight.dim() == 1 else DIFFERENCE_ENDINGS
             _put(written, f"{prefix}_{names[module]}.{endings[part]}", tensor)
     return written
+
+
+def _kohya_prefix(component: str, modules: list[str], adapter: Adapter) -> str:
+    """What the file calls the model; names that are flattened already stay as they are."""
+    if adapter.is_flattened and component and component == adapter.component:
+        return component
+    prefix = component_names.KOHYA_NAMES.get(component, component)
+    if component == "transformer":
+        try:
+            prefix = component_names.kohya_transformer(modules, is_whole=False)
+        except ValueError as error:
+            raise ValueError(f"{adapter.weights_path}: {error}") from None
+    if not component_names.is_flattened_component(prefix):
+        raise ValueError(
+            f"{adapter.weights_path}: kohya's files have no name for the model {component!r}; say which it is: "
+            "--component unet, text_encoder, …"
+        )
+    return prefix
 
 
 def _has_alpha(layer: AdapterLayer) -> bool:
@@ -117,9 +130,10 @@ def diffusers(components: Components) -> Written:
     header: dict[str, Any] = {}
     for component, adapter in components.items():
         if component in ("", "diffusion_model") or component not in component_names.KOHYA_NAMES:
+            called = f"and {component!r} is none of diffusers'" if component else "which this file does not"
             raise ValueError(
-                f"{adapter.weights_path}: diffusers' files name the model of each update, and {component or 'it'!r} is "
-                "none of diffusers': say which it is, --component unet, transformer, text_encoder or text_encoder_2"
+                f"{adapter.weights_path}: diffusers' files name the model of each update, {called}: say which it is, "
+                "--component unet, transformer, text_encoder or text_encoder_2"
             )
         _check_diffusers_names(adapter)
         config = _peft_config(adapter, None)
@@ -229,6 +243,11 @@ def mlx_folder(components: Components) -> Written:
     for name, layer in adapter.layers.items():
         if layer.kernel:
             raise ValueError(f"{where}: {name} is a convolution, which MLX-LM's files cannot have")
+        if mlx.EXPERT.fullmatch(name):
+            raise ValueError(
+                f"{where}: {name} is a layer of one expert, and MLX-LM has those of all experts in one, for which no "
+                "file is known here; merge it (lora-fast merge)"
+            )
         if layer.magnitude is not None and (layer.norm_axis == "input") != layer.is_embedding:
             has, theirs = ("dimension", "word") if layer.is_embedding else ("input", "output")
             raise ValueError(

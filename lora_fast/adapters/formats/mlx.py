@@ -30,6 +30,7 @@ _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "magnitude"}
 _EMBEDDING = re.compile(
     r"(.+\.)?(embed_tokens|embed_in|embed_positions|embedding|embeddings|shared|tok_embeddings|word_embeddings|wpe|wte)"
 )
+EXPERT = re.compile(r"(?:.+\.)?experts\.\d+\..+")
 _IN_LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
 
 

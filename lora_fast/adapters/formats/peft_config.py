@@ -67,8 +67,27 @@ def _alphas(layers: Mapping[str, Update]) -> tuple[bool, dict[str, float]]:
 
 
 def _targets(targets: list[str], names: list[str]) -> list[str] | str:
-    """target_modules with which PEFT takes exactly ``targets`` of ``names``: ends of names, or a regular expression."""
-    ends = sorted({target.rpartition(".")[2] for target in targets})
-    if {name for name in names if name.rpartition(".")[2] in ends} == set(targets):
-        return ends
-    return "|".join(map(re.escape, targets))
+    """target_modules with which PEFT takes exactly ``targets`` of ``names`` and of the modules that these are in.
+
+    The shortest ends of names that no other module has; where a target is the end of another's name, a regular
+    expression.
+    """
+    modules = {name for each in (*names, *targets) for name in (each, *_inside(each))}
+    having = Counter(end for module in modules for end in _ends(module))
+    wanted = Counter(end for target in targets for end in _ends(target))
+    chosen = {next((end for end in _ends(target) if having[end] == wanted[end]), None) for target in targets}
+    if None in chosen:
+        return "|".join(map(re.escape, sorted(targets)))
+    return sorted(end for end in chosen if end is not None)
+
+
+def _inside(name: str) -> list[str]:
+    """The names of the modules that the module ``name`` is in."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a name that PEFT knows it by, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]

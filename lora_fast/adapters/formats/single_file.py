@@ -309,7 +309,8 @@ class _Reader:
             return self.scalings.of(name, rank)
         if self.is_peft:
             raise ValueError(
-                f"{where}: has PEFT's names and no alpha, which PEFT has in an {peft.CONFIG_NAME} that is not beside it"
+                f"{where}: has PEFT's names and no alpha, which PEFT has in an {peft.CONFIG_NAME}; put it beside the "
+                f"file, name that {peft.WEIGHTS_NAME}, and give the folder"
             )
         if "magnitude" in parts and self.is_flattened:
             raise ValueError(
