@@ -233,8 +233,9 @@ def _convert(args: argparse.Namespace) -> int:
             )
     except KeyboardInterrupt:
         return _interrupted(args.out)
-    counts = [(done.layers, "updates"), (done.differences, "differences")]
-    print(f"{args.out}: {' and '.join(f'{count} {what}' for count, what in counts if count)}, as {args.to}")
+    counts = [(done.layers, "update"), (done.differences, "difference")]
+    said = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts if count]
+    print(f"{args.out}: {' and '.join(said)}, as {args.to}")
     for note in done.notes:
         print(note)
     return 0

@@ -352,7 +352,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "out"
     assert cli.main(["convert", str(source), str(out), "--to", "peft", "--base", str(base)]) == 0
     text = capsys.readouterr().out
-    assert f"{out}: 1 updates, as peft" in text
+    assert f"{out}: 1 update, as peft" in text
     assert f"{source} is LyCORIS's, which adds 1.19e-07 to each norm" in text
     magnitude = load_file(out / WEIGHTS_NAME)["base_model.model.a.b.lora_magnitude_vector"]
     assert math.isclose(magnitude[0].item(), updates["a.b"].magnitude[0].item(), rel_tol=1e-6)

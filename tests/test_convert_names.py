@@ -1,0 +1,202 @@
+"""lora-fast convert writes the names that the readers of each format look up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("safetensors", reason="the adapters extra is not installed")
+import torch
+from file_helpers import kohya_file, make_update
+from safetensors.torch import load_file, save_file
+from toy_folders import A, B, W, adapter_folder, base_folder, embedding_lora, lora
+
+import lora_fast
+from lora_fast.adapters import component_names, files
+from lora_fast.adapters.formats.peft_config import lora_config
+from lora_fast.merge_checkpoint import merge_checkpoint
+
+FLUX = "transformer_blocks.0.attn.to_q"
+QWEN = "transformer_blocks.0.img_mod.1"
+# A module of a transformer in diffusers' names, another of the same model, and what kohya's files call the model.
+TRANSFORMERS = [
+    ("single_transformer_blocks.0.attn.to_q", FLUX, "lora_transformer"),
+    (FLUX, "single_transformer_blocks.0.attn.to_q", "lora_transformer"),
+    (FLUX, "transformer_blocks.0.ff.net.2", "lora_transformer"),
+    (FLUX, QWEN, "lora_unet"),
+    (QWEN, FLUX, "lora_unet"),
+    ("double_blocks.0.img_attn.proj", "double_blocks.0.txt_attn.proj", "lora_unet"),
+    ("blocks.0.self_attn.q", "blocks.0.ffn.0", "lora_unet"),
+    ("layers.0.attention.to_q", "layers.0.feed_forward.w1", "lora_unet"),
+]
+
+
+def diffusers_file(path: Path, *names: str, component: str = "transformer") -> Path:
+    tensors = {f"{component}.{key}": value for name in names for key, value in lora(name).items()}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "other", "component"), TRANSFORMERS)
+def test_kohya_s_name_of_a_transformer_follows_from_its_modules(
+    name: str, other: str, component: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "transformer"
+    base.mkdir()
+    save_file({f"{each}.weight": W.clone() for each in (name, other)}, base / "diffusion_pytorch_model.safetensors")
+    source = diffusers_file(tmp_path / "a.safetensors", name)
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", base=base)
+    key = f"{component}_{name.replace('.', '_')}.lora_down.weight"
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[key], A)
+    merge_checkpoint(base, tmp_path / "out.safetensors", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(merged[f"{name}.weight"], W + B @ A)
+
+
+@pytest.mark.parametrize(("name", "other", "component"), TRANSFORMERS)
+def test_without_the_base_the_file_s_modules_tell_or_the_user_does(
+    name: str, other: str, component: str, tmp_path: Path
+) -> None:
+    both = diffusers_file(tmp_path / "both.safetensors", name, other)
+    lora_fast.convert_adapter(both, tmp_path / "out.safetensors", "kohya")
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == [component]
+    one = diffusers_file(tmp_path / "one.safetensors", name)
+    if name == FLUX:
+        with pytest.raises(
+            ValueError, match=rf"{FLUX} is a module of lora_unet in kohya's files of Qwen-Image, of lora_tr"
+        ):
+            lora_fast.convert_adapter(one, tmp_path / "no.safetensors", "kohya")
+    else:
+        lora_fast.convert_adapter(one, tmp_path / "one_out.safetensors", "kohya")
+        assert list(files.read_file(tmp_path / "one_out.safetensors").components) == [component]
+    for said in ("lora_unet", "lora_transformer"):
+        lora_fast.convert_adapter(one, tmp_path / f"{said}.safetensors", "kohya", component=said)
+        assert list(files.read_file(tmp_path / f"{said}.safetensors").components) == [said]
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_diffusers_names_of_wan_are_not_written_for_kohya(with_base: bool, tmp_path: Path) -> None:
+    name = "blocks.0.attn1.to_q"
+    source = diffusers_file(tmp_path / "a.safetensors", name)
+    base = base_folder(tmp_path / "transformer", {f"{name}.weight": W.clone()}) if with_base else None
+    with pytest.raises(
+        ValueError, match=f"{name} is diffusers' name of a module that kohya's files have another name for"
+    ):
+        lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", base=base)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said", "expected"),
+    [
+        ("lora_transformer_", None, "lora_transformer"), ("transformer_", None, "transformer"),
+        ("lora_transformer_", "lora_unet", "lora_unet"), ("lora_unet_", "transformer", "lora_transformer"),
+        ("lora_unet_", "unet", "lora_unet"), ("lycoris_", None, "lycoris"), ("lycoris_", "unet", "lora_unet"),
+    ],
+)  # fmt: skip
+def test_flattened_names_stay_below_the_name_of_their_model(
+    prefix: str, said: str | None, expected: str, tmp_path: Path
+) -> None:
+    source = kohya_file(
+        tmp_path / "a.safetensors", {"single_transformer_blocks.0.proj": make_update(6, 4)}, prefix=prefix
+    )
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", component=said)
+    written = load_file(tmp_path / "out.safetensors")
+    assert {key.partition(".")[0] for key in written} == {f"{expected}_single_transformer_blocks_0_proj"}
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == [expected]
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_the_names_are_the_model_s_for_peft_and_the_checkpoint_s_for_mlx(to: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    config = transformers.LlamaConfig(
+        hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    weights = {key.removeprefix("model."): value.clone() for key, value in model.model.state_dict().items()}
+    own = json.loads((tmp_path / "model" / "config.json").read_text())
+    base = base_folder(tmp_path / "base", weights, **own)  # of the model without its head, as some are published
+    name = "layers.0.self_attn.q_proj"
+    update = make_update(4, 4)
+    source = kohya_file(tmp_path / "a.safetensors", {name: update}, prefix="lycoris_")
+    lora_fast.convert_adapter(source, tmp_path / "out", to, base=base)
+    if to == "mlx":
+        assert f"{name}.lora_a" in load_file(tmp_path / "out" / "adapters.safetensors")
+        return
+    assert f"base_model.model.model.{name}.lora_A.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    assert torch.equal(
+        adapted.get_submodule(f"base_model.model.model.{name}").lora_A["default"].weight, update.down.float()
+    )
+
+
+def test_layers_of_experts_have_no_names_in_mlx_s_files(tmp_path: Path) -> None:
+    source = adapter_folder(tmp_path / "a", lora("model.layers.0.mlp.experts.3.up_proj"))
+    with pytest.raises(ValueError, match=r"experts\.3\.up_proj is a layer of one expert"):
+        lora_fast.convert_adapter(source, tmp_path / "out", "mlx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "mlx"])
+@pytest.mark.parametrize("kept", ["base", "copy"])
+def test_whole_tensors_that_are_the_base_s_are_left_out(kept: str, to: str, tmp_path: Path) -> None:
+    """PEFT saves the embeddings beside an adapter when it does not know that they are as they were."""
+    words = torch.arange(36.0).reshape(9, 4)
+    tensors = {"words.weight": words.bfloat16().float(), "q.weight": W.clone()}
+    base = base_folder(tmp_path / "base", tensors, tie_word_embeddings=False)
+    config: dict[str, Any] = {"modules_to_save": ["words"]} if kept == "copy" else {}
+    same = adapter_folder(tmp_path / "same", lora("q") | {"words.weight": words.bfloat16()}, **config)
+    out = tmp_path / ("out.safetensors" if to == "kohya" else "out")
+    options: dict[str, Any] = {"component": "unet"} if to == "kohya" else {}
+    done = lora_fast.convert_adapter(same, out, to, base=base, **options)
+    assert done.notes[0] == f"left out, the same in {base}: words.weight"
+    assert not any("words" in key for key in load_file(out if to == "kohya" else next(out.glob("*.safetensors"))))
+    other = adapter_folder(tmp_path / "other", lora("q") | {"words.weight": words + 1}, **config)
+    for options["base"] in (base, None):
+        with pytest.raises(ValueError, match="holds whole tensors beside the updates \\(words.weight"):
+            lora_fast.convert_adapter(other, tmp_path / f"no{out.suffix}", to, **options)
+
+
+NAMES = ["a.0.to_out.0", "a.0.to_out.1", "a.1.to_out.0", "a.1.to_q", "a.0.to_q", "b.to_q", "c.b.to_q", "head"]
+TARGETS = [
+    (["a.0.to_out.0", "a.1.to_out.0"], ["to_out.0"]),
+    (["a.0.to_out.0"], ["0.to_out.0"]),
+    (["a.0.to_q", "a.1.to_q"], ["0.to_q", "1.to_q"]),
+    (["a.0.to_q", "a.1.to_q", "b.to_q", "c.b.to_q"], ["to_q"]),
+    (["b.to_q", "c.b.to_q"], ["b.to_q"]),
+    (["head", "a.0.to_out.1"], ["head", "to_out.1"]),
+    (["c.b.to_q"], ["c.b.to_q"]),
+    (["b.to_q", "head"], r"b\.to_q|head"),
+]
+
+
+@pytest.mark.parametrize(("targets", "expected"), TARGETS)
+def test_target_modules_are_ends_that_no_other_module_has(targets: list[str], expected: Any) -> None:
+    layers = {name: type("", (), {"rank": 2, "scaling": 1.0})() for name in targets}
+    assert lora_config(layers, NAMES)["target_modules"] == expected
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = peft.LoraConfig(target_modules=expected)
+    every = {name.rsplit(".", drop)[0] for name in NAMES for drop in range(4)}
+    assert {name for name in every if check_target_module_exists(config, name)} == set(targets)
+
+
+def test_the_components_of_transformers_are_read_back() -> None:
+    for name in ("lora_transformer_single_transformer_blocks_0_proj", "transformer_joint_transformer_blocks_0_proj"):
+        component, inside, is_flattened = component_names.split(name)
+        assert (component, is_flattened) == (name.split("_single")[0].split("_joint")[0], True)
+        assert inside.endswith("transformer_blocks_0_proj")
+    assert component_names.split("transformer_decoder_0_proj") == ("", "transformer_decoder_0_proj", None)
+
+
+def test_an_embedding_is_named_for_peft_as_its_model_does(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"words.weight": torch.ones(9, 4)}, tie_word_embeddings=False)
+    source = adapter_folder(tmp_path / "a", embedding_lora("words"))
+    lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base)
+    assert "base_model.model.words.lora_embedding_A" in load_file(tmp_path / "out" / "adapter_model.safetensors")
