@@ -186,3 +186,35 @@ def test_diffusers_loads_what_convert_writes(eps: float, axis: str | None, tmp_p
         expected = merged(x, 1, text).sample
         assert_close(unet.double()(x, 1, text).sample, expected, 1e-12)
     assert (expected - unadapted).abs().max() > 1e-2
+
+
+def test_diffusers_finds_the_names_of_flux_in_kohya_s_words(tmp_path: Path) -> None:
+    """Of attention only: of a file with the names that it has itself, below lora_transformer, it takes no others."""
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    modules = [
+        *(f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")),
+        *(f"single_transformer_blocks.1.attn.{part}" for part in ("to_q", "to_k", "to_v")),
+    ]
+    base = tmp_path / "transformer"
+    base.mkdir()
+    updates = {name: make_update(8, 8, alpha=2.0, seed=index) for index, name in enumerate(modules)}
+    save_file({f"{name}.weight": update.weight for name, update in updates.items()}, base / "model.safetensors")
+    source = tmp_path / "a.safetensors"
+    parts = {"lora_A.weight": "down", "lora_B.weight": "up"}
+    save_file(
+        {
+            f"transformer.{name}.{key}": getattr(update, part)
+            for name, update in updates.items()
+            for key, part in parts.items()
+        },
+        source,
+    )
+    for options in ({"base": base}, {}):
+        written = tmp_path / f"kohya{len(options)}.safetensors"
+        lora_fast.convert_adapter(source, written, "kohya", **options)
+        found = FluxLoraLoaderMixin.lora_state_dict(str(written))
+        assert found.keys() == {f"transformer.{name}.{key}" for name in updates for key in parts}
+        for name, update in updates.items():
+            product = found[f"transformer.{name}.lora_B.weight"] @ found[f"transformer.{name}.lora_A.weight"]
+            assert_close(product, update.up @ update.down, 1e-12)
