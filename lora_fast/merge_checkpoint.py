@@ -22,7 +22,7 @@ from lora_fast.adapters.checkpoint import CONFIG_NAME, Checkpoint, Output, Progr
 from lora_fast.adapters.formats import peft
 from lora_fast.adapters.merging import Plan
 from lora_fast.adapters.orientation import FanInFanOut
-from lora_fast.adapters.unfinished import written_whole
+from lora_fast.adapters.unfinished import new_path, written_whole
 from lora_fast.calls import Axis
 
 
@@ -82,7 +82,7 @@ def merge_checkpoint(
     to be, FileNotFoundError, FileExistsError, and ModuleNotFoundError without safetensors (for litgpt's, PyYAML).
     Nothing is written then.
     """
-    base, out = Path(base), Path(out).absolute()
+    base, out = Path(base), new_path(out)
     if out.is_symlink():
         raise FileExistsError(f"{out}: is a symbolic link; expected a new name")
     if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
@@ -91,8 +91,11 @@ def merge_checkpoint(
         raise ValueError(f"{out}: expected the name of a *.safetensors, as {base} is one")
     if base.is_dir() and out.suffix == ".safetensors":
         raise ValueError(f"{out}: expected the name of a folder, as {base} is one")
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(base)):
-        raise ValueError(f"{out}: lies in {base}, which is copied; expected another place")
+    for folder in (base, *(base.iterdir() if placing.is_pipeline(base) else ())):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{out}: lies in {folder}, which is copied; expected another place")
+    if base.is_file() and os.path.realpath(base) == os.path.realpath(adapter):
+        raise ValueError(f"{base}: is given as the base and as the adapter")
     update = files.read_file(adapter, magnitude_axis=magnitude_axis, norm_eps=norm_eps)
     if component is not None:
         chosen = update.component(component)
@@ -156,8 +159,14 @@ def _write_pipeline(base: Path, jobs: list[_Job], to: Path, on_progress: Progres
 
 
 def _copy_folder(path: Path, to: Path) -> None:
+    def check(folder: str, names: list[str]) -> list[str]:
+        real = os.path.realpath(folder)
+        if any(os.path.realpath(outer) == real for outer in Path(folder).parents):
+            raise OSError(f"{folder}: is a link to a folder that it lies in")
+        return []
+
     try:
-        shutil.copytree(path, to)
+        shutil.copytree(path, to, ignore=check)
     except shutil.Error as error:  # of which each file has one
         (source, _, why), *_ = error.args[0]
         raise OSError(f"{source}: {why}") from None
@@ -214,4 +223,4 @@ def _index(source: Checkpoint, outputs: dict[str, list[Output]]) -> dict[str, An
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from toy_folders import A, B, W, adapter_folder, base_folder, embedding_lora, lo
 
 import lora_fast
 from lora_fast.adapters import component_names, files
+from lora_fast.adapters.formats import mlx
 from lora_fast.adapters.formats.peft_config import lora_config
 from lora_fast.merge_checkpoint import merge_checkpoint
 
@@ -200,3 +201,93 @@ def test_an_embedding_is_named_for_peft_as_its_model_does(tmp_path: Path) -> Non
     source = adapter_folder(tmp_path / "a", embedding_lora("words"))
     lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base)
     assert "base_model.model.words.lora_embedding_A" in load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("said", ["transformer", None, "lora_unet"])
+def test_the_base_tells_also_of_a_transformer_that_is_named(said: str | None, tmp_path: Path) -> None:
+    base = tmp_path / "transformer"
+    base.mkdir()
+    weights = {f"{name}.weight": W.clone() for name in (FLUX, "single_transformer_blocks.0.attn.to_q")}
+    save_file(weights, base / "diffusion_pytorch_model.safetensors")
+    source = diffusers_file(tmp_path / "a.safetensors", FLUX)
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", base=base, component=said)
+    expected = said if said == "lora_unet" else "lora_transformer"
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == [expected]
+
+
+@pytest.mark.parametrize(("several", "expected"), [(False, "lora_te"), (True, "lora_te1")])
+@pytest.mark.parametrize("said", ["text_encoder", None])
+@pytest.mark.parametrize("kind", ["diffusers", "lora_te_", "lora_te1_"])
+def test_the_base_tells_also_of_a_text_encoder_that_is_named(
+    kind: str, said: str | None, several: bool, expected: str, tmp_path: Path
+) -> None:
+    name = "text_model.encoder.layers.0.mlp.fc1"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    for folder in ("text_encoder", *(["text_encoder_2"] if several else [])):
+        other = W.clone() if folder == "text_encoder" else torch.ones(5, 5)
+        base_folder(tmp_path / "base" / folder, {f"{name}.weight": other})
+    if kind == "diffusers":
+        source = diffusers_file(tmp_path / "a.safetensors", name, component="text_encoder")
+    else:
+        source = kohya_file(tmp_path / "a.safetensors", {name: make_update(4, 4)}, prefix=kind)
+        expected = kind.removesuffix("_") if said is None else expected  # the file's own name stays
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", base=tmp_path / "base", component=said)
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == [expected]
+
+
+def test_two_models_do_not_become_one(tmp_path: Path) -> None:
+    tensors = {
+        f"{name}.{key}": value.clone()
+        for name in ("diffusion_model.double_blocks.0.img_attn.proj", "unet.down_blocks.0.attentions.0.proj_in")
+        for key, value in {"lora_A.weight": A, "lora_B.weight": B}.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match="'diffusion_model' and 'unet' are both lora_unet in kohya's files: convert one"
+    ):
+        lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "out.safetensors", "kohya")
+    lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "out.safetensors", "kohya", component="unet")
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_peft_s_names_become_those_of_a_single_file_s_model(to: str, tmp_path: Path) -> None:
+    name = "input_blocks.1.1.proj_in"
+    save_file({f"model.diffusion_model.{name}.weight": W.clone()}, tmp_path / "base.safetensors")
+    source = adapter_folder(tmp_path / "a", lora(name))
+    out = tmp_path / "out.safetensors"
+    if to == "diffusers":
+        with pytest.raises(ValueError, match="is a name of the original code base, which diffusers calls otherwise"):
+            lora_fast.convert_adapter(source, out, to, base=tmp_path / "base.safetensors")
+        return
+    lora_fast.convert_adapter(source, out, to, base=tmp_path / "base.safetensors")
+    assert f"lora_unet_{name.replace('.', '_')}.alpha" in load_file(out)
+
+
+@pytest.mark.parametrize("magnitude", ["lora_magnitude_vector", "magnitude"])
+def test_metadata_that_would_mean_another_norm_are_left_out(magnitude: str, tmp_path: Path) -> None:
+    """From kohya's words to kohya's: a magnitude that was not LyCORIS's gets LyCORIS's name."""
+    update = make_update(6, 4, axis="output", dtype=torch.bfloat16)
+    tensors = {f"lora_unet_a_b.{key}": value for key, value in update.kohya().items()}
+    tensors[f"lora_unet_a_b.{magnitude}"] = tensors.pop("lora_unet_a_b.dora_scale").flatten()
+    metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"wd_on_output": "False"}'}
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    before = files.read_file(tmp_path / "a.safetensors").component(None).layers["a_b"]
+    lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "out.safetensors", "kohya")
+    after = files.read_file(tmp_path / "out.safetensors").component(None).layers["a_b"]
+    assert (after.norm_eps, after.norm_axis) == (before.norm_eps, before.norm_axis) == (0.0, "output")
+    assert torch.equal(after.magnitude, before.magnitude)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("model.layers.3.mlp.blocks.0.w", "mlp.blocks.0.w"),
+        ("model.layers.3.self_attn.q_proj", "self_attn.q_proj"),
+        ("layers.3.q", "q"),
+        ("transformer.h.0.attn.c_attn", "attn.c_attn"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_mlx_s_keys_are_names_in_a_layer(name: str, key: str) -> None:
+    assert mlx.key_of(name) == key

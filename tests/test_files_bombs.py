@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_fast
 from lora_fast import cli
+from lora_fast.adapters import adapter
 from lora_fast.merge_checkpoint import merge_checkpoint
 
 LORA = "layers.0.attn.q_proj.lora_a.weight"
@@ -133,7 +134,8 @@ ENDLESS = {
     "((a|aa)(a|aa)?)+b": True, "(aa|aa)" * 40: True, r"(\w+\s?)*b": True, "(a{100}){10}b": True,
     "((a{100}){100}){100}": False, "(a{0,1000}){0,1000}b": False, "(?=(a+)+b).*": False, r"(a+)\1+b": False,
     "(?#[)(a+)+(?#])b": False, "(?x)(a+)#c\n+b": False, "(?i)" + "[\x00-\U0010ffff]" * 200: False, "a*" * 5000: False,
-    "[^a]" * 2000 + "?": True, "{,3}" * 9: False, "(" * 5000: False,
+    "[^a]" * 2000 + "?": True, "[\ud800]": False, "\\\ud800": True, "[z-\x1b](a*)*": False, r"[\d-z]*": False,
+    "[z-a]": False, r"[\w-]*b": True, "{,3}" * 9: False, "(" * 5000: False,
 }  # fmt: skip
 
 
@@ -234,6 +236,95 @@ def test_a_block_diagonal_that_is_large_only_in_memory(tmp_path: Path) -> None:
     refused("lora_B of .* would have .* elements, expected at most", folder)
 
 
+def test_many_block_diagonals_that_are_large_only_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "MAX_MADE", 2**22)
+    settings = {"n_head": "262144", "head_size": "1", "n_query_groups": "1", "lora_r": "4", "lora_query": "false"}
+    folder = litgpt(tmp_path, **settings)
+    factors = {"lora_A": torch.ones(4, 1), "lora_B": torch.ones(1, 4)}
+    for count in (3, 5):
+        content = {
+            f"transformer.h.{i}.attn.qkv.{key}": value.clone() for i in range(count) for key, value in factors.items()
+        }
+        torch.save({"model": content}, folder / "lit_model.pth.lora")
+        if count == 3:
+            assert len(read(folder).layers) == 3
+    refused("its lora_B of qkv, each as one, have 4194336 elements, expected at most", folder)
+
+
+def test_many_cores_that_are_large_only_together(tmp_path: Path) -> None:
+    parts = {
+        "lora_down.weight": torch.ones(1, 2**13, 1, 1), "lora_up.weight": torch.ones(4, 1, 1, 1),
+        "lora_mid.weight": torch.ones(1, 1, 181, 181), "alpha": torch.tensor(1.0),
+    }  # fmt: skip
+    tensors = {f"unet.a.{i}.{key}": value.clone() for i in range(5) for key, value in parts.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    refused("its lora_A with their lora_mid have 1341890560 elements, expected at most", tmp_path / "a.safetensors")
+
+
+def test_ranks_that_are_filled_up_to_one_that_is_large(tmp_path: Path) -> None:
+    factors = {"a.b": (torch.ones(1, 2**20), torch.ones(2**20, 1)), "a.c": (torch.ones(1024, 1), torch.ones(1, 1024))}
+    tensors = {
+        f"unet.{name}.lora_{letter}.weight": factor
+        for name, own in factors.items()
+        for letter, factor in zip("AB", own, strict=True)
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match="filled with zeros up to the rank 1024 of the largest, have 2147483648 elements"
+    ):
+        lora_fast.convert_adapter(tmp_path / "a.safetensors", tmp_path / "out", "mlx")
+
+
+def test_views_of_one_storage(tmp_path: Path) -> None:
+    content = torch.load(SAMPLES / "torchtune" / "epoch_0" / "adapter_model.pt", weights_only=True)
+    names = [name for name in content if name.endswith("lora_a.weight")]
+    one = content[names[0]].clone()
+    path = torchtune(tmp_path, content | dict.fromkeys(names[:8], one))
+    refused("is larger than what is stored of it", path)
+
+
+def test_a_name_that_stands_twice_among_many(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text("{" + ", ".join(f'"{index}": 0' for index in [*range(200_000), 199_999]) + "}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused("the name '199999' stands twice", tmp_path)
+
+
+def test_a_number_of_many_digits_in_litgpt_s_settings(tmp_path: Path) -> None:
+    refused("has more than the 131072 bytes", litgpt(tmp_path, lora_alpha="1" + ":0" * 500_000))
+
+
+def test_many_tensors_that_were_trained_outside(tmp_path: Path) -> None:
+    names = [f"a.{index}" for index in range(40_000)]
+    tensors = {f"base_model.model.{name}.weight": torch.ones(1) for name in names}
+    tensors |= {
+        "base_model.model.b.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.b.lora_B.weight": torch.ones(4, 1),
+    }
+    noted = json.dumps([f"{name}.weight" for name in names])
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"lora_fast.trained": noted})
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    before = time.monotonic()
+    assert len(read(tmp_path).trained) == 40_000
+    assert time.monotonic() - before < 5
+
+
+def test_patterns_for_layers_that_are_too_many(tmp_path: Path) -> None:
+    names = [f"a.{index}" for index in range(4000)]
+    shapes = {"lora_A": (1, 4), "lora_B": (4, 1)}
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": torch.ones(shape) for name in names for part, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for more in (
+        {"alpha_pattern": {f"b{i}": 1 for i in range(4000)}},
+        {"modules_to_save": [f"b{i}" for i in range(4000)]},
+    ):
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **more}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        refused("has 4000 (patterns|names), too many for the (number of layers|4000 layers)", tmp_path)
+
+
 def test_keys_beside_litgpt_s_model(tmp_path: Path) -> None:
     folder = litgpt(tmp_path)
     content = torch.load(folder / "lit_model.pth.lora", weights_only=True)
@@ -273,9 +364,9 @@ def test_a_configuration_without_an_end(tmp_path: Path) -> None:
 def test_weights_without_elements(shape: list[int], tmp_path: Path) -> None:
     adapter = kohya_file(tmp_path / "a.safetensors", {"a": make_update(6, 4)})
     save_file({"a.weight": torch.zeros(shape)}, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=r"a\.weight has shape|lacks |has lora_A"):
+    with pytest.raises(ValueError, match=r"a\.weight has shape .*, expected a weight \[N, K\]"):
         merge_checkpoint(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match=r"which has \[|lacks "):
+    with pytest.raises(ValueError, match=r"has an update \[N, K\] = \[6, 4\] for a, which has \["):
         lora_fast.convert_adapter(
             adapter, tmp_path / "out.safetensors", "kohya", base=tmp_path / "base.safetensors", as_difference=True
         )

@@ -196,7 +196,9 @@ def test_a_folder_that_cannot_be_read_could_be_the_model(kind: str, tmp_path: Pa
     why = r"text_encoder_2(/model\.safetensors)?: (has 2 \*\.safetensors and no|.*safetensors file|no such file)"
     for prefix, name in (("lora_te_", "q"), ("lora_te2_", "q"), ("lora_te1_", "x")):
         adapter = kohya_file(tmp_path / "a.safetensors", {name: update}, prefix=prefix)
-        with pytest.raises(ValueError, match=rf"(could be text_encoder or text_encoder_2|is no model) of .*{why}"):
+        with pytest.raises(
+            ValueError, match=rf"(could be text_encoder or text_encoder_2|is text_encoder_2|is no model) of .*{why}"
+        ):
             merge_checkpoint(base, adapter, tmp_path / "refused")
     adapter = kohya_file(tmp_path / "a.safetensors", {"q": update}, prefix="lora_te1_")  # by its number
     if kind != "dangling":

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
+import torch
 from file_helpers import read
-from toy_folders import adapter_folder, lora
+from toy_folders import adapter_folder, embedding_lora, lora
 
 from lora_fast import cli
 from lora_fast.adapters.formats import peft_targets
@@ -51,6 +52,8 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [
     (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["attn"]}, False),
     (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["layers.3"]}, False),
     (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["q_pro", "ttn", "del"]}, True),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["q_pro|lm_head"]}, False),
+    (NAME, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head|q_pro"]}, True),
     (NAME, {"target_modules": r"(?:.*\.)?(\w+_proj){1,2}"}, True),
     (NAME, {"target_modules": r".*\.[q-v]_proj$"}, True),
     (NAME, {"target_modules": r".*\.[^q]_proj"}, False),
@@ -70,7 +73,7 @@ def test_layers_that_peft_leaves_out_are_refused(
         assert list(read(path).layers) == [name]
     else:
         with pytest.raises(
-            ValueError, match=r"(leave out|exclude_modules names|modules_to_save names) .*, for which adapter_model"
+            ValueError, match=r"(does not name|exclude_modules names|modules_to_save names) .*, for which adapter_model"
         ):
             read(path)
 
@@ -96,9 +99,9 @@ def test_the_cases_are_peft_s(name: str, config: dict[str, Any], is_adapted: boo
         ),
         ({"rank_pattern": {"(?<=a)b": 1}}, "rank_pattern .* is not supported"),
         ({"target_modules": {"q_proj": 1}}, "target_modules is a dict, expected a list of names"),
-        ({"target_modules": [1]}, "target_modules is a list, expected a list of names"),
+        ({"target_modules": [1]}, "target_modules has 1, expected names"),
         ({"exclude_modules": 3}, "exclude_modules is 3, expected a list of names"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": ["3"]}, "layers_to_transform is a list, expected num"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": ["3"]}, "layers_to_transform has '3', expected num"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": 3}, "layers_pattern is 3, expec"),
         ({"target_parameters": ["experts.up"]}, "target_parameters is set: LoRA of parameters .* is not supported"),
     ],
@@ -110,11 +113,17 @@ def test_what_cannot_be_evaluated_is_an_error(config: dict[str, Any], message: s
 
 
 def test_an_adapter_of_a_tied_layer_need_not_be_named(tmp_path: Path) -> None:
-    layers = {**lora(NAME), **lora("lm_head")}
-    config: dict[str, Any] = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
+    head = {"lm_head.lora_A.weight": torch.ones(1, 4), "lm_head.lora_B.weight": torch.ones(9, 1)}
+    layers = {**lora(NAME), **embedding_lora("words", 9), **embedding_lora("decoder.words", 9), **head}
+    config: dict[str, Any] = {"target_modules": ["q_proj", "words"], "ensure_weight_tying": True}
     assert "lm_head" in read(adapter_folder(tmp_path / "a", layers, **config)).layers
+    config["target_modules"] = ["q_proj", "decoder.words"]
+    assert "lm_head" in read(adapter_folder(tmp_path / "b", layers, **config)).layers
+    for name, other in (("v_proj", lora("v_proj")), ("lm_head", lora("lm_head"))):
+        with pytest.raises(ValueError, match=f"target_modules does not name {name}, for which"):
+            read(adapter_folder(tmp_path / name, layers | other, **config))
     with pytest.raises(ValueError, match="exclude_modules names lm_head"):
-        read(adapter_folder(tmp_path / "b", layers, exclude_modules=["lm_head"], **config))
+        read(adapter_folder(tmp_path / "c", layers, exclude_modules=["lm_head"], **config))
 
 
 PATTERNS = [
@@ -130,6 +139,10 @@ PATTERNS = [
     {"k_proj|q_proj": 5},
     {"k_proj|attn": 5, "q_proj$": 6},
     {r"model\.layers\.3\.attn\.q_proj$": 1, "^model-layers": 2},
+    {"^a\\.b$": 1, "^a\\.b": 1, "q_proj": 5},
+    {"layers)|(b": 1},
+    {"proj$|model": 1, "(q_proj)": 3},
+    {"größe": 1, "^größe$": 2, r"a\ b": 3},
 ]
 
 
@@ -140,7 +153,17 @@ def test_the_first_pattern_that_peft_takes_decides(patterns: dict[str, int]) -> 
 
     assert peft.__version__
     own = Patterns({"alpha_pattern": patterns}, "alpha_pattern", Path("config"))
-    for name in (NAME, EXPERT, "q_proj", "model.layers.13.attn.q_proj", "a.model.layers.3.attn.q_proj"):
+    for name in (
+        NAME,
+        EXPERT,
+        "q_proj",
+        "größe",
+        "a b",
+        "x.größe",
+        "x.layers.c",
+        "model.layers.13.attn.q_proj",
+        "a.model.layers.3.attn.q_proj",
+    ):
         assert own.of(name, 0) == patterns.get(get_pattern_key(patterns.keys(), name), 0)
 
 
@@ -157,8 +180,12 @@ def test_many_modules_with_a_pattern_each_are_looked_up() -> None:
 def test_names_in_other_letters_are_not_given_to_patterns_that_read_them_otherwise(tmp_path: Path) -> None:
     name = "modèle.q_proj"
     assert list(read(adapter_folder(tmp_path / "a", lora(name), target_modules=["q_proj"])).layers) == [name]
+    for index, key in enumerate(("target_modules", "exclude_modules")):  # which say only whether there is an adapter
+        assert list(read(adapter_folder(tmp_path / str(index), lora(name), **{key: r"\w+\.(q|v)_proj"})).layers) == [
+            name
+        ]
     with pytest.raises(ValueError, match="patterns that cannot be read as PEFT does for the module 'modèle.q_proj'"):
-        read(adapter_folder(tmp_path / "b", lora(name), target_modules=r"\w+\.q_proj"))
+        read(adapter_folder(tmp_path / "b", lora(name), alpha_pattern={r"\w+\.(q|v)_proj": 3}))
 
 
 def test_without_re2_only_what_needs_it_is_an_error(

@@ -29,6 +29,7 @@ from lora_fast.dtypes import FLOATS, FLOATS_SAID
 # In the metadata of a file that convert wrote, whose norms have nothing added: what it was converted to.
 CONVERTED = "lora_fast.format"
 MAX_ELEMENTS = 2**28  # of a factor that is larger in memory than in its file
+MAX_MADE = 2**30  # elements, of all such factors
 
 
 Format = Literal["peft", "kohya", "diffusers", "torchtune", "mlx", "litgpt"]
@@ -252,6 +253,12 @@ def check_no_differences(adapter: Adapter, why: str) -> None:
             f"{adapter.weights_path}: holds differences that are added to the base's own tensors "
             f"({shortened(adapter.added)}), {why}; merge it (lora-fast merge)"
         )
+
+
+def check_made(elements: int, what: str) -> None:
+    """Raise ValueError for more ``elements`` of factors that are larger in memory than in their file than are sane."""
+    if elements > MAX_MADE:
+        raise ValueError(f"{what} have {elements} elements, expected at most {MAX_MADE}")
 
 
 def dropout_of(adapter: Adapter) -> float:

@@ -1,8 +1,8 @@
 """What transformers knows of a checkpoint: how its model names the tensors, which of them are one, what layers are.
 
 The model is built on the meta device from config.json by a class of transformers itself: nothing is downloaded, no code
-of the checkpoint runs, and no memory is taken. Everything here answers None where transformers is not installed, does
-not know the class, or cannot build it from that configuration.
+of the checkpoint runs, and no memory is taken for its tensors. Everything here answers None where transformers is not
+installed, does not know the class, or cannot build it from that configuration.
 """
 
 from __future__ import annotations

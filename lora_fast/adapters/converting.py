@@ -16,8 +16,8 @@ from torch import Tensor
 from lora_fast.adapters import component_names, files, norms, rows, writing
 from lora_fast.adapters.adapter import CONVERTED, Adapter, AdapterFile, shortened
 from lora_fast.adapters.converting_with_base import check_embeddings, check_only_updates, with_base
-from lora_fast.adapters.formats import mlx, peft
-from lora_fast.adapters.unfinished import save_tensors, written_whole
+from lora_fast.adapters.formats import axis, mlx, peft
+from lora_fast.adapters.unfinished import new_path, save_tensors, written_whole
 from lora_fast.adapters.writing import Written
 from lora_fast.calls import Axis
 from lora_fast.dtypes import FLOATS, FLOATS_SAID, name_of
@@ -71,7 +71,7 @@ def convert_adapter(
     leave open what they mean; FileNotFoundError; FileExistsError; ModuleNotFoundError without safetensors. Nothing is
     written then.
     """
-    out = Path(out).absolute()
+    out = new_path(out)
     _check_out(out, to)
     if as_difference and (to != "kohya" or base is None):
         raise ValueError(
@@ -81,17 +81,19 @@ def convert_adapter(
     for name, wanted in (("dtype", dtype), ("magnitude_dtype", magnitude_dtype)):
         if wanted is not None and (as_difference or wanted not in FLOATS):
             expected = "None with as_difference" if as_difference else FLOATS_SAID
-            raise ValueError(f"{name}: got {wanted}, expected {expected}")
+            raise ValueError(f"{name}: got {wanted!r}, expected {expected}")
     file, renamed = _chosen(files.read_file(path, magnitude_axis=magnitude_axis, norm_eps=norm_eps), component)
     names: list[str] | None = None
     notes: list[str] = []
     if base is None:
         components = _without_base(file, to, renamed)
+        if to == "peft" and file.format == "mlx":
+            notes.append("the names are those of the checkpoint, which transformers' model may call otherwise: --base")
     else:
         components, names, notes = with_base(file, Path(base).absolute(), renamed, to, as_difference)
     # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms
     said = (base, norm_eps, magnitude_axis, magnitude_dtype)
-    keeps_origin = to == file.format == "kohya" and all(each is None for each in said)
+    keeps_origin = to == file.format == "kohya" and all(each is None for each in said) and not _renames(file)
     if not keeps_origin:
         notes += _check_eps(components)
     if to != "kohya":
@@ -113,6 +115,12 @@ def convert_adapter(
         differences=sum(len(adapter.added) for adapter in components.values()),
         notes=[f"{file.path} {note}" for note in file.notes] + notes + written.notes,
     )
+
+
+def _renames(file: AdapterFile) -> bool:
+    """Whether a magnitude of the file gets the name dora_scale, of which its metadata would say something else."""
+    layers = [layer for adapter in file.components.values() for layer in adapter.layers.values()]
+    return any(layer.axis_reason == axis.BY_NAME for layer in layers)
 
 
 def _check_out(out: Path, to: str) -> None:

@@ -64,6 +64,17 @@ class Base:
         """The names that the checkpoint has for modules with a weight."""
         return list(naming.weight_shapes(placing.shapes_of(self.checkpoint)))
 
+    def stored_name(self, module: str) -> str:
+        """The checkpoint's own name of a module of the adapter; ValueError if it is that of another, tied to it."""
+        key = self.weight_keys[module]
+        if self.resolver.end_of(naming.weight_key(module), key) != self.resolver.end_at(key):
+            raise ValueError(
+                f"{self.adapter.weights_path}: {module} is tied to {naming.module_of(key)} in "
+                f"{self.checkpoint.folder}, which has no name for it alone that the file could have; merge it "
+                "(lora-fast merge), or give a base in which the two are apart"
+            )
+        return naming.module_of(key)
+
     def shape(self, module: str) -> tuple[int, ...]:
         return self.checkpoint.entries[self.weight_keys[module]].shape
 
@@ -92,11 +103,15 @@ class Base:
 
 def with_base(
     file: AdapterFile, base: Path, renamed: str | None, to: str, as_difference: bool
-) -> tuple[dict[str, Adapter], list[str], list[str]]:
-    """The updates by the base's names and components, the names of all its modules, and notes."""
+) -> tuple[dict[str, Adapter], list[str] | None, list[str]]:
+    """The updates by the base's names and components, the names of all its modules, and notes.
+
+    The names of the modules are None where those of the updates are of another model around, or inside of, the base's.
+    """
     components: dict[str, Adapter] = {}
     modules: list[str] = []
     notes: list[str] = []
+    is_known = True
     for name, adapter in file.components.items():
         (place,) = placing.place(base, dataclasses.replace(file, components={name: adapter}))
         checkpoint, placed = place.checkpoint, place.adapter
@@ -124,27 +139,29 @@ def with_base(
             notes += _folded(placed)
             placed = _one_update_each(placed, found)
         placed = _called_as_in(to, placed, found)
+        if to == "peft" and adapter.format != "peft" and found.resolver.known is not None:
+            notes.append(f"the names are those of {type(found.resolver.known.model).__name__}, the base's class")
         placed, prefix = _without_prefix(placed, base)
         called = renamed or _component(checkpoint, name, prefix)
+        source = "" if renamed else name
         own = [each.removeprefix(prefix) for each in (found.modules if to == "peft" else found.stored_modules)]
         if to == "kohya":
             _check_alone(placed, own, checkpoint)
-            if called == "transformer":
-                called = _kohya_transformer(own, placed)
-            called = renamed or _kohya_component(called, name, placed, base, prefix)
+            called = _kohya_component(called, source, placed, own, base, prefix)
         if called in components:
             raise ValueError(f"{file.path}: two of its models are {called!r} of {base}")
         components[called] = placed
         modules += own
-    return components, modules, notes
+        is_known = is_known and set(own) >= placed.layers.keys()
+    return components, modules if is_known else None, notes
 
 
 def check_only_updates(adapter: Adapter) -> None:
     """Raise ValueError for an adapter that has whole tensors, which only PEFT's folder can have."""
     if whole := [*adapter.base, *adapter.copies]:
         raise ValueError(
-            f"{adapter.weights_path}: holds whole tensors beside the updates ({shortened(whole)}), which other tools' "
-            "files cannot have; merge it (lora-fast merge)"
+            f"{adapter.weights_path}: holds whole tensors beside the updates ({shortened(whole)}), which are not "
+            "converted: merge it (lora-fast merge), or, if they are the base's own, give that (--base BASE)"
         )
 
 
@@ -174,26 +191,21 @@ def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
     """The updates by the names that the target's reader looks up.
 
     PEFT's are those of transformers' model, which the checkpoint can have without what is around it, or from an earlier
-    release; MLX-LM's are those of the checkpoint itself.
+    release; the others are those of the checkpoint itself. PEFT's own stay: they are those of the model that it was.
     """
     resolver = base.resolver
-    if to not in ("peft", "mlx") or (to == "peft" and resolver.known is None):
+    if to == "peft" and (resolver.known is None or adapter.format == "peft"):
         return adapter
     layers: dict[str, AdapterLayer] = {}
     for name, layer in adapter.layers.items():
-        key = base.weight_keys[name]
-        called = (resolver.end_of(f"{name}.weight", key) if to == "peft" else key).removesuffix(".weight")
+        if to == "peft":
+            called = naming.module_of(resolver.end_of(naming.weight_key(name), base.weight_keys[name]))
+        else:
+            called = base.stored_name(name)
         if called in layers:
             raise ValueError(f"{adapter.weights_path}: {name} and another of its names are {called} of the base")
         layers[called] = layer
     return dataclasses.replace(adapter, layers=layers)
-
-
-def _kohya_transformer(modules: list[str], adapter: Adapter) -> str:
-    try:
-        return component_names.kohya_transformer(modules, is_whole=True)
-    except ValueError as error:
-        raise ValueError(f"{adapter.weights_path}: {error}") from None
 
 
 def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:
@@ -256,7 +268,7 @@ def _difference_of(adapter: Adapter, base: Base) -> Adapter:
         for own, layer in parts.items():
             norms.merge((merged if own is None else merged[own.start : own.stop]).flatten(1), layer)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        added[f"{name}.weight"] = (merged - weight.double()).to(dtype)
+        added[naming.weight_key(base.stored_name(name))] = (merged - weight.double()).to(dtype)
     return dataclasses.replace(adapter, layers={}, stacked={}, added=added)
 
 
@@ -289,10 +301,20 @@ def _component(checkpoint: Checkpoint, name: str, prefix: str) -> str:
     return component_names.DIFFUSERS_NAMES.get(name, name)
 
 
-def _kohya_component(name: str, source: str, adapter: Adapter, base: Path, prefix: str) -> str:
-    """What kohya's scripts call the model that is ``name`` to diffusers and ``source`` in the adapter's file."""
+def _kohya_component(name: str, source: str, adapter: Adapter, modules: list[str], base: Path, prefix: str) -> str:
+    """What kohya's scripts call the model that is ``name`` to diffusers and ``source`` in the adapter's file.
+
+    ``modules`` are all of the model's.
+    """
+    if component_names.is_flattened_component(name):
+        return name
     if source.startswith("lora_te"):
         return source
+    if name == "transformer":
+        try:
+            return component_names.kohya_transformer(modules, is_whole=True)
+        except ValueError as error:
+            raise ValueError(f"{adapter.weights_path}: {error}") from None
     if name == "text_encoder_2" and any(module.startswith("encoder.block.") for module in adapter.layers):
         return "lora_te3"  # T5, beside a CLIP or two
     if name != "text_encoder" or prefix.startswith("conditioner"):

@@ -61,11 +61,14 @@ def weight_key(module: str) -> str:
     return f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight"
 
 
+def module_of(weight: str) -> str:
+    """The name of the module that has this weight: the inverse of :func:`weight_key`."""
+    return weight.removesuffix("_weight" if weight.endswith(".in_proj_weight") else ".weight")
+
+
 def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Of the tensors of a model, those that are a module's weight, by module."""
-    found = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if key.endswith(".weight")}
-    packed = {key.removesuffix("_weight"): shape for key, shape in shapes.items() if key.endswith(".in_proj_weight")}
-    return found | packed
+    return {module_of(key): shape for key, shape in shapes.items() if key.endswith((".weight", ".in_proj_weight"))}
 
 
 def to_base(adapter: Adapter, tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Adapter:

@@ -33,6 +33,8 @@ def transposed_layers(adapter: Adapter, keys: dict[str, str], resolver: Resolver
 
 def named_layers(ends: Iterable[str], adapters: Iterable[Adapter]) -> set[str]:
     """The layers whose names ``ends`` are, or the ends of; ValueError for one that is of none."""
+    if isinstance(ends, str) or not isinstance(ends, Iterable):
+        raise ValueError(f"fan_in_fan_out: got {ends!r}, expected True, False, None or names of layers")
     named: set[str] = set()
     adapters = list(adapters)
     for end in ends:

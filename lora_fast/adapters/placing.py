@@ -97,10 +97,13 @@ def _folder(base: Path, folders: list[Path], component: str, adapter: Adapter) -
         if naming.fits(adapter, naming.weight_shapes(shapes)):
             fitting.append(folder)
     possible = [*(folder.name for folder in fitting), *unread]
-    if fitting and len(possible) > 1 and (own := _numbered(component)) in possible:
+    own = _numbered(component)
+    if fitting and own in possible:
         possible = [own]
         fitting = [folder for folder in fitting if folder.name == own]
     called = f"{adapter.weights_path}: its {component!r}" if component else f"{adapter.weights_path}"
+    if own in unread:
+        raise ValueError(f"{called} is {own} of {base}, which cannot be read: {unread[own]}")
     why = "".join(f"; {error}" for error in unread.values())
     if len(possible) > 1 and fitting:
         raise ValueError(

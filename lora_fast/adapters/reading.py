@@ -11,6 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_JSON_BYTES = 2**24
+MAX_YAML_BYTES = 2**17  # of litgpt's settings; a number of so many digits takes a third of a second
 MAX_HEADER_BYTES = 2**26  # of a checkpoint with a hundred thousand tensors: 2**24
 MAX_PICKLE_BYTES = 2**32  # an adapter of 1 % of a model of 200 billion parameters
 # What the pickle of a dict of tensors names.
@@ -41,7 +43,7 @@ def import_safetensors() -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a sane size; ValueError for anything else."""
-    return parse_json(_text(path), str(path))
+    return parse_json(_text(path, MAX_JSON_BYTES), str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
@@ -50,8 +52,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twin = next(name for name in names if names.count(name) > 1)
+            twin = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the name {twin!r:.80} stands twice in one object")
         return found
 
@@ -74,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         message = f"{path.name} needs PyYAML: pip install 'lora_fast[adapters]'"
         raise ModuleNotFoundError(message, name="yaml") from None
     try:
-        content = yaml.safe_load(_text(path))
+        content = yaml.safe_load(_text(path, MAX_YAML_BYTES))
     except OSError:
         raise
     except Exception as error:  # its own, and what its constructors of numbers and dates let through
@@ -84,13 +85,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, most: int) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: has more than the {MAX_JSON_BYTES} bytes that are expected at most")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: has more than the {most} bytes that are expected at most")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -186,22 +187,28 @@ def _is_other(operation: str, argument: Any) -> bool:
 
 
 def plain_tensors(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """``content`` if all of it are dense tensors, by name, that are no larger than what is stored of them."""
+    """``content`` if all of it are dense tensors, by name, that are no larger than what is stored of them all."""
+    storages: set[int] = set()
+    size = stored = 0
     for key, value in content.items():
         if not isinstance(key, str) or len(key) > MAX_NAME or not key.isprintable():
             raise ValueError(f"{path}: {described(key)} is no name of a tensor")
         if type(value) is not Tensor or value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(f"{path}: {key} is {described(value)}, expected a dense tensor")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        size += value.numel() * value.element_size()
+        storage = value.untyped_storage()
+        stored += 0 if storage.data_ptr() in storages else storage.nbytes()
+        storages.add(storage.data_ptr())
+        if size > stored:
             raise ValueError(f"{path}: {key} is larger than what is stored of it")
     return content
 
 
 def finite(value: Any, what: str, where: Path) -> float:
-    """A number from a file; ValueError for anything else, NaN and infinity among it."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    if not is_number:
-        raise ValueError(f"{where}: {what} is {described(value)}, expected a finite number")
+    """A number from a file, that float32 holds; ValueError for anything else, NaN and infinity among it."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{where}: {what} is {described(value)}, expected a finite number that float32 holds")
     return float(value)
 
 
@@ -211,7 +218,7 @@ def described(value: Any) -> str:
         return repr(value)
     if isinstance(value, str):
         return repr(value[:80])
-    return f"a {type(value).__name__}"
+    return "an integer of many digits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ without a number, which would say which of several blocks is meant.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from functools import cached_property
 
@@ -113,8 +114,10 @@ class Resolver:
     def _by_prefix(self, wanted: list[str], missing: list[str], copies: Collection[str]) -> dict[str, str]:
         added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
         added = [prefix for prefix in added if not has_number(prefix)]
-        candidates = [{name: prefix + name for name in wanted} for prefix in added]
-        candidates += [{name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)]
+        candidates = itertools.chain(  # one in memory at a time
+            ({name: prefix + name for name in wanted} for prefix in added),
+            ({name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)),
+        )
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
         folder = self.checkpoint.folder
         if len(fitting) > 1:

@@ -224,6 +224,9 @@ def own_keys(module: nn.Module) -> Iterator[str]:
 
 
 def _write(directory: Path, config: dict[str, Any], values: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(f"{directory / name}: is a folder, expected a file or none")
     unfinished = {name: directory / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_NAME, CONFIG_NAME)}
     with made_folder(directory):
         try:

@@ -13,6 +13,12 @@ from torch import Tensor
 from lora_fast.adapters import reading
 
 
+def new_path(out: str | os.PathLike[str]) -> Path:
+    """The absolute path of what is to be made; what ``..`` means is what is there before anything is made."""
+    path = Path(out).absolute()
+    return Path(os.path.realpath(path.parent)) / path.name if ".." in path.parts else path
+
+
 @contextlib.contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A name beside ``out`` to write to, which becomes ``out`` when the block ends.
@@ -20,7 +26,7 @@ def written_whole(out: Path) -> Iterator[Path]:
     If the block fails, by an interrupt too, nothing is left of it, nor of folders that were made for it.
     """
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    if part.exists():
+    if os.path.lexists(part):
         raise FileExistsError(f"{part}: is left from another run; delete it")
     with made_folder(out.parent):
         try:

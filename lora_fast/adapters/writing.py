@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_fast.adapters import component_names
-from lora_fast.adapters.adapter import Adapter, AdapterLayer, check_no_differences, dropout_of, shortened
+from lora_fast.adapters.adapter import Adapter, AdapterLayer, check_made, check_no_differences, dropout_of, shortened
 from lora_fast.adapters.formats import mlx, peft, single_file
 from lora_fast.adapters.formats.peft_config import alpha_of, lora_config
 
@@ -45,9 +45,15 @@ class Written:
 def kohya(components: Components, metadata: Mapping[str, str]) -> Written:
     """One file in the words of kohya's scripts: every norm axis, Tucker, LoRA beside DoRA, and differences."""
     written = Written(metadata=dict(metadata))
+    by_prefix: dict[str, str] = {}
     for component, adapter in components.items():
         modules = [*adapter.layers, *(key.rpartition(".")[0] for key in adapter.added)]
         prefix = _kohya_prefix(component, modules, adapter)
+        if (other := by_prefix.setdefault(prefix, component)) != component:
+            raise ValueError(
+                f"{adapter.weights_path}: {other!r} and {component!r} are both {prefix} in kohya's files: convert one "
+                "at a time, --component"
+            )
         names = flattened(modules, adapter, is_text=prefix.startswith("lora_te"))
         if dropout_of(adapter):
             written.notes.append(f"the dropout of {dropout_of(adapter)} is left out, which kohya's files do not have")
@@ -203,6 +209,7 @@ def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any
         **_orientation(adapter),
         "inference_mode": True,
         "init_lora_weights": True,
+        "auto_mapping": adapter.config.get("auto_mapping"),
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
     }
@@ -234,6 +241,10 @@ def mlx_folder(components: Components) -> Written:
     check_no_differences(adapter, "which MLX-LM's files cannot have")
     rank = max(layer.rank for layer in adapter.layers.values())
     (scaling,) = {layer.scaling for layer in adapter.layers.values()}
+    made = sum(
+        rank * (layer.in_features + layer.out_features) for layer in adapter.layers.values() if layer.rank < rank
+    )
+    check_made(made, f"{where}: its factors, filled with zeros up to the rank {rank} of the largest,")
     kinds = {layer.magnitude is not None for layer in adapter.layers.values()}
     if len(kinds) > 1:
         raise ValueError(f"{where}: has LoRA and DoRA, of which MLX-LM's file has one for all layers")
@@ -255,7 +266,11 @@ def mlx_folder(components: Components) -> Written:
                 "computes the same: merge it (lora-fast merge)"
             )
         if layer.is_embedding != mlx.is_embedding(name):
-            raise ValueError(f"{where}: {name} would be read as another kind of layer by its name")
+            own, other = ("an embedding", "a linear") if layer.is_embedding else ("a linear", "an embedding")
+            raise ValueError(
+                f"{where}: {name} is {own}, and would be read as {other} from MLX-LM's file, by its name; merge it "
+                "(lora-fast merge)"
+            )
         padding = rank - layer.rank
         _put(written, f"{name}.lora_a", torch.nn.functional.pad(layer.lora_A.T, (0, padding)))
         _put(written, f"{name}.lora_b", torch.nn.functional.pad(layer.lora_B.T, (0, 0, 0, padding)))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lora_fast.calls import Axis
 
+# Of a magnitude that is not called dora_scale.
+BY_NAME = "a magnitude by its name: one per output"
 UNDECIDED = "undecided"  # the reason for an axis that decide refused to say
 
 

@@ -16,7 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from lora_fast.adapters import reading, rows
-from lora_fast.adapters.adapter import MAX_ELEMENTS, Adapter, AdapterFile, AdapterLayer, Rows, check_layer, check_parts
+from lora_fast.adapters.adapter import (
+    MAX_ELEMENTS,
+    Adapter,
+    AdapterFile,
+    AdapterLayer,
+    Rows,
+    check_layer,
+    check_made,
+    check_parts,
+)
 
 WEIGHTS_NAME = "lit_model.pth.lora"
 SETTINGS_NAME = "hyperparameters.yaml"
@@ -46,9 +55,12 @@ def read(folder: Path) -> AdapterFile:
     scaling = reading.finite(settings.get("lora_alpha"), "lora_alpha", where) / rank
     dropout = reading.finite(settings.get("lora_dropout", 0.0), "lora_dropout", where)
     layers: dict[str, AdapterLayer] = {}
+    made = 0
     for name, own in parts.items():
         if name.endswith(".qkv"):
             layers[name] = _qkv(name, own, scaling, rank, settings, model, folder)
+            made += layers[name].lora_B.numel()
+            check_made(made, f"{path}: its lora_B of qkv, each as one,")
         else:
             layers[name] = AdapterLayer(own["lora_A"], own["lora_B"], None, scaling)
             check_layer(name, layers[name], path)

@@ -31,7 +31,7 @@ _EMBEDDING = re.compile(
     r"(.+\.)?(embed_tokens|embed_in|embed_positions|embedding|embeddings|shared|tok_embeddings|word_embeddings|wpe|wte)"
 )
 EXPERT = re.compile(r"(?:.+\.)?experts\.\d+\..+")
-_IN_LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
+_IN_LAYER = re.compile(r"(?:.+?\.)??(?:layers|h|blocks)\.\d+\.(?P<key>.+)")
 
 
 def is_embedding(name: str) -> bool:

@@ -48,6 +48,8 @@ OTHER_METHODS = (
 # The other initialisations change the base weight, which then is not the one that the user has.
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
+BIASES = (None, "none", "all", "lora_only")
+
 _PARTS = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -125,6 +127,7 @@ def _whole_tensors(
     left_out: list[str] = []
     wrapped_keys = {key: found for key in whole if (found := _WRAPPED.fullmatch(key))}
     plain_keys = {key: _plain(found, whole) for key, found in wrapped_keys.items()}
+    plains = set(plain_keys.values())
     for key, tensor in whole.items():
         module, _, name = key.rpartition(".")
         owner, _, last = module.rpartition(".")
@@ -148,7 +151,7 @@ def _whole_tensors(
                     "under which PEFT saves what lies below an adapter"
                 )
             base[key] = tensor  # as PEFT before 0.6 saved biases
-        elif key in plain_keys.values() or _is_to_save(module, config):
+        elif key in plains or _is_to_save(module, config):
             copies[key] = tensor
         else:
             base[key] = tensor
@@ -164,13 +167,13 @@ def _plain(wrapped: re.Match[str], whole: Mapping[str, Tensor]) -> str | None:
 
 def _is_to_save(module: str, config: Mapping[str, Any]) -> bool:
     """Whether ``module`` lies in one of modules_to_save, each of which is the end of a name, as PEFT reads it."""
-    ends = config.get("modules_to_save") or []
+    ends = tuple(config.get("modules_to_save") or [])
     parts = module.split(".")
-    return any(".".join(parts[:length]).endswith(tuple(ends)) for length in range(1, len(parts) + 1)) if ends else False
+    return any(".".join(parts[:length]).endswith(ends) for length in range(1, len(parts) + 1)) if ends else False
 
 
 def _trained(
-    base: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], noted: list[str]
+    base: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], noted: Collection[str]
 ) -> frozenset[str]:
     """What was trained of the base model: biases as the configuration says, and what save_adapter notes."""
     bias = config.get("bias")
@@ -182,14 +185,14 @@ def _trained(
     return frozenset(trained.union(noted))
 
 
-def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> list[str]:
+def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> set[str]:
     try:
         noted = json.loads(metadata.get(TRAINED, "[]"))
     except (ValueError, RecursionError):
         noted = None
     if not isinstance(noted, list) or not all(isinstance(name, str) and PREFIX + name in tensors for name in noted):
         raise ValueError(f"{where}: its note {TRAINED} is {metadata[TRAINED]!r:.80}, expected a list of its tensors")
-    return noted
+    return set(noted)
 
 
 class Scalings:
@@ -217,8 +220,11 @@ class Scalings:
             scaling = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
         except OverflowError:
             scaling = math.inf
-        if not math.isfinite(scaling):
-            raise ValueError(f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a finite number")
+        if not abs(scaling) <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"{where}: the alpha of {name} is {reading.described(alpha)}, expected a finite number that float32 "
+                "holds"
+            )
         return scaling
 
 
@@ -246,6 +252,8 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
     ends = config.get("modules_to_save") or []
     if not isinstance(ends, list) or not all(isinstance(end, str) for end in ends):
         raise ValueError(f"{path}: modules_to_save is {reading.described(ends)}, expected a list of names")
+    if config.get("bias") not in BIASES:
+        raise ValueError(f"{path}: bias is {reading.described(config['bias'])}, expected 'none', 'all' or 'lora_only'")
     for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
         if config.get(key) not in (True, False, None):
             raise ValueError(f"{path}: {key} is {reading.described(config[key])}, expected true or false")

@@ -7,26 +7,44 @@ references to groups and flags are not among them.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lora_fast.adapters.reading import described
+from lora_fast.adapters.reading import described, one_line
 
 MAX_PATTERN = 2**13  # characters
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\[.-])+\$?")
-_WHOLE_NAME = re.compile(r"\^((?:[A-Za-z0-9_-]|\\[.-])+)\$?")
+MAX_TRIED = 10**7  # patterns, one after another
+MAX_EXPRESSIONS = 1000  # that are compiled, of one entry of the configuration
+_PLAIN = re.compile(r"\^?(?:[^\\^$*+?{}\[\]|()]|\\\W)+\$?")
+_WHOLE_NAME = re.compile(r"\^((?:[^\\^$*+?{}\[\]|().]|\\\W)+)\$?")
 _REPEATED = r"(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??"
-_CLASS = r"\[(?:[^\[\]\\]|\\[.\-\\dDwWsS])+\]"
+_CLASS = r"\[(?:[ -Z^-~]|\\[.\-\\]|\\[dDwWsS](?!-[^]]))+\]"
+_LITERAL = r"[\w./ -]|\\[!-/:-@\[-`{-~ dDwWsS]"
 _COMMON = re.compile(  # of Python's syntax and RE2's
-    rf"(?:(?:[\w./ -]|\\[\WdDwWsS]|{_CLASS}|\))(?:{_REPEATED})?|(?:[\^$]|\\[bB])(?![*+?{{])|\((?:\?:)?|\|)*",
+    rf"(?:(?:{_LITERAL}|{_CLASS}|\))(?:{_REPEATED})?|(?:[\^$]|\\[bB])(?![*+?{{])|\((?:\?:)?|\|)*",
     re.ASCII,
 )
+_KINDS = re.compile(r"\\[bBdDsSwW]")  # of letters
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 Test = Callable[[str], bool]  # of a module's name
+
+
+class Layer(Protocol):
+    """What tells whether two layers can be tied."""
+
+    @property
+    def is_embedding(self) -> bool: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
 
 class Patterns:
@@ -39,52 +57,74 @@ class Patterns:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
-        self._whole: dict[str, tuple[int, Any]] = {}
-        self._others: list[tuple[int, Test, Any]] = []
+        _check_count(list(patterns), key, where)
+        self._whole: dict[str, tuple[float, Any]] = {}
+        self._others: list[tuple[int, Any, Any]] = []
+        self._what, self._tried = f"{where}: {key}", 0
         for order, (pattern, value) in enumerate(patterns.items()):
             if found := _WHOLE_NAME.fullmatch(pattern):
-                self._whole.setdefault(found[1].replace("\\", ""), (order, value))
+                self._whole.setdefault(re.sub(r"\\(.)", r"\1", found[1]), (order, value))
             else:
-                self._others.append((order, _test(_required(pattern, key, where, r"(?:.*\.)?(?:", ")")), value))
+                self._others.append((order, _required(pattern, key, where, r"(.*\.)?(", ")$"), value))
 
     def of(self, name: str, default: Any) -> Any:
-        order, value = self._whole.get(name, (len(self._whole) + len(self._others), default))
-        return next((other for own, matches, other in self._others if own < order and matches(name)), value)
+        self._tried += len(self._others)
+        if self._tried > MAX_TRIED:
+            raise ValueError(f"{self._what} has {len(self._others)} patterns, too many for the number of layers")
+        order, value = self._whole.get(name, (math.inf, default))
+        return next((other for own, pattern, other in self._others if own < order and pattern.match(name)), value)
 
 
-def check_targets(layers: Iterable[str], config: Mapping[str, Any], where: Path, weights_name: str) -> None:
+def check_targets(layers: Mapping[str, Layer], config: Mapping[str, Any], where: Path, weights_name: str) -> None:
     """Refuse layers that the configuration leaves out: PEFT drops them without a word.
 
     A regular expression that cannot be matched safely is not evaluated: it is taken to name every layer as a target,
     and to exclude none.
     """
     is_target, is_excluded, is_saved = _target(config, where), _excluded(config, where), _to_save(config, where)
-    ties = bool(config.get("ensure_weight_tying"))  # adapters of more layers than are named
+    if (count := len(config.get("modules_to_save") or [])) * len(layers) > MAX_TRIED:
+        raise ValueError(f"{where}: modules_to_save has {count} names, too many for the {len(layers)} layers")
+    indexed = config.get("layers_to_transform") not in (None, [])
+    chosen = "target_modules with layers_to_transform" if indexed else "target_modules"
+    way_out = "which PEFT would leave out: correct the configuration, or take the layer out of the file"
+    targets = {name for name in layers if is_target(name)}
     for name in layers:
-        if not is_target(name) and not ties:
+        if name not in targets and not (config.get("ensure_weight_tying") and _is_maybe_tied(name, layers, targets)):
             raise ValueError(
-                f"{where}: target_modules and layers_to_transform leave out {name}, for which {weights_name} has an "
-                "adapter"
+                f"{where}: {chosen} does not name {name}, for which {weights_name} has an adapter, {way_out}"
             )
         for key, is_named in (("exclude_modules", is_excluded), ("modules_to_save", is_saved)):
             if is_named(name):
-                raise ValueError(f"{where}: {key} names {name}, for which {weights_name} has an adapter")
+                raise ValueError(f"{where}: {key} names {name}, for which {weights_name} has an adapter, {way_out}")
+
+
+def _is_maybe_tied(name: str, layers: Mapping[str, Layer], targets: Collection[str]) -> bool:
+    """Whether the layer can be an embedding's second place, or the head that is tied to one, which is a target."""
+    own = layers[name]
+    sizes = own.in_features, own.out_features
+    embeddings = [layers[target] for target in targets if layers[target].is_embedding or own.is_embedding]
+    return any(
+        sizes == (other.in_features, other.out_features)
+        if own.is_embedding and other.is_embedding
+        else sizes == (other.out_features, other.in_features)
+        for other in embeddings
+    )
 
 
 def _target(config: Mapping[str, Any], where: Path) -> Test:
     targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return lambda name: True
     if isinstance(targets, str):
-        found = _compiled(targets, "target_modules", where)
-        return (lambda name: True) if found is None else _test(found)
+        return _test(_compiled(targets, "target_modules", where), otherwise=True)
     whole = set(_names(targets, "target_modules", where))
     indexes = config.get("layers_to_transform")
     if indexes is None or indexes == []:
         return lambda name: _is_end(name, whole)
     indexes = indexes if isinstance(indexes, list) else [indexes]
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in indexes):
-        raise ValueError(f"{where}: layers_to_transform is {described(indexes)}, expected numbers of layers")
+    for index in indexes:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise ValueError(f"{where}: layers_to_transform has {described(index)}, expected numbers of layers")
     layer_of = _layer_of(config, where)
     return lambda name: name in whole or (_is_end(name, whole) and layer_of(name) in indexes)
 
@@ -107,8 +147,7 @@ def _layer_of(config: Mapping[str, Any], where: Path) -> Callable[[str], int | N
 def _excluded(config: Mapping[str, Any], where: Path) -> Test:
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
-        found = _compiled(excluded, "exclude_modules", where)
-        return (lambda name: False) if found is None else _test(found)
+        return _test(_compiled(excluded, "exclude_modules", where), otherwise=False)
     ends = set(_names(excluded, "exclude_modules", where))
     return lambda name: _is_end(name, ends)
 
@@ -116,9 +155,17 @@ def _excluded(config: Mapping[str, Any], where: Path) -> Test:
 def _to_save(config: Mapping[str, Any], where: Path) -> Test:
     key = "modules_to_save"
     names = _names(config.get(key) or [], key, where)
-    compiled = [_compiled(name, key, where, r"(?:^|.*\.)", r"(?:$|\..*)") for name in names]
-    tests = [_test(each) for each in compiled if each is not None]
+    _check_count(names, key, where)
+    # of an alternative PEFT takes the first part as the beginning of a name: match, as there
+    compiled = [_compiled(name, key, where, r"(^|.*\.)", r"($|\..*)") for name in names]
+    tests = [_test(each, otherwise=False, whole=False) for each in compiled]
     return lambda name: any(test(name) for test in tests)
+
+
+def _check_count(patterns: list[str], key: str, where: Path) -> None:
+    """Refuse more regular expressions than there is a use for: each takes memory."""
+    if (count := sum(_PLAIN.fullmatch(pattern) is None for pattern in patterns)) > MAX_EXPRESSIONS:
+        raise ValueError(f"{where}: {key} has {count} regular expressions, expected at most {MAX_EXPRESSIONS}")
 
 
 def _is_end(name: str, ends: set[str]) -> bool:
@@ -128,8 +175,11 @@ def _is_end(name: str, ends: set[str]) -> bool:
 
 
 def _names(value: Any, key: str, where: Path) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list):
         raise ValueError(f"{where}: {key} is {described(value)}, expected a list of names")
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: {key} has {described(name)}, expected names")
     return value
 
 
@@ -157,19 +207,24 @@ def _compiled(pattern: str, key: str, where: Path, before: str = "", after: str 
         return None
     re2, options = _re2()
     try:
-        return _ByRE2(re2.compile(before + pattern + after, options), where)
+        compiled = re2.compile(before + pattern + after, options)
+        return _OfAscii(compiled, where) if _KINDS.search(pattern) else compiled
     except re2.error:
         try:
             re.compile(before + pattern + after)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{where}: {key} has the pattern {pattern[:80]!r}, which is no regular expression: {error}"
+                f"{where}: {key} has the pattern {pattern[:80]!r}, which is no regular expression: {one_line(error)}"
             ) from None
         return None
 
 
-class _ByRE2:
-    """RE2's expression, for names in ASCII: of other letters it says otherwise than Python whether they are any."""
+class NotAsciiError(ValueError):
+    """A name that a pattern cannot be matched with."""
+
+
+class _OfAscii:
+    """RE2's expression with kinds of letters in it, to which others than ASCII's belong for Python only."""
 
     def __init__(self, compiled: Any, where: Path) -> None:
         self._compiled, self._where = compiled, where
@@ -182,7 +237,7 @@ class _ByRE2:
 
     def _checked(self, name: str) -> str:
         if not name.isascii():
-            raise ValueError(f"{self._where}: has patterns that cannot be read as PEFT does for the module {name!r}")
+            raise NotAsciiError(f"{self._where}: has patterns that cannot be read as PEFT does for the module {name!r}")
         return name
 
 
@@ -201,5 +256,16 @@ def _re2() -> tuple[Any, Any]:
     return re2, options
 
 
-def _test(compiled: Any) -> Test:
-    return lambda name: compiled.fullmatch(name) is not None
+def _test(compiled: Any, *, otherwise: bool, whole: bool = True) -> Test:
+    """Whether a name is matched, the whole of it or its beginning; ``otherwise`` where that cannot be told."""
+    if compiled is None:
+        return lambda name: otherwise
+    match = compiled.fullmatch if whole else compiled.match
+
+    def test(name: str) -> bool:
+        try:
+            return match(name) is not None
+        except NotAsciiError:
+            return otherwise
+
+    return test

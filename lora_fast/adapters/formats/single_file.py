@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from lora_fast.adapters.adapter import (
     Faults,
     Format,
     check_layer,
+    check_made,
     shortened,
 )
 from lora_fast.adapters.formats import axis, peft, peft_targets
@@ -82,7 +84,7 @@ OTHER_METHODS = {
     "XLabs' attention processors": r"processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight",
     "diffusers' attention processors of before 0.18": r"processor\.to_(q|k|v|out)_lora\.(down|up)\.weight",
     "a Control-LoRA": "lora_controlnet|up|down",
-    "embeddings of new words": r"(.*\.)?bundle_emb\..+|emb_params",
+    "embeddings of new words": r"bundle_emb\..+|emb_params",
     "a raw state dict of PEFT, which has no alpha (save it with save_pretrained)": (
         r"lora_[AB]\.[^.]+\.weight|lora_magnitude_vector\.[^.]+(\.weight)?|base_layer\.\w+|"
         r"(modules_to_save|original_module)\..+"
@@ -240,6 +242,11 @@ class _Reader:
             with self.faults.collected():
                 found[name] = self._layer(name, module)
         self._note_alphas(updates)
+        made = [
+            layer.lora_A.numel() * math.prod(layer.kernel) for layer in found.values() if layer.lora_mid is not None
+        ]
+        with self.faults.collected():
+            check_made(sum(made), f"{self.path}: its lora_A with their lora_mid")
         return found
 
     def _layer(self, name: str, module: _Module) -> AdapterLayer:
@@ -262,7 +269,7 @@ class _Reader:
             return dataclasses.replace(
                 layer,
                 magnitude=peft.flat_magnitude(called, parts["magnitude"], lora_B, where),
-                axis_reason="a magnitude by its name: one per output",
+                axis_reason=axis.BY_NAME,
                 norm_eps=self.norm_eps or 0.0,
             )
         if "dora_scale" in parts:
