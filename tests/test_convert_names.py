@@ -291,3 +291,95 @@ def test_metadata_that_would_mean_another_norm_are_left_out(magnitude: str, tmp_
 )
 def test_mlx_s_keys_are_names_in_a_layer(name: str, key: str) -> None:
     assert mlx.key_of(name) == key
+
+
+def small_llama(folder: Path, **config: Any) -> Any:
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config}))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_peft_s_own_names_stay(has_head: bool, name: str, tmp_path: Path) -> None:
+    """AutoModel makes the inner model of a checkpoint that names the outer, and adapters are trained on either."""
+    model = small_llama(tmp_path / "base")
+    if not has_head:
+        model.model.save_pretrained(tmp_path / "base")
+    source = adapter_folder(tmp_path / "a", lora(name), target_modules=["q_proj"], bias="none")
+    done = lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=tmp_path / "base")
+    assert done.notes == []
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert tensors.keys() == load_file(source / "adapter_model.safetensors").keys()
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    own = model if name.startswith("model.") else model.model
+    adapted = peft.PeftModel.from_pretrained(own, tmp_path / "out")
+    assert torch.equal(adapted.get_submodule(f"base_model.model.{name}").lora_B["default"].weight, B)
+    layers = [each for each, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 1
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "mlx"])
+def test_the_class_whose_names_are_written_is_said(prefix: str, tmp_path: Path) -> None:
+    small_llama(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj"
+    if prefix == "mlx":
+        source = tmp_path / "mlx"
+        lora_fast.convert_adapter(adapter_folder(tmp_path / "p", lora(name)), source, "mlx")
+        done = lora_fast.convert_adapter(source, tmp_path / "without", "peft")
+        assert done.notes == [
+            "the names are those of the checkpoint, which transformers' model may call otherwise: --base"
+        ]
+    else:
+        source = kohya_file(tmp_path / "a.safetensors", {name: make_update(4, 4)}, prefix=prefix)
+    done = lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=tmp_path / "base")
+    assert "the names are those of LlamaForCausalLM, the base's class" in done.notes
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "mlx"])
+def test_a_head_that_is_tied_has_no_name_in_other_files(to: str, tmp_path: Path) -> None:
+    """By the embedding's name the update would be both's."""
+    small_llama(tmp_path / "base", tie_word_embeddings=True)
+    update = {"lm_head.lora_A.weight": torch.ones(1, 4), "lm_head.lora_B.weight": torch.ones(9, 1)}
+    source = adapter_folder(tmp_path / "a", update)
+    out = tmp_path / ("out.safetensors" if to == "kohya" else "out")
+    with pytest.raises(ValueError, match=r"lm_head is tied to model\.embed_tokens in .*merge it"):
+        lora_fast.convert_adapter(source, out, to, base=tmp_path / "base", component=None if to == "mlx" else "unet")
+    if to == "kohya":
+        with pytest.raises(ValueError, match=r"lm_head is tied to model\.embed_tokens"):
+            lora_fast.convert_adapter(source, out, to, base=tmp_path / "base", component="unet", as_difference=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "mlx", "difference"])
+def test_names_of_a_release_become_those_of_the_checkpoint(to: str, tmp_path: Path) -> None:
+    """So that the file is read with the base that it was written with."""
+    model = small_llama(tmp_path / "model")
+    weights = {key.removeprefix("model."): value.clone() for key, value in model.model.state_dict().items()}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    base = base_folder(tmp_path / "base", weights, **config)
+    source = adapter_folder(tmp_path / "a", lora("model.layers.0.self_attn.q_proj"))
+    out = tmp_path / ("out" if to == "mlx" else "out.safetensors")
+    options = {} if to == "mlx" else {"component": "unet", "as_difference": to == "difference"}
+    lora_fast.convert_adapter(source, out, "kohya" if to == "difference" else to, base=base, **options)
+    merge_checkpoint(base, out, tmp_path / "merged")
+    merge_checkpoint(base, source, tmp_path / "expected")
+    merged, expected = (load_file(tmp_path / each / "model.safetensors") for each in ("merged", "expected"))
+    assert all(torch.allclose(merged[key], expected[key], atol=1e-6) for key in expected)
+    assert not torch.equal(merged["layers.0.self_attn.q_proj.weight"], weights["layers.0.self_attn.q_proj.weight"])
+
+
+def test_what_peft_s_auto_classes_read_is_kept(tmp_path: Path) -> None:
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    source = adapter_folder(tmp_path / "a", lora("q"), auto_mapping=mapping, task_type="CAUSAL_LM")
+    lora_fast.convert_adapter(source, tmp_path / "out", "peft")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["auto_mapping"], config["task_type"]) == (mapping, "CAUSAL_LM")

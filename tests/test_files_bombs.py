@@ -309,6 +309,20 @@ def test_many_tensors_that_were_trained_outside(tmp_path: Path) -> None:
     assert time.monotonic() - before < 5
 
 
+def test_expressions_that_are_too_many(tmp_path: Path) -> None:
+    """Each of these takes 90 KB to be matched."""
+    save_file(
+        {"base_model.model.q.lora_A.weight": torch.ones(1, 4), "base_model.model.q.lora_B.weight": torch.ones(4, 1)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    patterns = [f"(.{{33}}.?){{30}}{index}" for index in range(8000)]
+    for more in ({"alpha_pattern": dict.fromkeys(patterns, 1)}, {"modules_to_save": patterns}):
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **more})
+        )
+        refused("has 8000 regular expressions, expected at most 1000", tmp_path)
+
+
 def test_patterns_for_layers_that_are_too_many(tmp_path: Path) -> None:
     names = [f"a.{index}" for index in range(4000)]
     shapes = {"lora_A": (1, 4), "lora_B": (4, 1)}

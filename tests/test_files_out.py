@@ -176,3 +176,52 @@ def test_diffusers_header_says_which_layers_have_an_adapter(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="target_modules does not name a.q, for which the file has an"):
         lora_fast.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a.safetensors")
     assert "does not name a.q" in lora_fast.inspect_adapter(tmp_path / "a.safetensors")["faults"][0]
+
+
+def small_pipeline(folder: Path) -> Path:
+    (folder / "base" / "scheduler").mkdir(parents=True)
+    (folder / "base" / "model_index.json").write_text("{}")
+    base_folder(folder / "base" / "unet", {"q.weight": W.clone()})
+    return folder / "base"
+
+
+def test_nothing_is_made_on_the_way_to_another_place(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"q.weight": W.clone()})
+    merge_checkpoint(base, adapter_folder(tmp_path / "a", lora("q")), base / "new" / ".." / ".." / "out")
+    assert sorted(path.name for path in base.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_links_in_a_pipeline(tmp_path: Path) -> None:
+    base = small_pipeline(tmp_path)
+    adapter = adapter_folder(tmp_path / "a", lora("q"))
+    (base / "unet").rename(tmp_path / "elsewhere")
+    (base / "unet").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"lies in .*unet, which is copied; expected another place"):
+        merge_checkpoint(base, adapter, tmp_path / "elsewhere" / "out")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    (base / "scheduler" / "loop").symlink_to(base)
+    with pytest.raises(OSError, match=r"scheduler/loop: is a link to a folder that it lies in"):
+        merge_checkpoint(base, adapter, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "elsewhere", "out"]
+
+
+def test_a_link_that_another_run_left_is_not_deleted(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"q.weight": W.clone()})
+    left = tmp_path / f".out.{os.getpid()}.part"
+    left.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError, match="is left from another run"):
+        merge_checkpoint(base, adapter_folder(tmp_path / "a", lora("q")), tmp_path / "out")
+    assert left.is_symlink()
+
+
+def test_one_file_is_not_base_and_adapter(tmp_path: Path) -> None:
+    source = kohya_file(tmp_path / "a.safetensors", {"q": make_update(4, 4)})
+    with pytest.raises(ValueError, match=r"a\.safetensors: is given as the base and as the adapter"):
+        merge_checkpoint(source, source, tmp_path / "out.safetensors")
+
+
+def test_a_factor_that_no_layer_can_compute_with(tmp_path: Path) -> None:
+    path = adapter_folder(tmp_path / "a", lora("0"), lora_alpha=1e39)
+    with pytest.raises(ValueError, match="the alpha of 0 is 1e\\+39, expected a finite number that float32 holds"):
+        lora_fast.load_adapter(nn.Sequential(nn.Linear(4, 4)), path)
