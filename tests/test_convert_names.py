@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from toy_folders import A, B, W, adapter_folder, base_folder, embedding_lora, lora
 
 import lora_fast
-from lora_fast.adapters import component_names, files
+from lora_fast.adapters import adapter, component_names, files
 from lora_fast.adapters.formats import mlx
 from lora_fast.adapters.formats.peft_config import lora_config
 from lora_fast.merge_checkpoint import merge_checkpoint
@@ -323,8 +323,8 @@ def test_peft_s_own_names_stay(has_head: bool, name: str, tmp_path: Path) -> Non
     own = model if name.startswith("model.") else model.model
     adapted = peft.PeftModel.from_pretrained(own, tmp_path / "out")
     assert torch.equal(adapted.get_submodule(f"base_model.model.{name}").lora_B["default"].weight, B)
-    layers = [each for each, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    assert len(layers) == 1
+    before, after = (json.loads((each / "adapter_config.json").read_text()) for each in (source, tmp_path / "out"))
+    assert after["target_modules"] == before["target_modules"]
 
 
 @pytest.mark.parametrize("prefix", ["lycoris_", "mlx"])
@@ -335,9 +335,7 @@ def test_the_class_whose_names_are_written_is_said(prefix: str, tmp_path: Path) 
         source = tmp_path / "mlx"
         lora_fast.convert_adapter(adapter_folder(tmp_path / "p", lora(name)), source, "mlx")
         done = lora_fast.convert_adapter(source, tmp_path / "without", "peft")
-        assert done.notes == [
-            "the names are those of the checkpoint, which transformers' model may call otherwise: --base"
-        ]
+        assert done.notes == ["the names are the file's, which the model in PEFT may call otherwise: --base"]
     else:
         source = kohya_file(tmp_path / "a.safetensors", {name: make_update(4, 4)}, prefix=prefix)
     done = lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=tmp_path / "base")
@@ -383,3 +381,91 @@ def test_what_peft_s_auto_classes_read_is_kept(tmp_path: Path) -> None:
     lora_fast.convert_adapter(source, tmp_path / "out", "peft")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["auto_mapping"], config["task_type"]) == (mapping, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "mlx", "difference"])
+def test_two_names_of_one_weight_are_refused(to: str, tmp_path: Path) -> None:
+    small_llama(tmp_path / "base")
+    name = "layers.0.self_attn.q_proj"
+    source = adapter_folder(tmp_path / "a", lora(name) | lora(f"model.{name}"))
+    out = tmp_path / ("out.safetensors" if to in ("kohya", "difference") else "out")
+    options = {"component": "unet", "as_difference": to == "difference"} if out.suffix else {}
+    with pytest.raises(ValueError, match=rf"{name} and model.{name} are both model.{name} of"):
+        lora_fast.convert_adapter(source, out, "kohya" if to == "difference" else to, base=tmp_path / "base", **options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_names_of_an_earlier_release_are_still_found_by_peft(with_base: bool, tmp_path: Path) -> None:
+    """LLaVA as transformers 4 named it; PEFT renames what it loads."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(hidden_size=8, image_size=8, patch_size=4, projection_dim=8, **sizes)
+    text = transformers.LlamaConfig(hidden_size=8, vocab_size=11, num_key_value_heads=1, **sizes)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=10)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    update = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.arange(8.0)[:, None]}
+    other = {key.replace("layers.0", "layers.1"): value.clone() for key, value in update.items()}
+    targets = r".*language_model.*\.q_proj"
+    source = adapter_folder(
+        tmp_path / "a", update | other, target_modules=targets, alpha_pattern={"q_proj": 3}, bias="none"
+    )
+    base = tmp_path / "base" if with_base else None
+    done = lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base)
+    assert (done.notes == ["the names are those of LlavaForConditionalGeneration, the base's class"]) == with_base
+    for folder in (source, tmp_path / "out"):
+        own = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        adapted = peft.PeftModel.from_pretrained(own, folder)
+        layers = [module for _, module in adapted.named_modules() if hasattr(module, "lora_A")]
+        assert len(layers) == 2
+        for layer in layers:
+            assert torch.equal(layer.lora_B["default"].weight.flatten(), torch.arange(8.0))
+            assert layer.scaling["default"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("there", "own", "is_same"),
+    [
+        (torch.ones(3, 4), torch.ones(3, 4).to(torch.float8_e4m3fn), False),
+        (torch.full((3, 4), 16777217, dtype=torch.int64), torch.full((3, 4), 16777216.0), False),
+        (torch.ones(3, 4), torch.ones(3, 4, dtype=torch.int64), False),
+        (torch.ones(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64), True),
+        (torch.ones(3, 4).half(), torch.ones(3, 4).double(), True),
+    ],
+)
+def test_what_is_the_base_s_own(there: torch.Tensor, own: torch.Tensor, is_same: bool, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"words.weight": there, "q.weight": W.clone()}, tie_word_embeddings=False)
+    source = adapter_folder(tmp_path / "a", lora("q") | {"words.weight": own})
+    if is_same:
+        lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base)
+    else:
+        with pytest.raises(ValueError, match=r"holds whole tensors beside the updates \(words.weight"):
+            lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=base)
+
+
+@pytest.mark.parametrize("component", ["text_encoder_2", None])
+def test_t5_is_kohya_s_third_text_encoder(component: str | None, tmp_path: Path) -> None:
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    source = diffusers_file(tmp_path / "a.safetensors", name, component="text_encoder_2")
+    lora_fast.convert_adapter(source, tmp_path / "out.safetensors", "kohya", component=component)
+    assert list(files.read_file(tmp_path / "out.safetensors").components) == ["lora_te3"]
+    clip = diffusers_file(tmp_path / "b.safetensors", "text_model.encoder.layers.0.mlp.fc1", component="text_encoder_2")
+    lora_fast.convert_adapter(clip, tmp_path / "clip.safetensors", "kohya")
+    assert list(files.read_file(tmp_path / "clip.safetensors").components) == ["lora_te2"]
+
+
+def test_a_file_of_diffusers_says_whose_names_it_has(tmp_path: Path) -> None:
+    source = diffusers_file(tmp_path / "a.safetensors", "q", component="unet")
+    done = lora_fast.convert_adapter(source, tmp_path / "out", "peft")
+    assert done.notes[-1] == "the names are the file's, which the model in PEFT may call otherwise: --base"
+
+
+def test_ranks_of_an_honest_file_are_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "MAX_MADE", 16)
+    wide = {"b.q.lora_A.weight": torch.ones(2, 4), "b.q.lora_B.weight": torch.ones(4, 2)}
+    source = adapter_folder(tmp_path / "a", lora("a.q") | wide, rank_pattern={"b.q": 2})
+    lora_fast.convert_adapter(source, tmp_path / "out", "mlx")
+    assert load_file(tmp_path / "out" / "adapters.safetensors")["a.q.lora_a"].shape == (4, 2)

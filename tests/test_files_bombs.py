@@ -324,19 +324,32 @@ def test_expressions_that_are_too_many(tmp_path: Path) -> None:
 
 
 def test_patterns_for_layers_that_are_too_many(tmp_path: Path) -> None:
-    names = [f"a.{index}" for index in range(4000)]
+    names = ["a." * 480 + f"q{index}" for index in range(100)]
     shapes = {"lora_A": (1, 4), "lora_B": (4, 1)}
     tensors = {
         f"base_model.model.{name}.{part}.weight": torch.ones(shape) for name in names for part, shape in shapes.items()
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    for more in (
-        {"alpha_pattern": {f"b{i}": 1 for i in range(4000)}},
-        {"modules_to_save": [f"b{i}" for i in range(4000)]},
+    patterns = ["." * 480 + f"{index}" for index in range(2000)]
+    own = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": names}
+    indexed = {"target_modules": ["q"], "layers_to_transform": [0]}
+    for more, message in (
+        (
+            {"alpha_pattern": dict.fromkeys(patterns, 1)},
+            "alpha_pattern has 2000 patterns, too many for the number of lay",
+        ),
+        ({"modules_to_save": patterns}, "modules_to_save has 2000 names, too many for the 100 layers"),
+        ({**indexed, "layers_pattern": patterns}, "layers_pattern has 2000 names, too many for the 100 layers"),
+        ({"modules_to_save": ["a"] * 200_000}, "modules_to_save has 200000 entries, expected at most 100000"),
+        (
+            {"rank_pattern": {f"a{index}": 1 for index in range(200_000)}},
+            "rank_pattern has 200000 entries, expected at",
+        ),
+        ({**indexed, "layers_to_transform": [9] * 2_000_000}, "does not name a.a.a"),
     ):
-        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **more}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        refused("has 4000 (patterns|names), too many for the (number of layers|4000 layers)", tmp_path)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**own, **more}))
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
 
 
 def test_keys_beside_litgpt_s_model(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_loop_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder with a checkpoint"):
         merge_checkpoint(tmp_path / "loop", adapter, tmp_path / "out")
     base = base_folder(tmp_path / "base", {"q.weight": W})
-    with pytest.raises(OSError, match="Too many levels of symbolic links|File exists"):
+    with pytest.raises(OSError, match="loop: is no folder"):
         merge_checkpoint(base, adapter, tmp_path / "loop" / "out")
 
 
@@ -225,3 +225,19 @@ def test_a_factor_that_no_layer_can_compute_with(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "a", lora("0"), lora_alpha=1e39)
     with pytest.raises(ValueError, match="the alpha of 0 is 1e\\+39, expected a finite number that float32 holds"):
         lora_fast.load_adapter(nn.Sequential(nn.Linear(4, 4)), path)
+
+
+@pytest.mark.parametrize("name", ["new/..", "..", "file/out", "dangling/out"])
+def test_places_that_are_none(name: str, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", {"q.weight": W.clone()})
+    adapter = adapter_folder(tmp_path / "a", lora("q"))
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    before = sorted(tmp_path.iterdir())
+    for call in (
+        lambda: merge_checkpoint(base, adapter, f"{tmp_path}/{name}"),
+        lambda: lora_fast.convert_adapter(adapter, f"{tmp_path}/{name}", "mlx"),
+    ):
+        with pytest.raises((ValueError, OSError), match="expected a new name|(file|dangling): is no folder"):
+            call()
+    assert sorted(tmp_path.iterdir()) == before

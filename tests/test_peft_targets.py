@@ -143,6 +143,7 @@ PATTERNS = [
     {"layers)|(b": 1},
     {"proj$|model": 1, "(q_proj)": 3},
     {"größe": 1, "^größe$": 2, r"a\ b": 3},
+    {"a[0]": 1, "a+b": 2},
 ]
 
 
@@ -154,7 +155,16 @@ def test_the_first_pattern_that_peft_takes_decides(patterns: dict[str, int]) -> 
     assert peft.__version__
     own = Patterns({"alpha_pattern": patterns}, "alpha_pattern", Path("config"))
     others = [] if any("\\d" in pattern for pattern in patterns) else ["größe", "x.größe"]
-    for name in (*others, NAME, EXPERT, "q_proj", "model.layers.13.attn.q_proj", "a.model.layers.3.attn.q_proj", "a b"):
+    for name in (
+        *others,
+        NAME,
+        EXPERT,
+        "q_proj",
+        "model.layers.13.attn.q_proj",
+        "a.model.layers.3.attn.q_proj",
+        "a b",
+        "a+b",
+    ):
         assert own.of(name, 0) == patterns.get(get_pattern_key(patterns.keys(), name), 0)
 
 

@@ -255,10 +255,13 @@ def check_no_differences(adapter: Adapter, why: str) -> None:
         )
 
 
-def check_made(elements: int, what: str) -> None:
-    """Raise ValueError for more ``elements`` of factors that are larger in memory than in their file than are sane."""
-    if elements > MAX_MADE:
-        raise ValueError(f"{what} have {elements} elements, expected at most {MAX_MADE}")
+def check_made(elements: int, what: str, in_file: int) -> None:
+    """Raise ValueError for factors that are larger in memory than in their file by more than is sane.
+
+    ``in_file`` is the number of elements that the file has of them.
+    """
+    if elements > (most := max(MAX_MADE, 4 * in_file)):
+        raise ValueError(f"{what} have {elements} elements, expected at most {most}")
 
 
 def dropout_of(adapter: Adapter) -> float:

@@ -73,6 +73,14 @@ class Architecture:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         return name.startswith(prefix) and self.shape(name) is None and self.shape(self.rename(name)) is not None
 
+    def has_modules(self, names: Iterable[str]) -> bool:
+        """Whether all are modules of this model, of the one inside of it, or of one that it is inside of."""
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        return any(
+            all(rename(name) in self._modules for name in names)
+            for rename in (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
+        )
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self._shapes.get(name)
 

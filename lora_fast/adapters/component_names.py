@@ -103,6 +103,16 @@ def is_flattened_component(component: str) -> bool:
     return found is not None and found["component"] == component
 
 
+def kohya_name(component: str, modules: Iterable[str]) -> str:
+    """What kohya's files call the model with these ``modules`` that diffusers calls ``component``.
+
+    The second text encoder is CLIP in some models, and in others T5, which is lora_te3 beside one CLIP too.
+    """
+    if component == "text_encoder_2" and any(re.match(r"encoder[._]block[._]", module) for module in modules):
+        return "lora_te3"
+    return KOHYA_NAMES.get(component, component)
+
+
 def kohya_transformer(modules: Iterable[str], *, is_whole: bool) -> str:
     """What kohya's files call a transformer with these ``modules``, so that the readers of such files find them.
 

@@ -87,8 +87,8 @@ def convert_adapter(
     notes: list[str] = []
     if base is None:
         components = _without_base(file, to, renamed)
-        if to == "peft" and file.format == "mlx":
-            notes.append("the names are those of the checkpoint, which transformers' model may call otherwise: --base")
+        if to == "peft" and file.format != "peft":
+            notes.append("the names are the file's, which the model in PEFT may call otherwise: --base")
     else:
         components, names, notes = with_base(file, Path(base).absolute(), renamed, to, as_difference)
     # a file of kohya's words that stays as it is still says who wrote it, and so what is added to its norms

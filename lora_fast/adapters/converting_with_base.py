@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_fast.adapters import architecture, component_names, naming, norms, placing, rows
 from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, shortened
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
+from lora_fast.adapters.formats import peft
 from lora_fast.adapters.orientation import is_possible_conv1d
 from lora_fast.adapters.resolving import Resolver
 from lora_fast.dtypes import FLOATS, FLOATS_SAID
@@ -43,6 +44,14 @@ class Base:
         keys = self.resolver.resolve([*weights, *adapter.added, *whole], adapter.copies)
         self.whole_keys = {name: keys[name] for name in whole}
         self.weight_keys = {name: keys[key] for key, name in weights.items()}
+        self.ends = {name: self.resolver.end_of(naming.weight_key(name), key) for name, key in self.weight_keys.items()}
+        first: dict[str, str] = {}
+        for name, end in self.ends.items():
+            if (other := first.setdefault(end, name)) != name:
+                raise ValueError(
+                    f"{adapter.weights_path}: {other} and {name} are both {naming.module_of(end)} of "
+                    f"{checkpoint.folder}"
+                )
         for name, layer in adapter.layers.items():
             self.check_fits(name, layer)
         for name, difference in adapter.added.items():
@@ -67,7 +76,7 @@ class Base:
     def stored_name(self, module: str) -> str:
         """The checkpoint's own name of a module of the adapter; ValueError if it is that of another, tied to it."""
         key = self.weight_keys[module]
-        if self.resolver.end_of(naming.weight_key(module), key) != self.resolver.end_at(key):
+        if self.ends[module] != self.resolver.end_at(key):
             raise ValueError(
                 f"{self.adapter.weights_path}: {module} is tied to {naming.module_of(key)} in "
                 f"{self.checkpoint.folder}, which has no name for it alone that the file could have; merge it "
@@ -139,7 +148,8 @@ def with_base(
             notes += _folded(placed)
             placed = _one_update_each(placed, found)
         placed = _called_as_in(to, placed, found)
-        if to == "peft" and adapter.format != "peft" and found.resolver.known is not None:
+        is_own = adapter.format == "peft" and adapter.layers.keys() == placed.layers.keys()
+        if to == "peft" and not is_own and found.resolver.known is not None:
             notes.append(f"the names are those of {type(found.resolver.known.model).__name__}, the base's class")
         placed, prefix = _without_prefix(placed, base)
         called = renamed or _component(checkpoint, name, prefix)
@@ -183,6 +193,8 @@ def _is_equal(tensor: Tensor, checkpoint: Checkpoint, key: str) -> bool:
     entry = checkpoint.entries[key]
     if entry.shape != tuple(tensor.shape) or entry.dtype not in DTYPES:
         return False
+    if DTYPES[entry.dtype] != tensor.dtype and not {DTYPES[entry.dtype], tensor.dtype} <= {*FLOATS}:
+        return False
     dtype = torch.promote_types(DTYPES[entry.dtype], tensor.dtype)
     return torch.equal(checkpoint.tensor(key).to(dtype), tensor.to(dtype))
 
@@ -191,21 +203,21 @@ def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
     """The updates by the names that the target's reader looks up.
 
     PEFT's are those of transformers' model, which the checkpoint can have without what is around it, or from an earlier
-    release; the others are those of the checkpoint itself. PEFT's own stay: they are those of the model that it was.
+    release; the others are those of the checkpoint itself. PEFT's own stay where the model, what is in it or what is
+    around it has modules of these names.
     """
-    resolver = base.resolver
-    if to == "peft" and (resolver.known is None or adapter.format == "peft"):
-        return adapter
-    layers: dict[str, AdapterLayer] = {}
-    for name, layer in adapter.layers.items():
-        if to == "peft":
-            called = naming.module_of(resolver.end_of(naming.weight_key(name), base.weight_keys[name]))
-        else:
-            called = base.stored_name(name)
-        if called in layers:
-            raise ValueError(f"{adapter.weights_path}: {name} and another of its names are {called} of the base")
-        layers[called] = layer
-    return dataclasses.replace(adapter, layers=layers)
+    if to == "peft":
+        known = base.resolver.known
+        if known is None or (adapter.format == "peft" and known.has_modules(adapter.layers)):
+            return adapter
+        called = {name: naming.module_of(base.ends[name]) for name in adapter.layers}
+    else:
+        called = {name: base.stored_name(name) for name in adapter.layers}
+    layers = {called[name]: layer for name, layer in adapter.layers.items()}
+    config = adapter.config
+    if layers.keys() != adapter.layers.keys():
+        config = {key: value for key, value in config.items() if key not in peft.BY_NAMES}
+    return dataclasses.replace(adapter, layers=layers, config=config)
 
 
 def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:
@@ -315,10 +327,8 @@ def _kohya_component(name: str, source: str, adapter: Adapter, modules: list[str
             return component_names.kohya_transformer(modules, is_whole=True)
         except ValueError as error:
             raise ValueError(f"{adapter.weights_path}: {error}") from None
-    if name == "text_encoder_2" and any(module.startswith("encoder.block.") for module in adapter.layers):
-        return "lora_te3"  # T5, beside a CLIP or two
     if name != "text_encoder" or prefix.startswith("conditioner"):
-        return name
+        return component_names.kohya_name(name, modules)
     if prefix or (placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()):
         return "lora_te"
     if placing.is_pipeline(base):

@@ -16,6 +16,8 @@ from lora_fast.adapters import reading
 def new_path(out: str | os.PathLike[str]) -> Path:
     """The absolute path of what is to be made; what ``..`` means is what is there before anything is made."""
     path = Path(out).absolute()
+    if path.name in ("", ".."):
+        raise ValueError(f"{out}: expected a new name")
     return Path(os.path.realpath(path.parent)) / path.name if ".." in path.parts else path
 
 
@@ -44,7 +46,10 @@ def written_whole(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make ``folder``, and what it lies in; if the block fails, what was made and is empty goes again."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    outer = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not outer.is_dir():
+        raise NotADirectoryError(f"{outer}: is no folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -76,7 +76,7 @@ def _kohya_prefix(component: str, modules: list[str], adapter: Adapter) -> str:
     """What the file calls the model; names that are flattened already stay as they are."""
     if adapter.is_flattened and component and component == adapter.component:
         return component
-    prefix = component_names.KOHYA_NAMES.get(component, component)
+    prefix = component_names.kohya_name(component, modules)
     if component == "transformer":
         try:
             prefix = component_names.kohya_transformer(modules, is_whole=False)
@@ -166,7 +166,7 @@ def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
     written = Written(metadata={"format": "pt"})
     if adapter.only_linears:
         written.metadata[peft.ADAPTS] = "linears"
-    written.config = _peft_config(adapter, names)
+    written.config = _peft_config(adapter, names) | _own_config(adapter)
     for key, tensor in _peft_tensors(adapter).items():
         _put(written, peft.PREFIX + key, tensor)
     return written
@@ -215,6 +215,13 @@ def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any
     }
 
 
+def _own_config(adapter: Adapter) -> dict[str, Any]:
+    """What PEFT's own file says of ranks, alphas and targets, which PEFT follows through its renamings."""
+    if adapter.format != "peft" or not adapter.config.get("target_modules"):
+        return {}
+    return {key: adapter.config[key] for key in peft.BY_NAMES if key in adapter.config}
+
+
 def _orientation(adapter: Adapter) -> dict[str, Any]:
     """PEFT's fan_in_fan_out, where anything tells it: MLX-LM's files do not, whose models have no Conv1D."""
     if adapter.only_linears or "fan_in_fan_out" in adapter.config:
@@ -244,7 +251,8 @@ def mlx_folder(components: Components) -> Written:
     made = sum(
         rank * (layer.in_features + layer.out_features) for layer in adapter.layers.values() if layer.rank < rank
     )
-    check_made(made, f"{where}: its factors, filled with zeros up to the rank {rank} of the largest,")
+    in_file = sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapter.layers.values())
+    check_made(made, f"{where}: its factors, filled with zeros up to the rank {rank} of the largest,", in_file)
     kinds = {layer.magnitude is not None for layer in adapter.layers.values()}
     if len(kinds) > 1:
         raise ValueError(f"{where}: has LoRA and DoRA, of which MLX-LM's file has one for all layers")

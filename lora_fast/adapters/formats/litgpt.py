@@ -55,12 +55,13 @@ def read(folder: Path) -> AdapterFile:
     scaling = reading.finite(settings.get("lora_alpha"), "lora_alpha", where) / rank
     dropout = reading.finite(settings.get("lora_dropout", 0.0), "lora_dropout", where)
     layers: dict[str, AdapterLayer] = {}
-    made = 0
+    made = in_file = 0
     for name, own in parts.items():
         if name.endswith(".qkv"):
             layers[name] = _qkv(name, own, scaling, rank, settings, model, folder)
             made += layers[name].lora_B.numel()
-            check_made(made, f"{path}: its lora_B of qkv, each as one,")
+            in_file += own["lora_B"].numel()
+            check_made(made, f"{path}: its lora_B of qkv, each as one,", in_file)
         else:
             layers[name] = AdapterLayer(own["lora_A"], own["lora_B"], None, scaling)
             check_layer(name, layers[name], path)

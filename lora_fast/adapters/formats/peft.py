@@ -48,6 +48,11 @@ OTHER_METHODS = (
 # The other initialisations change the base weight, which then is not the one that the user has.
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
+# What the configuration says by the names of modules, and what it says where no name does.
+BY_NAMES = (
+    "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+)  # fmt: skip
 BIASES = (None, "none", "all", "lora_only")
 
 _PARTS = {

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from lora_fast.adapters.reading import described, one_line
 
 MAX_PATTERN = 2**13  # characters
-MAX_TRIED = 10**7  # patterns, one after another
-MAX_EXPRESSIONS = 1000  # that are compiled, of one entry of the configuration
+MAX_PATTERNS = 10**5  # of one entry of the configuration
+MAX_EXPRESSIONS = 1000  # of them
+MAX_TRIED = 10**10  # places in names, times letters of patterns that are tried there
 _PLAIN = re.compile(r"\^?(?:[^\\^$*+?{}\[\]|()]|\\\W)+\$?")
 _WHOLE_NAME = re.compile(r"\^((?:[^\\^$*+?{}\[\]|().]|\\\W)+)\$?")
 _REPEATED = r"(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??"
@@ -60,18 +61,21 @@ class Patterns:
         _check_count(list(patterns), key, where)
         self._whole: dict[str, tuple[float, Any]] = {}
         self._others: list[tuple[int, Any, Any]] = []
-        self._what, self._tried = f"{where}: {key}", 0
+        self._values, self._what, self._tried = patterns, f"{where}: {key}", 0
         for order, (pattern, value) in enumerate(patterns.items()):
             if found := _WHOLE_NAME.fullmatch(pattern):
                 self._whole.setdefault(re.sub(r"\\(.)", r"\1", found[1]), (order, value))
             else:
                 self._others.append((order, _required(pattern, key, where, r"(.*\.)?(", ")$"), value))
 
+        self._size = sum(len(pattern) for pattern in patterns if not _WHOLE_NAME.fullmatch(pattern))
+
     def of(self, name: str, default: Any) -> Any:
-        self._tried += len(self._others)
+        self._tried += self._size * len(name.split("."))
         if self._tried > MAX_TRIED:
             raise ValueError(f"{self._what} has {len(self._others)} patterns, too many for the number of layers")
-        order, value = self._whole.get(name, (math.inf, default))
+        # without any that matches, PEFT takes the name itself for one
+        order, value = self._whole.get(name, (math.inf, self._values.get(name, default)))
         return next((other for own, pattern, other in self._others if own < order and pattern.match(name)), value)
 
 
@@ -82,8 +86,11 @@ def check_targets(layers: Mapping[str, Layer], config: Mapping[str, Any], where:
     and to exclude none.
     """
     is_target, is_excluded, is_saved = _target(config, where), _excluded(config, where), _to_save(config, where)
-    if (count := len(config.get("modules_to_save") or [])) * len(layers) > MAX_TRIED:
-        raise ValueError(f"{where}: modules_to_save has {count} names, too many for the {len(layers)} layers")
+    for key in ("modules_to_save", "layers_pattern"):
+        names = config.get(key) or []
+        size = sum(map(len, [names] if isinstance(names, str) else names))
+        if size * sum(len(name.split(".")) for name in layers) > MAX_TRIED:
+            raise ValueError(f"{where}: {key} has {len(names)} names, too many for the {len(layers)} layers")
     indexed = config.get("layers_to_transform") not in (None, [])
     chosen = "target_modules with layers_to_transform" if indexed else "target_modules"
     way_out = "which PEFT would leave out: correct the configuration, or take the layer out of the file"
@@ -125,6 +132,7 @@ def _target(config: Mapping[str, Any], where: Path) -> Test:
     for index in indexes:
         if not isinstance(index, int) or isinstance(index, bool):
             raise ValueError(f"{where}: layers_to_transform has {described(index)}, expected numbers of layers")
+    indexes = set(indexes)
     layer_of = _layer_of(config, where)
     return lambda name: name in whole or (_is_end(name, whole) and layer_of(name) in indexes)
 
@@ -135,6 +143,7 @@ def _layer_of(config: Mapping[str, Any], where: Path) -> Callable[[str], int | N
     patterns = config.get(key) or []
     patterns = _names([patterns] if isinstance(patterns, str) else patterns, key, where)
     before, after = r"(?:^|.*?\.)", r"\.(?P<index>\d+)\."
+    _check_count(patterns, key, where)
     compiled = [_required(pattern, key, where, before, after) for pattern in patterns] or [_ANY_LAYER]
 
     def layer_of(name: str) -> int | None:
@@ -163,7 +172,9 @@ def _to_save(config: Mapping[str, Any], where: Path) -> Test:
 
 
 def _check_count(patterns: list[str], key: str, where: Path) -> None:
-    """Refuse more regular expressions than there is a use for: each takes memory."""
+    """Refuse more than there is a use for: each takes time and memory."""
+    if len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"{where}: {key} has {len(patterns)} entries, expected at most {MAX_PATTERNS}")
     if (count := sum(_PLAIN.fullmatch(pattern) is None for pattern in patterns)) > MAX_EXPRESSIONS:
         raise ValueError(f"{where}: {key} has {count} regular expressions, expected at most {MAX_EXPRESSIONS}")
 

@@ -242,11 +242,12 @@ class _Reader:
             with self.faults.collected():
                 found[name] = self._layer(name, module)
         self._note_alphas(updates)
-        made = [
-            layer.lora_A.numel() * math.prod(layer.kernel) for layer in found.values() if layer.lora_mid is not None
-        ]
+        cores = [layer for layer in found.values() if layer.lora_mid is not None]
+        made = sum(layer.lora_A.numel() * math.prod(layer.kernel) for layer in cores)
         with self.faults.collected():
-            check_made(sum(made), f"{self.path}: its lora_A with their lora_mid")
+            check_made(
+                made, f"{self.path}: its lora_A with their lora_mid", sum(layer.lora_A.numel() for layer in cores)
+            )
         return found
 
     def _layer(self, name: str, module: _Module) -> AdapterLayer:
