@@ -469,3 +469,30 @@ def test_ranks_of_an_honest_file_are_filled_up(tmp_path: Path, monkeypatch: pyte
     source = adapter_folder(tmp_path / "a", lora("a.q") | wide, rank_pattern={"b.q": 2})
     lora_fast.convert_adapter(source, tmp_path / "out", "mlx")
     assert load_file(tmp_path / "out" / "adapters.safetensors")["a.q.lora_a"].shape == (4, 2)
+
+
+def test_peft_s_own_numbers_stay_together(tmp_path: Path) -> None:
+    """An alpha that would be a round number of rsLoRA's, in a file that does not speak of that."""
+    update = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(4, 2)}
+    source = adapter_folder(tmp_path / "a", update, r=2, lora_alpha=3 * 2**0.5, target_modules=["q"])
+    lora_fast.convert_adapter(source, tmp_path / "out", "peft")
+    one, other = (files.read_file(folder).component(None).layers["q"].scaling for folder in (source, tmp_path / "out"))
+    assert one == other == 3 * 2**0.5 / 2
+
+
+@pytest.mark.parametrize("as_difference", [True, False])
+def test_q_k_and_v_of_a_multihead_attention_have_no_name(as_difference: bool, tmp_path: Path) -> None:
+    names = [f"text_model.encoder.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    updates = {name: make_update(8, 8, seed=index) for index, name in enumerate(names)}
+    weight = torch.cat([update.weight for update in updates.values()])
+    save_file({"transformer.resblocks.0.attn.in_proj_weight": weight}, tmp_path / "base.safetensors")
+    source = kohya_file(tmp_path / "a.safetensors", updates, prefix="lora_te_")
+    with pytest.raises(ValueError, match="has q, k and v in the in_proj_weight of a torch.nn.MultiheadAttention"):
+        lora_fast.convert_adapter(
+            source,
+            tmp_path / "out.safetensors",
+            "kohya",
+            base=tmp_path / "base.safetensors",
+            component="lora_te2",
+            as_difference=as_difference,
+        )

@@ -287,7 +287,7 @@ def _difference_of(adapter: Adapter, base: Base) -> Adapter:
 def _without_prefix(adapter: Adapter, base: Path) -> tuple[Adapter, str]:
     """The names in one model of a single-file checkpoint, and what stood before them."""
     names = [*adapter.layers, *adapter.added]
-    if any(name.endswith((".in_proj", ".in_proj.weight")) for name in names):
+    if any(name.endswith((".in_proj", ".in_proj.weight", ".in_proj_weight")) for name in names):
         raise ValueError(
             f"{base}: has q, k and v in the in_proj_weight of a torch.nn.MultiheadAttention, which is no module that a "
             "file could name; give diffusers' folder of the model"

@@ -166,7 +166,11 @@ def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
     written = Written(metadata={"format": "pt"})
     if adapter.only_linears:
         written.metadata[peft.ADAPTS] = "linears"
-    written.config = _peft_config(adapter, names) | _own_config(adapter)
+    written.config = _peft_config(adapter, names)
+    if adapter.format == "peft" and adapter.config.get("target_modules"):
+        # what PEFT's own file says of ranks, alphas and targets, which PEFT follows through its renamings
+        others = {key: value for key, value in written.config.items() if key not in peft.BY_NAMES}
+        written.config = others | {key: adapter.config[key] for key in peft.BY_NAMES if key in adapter.config}
     for key, tensor in _peft_tensors(adapter).items():
         _put(written, peft.PREFIX + key, tensor)
     return written
@@ -213,13 +217,6 @@ def _peft_config(adapter: Adapter, names: Iterable[str] | None) -> dict[str, Any
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
     }
-
-
-def _own_config(adapter: Adapter) -> dict[str, Any]:
-    """What PEFT's own file says of ranks, alphas and targets, which PEFT follows through its renamings."""
-    if adapter.format != "peft" or not adapter.config.get("target_modules"):
-        return {}
-    return {key: adapter.config[key] for key in peft.BY_NAMES if key in adapter.config}
 
 
 def _orientation(adapter: Adapter) -> dict[str, Any]:
