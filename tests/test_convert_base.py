@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,60 @@ def test_peft_s_update_of_a_convolution_is_none_of_a_linear(tmp_path: Path) -> N
     base = base_folder(tmp_path / "base", {"0.weight": torch.ones(4, 4)})
     with pytest.raises(ValueError, match=r"has lora_A \[1, 4, 1, 1\]"):
         merge_checkpoint(base, path, tmp_path / "out")
+
+
+CLASSIFIER: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 40, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+@pytest.mark.parametrize("targets", [["query", "dense"], ["query", "classifier"], "all-linear"])
+def test_a_head_that_is_the_base_s_is_not_asked_for_nor_adapted(targets: Any, task: str | None, tmp_path: Path) -> None:
+    """PEFT leaves modules to save out of its targets, and has some by the task."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    torch.manual_seed(0)
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**CLASSIFIER)).eval()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, modules_to_save=["classifier"], target_modules=targets, task_type=task, use_dora=True
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "source")
+    done = lora_fast.convert_adapter(tmp_path / "source", tmp_path / "out", "peft", base=tmp_path / "base")
+    assert done.notes[0].startswith("left out, the same in")
+    assert (
+        done.notes[1:] == ["task_type is left out with them, as PEFT would ask for the head that belongs to it"]
+    ) == (task is not None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out")
+
+    def layers(of: Any) -> set[str]:
+        found = {name for name, module in of.named_modules() if hasattr(module, "lora_A")}
+        return {name.partition("base_model.model.")[2] for name in found if "original_module" not in name}
+
+    assert layers(again) == {name for name in layers(adapted) if "modules_to_save" not in name}
+    x = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(again.eval()(input_ids=x).logits, adapted.eval()(input_ids=x).logits)
+
+
+def test_names_of_a_model_around_the_base_s_stay(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    source = adapter_folder(tmp_path / "a", lora("net.model.layers.0.self_attn.q_proj"))
+    lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=tmp_path / "base")
+    name = "base_model.model.net.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert name in load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -101,6 +101,7 @@ def test_the_cases_are_peft_s(name: str, config: dict[str, Any], is_adapted: boo
         ({"target_modules": {"q_proj": 1}}, "target_modules is a dict, expected a list of names"),
         ({"target_modules": [1]}, "target_modules has 1, expected names"),
         ({"exclude_modules": 3}, "exclude_modules is 3, expected a list of names"),
+        ({"layers_pattern": [3]}, "layers_pattern has 3, expected names"),
         ({"target_modules": ["q_proj"], "layers_to_transform": ["3"]}, "layers_to_transform has '3', expected num"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [3], "layers_pattern": 3}, "layers_pattern is 3, expec"),
         ({"target_parameters": ["experts.up"]}, "target_parameters is set: LoRA of parameters .* is not supported"),
@@ -153,7 +154,7 @@ def test_the_first_pattern_that_peft_takes_decides(patterns: dict[str, int]) -> 
     from peft.utils.other import get_pattern_key
 
     assert peft.__version__
-    own = Patterns({"alpha_pattern": patterns}, "alpha_pattern", Path("config"))
+    own = Patterns({"alpha_pattern": patterns}, "alpha_pattern", [], Path("config"))
     others = [] if any("\\d" in pattern for pattern in patterns) else ["größe", "x.größe"]
     for name in (
         *others,
@@ -171,7 +172,7 @@ def test_the_first_pattern_that_peft_takes_decides(patterns: dict[str, int]) -> 
 def test_many_modules_with_a_pattern_each_are_looked_up() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(100) for expert in range(100)]
     patterns = {f"^{re.escape(name)}": number for number, name in enumerate(names)}
-    own = Patterns({"rank_pattern": {**patterns, "up_proj": -1}}, "rank_pattern", Path("config"))
+    own = Patterns({"rank_pattern": {**patterns, "up_proj": -1}}, "rank_pattern", names, Path("config"))
     before = time.monotonic()
     assert [own.of(name, None) for name in names] == list(range(len(names)))
     assert own.of("up_proj", None) == -1

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lora_fast.adapters import architecture, component_names, naming, norms, placing, rows
 from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, shortened
+from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
 from lora_fast.adapters.formats import peft
 from lora_fast.adapters.orientation import is_possible_conv1d
-from lora_fast.adapters.resolving import Resolver
+from lora_fast.adapters.resolving import Resolver, common_prefixes
 from lora_fast.dtypes import FLOATS, FLOATS_SAID
 
 
@@ -129,6 +130,8 @@ def with_base(
         placed, unchanged = _without_unchanged(placed, found)
         if unchanged:
             notes.append(f"left out, the same in {checkpoint.folder}: {shortened(unchanged)}")
+        if placed.config.get("task_type") != adapter.config.get("task_type"):
+            notes.append("task_type is left out with them, as PEFT would ask for the head that belongs to it")
         check_only_updates(placed)
         check_embeddings(placed, to, checkpoint.config)
         if to in ("kohya", "diffusers"):
@@ -186,7 +189,10 @@ def _without_unchanged(adapter: Adapter, base: Base) -> tuple[Adapter, list[str]
         kind: {name: tensor for name, tensor in tensors.items() if name not in same}
         for kind, tensors in (("base", adapter.base), ("copies", adapter.copies))
     }
-    return dataclasses.replace(adapter, base=left["base"], copies=left["copies"]), same
+    config = adapter.config
+    if not adapter.copies.keys().isdisjoint(same):  # for some tasks PEFT expects a head in the file
+        config = {key: value for key, value in config.items() if key != "task_type"}
+    return dataclasses.replace(adapter, base=left["base"], copies=left["copies"], config=config), same
 
 
 def _is_equal(tensor: Tensor, checkpoint: Checkpoint, key: str) -> bool:
@@ -207,8 +213,7 @@ def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
     around it has modules of these names.
     """
     if to == "peft":
-        known = base.resolver.known
-        if known is None or (adapter.format == "peft" and known.has_modules(adapter.layers)):
+        if base.resolver.known is None or (adapter.format == "peft" and _has_modules(base.resolver.known, adapter)):
             return adapter
         called = {name: naming.module_of(base.ends[name]) for name in adapter.layers}
     else:
@@ -218,6 +223,15 @@ def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
     if layers.keys() != adapter.layers.keys():
         config = {key: value for key, value in config.items() if key not in peft.BY_NAMES}
     return dataclasses.replace(adapter, layers=layers, config=config)
+
+
+def _has_modules(known: Architecture, adapter: Adapter) -> bool:
+    """Whether the names are those of modules of the model, of what is in it, or of it inside of another."""
+    weights = [f"{name}.weight" for name in adapter.layers]
+    return any(
+        known.has_modules([name.removeprefix(outer) for name in adapter.layers])
+        for outer in ("", *common_prefixes(weights))
+    )
 
 
 def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:

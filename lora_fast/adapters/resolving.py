@@ -116,7 +116,7 @@ class Resolver:
         added = [prefix for prefix in added if not has_number(prefix)]
         candidates = itertools.chain(  # one in memory at a time
             ({name: prefix + name for name in wanted} for prefix in added),
-            ({name: name.removeprefix(first) for name in wanted} for first in _common_prefixes(wanted)),
+            ({name: name.removeprefix(first) for name in wanted} for first in common_prefixes(wanted)),
         )
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
         folder = self.checkpoint.folder
@@ -140,7 +140,7 @@ class Resolver:
         return fitting[0]
 
 
-def _common_prefixes(names: list[str]) -> list[str]:
+def common_prefixes(names: list[str]) -> list[str]:
     """The leading parts that all of ``names`` share, each with its last dot, shortest first."""
     parts = min((name.split(".")[:-2] for name in names), key=len)  # of a module, at least, its own name stays
     prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]

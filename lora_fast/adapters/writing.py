@@ -167,10 +167,12 @@ def peft_folder(components: Components, names: Iterable[str] | None) -> Written:
     if adapter.only_linears:
         written.metadata[peft.ADAPTS] = "linears"
     written.config = _peft_config(adapter, names)
-    if adapter.format == "peft" and adapter.config.get("target_modules"):
-        # what PEFT's own file says of ranks, alphas and targets, which PEFT follows through its renamings
+    config = adapter.config
+    if adapter.format == "peft" and config.get("target_modules") and not config.get("modules_to_save"):
+        # what PEFT's own file says of ranks, alphas and targets, which PEFT follows through its renamings; its targets
+        # may mean more where modules to save, which PEFT leaves out of them, are not written
         others = {key: value for key, value in written.config.items() if key not in peft.BY_NAMES}
-        written.config = others | {key: adapter.config[key] for key in peft.BY_NAMES if key in adapter.config}
+        written.config = others | {key: config[key] for key in peft.BY_NAMES if key in config}
     for key, tensor in _peft_tensors(adapter).items():
         _put(written, peft.PREFIX + key, tensor)
     return written

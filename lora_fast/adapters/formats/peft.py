@@ -99,7 +99,7 @@ def read(folder: Path) -> AdapterFile:
             embeddings.add(found["module"])
     if not parts:
         raise ValueError(f"{where}: holds no lora_A and lora_B")
-    scalings = Scalings(config, folder / CONFIG_NAME)
+    scalings = Scalings(config, parts, folder / CONFIG_NAME)
     layers = {name: _layer(name, part, name in embeddings, config, scalings, where) for name, part in parts.items()}
     peft_targets.check_targets(layers, config, folder / CONFIG_NAME, WEIGHTS_NAME)
     base, copies, second = _whole_tensors(whole, layers, config, noted, where)
@@ -201,12 +201,12 @@ def _noted(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Pa
 
 
 class Scalings:
-    """What PEFT multiplies the updates with, from r, lora_alpha and their patterns in the configuration ``where``."""
+    """What PEFT multiplies the updates of ``layers`` with, by the numbers in the configuration ``where``."""
 
-    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], layers: Collection[str], where: Path) -> None:
         self._config, self._where = config, where
-        self._ranks = peft_targets.Patterns(config, "rank_pattern", where)
-        self._alphas = peft_targets.Patterns(config, "alpha_pattern", where)
+        self._ranks = peft_targets.Patterns(config, "rank_pattern", layers, where)
+        self._alphas = peft_targets.Patterns(config, "alpha_pattern", layers, where)
 
     def of(self, name: str, rank: int) -> float:
         """alpha / R, for rsLoRA alpha / √R, of module ``name``, whose lora_A has ``rank``."""

@@ -19,7 +19,8 @@ from lora_fast.adapters.reading import described, one_line
 MAX_PATTERN = 2**13  # characters
 MAX_PATTERNS = 10**5  # of one entry of the configuration
 MAX_EXPRESSIONS = 1000  # of them
-MAX_TRIED = 10**10  # places in names, times letters of patterns that are tried there
+MAX_COST = 10**10  # of all that is tried: places in a name times letters of a pattern, and COST_OF_ONE for each
+COST_OF_ONE = 200
 _PLAIN = re.compile(r"\^?(?:[^\\^$*+?{}\[\]|()]|\\\W)+\$?")
 _WHOLE_NAME = re.compile(r"\^((?:[^\\^$*+?{}\[\]|().]|\\\W)+)\$?")
 _REPEATED = r"(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})\??"
@@ -54,26 +55,22 @@ class Patterns:
     Where many modules have a pattern each, their names are looked up.
     """
 
-    def __init__(self, config: Mapping[str, Any], key: str, where: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], key: str, layers: Collection[str], where: Path) -> None:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
         _check_count(list(patterns), key, where)
         self._whole: dict[str, tuple[float, Any]] = {}
         self._others: list[tuple[int, Any, Any]] = []
-        self._values, self._what, self._tried = patterns, f"{where}: {key}", 0
+        self._values = patterns
+        _check_cost([pattern for pattern in patterns if not _WHOLE_NAME.fullmatch(pattern)], layers, key, where)
         for order, (pattern, value) in enumerate(patterns.items()):
             if found := _WHOLE_NAME.fullmatch(pattern):
                 self._whole.setdefault(re.sub(r"\\(.)", r"\1", found[1]), (order, value))
             else:
                 self._others.append((order, _required(pattern, key, where, r"(.*\.)?(", ")$"), value))
 
-        self._size = sum(len(pattern) for pattern in patterns if not _WHOLE_NAME.fullmatch(pattern))
-
     def of(self, name: str, default: Any) -> Any:
-        self._tried += self._size * len(name.split("."))
-        if self._tried > MAX_TRIED:
-            raise ValueError(f"{self._what} has {len(self._others)} patterns, too many for the number of layers")
         # without any that matches, PEFT takes the name itself for one
         order, value = self._whole.get(name, (math.inf, self._values.get(name, default)))
         return next((other for own, pattern, other in self._others if own < order and pattern.match(name)), value)
@@ -85,12 +82,9 @@ def check_targets(layers: Mapping[str, Layer], config: Mapping[str, Any], where:
     A regular expression that cannot be matched safely is not evaluated: it is taken to name every layer as a target,
     and to exclude none.
     """
-    is_target, is_excluded, is_saved = _target(config, where), _excluded(config, where), _to_save(config, where)
     for key in ("modules_to_save", "layers_pattern"):
-        names = config.get(key) or []
-        size = sum(map(len, [names] if isinstance(names, str) else names))
-        if size * sum(len(name.split(".")) for name in layers) > MAX_TRIED:
-            raise ValueError(f"{where}: {key} has {len(names)} names, too many for the {len(layers)} layers")
+        _check_cost(_patterns(config, key, where), layers, key, where)
+    is_target, is_excluded, is_saved = _target(config, where), _excluded(config, where), _to_save(config, where)
     indexed = config.get("layers_to_transform") not in (None, [])
     chosen = "target_modules with layers_to_transform" if indexed else "target_modules"
     way_out = "which PEFT would leave out: correct the configuration, or take the layer out of the file"
@@ -140,8 +134,7 @@ def _target(config: Mapping[str, Any], where: Path) -> Test:
 def _layer_of(config: Mapping[str, Any], where: Path) -> Callable[[str], int | None]:
     """The number of the layer that a module is in: after a name like one of layers_pattern, or the first of all."""
     key = "layers_pattern"
-    patterns = config.get(key) or []
-    patterns = _names([patterns] if isinstance(patterns, str) else patterns, key, where)
+    patterns = _patterns(config, key, where)
     before, after = r"(?:^|.*?\.)", r"\.(?P<index>\d+)\."
     _check_count(patterns, key, where)
     compiled = [_required(pattern, key, where, before, after) for pattern in patterns] or [_ANY_LAYER]
@@ -163,12 +156,19 @@ def _excluded(config: Mapping[str, Any], where: Path) -> Test:
 
 def _to_save(config: Mapping[str, Any], where: Path) -> Test:
     key = "modules_to_save"
-    names = _names(config.get(key) or [], key, where)
+    names = _patterns(config, key, where)
     _check_count(names, key, where)
     # of an alternative PEFT takes the first part as the beginning of a name: match, as there
     compiled = [_compiled(name, key, where, r"(^|.*\.)", r"($|\..*)") for name in names]
     tests = [_test(each, otherwise=False, whole=False) for each in compiled]
     return lambda name: any(test(name) for test in tests)
+
+
+def _check_cost(patterns: list[str], layers: Collection[str], key: str, where: Path) -> None:
+    """Refuse more patterns than can be tried on all ``layers`` in a sane time."""
+    places = sum(len(name.split(".")) for name in layers)
+    if sum(map(len, patterns)) * places + COST_OF_ONE * len(patterns) * len(layers) > MAX_COST:
+        raise ValueError(f"{where}: {key} has {len(patterns)} patterns, too many for {len(layers)} layers")
 
 
 def _check_count(patterns: list[str], key: str, where: Path) -> None:
@@ -183,6 +183,11 @@ def _is_end(name: str, ends: set[str]) -> bool:
     """Whether one of ``ends`` is the whole name, or what stands after a dot of it."""
     starts = [0, *(found.end() for found in re.finditer(r"\.", name))]
     return any(name[start:] in ends for start in starts)
+
+
+def _patterns(config: Mapping[str, Any], key: str, where: Path) -> list[str]:
+    value = config.get(key) or []
+    return _names([value] if isinstance(value, str) else value, key, where)
 
 
 def _names(value: Any, key: str, where: Path) -> list[str]:

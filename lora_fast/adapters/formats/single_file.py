@@ -129,7 +129,7 @@ def read(path: Path, user_axis: Axis | None, norm_eps: float | None, faults: Fau
             origin=origin,
             norm_eps=norm_eps,
             config=config,
-            scalings=None if config is None else peft.Scalings(config, path),
+            scalings=None if config is None else peft.Scalings(config, named, path),
             faults=faults,
             notes=notes,
         )
