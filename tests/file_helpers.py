@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -120,6 +121,18 @@ def read(path: Path, component: str | None = None, **options: Any) -> Any:
     from lora_fast.adapters import files
 
     return files.read_file(path, **options).component(component)
+
+
+def refused(message: str, path: Path) -> None:
+    """Assert that reading ``path`` is a ValueError that a terminal can show, and that ``inspect`` fails too."""
+    from lora_fast import cli
+
+    with pytest.raises(ValueError, match=message) as caught:
+        read(path)
+    text = str(caught.value)
+    assert len(text) < 1000
+    assert text.isprintable()
+    assert cli.main(["inspect", str(path)]) in (1, 2)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:

@@ -15,7 +15,7 @@ import torch
 from file_helpers import LYCORIS, assert_close, base_file, kohya_file, make_update, merged_file
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_folders import adapter_folder, base_folder, embedding_lora, lora
+from toy_folders import adapter_folder, base_folder, embedding_lora, lora, small_llama
 
 import lora_fast
 from lora_fast.merge_checkpoint import merge_checkpoint
@@ -264,15 +264,7 @@ def test_a_head_that_is_the_base_s_is_not_asked_for_nor_adapted(targets: Any, ta
 
 
 def test_names_of_a_model_around_the_base_s_stay(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
-    sizes = {
-        "hidden_size": 4,
-        "intermediate_size": 6,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 9,
-    }
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    small_llama(tmp_path / "base")
     source = adapter_folder(tmp_path / "a", lora("net.model.layers.0.self_attn.q_proj"))
     lora_fast.convert_adapter(source, tmp_path / "out", "peft", base=tmp_path / "base")
     name = "base_model.model.net.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -12,7 +12,7 @@ pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 import torch
 from file_helpers import kohya_file, make_update
 from safetensors.torch import load_file, save_file
-from toy_folders import A, B, W, adapter_folder, base_folder, embedding_lora, lora
+from toy_folders import A, B, W, adapter_folder, base_folder, embedding_lora, lora, small_llama
 
 import lora_fast
 from lora_fast.adapters import adapter, component_names, files
@@ -291,20 +291,6 @@ def test_metadata_that_would_mean_another_norm_are_left_out(magnitude: str, tmp_
 )
 def test_mlx_s_keys_are_names_in_a_layer(name: str, key: str) -> None:
     assert mlx.key_of(name) == key
-
-
-def small_llama(folder: Path, **config: Any) -> Any:
-    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
-    sizes = {
-        "hidden_size": 4,
-        "intermediate_size": 6,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 9,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config}))
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"])

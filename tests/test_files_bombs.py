@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 pytest.importorskip("yaml", reason="the adapters extra is not installed")
 import torch
-from file_helpers import SAMPLES, kohya_file, make_update, read
+from file_helpers import SAMPLES, kohya_file, make_update, read, refused
 from safetensors.torch import load_file, save_file
 
 import lora_fast
@@ -35,15 +35,6 @@ def quickly() -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 30
-
-
-def refused(message: str, path: Path) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        read(path)
-    text = str(caught.value)
-    assert len(text) < 1000
-    assert text.isprintable()
-    assert cli.main(["inspect", str(path)]) in (1, 2)
 
 
 def torchtune(folder: Path, content: Any = None) -> Path:

@@ -12,20 +12,8 @@ import pytest
 pytest.importorskip("safetensors", reason="the adapters extra is not installed")
 pytest.importorskip("re2", reason="the adapters extra is not installed")
 import torch
-from file_helpers import read
+from file_helpers import read, refused
 from safetensors.torch import save_file
-
-from lora_fast import cli
-
-
-def refused(message: str, path: Path) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        read(path)
-    text = str(caught.value)
-    assert len(text) < 1000
-    assert text.isprintable()
-    assert cli.main(["inspect", str(path)]) in (1, 2)
-
 
 # Patterns that Python's engine takes for ever over, or much memory, and whether they are taken here; none matches.
 ENDLESS = {

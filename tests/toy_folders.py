@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -63,3 +64,18 @@ def merge(
     tensors = load_file(out / "model.safetensors")
     assert done.merged + done.replaced + done.kept == len(tensors)
     return tensors, json.loads((out / "config.json").read_text())
+
+
+def small_llama(folder: Path, **config: Any) -> Any:
+    """A model of transformers, saved in ``folder``."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config}))
+    model.save_pretrained(folder)
+    return model

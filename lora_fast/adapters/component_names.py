@@ -7,7 +7,8 @@ A key of a file is ``<component>.<name>`` or ``<component>_<name>``, in the seco
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 # What kohya's scripts and LyCORIS call the models of diffusers; "" is a model that is none of them.
@@ -103,35 +104,36 @@ def is_flattened_component(component: str) -> bool:
     return found is not None and found["component"] == component
 
 
-def kohya_name(component: str, modules: Iterable[str]) -> str:
+def kohya_name(component: str, modules: Collection[str], where: Path, *, is_whole: bool) -> str:
     """What kohya's files call the model with these ``modules`` that diffusers calls ``component``.
 
-    The second text encoder is CLIP in some models, and in others T5, which is lora_te3 beside one CLIP too.
+    The second text encoder is CLIP in some models, and in others T5, which is lora_te3 beside one CLIP too. A
+    transformer is called as readers of such files find its modules: by diffusers' names of Flux, Stable Diffusion 3 and
+    their like below lora_transformer; by the names of the original code base, which are Qwen-Image's in diffusers too,
+    below lora_unet. ``is_whole``: they are all modules of the model. Raises ValueError, which begins with ``where``,
+    for modules that kohya's files have under other names, or that leave it open.
     """
     if component == "text_encoder_2" and any(re.match(r"encoder[._]block[._]", module) for module in modules):
         return "lora_te3"
+    if component == "transformer":
+        return _kohya_transformer(modules, where, is_whole=is_whole)
     return KOHYA_NAMES.get(component, component)
 
 
-def kohya_transformer(modules: Iterable[str], *, is_whole: bool) -> str:
-    """What kohya's files call a transformer with these ``modules``, so that the readers of such files find them.
-
-    By diffusers' names of Flux, Stable Diffusion 3 and their like they are those of lora_transformer; by the names of
-    the original code base, which are Qwen-Image's in diffusers too, of lora_unet. ``is_whole``: they are all modules of
-    the model. Raises ValueError for modules that kohya's files have under other names, or that leave it open.
-    """
-    modules = list(modules)
+def _kohya_transformer(modules: Collection[str], where: Path, *, is_whole: bool) -> str:
     way_out = "write it by the original's names (--base BASE, a checkpoint of them), or say --component"
     if name := next(filter(_OTHER_IN_KOHYA.match, modules), None):
-        raise ValueError(f"{name} is diffusers' name of a module that kohya's files have another name for: {way_out}")
+        raise ValueError(
+            f"{where}: {name} is diffusers' name of a module that kohya's files have another name for: {way_out}"
+        )
     if any(map(_SAME_IN_DIFFUSERS.match, modules)):
         return "lora_unet"
     if is_whole or any(map(_ONLY_IN_DIFFUSERS.match, modules)):
         return "lora_transformer" if any(map(_IN_DIFFUSERS.match, modules)) else "lora_unet"
     if name := next(filter(_IN_DIFFUSERS.match, modules), None):
         raise ValueError(
-            f"{name} is a module of lora_unet in kohya's files of Qwen-Image, of lora_transformer in those of other "
-            "transformers: say which, --component, or give diffusers' folder of the model (--base BASE)"
+            f"{where}: {name} is a module of lora_unet in kohya's files of Qwen-Image, of lora_transformer in those of "
+            "other transformers: say which, --component, or give diffusers' folder of the model (--base BASE)"
         )
     return "lora_unet"
 

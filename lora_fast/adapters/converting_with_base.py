@@ -16,8 +16,8 @@ from lora_fast.adapters.adapter import Adapter, AdapterFile, AdapterLayer, short
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import DTYPES, Checkpoint
 from lora_fast.adapters.formats import peft
-from lora_fast.adapters.orientation import is_possible_conv1d
-from lora_fast.adapters.resolving import Resolver, common_prefixes
+from lora_fast.adapters.orientation import has_bias, is_possible_conv1d
+from lora_fast.adapters.resolving import Resolver
 from lora_fast.dtypes import FLOATS, FLOATS_SAID
 
 
@@ -132,23 +132,11 @@ def with_base(
             notes.append(f"left out, the same in {checkpoint.folder}: {shortened(unchanged)}")
         if placed.config.get("task_type") != adapter.config.get("task_type"):
             notes.append("task_type is left out with them, as PEFT would ask for the head that belongs to it")
-        check_only_updates(placed)
-        check_embeddings(placed, to, checkpoint.config)
-        if to in ("kohya", "diffusers"):
-            _check_no_conv1d(placed, found, "the files of image models cannot mean such layers")
-        if any(layer.norm_eps and layer.magnitude is not None for layer in placed.layers.values()):
-            _check_no_conv1d(
-                placed,
-                found,
-                "an eps beside its norms cannot become a part of the magnitudes: leave it out (--norm-eps 0)",
-            )
-        rounded = [module for module, parts in placed.stacked.items() if rows.are_rounded(parts)]
-        if rounded and not as_difference:
-            notes.append(f"the factors of the parts of {shortened(rounded)} are multiplied into lora_B, rounded once")
+        _check(placed, found, to)
         if as_difference:
             placed = _difference_of(placed, found)
         else:
-            notes += _folded(placed)
+            notes += _rounded(placed)
             placed = _one_update_each(placed, found)
         placed = _called_as_in(to, placed, found)
         is_own = adapter.format == "peft" and adapter.layers.keys() == placed.layers.keys()
@@ -169,6 +157,18 @@ def with_base(
     return components, modules if is_known else None, notes
 
 
+def _check(adapter: Adapter, base: Base, to: str) -> None:
+    """Raise ValueError for what the target cannot have, or would mean something else by, over this base."""
+    check_only_updates(adapter)
+    check_embeddings(adapter, to, base.checkpoint.config)
+    if to in ("kohya", "diffusers"):
+        _check_no_conv1d(adapter, base, "the files of image models cannot mean such layers")
+    if any(layer.norm_eps and layer.magnitude is not None for layer in adapter.layers.values()):
+        _check_no_conv1d(
+            adapter, base, "an eps beside its norms cannot become a part of the magnitudes: leave it out (--norm-eps 0)"
+        )
+
+
 def check_only_updates(adapter: Adapter) -> None:
     """Raise ValueError for an adapter that has whole tensors, which only PEFT's folder can have."""
     if whole := [*adapter.base, *adapter.copies]:
@@ -185,14 +185,12 @@ def _without_unchanged(adapter: Adapter, base: Base) -> tuple[Adapter, list[str]
     """
     whole = adapter.base | adapter.copies
     same = [name for name, tensor in whole.items() if _is_equal(tensor, base.checkpoint, base.whole_keys[name])]
-    left = {
-        kind: {name: tensor for name, tensor in tensors.items() if name not in same}
-        for kind, tensors in (("base", adapter.base), ("copies", adapter.copies))
-    }
+    base_left = {name: tensor for name, tensor in adapter.base.items() if name not in same}
+    copies_left = {name: tensor for name, tensor in adapter.copies.items() if name not in same}
     config = adapter.config
-    if not adapter.copies.keys().isdisjoint(same):  # for some tasks PEFT expects a head in the file
+    if copies_left.keys() != adapter.copies.keys():  # for some tasks PEFT expects a head in the file
         config = {key: value for key, value in config.items() if key != "task_type"}
-    return dataclasses.replace(adapter, base=left["base"], copies=left["copies"], config=config), same
+    return dataclasses.replace(adapter, base=base_left, copies=copies_left, config=config), same
 
 
 def _is_equal(tensor: Tensor, checkpoint: Checkpoint, key: str) -> bool:
@@ -227,10 +225,9 @@ def _called_as_in(to: str, adapter: Adapter, base: Base) -> Adapter:
 
 def _has_modules(known: Architecture, adapter: Adapter) -> bool:
     """Whether the names are those of modules of the model, of what is in it, or of it inside of another."""
-    weights = [f"{name}.weight" for name in adapter.layers]
     return any(
         known.has_modules([name.removeprefix(outer) for name in adapter.layers])
-        for outer in ("", *common_prefixes(weights))
+        for outer in ("", *naming.common_prefixes(adapter.layers))
     )
 
 
@@ -243,21 +240,22 @@ def _check_no_conv1d(adapter: Adapter, base: Base, why: str) -> None:
         if layer.is_embedding or layer.kernel:
             continue
         key = base.weight_keys[name]
-        module = base.resolver.end_of(f"{name}.weight", key).removesuffix(".weight")
-        told = known.is_transposed(module) if known is not None else None
+        told = known.is_transposed(naming.module_of(base.ends[name])) if known is not None else None
         is_noted = bool(adapter.config.get("fan_in_fan_out")) and told is None
         if is_noted or told or base.shape(name)[0] != layer.out_features:
             raise ValueError(f"{path}: {name} is transformers' Conv1D, or its file has some: {why}")
         is_open = is_transformers and told is None and not adapter.only_linears
         is_square = layer.in_features == layer.out_features
-        if is_open and is_square and f"{key.removesuffix('.weight')}.bias" in checkpoint.entries:  # a Conv1D has a bias
+        if is_open and is_square and has_bias(key, base.resolver):
             raise ValueError(
                 f"{path}: {name} is square, and may be transformers' Conv1D: {why} "
                 f"({architecture.why_unknown(checkpoint.config)})"
             )
 
 
-def _folded(adapter: Adapter) -> Iterator[str]:
+def _rounded(adapter: Adapter) -> Iterator[str]:
+    if fused := [module for module, parts in adapter.stacked.items() if rows.are_rounded(parts)]:
+        yield f"the factors of the parts of {shortened(fused)} are multiplied into lora_B, rounded once"
     layers = [*adapter.layers.values(), *(layer for parts in adapter.stacked.values() for layer in parts.values())]
     for eps in sorted({layer.norm_eps for layer in layers if layer.magnitude is not None} - {0.0}):
         yield f"{eps:.3g} beside the norms is a part of the magnitudes now, each rounded once"
@@ -336,13 +334,8 @@ def _kohya_component(name: str, source: str, adapter: Adapter, modules: list[str
         return name
     if source.startswith("lora_te"):
         return source
-    if name == "transformer":
-        try:
-            return component_names.kohya_transformer(modules, is_whole=True)
-        except ValueError as error:
-            raise ValueError(f"{adapter.weights_path}: {error}") from None
     if name != "text_encoder" or prefix.startswith("conditioner"):
-        return component_names.kohya_name(name, modules)
+        return component_names.kohya_name(name, modules, adapter.weights_path, is_whole=True)
     if prefix or (placing.is_pipeline(base) and not (base / "text_encoder_2").is_dir()):
         return "lora_te"
     if placing.is_pipeline(base):

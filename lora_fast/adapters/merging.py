@@ -176,21 +176,20 @@ class _Planner:
             self._check_update(key, (rows.stop - rows.start, *shape[1:]), layer, False)
 
     def _check_update(self, key: str, shape: tuple[int, ...], layer: AdapterLayer, is_transposed: bool) -> None:
-        where, lora_A, lora_B = self.adapter.weights_path, layer.lora_A, layer.lora_B
+        where = self.adapter.weights_path
         if len(shape) < 2 or not math.prod(shape):
             raise ValueError(f"{self.checkpoint.folder}: {key} has shape {list(shape)}, expected a weight [N, K]")
+        if self.adapter.format != "peft":  # which never writes a linear's update as a convolution's
+            layer = layer.shaped_like(shape)
+        lora_A, lora_B = layer.lora_A, layer.lora_B
         weight = _as_matrix(torch.empty(shape, device="meta"), is_transposed)
         inner = layer.in_features * math.prod(layer.kernel)
-        # a linear's update of a convolution of 1 × 1, and the other way round, is the same update
-        is_one_by_one = set(shape[2:]) | set(layer.kernel) == {1} and self.adapter.format != "peft"
-        if list(weight.shape) != [layer.out_features, inner] or (
-            not layer.is_embedding and len(shape) != lora_A.dim() and not is_one_by_one
-        ):
+        if list(weight.shape) != [layer.out_features, inner] or (not layer.is_embedding and len(shape) != lora_A.dim()):
             raise ValueError(
                 f"{where}: has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} for {key}, which has "
                 f"{list(shape)}"
             )
-        if layer.kernel and not is_one_by_one and (layer.in_features, *layer.kernel) != shape[1:]:
+        if layer.kernel and (layer.in_features, *layer.kernel) != shape[1:]:
             raise ValueError(
                 f"{where}: has lora_A {list(lora_A.shape)} for the convolution {key}, which has {list(shape)}"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -234,16 +234,24 @@ def has_number(prefix: str) -> bool:
     return any(part.isdigit() for part in prefix.split("."))
 
 
+def common_prefixes(modules: Collection[str]) -> list[str]:
+    """The leading parts that all names share, each with its last dot and without a number, the shortest first."""
+    parts = min((module.split(".")[:-1] for module in modules), key=len)  # a module's own name stays
+    prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
+    return [
+        prefix for prefix in prefixes if all(module.startswith(prefix) for module in modules) and not has_number(prefix)
+    ]
+
+
 def _without_prefix(modules: list[str], separator: str) -> Iterator[dict[str, str]]:
     """The names without what they all begin with, the least of it first."""
     if separator == "_":
         prefixes = [f"{level}_" for level in LEVELS]
+        prefixes = [prefix for prefix in prefixes if all(module.startswith(prefix) for module in modules)]
     else:
-        parts = min((module.split(".")[:-1] for module in modules), key=len)
-        prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
+        prefixes = common_prefixes(modules)
     for prefix in prefixes:
-        if all(module.startswith(prefix) for module in modules) and not has_number(prefix):
-            yield {module: module.removeprefix(prefix) for module in modules}
+        yield {module: module.removeprefix(prefix) for module in modules}
 
 
 def _fits(

@@ -64,8 +64,12 @@ def is_possible_conv1d(name: str, adapter: Adapter, key: str, resolver: Resolver
     told = _known_transposed(name, key, resolver)
     if told is not None:
         return told
-    # a Conv1D has a bias
-    return bool(adapter.config.get("fan_in_fan_out")) or f"{key.removesuffix('.weight')}.bias" in resolver.entries
+    return bool(adapter.config.get("fan_in_fan_out")) or has_bias(key, resolver)
+
+
+def has_bias(key: str, resolver: Resolver) -> bool:
+    """Whether the module with the weight ``key`` has a bias, as every Conv1D has."""
+    return f"{key.removesuffix('.weight')}.bias" in resolver.entries
 
 
 def _known_transposed(name: str, key: str, resolver: Resolver) -> bool | None:
@@ -83,8 +87,8 @@ def _square(name: str, adapter: Adapter, key: str, resolver: Resolver) -> bool:
         other != name and not layer.is_embedding and layer.lora_A.dim() == 2 for other, layer in adapter.layers.items()
     ):
         return noted  # of the last such layer, which is this one
-    if not noted and f"{key.removesuffix('.weight')}.bias" not in resolver.entries:
-        return False  # a Conv1D has a bias
+    if not noted and not has_bias(key, resolver):
+        return False
     why = f"fan_in_fan_out={noted} is what PEFT noted of one layer of the file"
     if "fan_in_fan_out" not in adapter.config:
         why = "nothing tells how it is stored"

@@ -5,6 +5,7 @@ Every error is a ValueError that names the file, what came and what was expected
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import pickletools
@@ -29,15 +30,20 @@ _CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", 
 MAX_NAME = 1000  # characters of a tensor's name
 
 
-def import_safetensors() -> Any:
-    """The library, imported where it is needed; ModuleNotFoundError says how to get it."""
+def import_extra(name: str, needed: str) -> Any:
+    """A package of the extra ``adapters``; ModuleNotFoundError, which begins with ``needed``, says how to get it."""
     try:
-        import safetensors.torch
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "safetensors":
+        if error.name != name:
             raise
-        message = "adapters as files need safetensors: pip install 'lora_fast[adapters]'"
-        raise ModuleNotFoundError(message, name="safetensors") from None
+        raise ModuleNotFoundError(f"{needed}: pip install 'lora_fast[adapters]'", name=name) from None
+
+
+def import_safetensors() -> Any:
+    """The library, with its part for torch."""
+    safetensors = import_extra("safetensors", "adapters as files need safetensors")
+    importlib.import_module("safetensors.torch")
     return safetensors
 
 
@@ -67,13 +73,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping of plain values from a file of a sane size; ValueError for anything else."""
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        if error.name != "yaml":
-            raise
-        message = f"{path.name} needs PyYAML: pip install 'lora_fast[adapters]'"
-        raise ModuleNotFoundError(message, name="yaml") from None
+    yaml = import_extra("yaml", f"{path.name} needs PyYAML")
     try:
         content = yaml.safe_load(_text(path, MAX_YAML_BYTES))
     except OSError:

@@ -15,7 +15,7 @@ from functools import cached_property
 from lora_fast.adapters import architecture
 from lora_fast.adapters.architecture import Architecture
 from lora_fast.adapters.checkpoint import Checkpoint
-from lora_fast.adapters.naming import has_number
+from lora_fast.adapters.naming import common_prefixes, has_number
 
 
 class Resolver:
@@ -114,9 +114,10 @@ class Resolver:
     def _by_prefix(self, wanted: list[str], missing: list[str], copies: Collection[str]) -> dict[str, str]:
         added = sorted({key.removesuffix(missing[0]) for key in self.entries if key.endswith(f".{missing[0]}")})
         added = [prefix for prefix in added if not has_number(prefix)]
+        shared = common_prefixes([name.rpartition(".")[0] for name in wanted])
         candidates = itertools.chain(  # one in memory at a time
             ({name: prefix + name for name in wanted} for prefix in added),
-            ({name: name.removeprefix(first) for name in wanted} for first in common_prefixes(wanted)),
+            ({name: name.removeprefix(first) for name in wanted} for first in shared),
         )
         fitting = [candidate for candidate in candidates if self.entries.keys() >= set(candidate.values())]
         folder = self.checkpoint.folder
@@ -138,10 +139,3 @@ class Resolver:
                 f"{', '.join(sorted(missing)[:8])}{hint}"
             )
         return fitting[0]
-
-
-def common_prefixes(names: list[str]) -> list[str]:
-    """The leading parts that all of ``names`` share, each with its last dot, shortest first."""
-    parts = min((name.split(".")[:-2] for name in names), key=len)  # of a module, at least, its own name stays
-    prefixes = [".".join(parts[:length]) + "." for length in range(1, len(parts) + 1)]
-    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names) and not has_number(prefix)]

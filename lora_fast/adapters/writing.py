@@ -76,12 +76,7 @@ def _kohya_prefix(component: str, modules: list[str], adapter: Adapter) -> str:
     """What the file calls the model; names that are flattened already stay as they are."""
     if adapter.is_flattened and component and component == adapter.component:
         return component
-    prefix = component_names.kohya_name(component, modules)
-    if component == "transformer":
-        try:
-            prefix = component_names.kohya_transformer(modules, is_whole=False)
-        except ValueError as error:
-            raise ValueError(f"{adapter.weights_path}: {error}") from None
+    prefix = component_names.kohya_name(component, modules, adapter.weights_path, is_whole=False)
     if not component_names.is_flattened_component(prefix):
         raise ValueError(
             f"{adapter.weights_path}: kohya's files have no name for the model {component!r}; say which it is: "

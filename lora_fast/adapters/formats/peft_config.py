@@ -73,9 +73,9 @@ def _targets(targets: list[str], names: list[str]) -> list[str] | str:
     expression.
     """
     modules = {name for each in (*names, *targets) for name in (each, *_inside(each))}
-    having = Counter(end for module in modules for end in _ends(module))
-    wanted = Counter(end for target in targets for end in _ends(target))
-    chosen = {next((end for end in _ends(target) if having[end] == wanted[end]), None) for target in targets}
+    having = Counter(end for module in modules for end in ends_of(module))
+    wanted = Counter(end for target in targets for end in ends_of(target))
+    chosen = {next((end for end in ends_of(target) if having[end] == wanted[end]), None) for target in targets}
     if None in chosen:
         return "|".join(map(re.escape, sorted(targets)))
     return sorted(end for end in chosen if end is not None)
@@ -87,7 +87,7 @@ def _inside(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _ends(name: str) -> list[str]:
+def ends_of(name: str) -> list[str]:
     """The ends of a name that PEFT knows it by, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_fast.adapters.reading import described, one_line
+from lora_fast.adapters.formats.peft_config import ends_of
+from lora_fast.adapters.reading import described, import_extra, one_line
 
 MAX_PATTERN = 2**13  # characters
 MAX_PATTERNS = 10**5  # of one entry of the configuration
@@ -60,15 +61,19 @@ class Patterns:
         if not isinstance(patterns, dict):
             raise ValueError(f"{where}: {key} is a {type(patterns).__name__}, expected an object")
         _check_count(list(patterns), key, where)
-        self._whole: dict[str, tuple[float, Any]] = {}
-        self._others: list[tuple[int, Any, Any]] = []
         self._values = patterns
-        _check_cost([pattern for pattern in patterns if not _WHOLE_NAME.fullmatch(pattern)], layers, key, where)
+        self._whole: dict[str, tuple[float, Any]] = {}
+        others: dict[str, tuple[int, Any]] = {}
         for order, (pattern, value) in enumerate(patterns.items()):
             if found := _WHOLE_NAME.fullmatch(pattern):
                 self._whole.setdefault(re.sub(r"\\(.)", r"\1", found[1]), (order, value))
             else:
-                self._others.append((order, _required(pattern, key, where, r"(.*\.)?(", ")$"), value))
+                others[pattern] = order, value
+        _check_cost(list(others), layers, key, where)
+        self._others = [
+            (order, _required(pattern, key, where, r"(.*\.)?(", ")$"), value)
+            for pattern, (order, value) in others.items()
+        ]
 
     def of(self, name: str, default: Any) -> Any:
         # without any that matches, PEFT takes the name itself for one
@@ -181,8 +186,7 @@ def _check_count(patterns: list[str], key: str, where: Path) -> None:
 
 def _is_end(name: str, ends: set[str]) -> bool:
     """Whether one of ``ends`` is the whole name, or what stands after a dot of it."""
-    starts = [0, *(found.end() for found in re.finditer(r"\.", name))]
-    return any(name[start:] in ends for start in starts)
+    return any(end in ends for end in ends_of(name))
 
 
 def _patterns(config: Mapping[str, Any], key: str, where: Path) -> list[str]:
@@ -259,14 +263,8 @@ class _OfAscii:
 
 @cache
 def _re2() -> tuple[Any, Any]:
-    """The library, and how it is used; ModuleNotFoundError says how to get it."""
-    try:
-        import re2
-    except ModuleNotFoundError as error:
-        if error.name != "re2":
-            raise
-        message = "the patterns of this adapter_config.json need google-re2: pip install 'lora_fast[adapters]'"
-        raise ModuleNotFoundError(message, name="re2") from None
+    """The library, and how it is used."""
+    re2 = import_extra("re2", "the patterns of this adapter_config.json need google-re2")
     options = re2.Options()
     options.log_errors = False
     return re2, options
