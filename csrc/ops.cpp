@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("dora_linear_small_fwd", TORCH_BOX(&cpu::dora_linear_small_fwd));
   m.impl("lora_linear_small_bwd", TORCH_BOX(&cpu::lora_linear_small_bwd));
   m.impl("is_zero", TORCH_BOX(&cpu::is_zero));
+  m.impl("group_rows", TORCH_BOX(&cpu::group_rows));
+  m.impl("grouped_weight_norm_fwd", TORCH_BOX(&cpu::grouped_weight_norm_fwd));
+  m.impl("grouped_project", TORCH_BOX(&cpu::grouped_project));
+  m.impl("grouped_compose", TORCH_BOX(&cpu::grouped_compose));
+  m.impl("grouped_gain_bwd", TORCH_BOX(&cpu::grouped_gain_bwd));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));
   m.impl("content_key", TORCH_BOX(&cpu::content_key));

@@ -209,6 +209,118 @@ class LoraComposeFunction(torch.autograd.Function):
         )
 
 
+class GroupedLoraFunction(torch.autograd.Function):
+    """y = gain[a] ⊙ (base + s[a] x lora_A[a]ᵀ lora_B[a]ᵀ) + bias, a being the row's adapter; base may be x Wᵀ.
+
+    Takes the fields of :class:`~lora_fast.calls.GroupedLora` but for the factors, the backend, and after these lora_A's
+    tensors and as many of lora_B's.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call, backend = _grouped(inputs)
+        return ops.grouped_lora_fwd(call, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        call, ctx.backend = _grouped(inputs)
+        _, product, h = output
+        ctx.mark_non_differentiable(product, h)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+        ctx.x_dtype, ctx.count = call.x.dtype, len(call.lora_A)
+        needs = ctx.needs_input_grad[_GROUPED:]
+        ctx.save_for_backward(
+            call.x if any(needs[: ctx.count]) else None,
+            call.weight,
+            call.scaling,
+            call.gain,
+            call.order,
+            call.starts,
+            call.ranks,
+            product if call.keep else None,
+            h if any(needs[ctx.count :]) else None,
+            *call.lora_A,
+            *call.lora_B,
+        )
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
+        if grad_y is None:
+            return (None,) * (_GROUPED + 2 * ctx.count)
+        x, weight, scaling, gain, order, starts, ranks, product, h, *factors = ctx.saved_tensors
+        lora_A, lora_B = _halves(factors)
+        need_x, _, need_base, need_bias, _, need_gain, *_ = ctx.needs_input_grad
+        need_A, need_B = _halves(ctx.needs_input_grad[_GROUPED:])
+        needs = need_x, need_base, any(need_A), any(need_B), need_gain, need_bias
+        call = calls.GroupedLoraGrad(
+            grad_y, x, weight, lora_A, lora_B, scaling, gain, order, starts, ranks, product, h, *needs
+        )
+        grad_x, grad_base, grad_A, grad_B, grad_gain, grad_bias = ops.grouped_lora_bwd(call, ctx.backend)
+        return (
+            _asked(grad_x, need_x, ctx.x_dtype),
+            None,
+            _asked(grad_y if gain is None else grad_base, need_base),
+            _asked(grad_bias, need_bias, ctx.bias_dtype),
+            None,
+            _asked(grad_gain, need_gain, gain.dtype if gain is not None else None),
+            *(None,) * 5,
+            *_each_asked(grad_A, need_A),
+            *_each_asked(grad_B, need_B),
+        )
+
+
+_GROUPED = 11  # inputs before the factors
+
+
+def _grouped(inputs: tuple) -> tuple[calls.GroupedLora, str]:
+    x, weight, base, bias, scaling, gain, order, starts, ranks, keep, backend = inputs[:_GROUPED]
+    factors = _halves(inputs[_GROUPED:])
+    return calls.GroupedLora(x, weight, base, bias, *factors, scaling, gain, order, starts, ranks, keep), backend
+
+
+def _halves(values: Any) -> tuple[tuple, tuple]:
+    """lora_A's and lora_B's."""
+    count = len(values) // 2
+    return tuple(values[:count]), tuple(values[count:])
+
+
+def _each_asked(gradients: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    return [gradients[i] if need else None for i, need in enumerate(needs)]
+
+
+class GroupedWeightNormFunction(torch.autograd.Function):
+    """:class:`WeightNormFunction` of many adapters, which come last: lora_A's tensors, then lora_B's."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        weight, scaling, ranks, backend, *factors = inputs
+        call = calls.GroupedWeightNorm(weight, *_halves(factors), scaling, ranks)
+        norm = ops.grouped_weight_norm_fwd(call, backend)
+        return norm.clone(), norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        weight, scaling, ranks, ctx.backend, *factors = inputs
+        _, norm = output
+        ctx.mark_non_differentiable(norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(norm, weight, scaling, ranks, *factors)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        norm, weight, scaling, ranks, *factors = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (4 + len(factors))
+        need_A, need_B = _halves(ctx.needs_input_grad[4:])
+        needs = any(need_A), any(need_B)
+        call = calls.GroupedWeightNormGrad(grad, norm, weight, *_halves(factors), scaling, ranks, *needs)
+        grad_A, grad_B = ops.grouped_weight_norm_bwd(call, ctx.backend)
+        return *(None,) * 4, *_each_asked(grad_A, need_A), *_each_asked(grad_B, need_B)
+
+
 class DropoutFunction(torch.autograd.Function):
     """y = drop(x); the gradient is drop(grad_y), with the mask made again from the seed."""
 

@@ -7,6 +7,7 @@ Shapes: x [..., K]  weight [N, K]  lora_A [R, K]  lora_B [N, R]  bias [N]  gain,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -235,6 +236,101 @@ class MergeWeight(NamedTuple):
     axis: Axis
 
 
+class RowGroups(NamedTuple):
+    """Rows sorted by group: those of group g are ``order[starts[g] : starts[g + 1]]``, in ascending order.
+
+    Of L adapters, group 0 is the base alone, 1 … L are the adapters, and L + 1 the rows whose id is none of these.
+    ``order``: int64 [T]. ``starts``: int64 [L + 3].
+    """
+
+    order: Tensor
+    starts: Tensor
+
+
+class GroupRows(NamedTuple):
+    """:class:`RowGroups` of the ids ``adapter``, int [T], of so many ``adapters``, -1 being the base alone."""
+
+    adapter: Tensor
+    adapters: int
+
+
+class GroupedLora(NamedTuple):
+    """gain[a] ⊙ (base + scaling[a] x lora_A[a]ᵀ lora_B[a]ᵀ) + bias, a being the row's adapter.
+
+    Of ``weight`` and ``base`` one is given: base is x Wᵀ then. lora_A and lora_B: a sequence of L matrices [R_a, K] and
+    [N, R_a], or of one stack [L, R, K] and [L, N, R], of which ``ranks``, int [L] or None, says how many rows and
+    columns are an adapter's. scaling: [L]. gain: [L, N]. A group of rows of no adapter has the base and the bias alone.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    base: Tensor | None
+    bias: Tensor | None
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Tensor
+    gain: Tensor | None
+    order: Tensor
+    starts: Tensor
+    ranks: Tensor | None
+    keep: bool  # the product before gain and bias
+
+    @property
+    def groups(self) -> RowGroups:
+        return RowGroups(self.order, self.starts)
+
+
+class GroupedLoraGrad(NamedTuple):
+    """The gradients of :class:`GroupedLora`; ``weight`` is there for x's, x for lora_A's, h [T, R] for lora_B's."""
+
+    grad_y: Tensor
+    x: Tensor | None
+    weight: Tensor | None
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Tensor
+    gain: Tensor | None
+    order: Tensor
+    starts: Tensor
+    ranks: Tensor | None
+    product: Tensor | None
+    h: Tensor | None
+    need_x: bool
+    need_base: bool
+    need_A: bool
+    need_B: bool
+    need_gain: bool
+    need_bias: bool
+
+    @property
+    def groups(self) -> RowGroups:
+        return RowGroups(self.order, self.starts)
+
+
+class GroupedWeightNorm(NamedTuple):
+    """‖W + scaling[a] lora_B[a] lora_A[a]‖ by rows, of each adapter a: [L, N]. The factors as in GroupedLora."""
+
+    weight: Tensor
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Tensor
+    ranks: Tensor | None
+
+
+class GroupedWeightNormGrad(NamedTuple):
+    """The gradients of those norms to lora_A and lora_B."""
+
+    grad: Tensor
+    norm: Tensor
+    weight: Tensor
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Tensor
+    ranks: Tensor | None
+    need_A: bool
+    need_B: bool
+
+
 Call = (
     WeightNorm
     | QuantisedNorm
@@ -247,11 +343,23 @@ Call = (
     | LoraComposeGrad
     | Dropout
     | MergeWeight
+    | GroupRows
+    | GroupedLora
+    | GroupedLoraGrad
+    | GroupedWeightNorm
+    | GroupedWeightNormGrad
 )
 
 
-def compute_dtype(call: Call) -> torch.dtype:
-    """The activation's, or W's for an op without one; float64 where an op on W has any factor in it."""
+def compute_dtype(call: Call) -> torch.dtype | None:
+    """The activation's, or W's for an op without one; float64 where an op on W has any factor in it; None for rows."""
+    if isinstance(call, GroupRows):
+        return None
+    if isinstance(call, GroupedLora) and call.base is not None:
+        return call.base.dtype
+    if isinstance(call, (GroupedWeightNorm, GroupedWeightNormGrad)):
+        wide = accumulate_dtype(call.weight, *call.lora_A, *call.lora_B)
+        return wide if wide == torch.float64 else call.weight.dtype
     if isinstance(call, QuantisedNorm):
         return torch.float64 if accumulate_dtype(call.lora_A, call.lora_B) == torch.float64 else call.dtype
     if isinstance(call, (WeightNorm, WeightNormGrad, MergeWeight, DoraLinear, DoraLinearGrad)):

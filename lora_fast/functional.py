@@ -11,14 +11,14 @@ lora_A, lora_B, bias, gain and magnitude may each have their own. All tensors ar
 every tensor but the weight, which is frozen. Sources: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353.
 
 All functions raise TypeError for wrong types and dtypes, ValueError for wrong shapes, devices and values, and
-RuntimeError when a backend that was asked for is not there, before anything is computed or changed.
+RuntimeError when a backend that was asked for is not there, before anything is computed or changed. Where the rows of
+one batch have adapters of their own: :mod:`lora_fast.grouped`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lora_fast import calls, checks, ops
 from lora_fast.autograd import (
@@ -33,13 +33,19 @@ from lora_fast.backends import BackendName, kept_by, operators, resolved
 from lora_fast.calls import Axis, Kept
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import dora_gain, to_gain_dtype
+from lora_fast.grouped import group_rows, grouped_lora_compose, grouped_lora_linear, grouped_weight_norm
 from lora_fast.norm_cache import NormCache
+from lora_fast.recording import as_bias, cast, recorded, wants_grad
 
 __all__ = [
     "dora_gain",
     "dora_linear",
     "draw_seed",
     "dropout",
+    "group_rows",
+    "grouped_lora_compose",
+    "grouped_lora_linear",
+    "grouped_weight_norm",
     "lora_compose",
     "lora_linear",
     "merge_weight",
@@ -85,7 +91,7 @@ def weight_norm(
     name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.WeightNorm(weight, lora_A, lora_B, float(scaling), axis, *kept_tensors)
-    if _recorded(lora_A, lora_B):
+    if recorded(lora_A, lora_B):
         return apply(WeightNormFunction, *call, name)[0]
     return ops.weight_norm(call, name)
 
@@ -124,7 +130,7 @@ def lora_linear(
         checks.check_optional_vector("bias", bias, weight.shape[0], "[N]", weight.device)
         checks.check_optional_vector("gain", gain, weight.shape[0], "[N]", weight.device)
         checks.check_dropout(dropout_p, seed)
-        x = _cast(x, weight)
+        x = cast(x, weight)
     drop = _dropout(dropout_p, seed)
     call = calls.LoraLinear(x, weight, bias, lora_A, lora_B, float(scaling), gain, "output", *drop, "nothing")
     return _lora_linear(call, backend)
@@ -176,18 +182,18 @@ def dora_linear(
         checks.check_optional_vector("magnitude", magnitude, size, terms, weight.device)
         checks.check_optional_vector("norm", norm, size, terms, weight.device)
         checks.check_dropout(dropout_p, seed)
-        x = _cast(x, weight)
+        x = cast(x, weight)
     if norm is not None:
         gain = dora_gain(magnitude, norm.detach() if detach_norm else norm)
         given = (x, weight, bias, lora_A, lora_B, float(scaling), gain, axis)
         return _lora_linear(calls.LoraLinear(*given, *_dropout(dropout_p, seed), "nothing"), backend)
-    given = (x, weight, _as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
+    given = (x, weight, as_bias(bias, x.dtype), lora_A, lora_B, float(scaling), magnitude, axis)
     name = resolved(backend)  # or it raises, before the kept norm of another weight is forgotten
-    wants_gain = _wants_grad(magnitude) or (not detach_norm and _wants_grad(lora_A, lora_B))
+    wants_gain = wants_grad(magnitude) or (not detach_norm and wants_grad(lora_A, lora_B))
     keep = _keep(name, x, axis, gain_wants_grad=wants_gain)
     kept_tensors = _kept_tensors(kept, weight, lora_A, lora_B, axis)
     call = calls.DoraLinear(*given, *_dropout(dropout_p, seed), keep, *kept_tensors)
-    if _recorded(x, lora_A, lora_B, magnitude, bias):
+    if recorded(x, lora_A, lora_B, magnitude, bias):
         return apply(DoraLinearFunction, *call, detach_norm, name)[0]
     return ops.dora_linear_fwd(call, name)[0]
 
@@ -228,11 +234,11 @@ def lora_compose(
     checks.check_number("scaling", scaling)
     checks.check_optional_vector("gain", gain, N, "[N]", base.device)
     checks.check_optional_vector("bias", bias, N, "[N]", base.device)
-    gain, bias = _as_gain(gain, base.dtype), _as_bias(bias, base.dtype)
+    gain, bias = _as_gain(gain, base.dtype), as_bias(bias, base.dtype)
     name = resolved(backend)
-    keep = _keep(name, base, "output", gain_wants_grad=_wants_grad(gain))
+    keep = _keep(name, base, "output", gain_wants_grad=wants_grad(gain))
     call = calls.LoraCompose(base, h, lora_B, float(scaling), gain, bias, keep)
-    if _recorded(base, h, lora_B, gain, bias):
+    if recorded(base, h, lora_B, gain, bias):
         return apply(LoraComposeFunction, *call, name)[0]
     return ops.lora_compose_fwd(call, name)[0]
 
@@ -250,7 +256,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, *, backend: BackendName = "auto")
     if p == 0.0:
         return x
     call, name = calls.Dropout(x, seed, float(p)), resolved(backend)
-    return apply(DropoutFunction, *call, name) if _recorded(x) else ops.dropout(call, name)
+    return apply(DropoutFunction, *call, name) if recorded(x) else ops.dropout(call, name)
 
 
 def merge_weight(
@@ -286,10 +292,10 @@ def _lora_linear(call: calls.LoraLinear, backend: BackendName) -> Tensor:
         return operators.lora_linear(call)
     x, gain, bias = call.x, call.gain, call.bias
     if gain is not None or bias is not None:
-        gain, bias = _as_gain(gain, x.dtype), _as_bias(bias, x.dtype)
-        keep = _keep(name, x, call.axis, gain_wants_grad=_wants_grad(gain))
+        gain, bias = _as_gain(gain, x.dtype), as_bias(bias, x.dtype)
+        keep = _keep(name, x, call.axis, gain_wants_grad=wants_grad(gain))
         call = call._replace(gain=gain, bias=bias, keep=keep)
-    if _recorded(x, call.lora_A, call.lora_B, gain, bias):
+    if recorded(x, call.lora_A, call.lora_B, gain, bias):
         return apply(LoraLinearFunction, *call, name)[0]
     return ops.lora_linear_fwd(call, name)[0]
 
@@ -319,36 +325,3 @@ def _keep(backend: str, activation: Tensor, axis: Axis, *, gain_wants_grad: bool
 def _as_gain(gain: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As every backend takes it: contiguous, in float64 for an op in float64 alone, else in float32."""
     return None if gain is None else to_gain_dtype(gain, dtype).contiguous()
-
-
-def _as_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """As every backend takes it: contiguous, in float64 for an op in float64 alone."""
-    if bias is None:
-        return None
-    return (bias.float() if bias.dtype == torch.float64 != dtype else bias).contiguous()
-
-
-def _cast(x: Tensor, weight: Tensor) -> Tensor:
-    """x in autocast's dtype; elsewhere it must be of the weight's.
-
-    The weight is cast inside the op, so that backward keeps the weight itself and no copy.
-    """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    checks.check_dtype("x", x, weight.dtype, "weight")
-    return x
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd takes the call: in eager mode wherever it is on, and for forward-mode differentiation, so that
-    jvp and vmap raise instead of losing their derivative; traced, where an input wants a gradient: torch.compile fails
-    on a Function none of whose does."""
-    if not torch.compiler.is_compiling():
-        return torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if torch._C._are_functorch_transforms_active():  # the op alone would have no derivative, and nobody would know
-        raise RuntimeError("torch.compile cannot trace lora_fast inside a transform of torch.func, such as grad")
-    return _wants_grad(*tensors)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lora_fast.backends import registry
 from lora_fast.dtypes import accumulate_dtype
 
 _library = torch.library.Library("lora_fast", "DEF")
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, str, torch.dtype}  # classes of a call's fields
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, int, str, torch.dtype, tuple}  # of a call's fields
 
 
 def _define(
@@ -80,7 +80,9 @@ def _is_seen(call: calls.Call) -> bool:
     To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by tracers and the like, and by
     tensors of other classes or without memory.
     """
-    return is_watched() or not _PLAIN.issuperset(map(type, call)) or call[0].is_meta
+    if is_watched() or not _PLAIN.issuperset(map(type, call)) or call[0].is_meta:
+        return True
+    return any(type(field) is tuple and not _PLAIN.issuperset(map(type, field)) for field in call)
 
 
 def is_watched() -> bool:
@@ -265,6 +267,72 @@ def dropout(call: calls.Dropout) -> Tensor:
 )
 def merge_weight(call: calls.MergeWeight) -> None:
     return None
+
+
+@_define(calls.GroupRows, "group_rows(Tensor adapter, SymInt adapters, str backend) -> (Tensor order, Tensor starts)")
+def group_rows(call: calls.GroupRows) -> tuple[Tensor, Tensor]:
+    adapter = call.adapter
+    return adapter.new_empty(len(adapter), dtype=torch.int64), adapter.new_empty(call.adapters + 3, dtype=torch.int64)
+
+
+@_define(
+    calls.GroupedLora,
+    "grouped_lora_fwd(Tensor x, Tensor? weight, Tensor? base, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor scaling, Tensor? gain, Tensor order, Tensor starts, Tensor? ranks, bool keep, str backend) "
+    "-> (Tensor y, Tensor product, Tensor h)",
+    rows=("x", "base"),
+    row_outputs=1,
+)
+def grouped_lora_fwd(call: calls.GroupedLora) -> tuple[Tensor, Tensor, Tensor]:
+    x, leading = call.x, call.x.shape[:-1]
+    like, tokens = x if call.base is None else call.base, math.prod(leading)
+    N, R = call.lora_B[0].shape[-2], max(lora_A.shape[-2] for lora_A in call.lora_A)
+    product = like.new_empty((tokens, N) if call.keep else 0)
+    return like.new_empty((*leading, N)), product, x.new_empty(tokens, R)
+
+
+@_define(
+    calls.GroupedLoraGrad,
+    "grouped_lora_bwd(Tensor grad_y, Tensor? x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, "
+    "Tensor? gain, Tensor order, Tensor starts, Tensor? ranks, Tensor? product, Tensor? h, bool need_x, "
+    "bool need_base, bool need_A, bool need_B, bool need_gain, bool need_bias, str backend) "
+    "-> (Tensor grad_x, Tensor grad_base, Tensor[] grad_A, Tensor[] grad_B, Tensor grad_gain, Tensor grad_bias)",
+    rows=("grad_y", "x"),
+    row_outputs=2,
+)
+def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    grad_y, gain, sums = call.grad_y, call.gain, accumulate_dtype(call.grad_y)
+    K = call.lora_A[0].shape[-1]
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], K) if call.need_x else 0)
+    grad_base = _like(grad_y, call.need_base and gain is not None)  # else grad_y itself, which an op may not return
+    grad_gain = grad_y.new_empty(gain.shape if gain is not None and call.need_gain else 0, dtype=sums)
+    grad_bias = grad_y.new_empty(grad_y.shape[-1] if call.need_bias else 0, dtype=sums)
+    grad_A, grad_B = _likes(call.lora_A, call.need_A), _likes(call.lora_B, call.need_B)
+    return grad_x, grad_base, grad_A, grad_B, grad_gain, grad_bias
+
+
+@_define(
+    calls.GroupedWeightNorm,
+    "grouped_weight_norm_fwd(Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? ranks, "
+    "str backend) -> Tensor norm",
+)
+def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Tensor:
+    weight = call.weight
+    dtype = accumulate_dtype(weight, *call.lora_A, *call.lora_B)
+    return weight.new_empty(call.scaling.shape[0], weight.shape[0], dtype=dtype)
+
+
+@_define(
+    calls.GroupedWeightNormGrad,
+    "grouped_weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, "
+    "Tensor scaling, Tensor? ranks, bool need_A, bool need_B, str backend) -> (Tensor[] grad_A, Tensor[] grad_B)",
+)
+def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> tuple[list[Tensor], list[Tensor]]:
+    return _likes(call.lora_A, call.need_A), _likes(call.lora_B, call.need_B)
+
+
+def _likes(tensors: Sequence[Tensor], needed: bool) -> list[Tensor]:
+    return [_like(tensor, True) for tensor in tensors] if needed else []
 
 
 def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:

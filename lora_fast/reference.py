@@ -15,6 +15,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,6 +170,63 @@ def lora_compose(
     if gain is not None:
         y = y * gain
     return (y if bias is None else y + bias).to(dtype)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    gain: Tensor | None,
+    adapter: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`lora_linear` of each row x[t] with adapter a = ``adapter[t]``, −1 being none.
+
+    x [T, K]; of L adapters lora_A: [R_a, K] each, lora_B: [N, R_a] each, scaling: a number each, gain [L, N] or None.
+    """
+    wide_x, wide_weight = _upcast(compute_dtype, x, weight)
+    base = F.linear(wide_x, wide_weight)
+    options = {"compute_dtype": compute_dtype}
+    return grouped_lora_compose(base, x, lora_A, lora_B, scaling, gain, bias, adapter, **options).to(x.dtype)
+
+
+def grouped_lora_compose(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    gain: Tensor | None,
+    bias: Tensor | None,
+    adapter: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same of a base product [T, N] that someone else computed."""
+    dtype, count = base.dtype, len(lora_A)
+    base, x, gain, bias, *factors = _upcast(compute_dtype, base, x, gain, bias, *lora_A, *lora_B)
+    y = base
+    for a, (A, B, s) in enumerate(zip(factors[:count], factors[count:], scaling, strict=True)):
+        v = base + s * F.linear(F.linear(x, A), B)
+        y = torch.where((adapter == a)[:, None], v if gain is None else v * gain[a], y)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def grouped_weight_norm(
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[L, N]: :func:`weight_norm` of each adapter."""
+    each = zip(lora_A, lora_B, scaling, strict=True)
+    return torch.stack([weight_norm(weight, A, B, s, compute_dtype=compute_dtype) for A, B, s in each])
 
 
 def merge_weight(

@@ -185,7 +185,8 @@ def test_auto_on_a_gpu(
         for tokens, wanted in ((1, host_bound), (16, host_bound), (17, host_bound), (2048, host_bound), (2049, chosen)):
             for op, call in explain.example_calls(explain.Size(tokens, 4096, 4096, 4, dtype), "base").items():
                 name, _ = registry.plan_of(op, call)
-                other = "torch" if op == "quantised_norm_fwd" and chosen == "cuda" else chosen  # which has no kernel
+                has_none = op.startswith("group") or (op == "quantised_norm_fwd" and chosen == "cuda")
+                other = "torch" if has_none else chosen
                 assert name == (wanted if "linear" in op else other), op
 
 
@@ -287,6 +288,11 @@ def every_op(backend: str, K: int = 12, axis: str = "output") -> None:
         dropped = functional.dropout(x, 0.3, seed, backend=name)
         functional.merge_weight(merged, inputs.lora_A, inputs.lora_B, 0.7, backend=name)
         codes, scale = (127 * W.clamp(-1, 1)).to(torch.int8), torch.full((8, 1), 1 / 127)
+        if axis == "output":
+            stacks, scaling, ids = (A[None], B[None]), torch.tensor([0.7]), torch.arange(7) % 2 - 1
+            grouped = functional.grouped_lora_linear(x, W, bias, *stacks, scaling, None, ids, backend=name)
+            composed = composed + grouped
+            norm = norm + functional.grouped_weight_norm(W, *stacks, scaling, backend=name)[0]
         quantised = QuantisedNorm(codes, scale, None, W.dtype, inputs.lora_A, inputs.lora_B, 0.7)
         outputs = (lora, dora, norm, composed, dropped)
         gradients = torch.autograd.grad(sum(output.sum() for output in outputs), (x, bias, A, B, m))

@@ -22,7 +22,7 @@ PACKAGES = {
 # nn, integrations, adapters -> functional -> autograd -> ops -> backends -> _C | triton_kernels. A part may import
 # itself, the leaves and what is listed here, nothing else of lora_fast. "" is the package's own __init__; setup.py
 # writes _build.
-LEAVES = {"calls", "checks", "content_key", "dtypes", "gain", "norm_cache", "stacked"}
+LEAVES = {"calls", "checks", "content_key", "dtypes", "gain", "norm_cache", "recording", "stacked"}
 LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"adapters", "backends", "functional", "integrations", "nn"},
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "bases": {"backends", "functional", "ops"},
     "adapters": {"bases", "functional", "nn", "parallel"},
     "merge_checkpoint": {"adapters"},
-    "functional": {"autograd", "backends", "ops"},
+    "functional": {"autograd", "backends", "grouped", "ops"},
+    "grouped": {"autograd", "backends", "ops"},
     "autograd": {"backends", "ops"},
     "ops": {"backends"},
     "backends": {"_C", "_build", "triton_kernels"},

@@ -1,5 +1,6 @@
 // out = gain ⊙ v + bias with v = base + s h lora_Bᵀ, each element read and rounded once.
 #include "adapted_weight.h"
+#include "compose_strip.h"
 #include "ops.h"
 #include "packed.h"
 #include "parallel.h"
@@ -23,33 +24,13 @@ struct Compose {
   const void* bias;
 };
 
-// out = gain ⊙ v + bias, v = x + s c, product = v, for the first n columns of a strip
-template <class F, class T>
-LORA_FAST_INLINE void compose_strip(const Compose& op, const T* x, T* out, T* product, const F* c, Vec<F> s,
-                                    int64_t j, int64_t n) {
-  Strip<F> v = load_strip_n<F>(x, n);
-  if (c != nullptr) {
-    const Strip<F> update = load_packed(c);
-    v = {v.even + s * update.even, v.odd + s * update.odd};
-  }
-  if (product != nullptr) store_strip_n<F>(product, v, n);
-  if (op.gain != nullptr) {
-    const Strip<F> gain = load_packed(static_cast<const F*>(op.gain) + j);
-    v = {v.even * gain.even, v.odd * gain.odd};
-  }
-  if (op.bias != nullptr) {
-    const Strip<F> bias = load_packed(static_cast<const F*>(op.bias) + j);
-    v = {v.even + bias.even, v.odd + bias.odd};
-  }
-  store_strip_n<F>(out, v, n);
-}
-
 // One tile: tokens [i, i + rows), columns [j, j + cols).
 template <class F, class T>
 LORA_FAST_INLINE void compose_tile(const Compose& op, const void* panel, int64_t i, int64_t rows, int64_t j,
                                    int64_t cols) {
   alignas(64) F c[kTileRows * kTileCols];
   const Vec<F> s = splat(static_cast<F>(op.scaling));
+  const F *gain = static_cast<const F*>(op.gain), *bias = static_cast<const F*>(op.bias);
   if (op.h != nullptr) rank_tile(op.layout, op.h->at(i), panel, c, rows, cols);
   for (int64_t r = 0; r < rows; ++r) {
     const T* base = static_cast<const T*>(op.base) + (i + r) * op.width + j;
@@ -57,8 +38,9 @@ LORA_FAST_INLINE void compose_tile(const Compose& op, const void* panel, int64_t
     T* product = op.product != nullptr ? static_cast<T*>(op.product) + (i + r) * op.ld_out + j : nullptr;
     const F* c_row = op.h != nullptr ? c + r * kTileCols : nullptr;
     for (int64_t k = 0; k < cols; k += kStrip) {
-      compose_strip<F, T>(op, base + k, out + k, product != nullptr ? product + k : nullptr,
-                          c_row != nullptr ? c_row + k : nullptr, s, j + k, cols - k);
+      compose_strip<F, T>(base + k, out + k, product != nullptr ? product + k : nullptr,
+                          c_row != nullptr ? c_row + k : nullptr, s, gain != nullptr ? gain + j + k : nullptr,
+                          bias != nullptr ? bias + j + k : nullptr, cols - k);
     }
   }
 }

@@ -78,6 +78,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(
 
 bool is_zero(Tensor matrix);
 
+// Rows of many adapters. order and starts are what group_rows makes of their ids; lora_A and lora_B are one
+// stack or a matrix for each adapter.
+std::tuple<Tensor, Tensor> group_rows(Tensor adapter, int64_t count);
+
+// [adapters, N]: lora_A and lora_B are a matrix for each adapter.
+Tensor grouped_weight_norm_fwd(Tensor weight, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+                               std::vector<double> scaling);
+
+Tensor grouped_project(Tensor x, std::vector<Tensor> lora_A, Tensor order, Tensor starts,
+                       std::optional<Tensor> ranks);
+
+// factors are lora_B, or lora_A where `transposed`.
+void grouped_compose(Tensor base, Tensor h, std::vector<Tensor> factors, bool transposed,
+                     std::optional<Tensor> scaling, std::optional<Tensor> gain, std::optional<Tensor> bias,
+                     Tensor order, Tensor starts, std::optional<Tensor> ranks, Tensor out,
+                     std::optional<Tensor> product);
+
+std::tuple<Tensor, Tensor, Tensor> grouped_gain_bwd(Tensor grad_y, std::optional<Tensor> product,
+                                                    std::optional<Tensor> gain, Tensor order, Tensor starts,
+                                                    bool need_scaled, bool need_gain, bool need_bias);
+
 // int64 [n, 2], see take_scratch_events
 Tensor scratch_events(bool record);
 

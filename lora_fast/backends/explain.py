@@ -13,6 +13,7 @@ from lora_fast.backends import operators, registry
 from lora_fast.calls import Axis, Call, Kept
 
 DEFAULT_AXIS: Axis = "output"
+ADAPTERS = 8  # of the examples whose rows have one each
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,30 @@ def example_calls(size: Size, kept: Kept = "product") -> dict[str, Call]:
         "dora_linear_bwd": calls.DoraLinearGrad(*grad, vector, *undropped, *product, *needed, vector, True),
         "lora_compose_fwd": calls.LoraCompose(y, h, lora_B, 1.0, vector, bias, kept),
         "lora_compose_bwd": calls.LoraComposeGrad(y, h, lora_B, 1.0, vector, y, kept, *needed),
+        **_grouped_calls(size, x, y, h, weight, bias),
         "dropout": calls.Dropout(x, seed, 0.1),
         "merge_weight": calls.MergeWeight(*factors, vector, axis),
+    }
+
+
+def _grouped_calls(size: Size, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Call]:
+    """The ops of rows that have one of some adapters each, by turns, and the base product made here."""
+    T, N, K, R = size.T, size.N, size.K, size.R
+    wide = torch.float64 if size.dtype == torch.float64 else torch.float32
+    factors = (x.new_empty(ADAPTERS, R, K),), (x.new_empty(ADAPTERS, N, R),)
+    scaling = torch.ones(ADAPTERS, dtype=wide, device=size.device)
+    gain = torch.empty(ADAPTERS, N, dtype=wide, device=size.device)
+    adapter = torch.arange(T, device=size.device) % ADAPTERS
+    group = adapter + 1
+    order, starts = group.argsort(stable=True), torch.bincount(group, minlength=ADAPTERS + 2).cumsum(0)
+    given = *factors, scaling, gain, order, torch.cat((starts.new_zeros(1), starts)), None
+    norms = weight, *factors, scaling, None
+    return {
+        "group_rows": calls.GroupRows(adapter, ADAPTERS),
+        "grouped_lora_fwd": calls.GroupedLora(x, weight, None, bias, *given, True),
+        "grouped_lora_bwd": calls.GroupedLoraGrad(y, x, weight, *given, y, h, True, False, True, True, True, True),
+        "grouped_weight_norm_fwd": calls.GroupedWeightNorm(*norms),
+        "grouped_weight_norm_bwd": calls.GroupedWeightNormGrad(gain, gain, *norms, True, True),
     }
 
 

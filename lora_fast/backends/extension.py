@@ -53,6 +53,13 @@ _SCHEMAS = (
     "Tensor? magnitude, Tensor? norm, Tensor? product, Tensor? h, bool from_base, bool need_x, bool need_A, "
     "bool need_B, bool need_gain, bool need_bias, Tensor? stacked=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "is_zero(Tensor matrix) -> bool",
+    "group_rows(Tensor adapter, int count) -> (Tensor, Tensor)",
+    "grouped_weight_norm_fwd(Tensor weight, Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor",
+    "grouped_project(Tensor x, Tensor[] lora_A, Tensor order, Tensor starts, Tensor? ranks) -> Tensor",
+    "grouped_compose(Tensor base, Tensor h, Tensor[] factors, bool transposed, Tensor? scaling, Tensor? gain, "
+    "Tensor? bias, Tensor order, Tensor starts, Tensor? ranks, Tensor(a!) out, Tensor(b!)? product) -> ()",
+    "grouped_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, Tensor order, Tensor starts, bool need_scaled, "
+    "bool need_gain, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",

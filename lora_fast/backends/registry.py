@@ -137,7 +137,7 @@ def _chosen(op: str, call: Call) -> tuple[Backend, Plan]:
 
 def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
     """The backend's answer, whether or not it is there and takes the device."""
-    if backend.dtypes is not None and (dtype := compute_dtype(call)) not in backend.dtypes:
+    if backend.dtypes is not None and (dtype := compute_dtype(call)) is not None and dtype not in backend.dtypes:
         return Refusal(f"it does not compute in {dtype}")
     if (kept := getattr(call, "kept", None)) is not None and kept not in backend.reads:
         return Refusal(f"its backward does not read {kept!r}, which the forward kept")

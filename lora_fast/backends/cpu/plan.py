@@ -74,6 +74,17 @@ lora_compose_fwd = Plan({"y": _COMPOSE})
 lora_compose_bwd = Plan({"grad_v": _GAIN_BWD})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_PASS)})
+group_rows = Plan({"order, starts": Step("group_rows", "one C++ pass over the ids counts, one places")})
+_GROUPED_H = Step(
+    "grouped_project", "C++: each adapter's lora_A is read once for 32 of its rows, from x where they lie"
+)
+_GROUPED_H_BY_TORCH = Step(LINEAR, "PyTorch's products, a group of rows after the other")
+_GROUPED_SUMS = Step(MATMUL, "PyTorch's products, a group of rows after the other")
+_GROUPED_Y = Step("grouped_compose", "update, gain and bias of all groups in one C++ pass after the product")
+_GROUPED_GAIN_BWD = Step("grouped_gain_bwd", "dv and the sums of all gains and the bias in one C++ pass")
+_GROUPED_FEW = Step("lora_linear_small_fwd", f"{_FEW}; of rank 0")
+grouped_weight_norm_fwd = Plan({"norm": Step("grouped_weight_norm_fwd", "one C++ pass over W for all adapters")})
+grouped_weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", "one C++ pass over W for each adapter")})
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
@@ -86,7 +97,7 @@ def lora_linear_fwd(call: Linear) -> Plan:
         return kernel
     if kernel is not None and call.x.shape[0] <= PRODUCT_TOKENS:
         return _FEW_LORA if kernel is _FEW_FWD else _TILES_LORA
-    if _is_onednns(call):
+    if _is_onednns(call.x, call.weight):
         return _PASSES_BY_ONEDNN if call.has_gain else _ONEDNN_LORA
     return _PASSES
 
@@ -96,7 +107,7 @@ def lora_linear_bwd(call: LinearGrad) -> Plan:
         return _FEW_BWD
     if call.kept != "base" and _native(call):
         return _TILES_BWD
-    return _PASSES_GRAD[call.has_gain or call.need_bias, _is_onednns(call)]
+    return _PASSES_GRAD[call.has_gain or call.need_bias, _is_onednns(call.grad_y, call.weight)]
 
 
 def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
@@ -158,9 +169,8 @@ def _native(call: Linear | LinearGrad) -> bool:
     )
 
 
-def _is_onednns(call: Linear | LinearGrad) -> bool:
+def _is_onednns(x: Tensor, weight: Tensor) -> bool:
     """Whether the product with W is oneDNN's: in float32, and large enough for its calls."""
-    x, weight = call[0], call.weight
     return (
         x.dtype == weight.dtype == torch.float32
         and x.shape[0] > SMALL_TOKENS
@@ -183,3 +193,25 @@ def _is_plain(call: Linear | LinearGrad) -> bool:
 
 def _whole_tiles(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.shape[0] % TILE == 0 and weight.shape[1] % TILE == 0
+
+
+def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
+    project = _GROUPED_H if _projects(call) else _GROUPED_H_BY_TORCH
+    if call.weight is None:
+        return Plan({"h": project, "y": _GROUPED_Y})
+    is_few = 0 < call.x.shape[0] <= _few_tokens(call.x.dtype) and call.x.dtype == call.weight.dtype in FEW_DTYPES
+    if is_few and _whole_tiles(call.weight):
+        return Plan({"h": project, "base": _GROUPED_FEW, "y": _GROUPED_Y})
+    return Plan({"h": project, "base": _ONEDNN if _is_onednns(call.x, call.weight) else _TORCH, "y": _GROUPED_Y})
+
+
+def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Plan:
+    steps = {"grad_v": _GROUPED_GAIN_BWD, "grad_h": _GROUPED_H_BY_TORCH, "grad_A, grad_B": _GROUPED_SUMS}
+    if call.need_x and call.weight is not None:
+        steps["grad_x"] = _ONEDNN if _is_onednns(call.grad_y, call.weight) else _MATMUL
+    return Plan(steps)
+
+
+def _projects(call: calls.GroupedLora) -> bool:
+    """Whether the C++ kernel makes h, whose sums are float32."""
+    return call.x.dtype in FEW_DTYPES and call.lora_A[0].dtype in FEW_DTYPES

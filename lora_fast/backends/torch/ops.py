@@ -13,24 +13,15 @@ import torch
 from torch import Tensor
 
 from lora_fast import calls, norm_cache
-from lora_fast.backends import dora
-from lora_fast.backends.passes import CHUNK, SMALLEST_CHUNK, Gradients, Passes, token_chunks
+from lora_fast.backends import dora, grouped
+from lora_fast.backends.passes import Gradients, Passes, token_chunks
 from lora_fast.backends.plan import Plan, may_keep_norm
+from lora_fast.backends.torch import grouped as grouped_passes
+from lora_fast.backends.torch.rows import chunk_rows, norm_product_dtype, scaled_norm
 from lora_fast.content_key import content_key
 from lora_fast.dtypes import accumulate_dtype
 
 _UINT32 = 0xFFFFFFFF
-
-
-def _norm_product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The norm's products stay float32 also where PyTorch's matmul setting allows TF32 or bfloat16 inside."""
-    return torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
-
-
-def _chunk_rows(rows: int, columns: int) -> int:
-    """Rows in a chunk: together 1/128 of the weight, within [SMALLEST_CHUNK, CHUNK] elements."""
-    elements = min(max(rows * columns // 128, SMALLEST_CHUNK), CHUNK)
-    return max(1, min(elements // max(columns, 1), rows))
 
 
 def _adapted_rows(
@@ -41,9 +32,9 @@ def _adapted_rows(
     Two buffers and no mixed operands, whose casts allocate: aligned blocks that are freed and asked for anew pile up
     in glibc's heap, to the size of V.
     """
-    lora_A = call.lora_A.to(_norm_product_dtype(dtype))
+    lora_A = call.lora_A.to(norm_product_dtype(dtype))
     N, K = call.lora_B.shape[0], lora_A.shape[1]
-    step = _chunk_rows(N, K)
+    step = chunk_rows(N, K)
     weight_rows = _dequantised(call, step) if isinstance(call, calls.QuantisedNorm) else call.weight.__getitem__
     delta = lora_A.new_empty(step, K)
     chunk = lora_A.new_empty(delta.shape, dtype=dtype)
@@ -76,16 +67,6 @@ def _dequantised(call: calls.QuantisedNorm, step: int) -> Callable[[slice], Tens
     return weight_rows
 
 
-def _scaled_norm(tensor: Tensor, dim: int) -> Tensor:
-    """vector_norm over ``dim`` without overflow or underflow of the squares; NaN and Inf are carried through.
-
-    Overwrites ``tensor``.
-    """
-    largest = torch.linalg.vector_norm(tensor, torch.inf, dim=dim, keepdim=True)
-    scale = torch.where((largest == 0) | ~torch.isfinite(largest), 1.0, largest)
-    return scale.squeeze(dim) * torch.linalg.vector_norm(tensor.div_(scale), dim=dim)
-
-
 def weight_norm_fwd(call: calls.WeightNorm, plan: Plan) -> Tensor:
     weight, kept_norm, kept_key = call.weight, call.kept_norm, call.kept_key
     # on another device the comparison would make the host wait, and a tensor without a version can't be trusted
@@ -105,13 +86,13 @@ def quantised_norm_fwd(call: calls.QuantisedNorm, plan: Plan) -> Tensor:
 
 def _quantised_norm(call: calls.QuantisedNorm) -> Tensor:
     dtype = accumulate_dtype(call.lora_A, call.lora_B)
-    return torch.cat([_scaled_norm(chunk, 1) for _, chunk in _adapted_rows(call, dtype)])
+    return torch.cat([scaled_norm(chunk, 1) for _, chunk in _adapted_rows(call, dtype)])
 
 
 def _norm(call: calls.WeightNorm) -> Tensor:
     dtype = accumulate_dtype(call.weight, call.lora_A, call.lora_B)
     dim = 1 if call.axis == "output" else 0
-    norms = (_scaled_norm(chunk, dim) for _, chunk in _adapted_rows(call, dtype))
+    norms = (scaled_norm(chunk, dim) for _, chunk in _adapted_rows(call, dtype))
     return torch.cat(list(norms)) if call.axis == "output" else _norm_of_parts(norms)
 
 
@@ -121,19 +102,19 @@ def _norm_of_parts(norms: Iterator[Tensor]) -> Tensor:
     for norm in norms:
         level = 0
         while level < len(waiting) and (other := waiting[level]) is not None:
-            norm = _scaled_norm(torch.stack((other, norm)), 0)
+            norm = scaled_norm(torch.stack((other, norm)), 0)
             waiting[level] = None
             level += 1
         waiting[level : level + 1] = [norm]
     return functools.reduce(
-        lambda total, part: _scaled_norm(torch.stack((total, part)), 0), (part for part in waiting if part is not None)
+        lambda total, part: scaled_norm(torch.stack((total, part)), 0), (part for part in waiting if part is not None)
     )
 
 
 def weight_norm_bwd(call: calls.WeightNormGrad, plan: Plan) -> tuple[Tensor, Tensor]:
     lora_A, lora_B, norm = call.lora_A, call.lora_B, call.norm
     dtype = accumulate_dtype(call.weight, lora_A, lora_B)
-    product = _norm_product_dtype(dtype)
+    product = norm_product_dtype(dtype)
     # c = grad / n, and 0 for a zero row
     c = torch.where(norm == 0, 0.0, call.grad / torch.where(norm == 0, 1.0, norm)).to(dtype)
     wide_A = lora_A.to(product)
@@ -255,3 +236,14 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
 
 def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
+
+
+_grouped = grouped.Linears(grouped_passes.Passes())
+group_rows = grouped_passes.group_rows
+grouped_lora_fwd = _grouped.grouped_lora_fwd
+grouped_lora_bwd = _grouped.grouped_lora_bwd
+grouped_weight_norm_fwd = grouped_passes.grouped_weight_norm_fwd
+
+
+def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+    return grouped.norm_gradients(call, plan, weight_norm_bwd)

@@ -20,6 +20,20 @@ lora_compose_fwd = Plan({"y": _COMPOSE}, yields=True)
 lora_compose_bwd = Plan({"grad_v": _GAIN_BWD}, yields=True)
 dropout = Plan({"y": Step("dropout", "the mask as a tensor")}, yields=True)
 merge_weight = Plan({"weight": _ROWS}, yields=True)
+group_rows = Plan({"order, starts": Step("torch.sort", "a stable sort of the ids")}, yields=True)
+_GROUPS = "PyTorch's products, a group of rows after the other"
+grouped_lora_fwd = Plan({"h": Step(LINEAR, _GROUPS), "base": _PRODUCT, "y": Step("compose", _GROUPS)}, yields=True)
+grouped_lora_bwd = Plan(
+    {
+        "grad_v": Step("gain_bwd", _GROUPS),
+        "grad_h": Step(LINEAR, _GROUPS),
+        "grad_A, grad_B": Step(MATMUL, _GROUPS),
+        "grad_x": Step(MATMUL, "PyTorch's product"),
+    },
+    yields=True,
+)
+grouped_weight_norm_fwd = Plan({"norm": Step(_ROWS.kernel, f"{_ROWS.why}, of all adapters in turn")}, yields=True)
+grouped_weight_norm_bwd = Plan({"grad_V": Step(_ROWS.kernel, "an adapter after the other")}, yields=True)
 
 
 def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:

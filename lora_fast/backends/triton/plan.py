@@ -155,3 +155,26 @@ def dora_linear_fwd(call: calls.DoraLinear) -> Plan:
 def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     linear = lora_linear_bwd(call)
     return joined(weight_norm_bwd, linear) if call.through_norm else linear
+
+
+def group_rows(call: calls.GroupRows) -> Refusal:
+    return _GROUPED
+
+
+def grouped_lora_fwd(call: calls.GroupedLora) -> Refusal:
+    return _GROUPED
+
+
+def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Refusal:
+    return _GROUPED
+
+
+def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Refusal:
+    return _GROUPED
+
+
+def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> Refusal:
+    return _GROUPED
+
+
+_GROUPED = Refusal("it has no kernels for rows of many adapters")

@@ -1,0 +1,98 @@
+"""The passes over sorted rows by the C++ kernels, and x Wᵀ of few tokens by the one that reads W once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_fast import calls
+from lora_fast.backends import extension
+from lora_fast.backends.grouped import Factors, lora_A_of, lora_B_of, norm_factors
+from lora_fast.backends.plan import Plan
+from lora_fast.backends.torch import grouped
+from lora_fast.calls import RowGroups
+
+_c = extension.operators()
+
+
+def group_rows(call: calls.GroupRows, plan: Plan) -> tuple[Tensor, Tensor]:
+    adapter = call.adapter.to(torch.int64).contiguous()
+    try:
+        return _c.group_rows(adapter, call.adapters)
+    except RuntimeError:
+        raise grouped.unknown_id(adapter, call.adapters) from None
+
+
+class Passes(grouped.Passes):
+    """Those of PyTorch's calls where the plan or the pass says so: gradients of factors, and sums in float64."""
+
+    def project(self, x: Tensor, factors: Factors, scaling: Tensor | None, groups: RowGroups, kernel: str) -> Tensor:
+        if kernel != "grouped_project":
+            return super().project(x, factors, scaling, groups, kernel)
+        return _c.grouped_project(x, factors.tensors, *groups, factors.ranks)
+
+    def compose(
+        self,
+        base: Tensor,
+        h: Tensor,
+        factors: Factors,
+        scaling: Tensor | None,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        groups: RowGroups,
+        out: Tensor,
+        product: Tensor | None,
+    ) -> None:
+        given = base, h, factors.tensors, factors.transposed, scaling, gain, bias
+        _c.grouped_compose(*given, *groups, factors.ranks, out, product)
+
+    def gain_bwd(
+        self,
+        grad: Tensor,
+        product: Tensor | None,
+        gain: Tensor | None,
+        groups: RowGroups,
+        *,
+        need_scaled: bool,
+        need_gain: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _c.grouped_gain_bwd(grad, product, gain, *groups, need_scaled, need_gain, need_bias)
+
+
+def of_one_adapter(call: calls.GroupedLora) -> calls.LoraLinear | None:
+    """The same call as of one adapter where all rows are of one, and the product with W is ours to make."""
+    rows, starts = call.order.shape[0], call.starts.tolist()
+    group = starts.index(rows) - 1
+    if call.weight is None or group < 1 or starts[group] != 0:
+        return None
+    adapter = group - 1
+    lora_A, lora_B = (factors.matrices()[adapter] for factors in (lora_A_of(call), lora_B_of(call)))
+    if lora_A.shape[0] == 0:
+        return None
+    gain = None if call.gain is None else call.gain[adapter]
+    factors = call.x, call.weight, call.bias, lora_A, lora_B, float(call.scaling[adapter]), gain
+    return calls.LoraLinear(*factors, "output", 0.0, None, "product" if call.keep else "nothing")
+
+
+def widened(h: Tensor, call: calls.GroupedLora) -> Tensor:
+    """h [T, R_a] of one adapter as [T, R]."""
+    wide = h.new_zeros(h.shape[0], lora_A_of(call).rank)
+    if wide.shape == h.shape:
+        return h
+    wide[:, : h.shape[1]] = h
+    return wide
+
+
+def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias by the kernel of lora_linear for few tokens, of rank 0."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    A, B = x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0)
+    bias = None if bias is None else bias.float()
+    _c.lora_linear_small_fwd(x, weight, A, B, 1.0, None, bias, y, None)
+    return y
+
+
+def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm, plan: Plan) -> Tensor:
+    lora_A, lora_B = norm_factors(call)
+    return _c.grouped_weight_norm_fwd(call.weight, lora_A, lora_B, call.scaling.tolist())
