@@ -100,7 +100,7 @@ def accelerate(
         warnings.warn(fault, UserWarning, stacklevel=2)
         return Report((), version, compute_dtype, fault)
 
-    from lora_fast.integrations import peft_layers, peft_names, peft_saving
+    from lora_fast.integrations import peft_batches, peft_layers, peft_names, peft_saving
 
     fsdp2.reshard(model)
     tuned: list[tuple[str, Any]] = [
@@ -118,6 +118,8 @@ def accelerate(
     for module in model.modules():
         if isinstance(module, peft_names.PeftModel):
             peft_saving.set_on(module)
+        if isinstance(module, peft_names.LoraModel):
+            peft_batches.set_on(module)
     sharding = _Sharding(fsdp2.modules_within(model), rounded_to(model))
     reports = []
     for name, layer in tuned:
@@ -144,7 +146,7 @@ def restore(model: nn.Module) -> None:
     if not accelerated:
         return
 
-    from lora_fast.integrations import peft_layers, peft_saving
+    from lora_fast.integrations import peft_batches, peft_layers, peft_saving
 
     originals = []
     for name, layer in accelerated:
@@ -163,6 +165,7 @@ def restore(model: nn.Module) -> None:
             stacked.unstack(layer.base_layer.weight)
     for module in model.modules():
         peft_saving.take_off(module)
+        peft_batches.take_off(module)
 
 
 def _peft_version() -> tuple[str, str | None]:
@@ -270,6 +273,17 @@ def _describe_adapters(layer: Any, obstacles: dict[str, str | None], sharding: _
             continue
         form = "DoRA, weight_norm" if peft_names.is_dora(layer, adapter) else "LoRA"
         yield f"{adapter}: {form}, {how}{_describe_sharding(layer, adapter, sharding)}"
+    if len(obstacles) > 1 and not any(obstacles.values()):
+        yield f"adapter_names: {_describe_batches(layer)}"
+
+
+def _describe_batches(layer: Any) -> str:
+    """What runs where each sample has an adapter of its own."""
+    from lora_fast.integrations import peft_layers, peft_names
+
+    if isinstance(layer, (peft_layers.FastConv, peft_layers.FastEmbedding)):
+        return "one adapter after the other"
+    return "grouped_lora_linear" if peft_names.is_direct(layer) else "grouped_lora_compose"
 
 
 def _describe_sharding(layer: Any, adapter: str, sharding: _Sharding) -> str:

@@ -23,7 +23,7 @@ from lora_fast import bases, functional, stacked
 from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import unrounded
-from lora_fast.integrations import peft_names
+from lora_fast.integrations import peft_batches, peft_names
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from lora_fast.norm_cache import NormCache
 from lora_fast.parallel import calling, fsdp2, whole
@@ -42,6 +42,7 @@ class State:
     stack_weights: bool = True
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
+    adapter_names: list[str] | None = None  # of the last forward's samples
 
 
 class FastLayer(nn.Module, LoraLayer):
@@ -52,7 +53,11 @@ class FastLayer(nn.Module, LoraLayer):
     base_layer: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._lora_fast.forward_default.in_force():
+        state = self._lora_fast
+        with state.forward_default.in_force():
+            names = peft_batches.names_of_forward(state, kwargs.get("adapter_names"))
+            if names is not None:
+                kwargs["adapter_names"] = names
             return self._forward(x, *args, **kwargs)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,7 +221,7 @@ class OverLinear(FastLayer):
     """What PEFT's layers over linears share, whatever the linear's weight is made of."""
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._is_left_to_peft(x):
+        if kwargs.get("adapter_names") is None and self._is_left_to_peft(x):
             return super(FastLayer, self).forward(x, *args, **kwargs)
         return super()._forward(x, *args, **kwargs)
 
@@ -273,6 +278,10 @@ class OverLinear(FastLayer):
             if result is not None and not adapters:
                 return result
         return super()._adapted(x, adapters, result)
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
+        y = peft_batches.mixed_linear(self, x, adapter_names, adapters)
+        return super()._mixed(x, adapter_names, adapters) if y is None else y
 
     def _linear(self, x: Tensor, adapter: Adapter) -> Tensor:
         """The base layer's product and the adapter's in one."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import variants
+from peft.tuners.lora import LoraModel, model as lora_model, variants
 from peft.tuners.lora.dora import (
     DoraConv1dLayer,
     DoraConv2dLayer,
@@ -54,6 +54,12 @@ READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# the hooks that hand an argument of the model's call to its layers
+ARGUMENT_HOOKS = tuple(
+    hook
+    for name in ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
+    if (hook := getattr(lora_model, name, None)) is not None
+)
 FACTORS, MAGNITUDES = ("lora_A", "lora_B"), "lora_magnitude_vector"  # of ModuleDicts by adapter
 _ON_META = "the base weight is on the meta device (offloaded or not loaded yet)"
 
@@ -65,6 +71,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "LoraLayer",
+    "LoraModel",
     "MultiheadAttention",
     "PeftModel",
 ]
@@ -120,6 +127,11 @@ def _member(layer: Any, container: str, name: str) -> Any:
 def available(layer: Any) -> list[str]:
     """The names of the layer's adapters."""
     return list(layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A)
+
+
+def all_are_ours(model: nn.Module) -> bool:
+    """Whether lora_fast runs every adapter layer of the model."""
+    return all("_lora_fast" in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def is_plain(layer: Any) -> bool:

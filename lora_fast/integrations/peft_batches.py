@@ -1,0 +1,172 @@
+"""Batches whose samples have adapters of their own, PEFT's ``adapter_names``: one product with W for all of them.
+
+    y[i] = g[a] ⊙ (W x[i] + s[a] B[a] A[a] x[i]) + b        a: the sample's adapter, of LoRA (g = 1) or DoRA, or none
+
+PEFT splits such a batch by adapter, refuses DoRA in it and refuses to train; and where a forward raises, the hooks that
+hand the names to the layers stay and every later forward fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast import functional
+from lora_fast.calls import RowGroups
+from lora_fast.integrations import peft_names
+from lora_fast.integrations.peft_names import Adapter
+
+
+def mixed_linear(layer: Any, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor | None:
+    """The result of a linear for x [samples, …, K]; None where its adapters have to be applied one after the other.
+
+    That is with a dropout in force, with a ``lora_bias``, with adapters of several dtypes or whose products are not to
+    be in x's, and with DoRA around a base layer that has to be called and has a bias.
+    """
+    each = list(adapters.values())
+    first = each[0] if each else None
+    if first is None or any(not _is_plain(layer, adapter, first) for adapter in each):
+        return None
+    dtype = layer._product_dtype(x, first)
+    if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    has_gain = any(adapter.magnitude is not None for adapter in each)
+    base = peft_names.quantised_base(layer)
+    calls_base = peft_names.calls_base(layer)
+    if (calls_base and has_gain and peft_names.base_bias(layer) is not None) or (base is not None and dtype != x.dtype):
+        return None
+    groups = _groups(tuple(adapter_names), tuple(adapters), x.shape[:-1], x.device)
+    gain = torch.stack([_gain_of(layer, adapter) for adapter in each]) if has_gain else None
+    scaling = _scaling(tuple(adapter.scaling for adapter in each), x.device)
+    given = [adapter.lora_A for adapter in each], [adapter.lora_B for adapter in each], scaling, gain
+    if calls_base:
+        result = peft_names.call_base(layer, x)
+        y = functional.grouped_lora_compose(result, x.to(dtype), *given, None, groups)
+        return y.to(result.dtype)
+    if base is not None:
+        product = base.product(x)
+        return functional.grouped_lora_compose(product, x.to(product.dtype), *given, base.bias, groups)
+    weight, bias = peft_names.base_weight(layer), peft_names.base_bias(layer)
+    return functional.grouped_lora_linear(x.to(dtype), weight, bias, *given, groups)
+
+
+def _is_plain(layer: Any, adapter: Adapter, first: Adapter) -> bool:
+    same_dtype = adapter.lora_A.dtype == first.lora_A.dtype and adapter.lora_B.dtype == first.lora_B.dtype
+    return same_dtype and adapter.lora_bias is None and peft_names.dropout_p(layer, adapter) == 0.0
+
+
+def _gain_of(layer: Any, adapter: Adapter) -> Tensor:
+    gain: Tensor | None = layer._gain(adapter)
+    if gain is not None:
+        return gain
+    lora_B = adapter.lora_B
+    wide = torch.float64 if lora_B.dtype == torch.float64 else torch.float32
+    return torch.ones(lora_B.shape[0], dtype=wide, device=lora_B.device)
+
+
+def _groups(names: tuple[str, ...], known: tuple[str, ...], leading: torch.Size, device: torch.device) -> RowGroups:
+    """Of rows with ``leading`` sizes, the first of which is that of ``names``; a name that is not known is the base."""
+    if torch.compiler.is_compiling():
+        return _make_groups(names, known, leading, device)
+    with torch.inference_mode(False):  # what is kept serves training too
+        return _kept_groups(names, known, leading, device)
+
+
+def _make_groups(
+    names: tuple[str, ...], known: tuple[str, ...], leading: torch.Size, device: torch.device
+) -> RowGroups:
+    numbers = {name: number for number, name in enumerate(known)}
+    adapter = torch.tensor([numbers.get(name, -1) for name in names], dtype=torch.int64, device=device)
+    rows = adapter.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading)
+    return functional.group_rows(rows, len(known))
+
+
+# the layers of one forward, and the steps of a generation, have the same few
+_kept_groups = functools.lru_cache(maxsize=16)(_make_groups)
+
+
+def _scaling(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _make_scaling(numbers, device)
+    with torch.inference_mode(False):
+        return _kept_scaling(numbers, device)
+
+
+def _make_scaling(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).to(device)
+
+
+_kept_scaling = functools.lru_cache(maxsize=64)(_make_scaling)
+
+
+def names_of_forward(state: Any, adapter_names: list[str] | None) -> list[str] | None:
+    """``adapter_names`` of a layer's call; of what activation checkpointing computes again those of its last forward.
+
+    The hooks that hand them to the layers are gone by then. As with :class:`~lora_fast.backends.ForwardDefault`, a call
+    inside a task of autograd's engine is a recomputation, and taken to be that of the layer's last forward.
+    """
+    if torch.compiler.is_compiling():
+        return adapter_names
+    if torch._C._current_graph_task_id() == -1:
+        state.adapter_names = adapter_names
+    elif adapter_names is None:
+        return state.adapter_names
+    return adapter_names
+
+
+def set_on(model: Any) -> None:
+    """Let PEFT's tuner ``model`` hand out names by :func:`enable_hooks`: a partial, which is copied and pickled too."""
+    if not _is_set(model):
+        vars(model)[_METHOD] = functools.partial(enable_hooks, model)
+
+
+def take_off(model: nn.Module) -> None:
+    """Undo :func:`set_on`."""
+    if _is_set(model):
+        del vars(model)[_METHOD]
+
+
+_METHOD = "_enable_peft_forward_hooks"
+
+
+def _is_set(model: nn.Module) -> bool:
+    return getattr(vars(model).get(_METHOD), "func", None) is enable_hooks
+
+
+@contextlib.contextmanager
+def enable_hooks(model: Any, /, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """As PEFT's method of the tuner, whose hooks are gone afterwards whatever happened, and which also trains.
+
+    It trains where lora_fast runs every adapter layer, whose recomputation under checkpointing knows the names.
+    """
+    before = _hooks(model)
+    trains = model.training and peft_names.all_are_ours(model)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                if trains:  # which PEFT looks at when the context is entered
+                    model.training = False
+                stack.enter_context(getattr(type(model), _METHOD)(model, *args, **kwargs))
+            finally:
+                if trains:
+                    model.training = True
+            yield
+    finally:
+        for module, key in _hooks(model) - before:
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _hooks(model: nn.Module) -> set[tuple[nn.Module, int]]:
+    """PEFT's hooks that hand an argument to a layer, by the layer and the hook's number."""
+    return {
+        (module, key)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if getattr(hook, "func", None) in peft_names.ARGUMENT_HOOKS
+    }
