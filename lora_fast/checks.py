@@ -147,11 +147,6 @@ def check_dtype(name: str, value: Tensor, expected: torch.dtype, of: str) -> Non
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}, that of {of} (or use torch.autocast)")
 
 
-def check_dtype_of_factors(name: str, value: Tensor, first: Tensor) -> None:
-    if value.dtype != first.dtype:
-        raise TypeError(f"{name}: got dtypes {first.dtype} and {value.dtype}, expected one dtype for all adapters")
-
-
 def check_dropout(dropout_p: Any, seed: Any) -> None:
     check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:

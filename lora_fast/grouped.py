@@ -28,6 +28,7 @@ from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import to_gain_dtype
 from lora_fast.recording import as_bias, cast, recorded, wants_grad
 
+_CLASSES = {Tensor, torch.nn.Parameter}
 _INTS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 Factors = Tensor | Sequence[Tensor]  # a stack, or a matrix for each adapter
 
@@ -197,31 +198,53 @@ def _factors(
         if ranks is not None:
             raise ValueError("ranks: got a tensor beside a sequence of matrices, expected None: their shapes say it")
         for a, (A, B) in enumerate(zip(factors_A, factors_B, strict=True)):
-            checks.check_tensor(f"lora_A[{a}]", A)
-            checks.check_shape(f"lora_A[{a}]", A, (None, K), "[R, K]")
-            if A.shape[0] == 0:
-                raise ValueError(f"lora_A[{a}]: got shape [0, K], expected a rank R of at least 1")
-            checks.check_tensor(f"lora_B[{a}]", B)
-            checks.check_shape(f"lora_B[{a}]", B, (N, A.shape[0]), "[N, R]")
+            if not _is_usual(A, B, factors_A[0], factors_B[0], N, K):
+                _check_matrices(a, A, B, N, K)
     for name, tensors in (("lora_A", factors_A), ("lora_B", factors_B)):
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            raise TypeError(f"{name}: got dtypes {sorted(map(str, dtypes))}, expected one dtype for all adapters")
         for tensor in tensors:
             checks.check_device(name, tensor, like.device, "the other tensors")
-            checks.check_dtype_of_factors(name, tensor, tensors[0])
     checks.check_tensor("scaling", scaling)
     checks.check_shape("scaling", scaling, (count,), "[L]")
     checks.check_device("scaling", scaling, like.device, "the other tensors")
     if scaling.requires_grad:
         raise ValueError("scaling: got requires_grad=True, expected a constant: no gradient is computed for it")
     if ranks is not None:
-        if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.dtype == torch.bool:
-            raise TypeError(
-                f"ranks: got {getattr(ranks, 'dtype', type(ranks).__name__)}, expected a tensor of ints [L]"
-            )
+        _check_ints("ranks", ranks)
         checks.check_shape("ranks", ranks, (count,), "[L]")
         checks.check_device("ranks", ranks, like.device, "the other tensors")
         _check_ranks(ranks, factors_A[0].shape[1])
         ranks = ranks.to(torch.int64).contiguous()
     return factors_A, factors_B, scaling, ranks
+
+
+def _is_usual(A: Tensor, B: Tensor, first_A: Tensor, first_B: Tensor, N: int, K: int) -> bool:
+    """Whether the matrices of an adapter pass :func:`_check_matrices`, given that the first adapter's do: a batch has
+    many."""
+    shape = A.shape
+    return (
+        type(A) in _CLASSES
+        and type(B) in _CLASSES
+        and A.dtype is first_A.dtype
+        and B.dtype is first_B.dtype
+        and A is not first_A
+        and len(shape) == 2
+        and shape[1] == K
+        and shape[0] > 0
+        and B.shape == (N, shape[0])
+    )
+
+
+def _check_matrices(a: int, A: Tensor, B: Tensor, N: int, K: int) -> None:
+    """Of adapter ``a``: lora_A [R, K] and lora_B [N, R]."""
+    checks.check_tensor(f"lora_A[{a}]", A)
+    checks.check_shape(f"lora_A[{a}]", A, (None, K), "[R, K]")
+    if A.shape[0] == 0:
+        raise ValueError(f"lora_A[{a}]: got shape [0, K], expected a rank R of at least 1")
+    checks.check_tensor(f"lora_B[{a}]", B)
+    checks.check_shape(f"lora_B[{a}]", B, (N, A.shape[0]), "[N, R]")
 
 
 def _check_ranks(ranks: Tensor, most: int) -> None:

@@ -63,10 +63,9 @@ class Passes(grouped.Passes):
 def of_one_adapter(call: calls.GroupedLora) -> calls.LoraLinear | None:
     """The same call as of one adapter where all rows are of one, and the product with W is ours to make."""
     rows, starts = call.order.shape[0], call.starts.tolist()
-    group = starts.index(rows) - 1
-    if call.weight is None or group < 1 or starts[group] != 0:
+    adapter = starts.index(rows) - 2 if rows in starts else -1
+    if call.weight is None or adapter < 0 or starts[adapter + 1] != 0:
         return None
-    adapter = group - 1
     lora_A, lora_B = (factors.matrices()[adapter] for factors in (lora_A_of(call), lora_B_of(call)))
     if lora_A.shape[0] == 0:
         return None
