@@ -25,9 +25,10 @@ ZEN_5_AVX512, ZEN_5_AVX2 = (
     ZEN_5.with_name(f"amd-epyc-family-26-model-2-with-onednn-max-cpu-isa-{isa}-2-threads")
     for isa in ("avx512-core", "avx2")
 )
+ZEN_4 = ZEN_5.with_name("amd-epyc-family-25-model-17-2-threads")
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
-_DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "peft.md", "quantised.md")
+_DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "peft.md", "quantised.md", "serving.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
@@ -207,6 +208,29 @@ def _quantised(folder: Path) -> str:
 
     times = table(["", *names], ([row["title"], *(cell(row, name) for name in names)] for row in results["rows"]))
     return f"{origin(results, 'quantised.json', folder)}\n{times}\n{bars_lines(results['rows'])}"
+
+
+def grouped() -> str:
+    """Rows that have adapters of their own, beside the frozen linear; then the targets, and those of the grid missed."""
+    folders = [folder for folder in (RESULTS, ZEN_5, ZEN_4) if (folder / "grouped.json").exists()]
+    return "\n".join(map(_grouped, folders))
+
+
+def _grouped(folder: Path) -> str:
+    results = read("grouped.json", folder)
+    rows = results["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["records"] if name != row["baseline"]))
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        records = row["records"]
+        return digits(records[name]["median_ms"] / records[row["baseline"]]["median_ms"]) if name in records else ""
+
+    times = table(["", *names], ([row["title"], *(cell(row, name) for name in names)] for row in rows))
+    peers = [bar for row in rows for bar in row["bars"] if bar.get("at_most") == 1.0]
+    shown = [row | {"bars": [bar for bar in row["bars"] if bar not in peers or not bar["met"]]} for row in rows]
+    met = sum(bar["met"] for bar in peers)
+    said = f"Not slower than PEFT's loop and than a sort with `F.grouped_mm`: {met} of {len(peers)} comparisons.\n"
+    return f"{origin(results, 'grouped.json', folder)}\n{times}\n{said}\n{bars_lines(shown)}"
 
 
 def distributed() -> str:
@@ -460,6 +484,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "layer": layer,
     "peft": peft,
     "quantised": quantised,
+    "grouped": grouped,
     "distributed": distributed,
     "t0-3b": t0_3b,
     "losses": losses,
