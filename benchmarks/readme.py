@@ -211,7 +211,7 @@ def _quantised(folder: Path) -> str:
 
 
 def grouped() -> str:
-    """Rows that have adapters of their own, beside the frozen linear; then the targets, and those of the grid missed."""
+    """Rows that have adapters of their own, beside the frozen linear; then the targets, and what was missed."""
     folders = [folder for folder in (RESULTS, ZEN_5, ZEN_4) if (folder / "grouped.json").exists()]
     return "\n".join(map(_grouped, folders))
 

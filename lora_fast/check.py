@@ -113,6 +113,8 @@ def items() -> dict[str, Item]:
         "dropout": _mask,
         "lora_compose": _compose,
         "merge_weight": _merge,
+        "grouped_lora_linear": _grouped,
+        "grouped_weight_norm": _grouped_norm,
     }
 
 
@@ -364,6 +366,45 @@ def _compose(device: str, backend: BackendName, case: Case, result: Result) -> N
     truth = results(reference.lora_compose, True)
     eager = results(partial(reference.lora_compose, compute_dtype=case.dtype), False)
     _hold_all(result, once, again, [eager], truth)
+
+
+def draw_stacks(device: str, case: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """lora_A, lora_B and gain of three adapters in the place of ``t``'s, and the adapter of each row, or none."""
+    factors = [draw(device, replace(case, leading=(1,))) for _ in range(3)]
+    stacks = {name: torch.stack([factor[name] for factor in factors]) for name in ("lora_A", "lora_B", "output")}
+    return t | stacks | {"adapter": torch.arange(t["x"].shape[0], device=device) % 4 - 1}
+
+
+def _grouped(device: str, backend: BackendName, case: Case, result: Result) -> None:
+    t = draw_stacks(device, case, draw(device, case))
+    leaves = {name: t[name] for name in ["x", "lora_A", "lora_B", "output"] + ["bias"] * case.bias}
+    scaling = torch.tensor([case.scaling, 1.0, -0.5], dtype=t["output"].dtype, device=device)
+
+    def results(function: Callable[..., Tensor], wide: bool, scaling: Any) -> dict[str, Tensor]:
+        def called(tensors: dict[str, Tensor]) -> Tensor:
+            x, A, B, gain = (tensors[name] for name in ("x", "lora_A", "lora_B", "output"))
+            return function(x, t["weight"], tensors.get("bias"), A, B, scaling, gain, t["adapter"])
+
+        return _with_gradients(called, leaves, t["grad_y"], wide)
+
+    with _checked(result):
+        ours = partial(functional.grouped_lora_linear, backend=backend)
+        once, again = (results(ours, False, scaling) for _ in range(2))
+    truth = results(reference.grouped_lora_linear, True, scaling.tolist())
+    plain = partial(reference.grouped_lora_linear, compute_dtype=case.dtype)
+    _hold_all(result, once, again, [results(plain, False, scaling.tolist())], truth)
+
+
+def _grouped_norm(device: str, backend: BackendName, case: Case, result: Result) -> None:
+    t = draw_stacks(device, case, draw(device, case))
+    W, A, B = t["weight"], t["lora_A"], t["lora_B"]
+    scaling = torch.tensor([case.scaling, 1.0, -0.5], dtype=t["output"].dtype, device=device)
+    with _checked(result):
+        once, again = (functional.grouped_weight_norm(W, A, B, scaling, backend=backend) for _ in range(2))
+    truth = reference.grouped_weight_norm(W.double(), list(A.double()), list(B.double()), scaling.tolist())
+    eager = reference.grouped_weight_norm(W, list(A), list(B), scaling.tolist(), compute_dtype=case.dtype)
+    _hold(result, "norm", once, [eager], truth)
+    _same(result, "norm", once, again)
 
 
 def _merge(device: str, backend: BackendName, case: Case, result: Result) -> None:

@@ -27,7 +27,8 @@ LINEARS = {
     *("lora_linear, dropout", "dora_linear, axis output, dropout", "dora_linear, axis input, dropout"),
 }
 QUANTISED = {"quantised_norm, 4 bits", "quantised_norm, 8 bits"}
-NAMES = {*NORMS, *LINEARS, *QUANTISED} | {
+GROUPED = {"grouped_lora_linear", "grouped_weight_norm"}
+NAMES = {*NORMS, *LINEARS, *QUANTISED, *GROUPED} | {
     *("weight_norm, kept", "dora_linear, kept norm", "dropout", "lora_compose", "merge_weight", "few tokens")
 }
 
@@ -103,6 +104,8 @@ class TestFound:
     @pytest.mark.parametrize(("name", "items"), [
         ("lora_linear_fwd", {*LINEARS, "few tokens", "dora_linear, kept norm"}),
         ("lora_compose_fwd", {"lora_compose"}),
+        ("grouped_lora_fwd", {"grouped_lora_linear"}),
+        ("grouped_weight_norm_fwd", {"grouped_weight_norm"}),
     ])  # fmt: skip
     def test_a_wrong_output(self, monkeypatch: pytest.MonkeyPatch, name: str, items: set[str]) -> None:
         broken(monkeypatch, name, lambda y: y[0, 0].add_(1e-3))
@@ -114,6 +117,16 @@ class TestFound:
     def test_a_wrong_gradient_of_the_linear(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
         broken(monkeypatch, "lora_linear_bwd", lambda gradient: gradient.mul_(1 + 1e-5), place)
         assert faults().keys() == LINEARS
+
+    @pytest.mark.parametrize("place", [0, 4, 5], ids=("x", "gain", "bias"))
+    def test_a_wrong_gradient_of_many_adapters(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+        broken(monkeypatch, "grouped_lora_bwd", lambda gradient: gradient.mul_(1 + 1e-5), place)
+        assert faults().keys() == {"grouped_lora_linear"}
+
+    @pytest.mark.parametrize("place", [2, 3], ids=("lora_A", "lora_B"))
+    def test_a_wrong_gradient_of_an_adapter(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+        broken(monkeypatch, "grouped_lora_bwd", lambda gradients: gradients[0][1].mul_(1 + 1e-5), place)
+        assert faults().keys() == {"grouped_lora_linear"}
 
     @pytest.mark.parametrize("place", range(5), ids=("base", "h", "lora_B", "gain", "bias"))
     def test_a_wrong_gradient_of_the_composition(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
