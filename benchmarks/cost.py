@@ -6,7 +6,7 @@ Bytes are those of the device's memory: each operand of a kernel once, whatever 
 those of products, two for a multiply-add. A kernel's time is the larger of bytes / bandwidth and FLOPs / peak, at the
 data sheet's figures (dense 16-bit), so a path's is predicted and a lower bound; launches are not in it.
 
-T tokens, weight [N, K], rank R, e bytes an element.
+T tokens, weight [N, K], rank R, e bytes an element; L adapters that have some of the tokens.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Size:
     K: int
     R: int
     e: int = 2
+    L: int = 1
 
     @property
     def factors(self) -> float:
@@ -156,6 +157,27 @@ def merge_weight_paths(s: Size) -> dict[str, Path]:
     return {"least": {"": in_place}, "in place": {"merge": in_place}, "dense": dense}
 
 
+def grouped_forward_paths(s: Size) -> dict[str, Path]:
+    """DoRA, with a gain of each adapter: rows of many adapters on one weight."""
+    gains, tile, h = 4 * s.L * s.N, s.e * s.T * s.N, s.e * s.T * s.R
+    product, flops = s.product(), 2 * s.T * s.R * (s.N + s.K)
+    A, B = s.e * s.L * s.R * s.K, s.e * s.L * s.R * s.N
+    project = Cost(s.e * s.T * s.K + A + h, 2 * s.T * s.K * s.R)
+    passes = {
+        "h": project,
+        "x Wᵀ": product,
+        "compose": Cost(2 * tile + h + B + gains, 2 * s.T * s.N * s.R),
+    }
+    an_adapter = {"h": project, "lora_B": Cost(h + B + tile, 2 * s.T * s.N * s.R), "gain": Cost(2 * tile + gains)}
+    after_another = {"x Wᵀ of each adapter's rows": product + Cost((s.L - 1) * s.e * s.N * s.K), **an_adapter}
+    return {
+        "least": {"": product + Cost(A + B + gains, flops)},
+        "sorted rows": passes,
+        "adapter by adapter": after_another,
+        "frozen": {"x Wᵀ": product},
+    }
+
+
 PATHS: dict[str, Callable[[Size], dict[str, Path]]] = {
     "weight_norm": weight_norm_paths,
     "lora_linear forward": forward_paths,
@@ -163,6 +185,7 @@ PATHS: dict[str, Callable[[Size], dict[str, Path]]] = {
     "lora_compose forward": lora_compose_fwd_paths,
     "lora_compose backward": lora_compose_bwd_paths,
     "merge_weight": merge_weight_paths,
+    "grouped_lora_linear forward": grouped_forward_paths,
 }
 
 
@@ -175,21 +198,28 @@ def predicted_ms(path: Path, device: Device) -> float:
     return sum(device.milliseconds(cost) for cost in path.values())
 
 
-SIZES = (Size(8192, 4096, 4096, 16), Size(8192, 4096, 4096, 384), Size(8192, 8192, 8192, 384), Size(16, 4096, 4096, 16))
+SIZES = (
+    Size(8192, 4096, 4096, 16),
+    Size(8192, 4096, 4096, 384),
+    Size(8192, 8192, 8192, 384),
+    Size(16, 4096, 4096, 16),
+    Size(64, 11008, 4096, 16, L=64),
+)
 
 
 def main() -> None:
     device = DEVICES["H200"]
     print(f"predicted for {device.name}: {device.bandwidth / 1e12:g} TB/s, {device.peak / 1e12:g} TFLOPS; not measured")
     for size in SIZES:
-        print(f"\n{size.T} tokens, {size.N}×{size.K}, rank {size.R}, {size.e} bytes an element")
-        print(f"{'op':22}{'path':16}{'MB':>10}{'GFLOP':>10}{'ms':>9}{'× least':>9}")
+        adapters = f" of {size.L} adapters" if size.L > 1 else ""
+        print(f"\n{size.T} tokens{adapters}, {size.N}×{size.K}, rank {size.R}, {size.e} bytes an element")
+        print(f"{'op':28}{'path':19}{'MB':>10}{'GFLOP':>10}{'ms':>9}{'× least':>9}")
         for op, paths in PATHS.items():
             bound = predicted_ms({"": least(op, size)}, device)
             for name, path in paths(size).items():
                 total, time = sum(path.values(), Cost(0)), predicted_ms(path, device)
                 row = f"{total.bytes / 1e6:10.1f}{total.flops / 1e9:10.1f}{time:9.4f}{time / bound:9.2f}"
-                print(f"{op:22}{name:16}{row}")
+                print(f"{op:28}{name:19}{row}")
 
 
 if __name__ == "__main__":

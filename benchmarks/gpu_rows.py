@@ -265,6 +265,41 @@ def peft_row(
     return result | size | {"title": title, "ops": "model", "left_out": left_out}
 
 
+def grouped_row(size: cost.Size, at_most: float, budget_s: float) -> dict[str, Any]:
+    """Inference with an adapter for each token, or as many as ``size`` says, in a CUDA graph beside the base product.
+
+    That takes ``F.linear`` to read W, x and write y; the least that DoRA reads besides are the factors and gains.
+    """
+    T, N, K, R, L = size.T, size.N, size.K, size.R, size.L
+    inputs = c.layer_inputs(N, K, R, T, torch.bfloat16)
+    x, weight, scaling = inputs.x.detach(), inputs.weight, torch.full((L,), inputs.scaling)
+    lora_A, lora_B = (torch.randn(shape).mul_(shape[2] ** -0.5).bfloat16() for shape in ((L, R, K), (L, N, R)))
+    gain, ids = 1 + 0.1 * torch.randn(L, N), torch.arange(T) % L
+    groups = functional.group_rows(ids, L)  # a model makes them once for all of its layers
+    factors: tuple[list[torch.Tensor], list[torch.Tensor]] = (list(lora_A), list(lora_B))
+    wide_factors = [factor.double() for factor in factors[0]], [factor.double() for factor in factors[1]]
+    wide, scales = (x.double(), weight.double()), scaling.tolist()
+    steps: dict[str, Step] = {c.FROZEN.name: partial(torch.nn.functional.linear, x, weight)}
+    left_out: dict[str, str] = {}
+    for name, gains in ((GROUPED, gain), ("lora_fast LoRA, sorted rows", None)):
+        step = partial(functional.grouped_lora_linear, x, weight, None, lora_A, lora_B, scaling, gains, groups)
+        wide_gains = None if gains is None else gains.double()
+        truth = reference.grouped_lora_linear(*wide, None, *wide_factors, scales, wide_gains, ids)
+        eager = reference.grouped_lora_linear(x, weight, None, *factors, scales, gains, ids, compute_dtype=x.dtype)
+        if fault := error_fault("y", step(), eager, truth, ours=True):
+            left_out[name] = f"{WRONG}: {fault}"
+        else:
+            steps[name] = step
+    records = measure({name: captured(step) for name, step in steps.items()}, budget_s)
+    add_ratios(records)
+    bars = []
+    if ours := records.get(GROUPED):
+        bars = [Bar("× the base product", ours["frozen_ratio"], at_most, True)]
+    title = f"{T} tokens of {L} adapters, {N}×{K}, rank {R}, CUDA graph"
+    return row(title, size, ("grouped_lora_linear forward",), records, bars, left_out)
+
+
+GROUPED = "lora_fast DoRA, sorted rows"
 CHUNKS = (1024, 2048, 4096)
 
 
@@ -317,8 +352,8 @@ def settings() -> list[Case]:
 def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
 
-    Counted, not measured: 35 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
-    (half a one by each of its 4 contenders), one by each of the other 15. At 0.8 s that is 28 s. What else there is for
+    Counted, not measured: 36 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
+    (half a one by each of its 4 contenders), one by each of the other 16. At 0.8 s that is 29 s. What else there is for
     an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
     50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
     and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
@@ -360,6 +395,8 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         *(partial(layer_row, case, 2 * budget_s) for case in steps[1:]),
         *(partial(layer_row, case, 2 * budget_s) for case in settings()),
         *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
+        # bytes alone are 1.37 times the base product's; predicted
+        partial(grouped_row, cost.Size(64, 11008, 4096, 16, L=64), 1.50, budget_s),
         *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
         *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
         *(partial(chunk_row, cost.Size(8192, N, N, 16), budget_s) for N in (4096, 2048)),

@@ -147,6 +147,7 @@ DEVICE = (
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
 ON_EVERY_DEVICE = (
+    "test_grouped",
     "test_kept",
     "test_lora_compose",
     "test_lora_linear",

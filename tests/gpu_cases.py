@@ -9,7 +9,16 @@ from itertools import product
 from typing import Any
 
 import torch
-from launch_sweep import Call, make, make_compose, make_norm, make_quantised_norm, run, skipped_products
+from launch_sweep import (
+    Call,
+    make,
+    make_compose,
+    make_grouped_of,
+    make_norm,
+    make_quantised_norm,
+    run,
+    skipped_products,
+)
 
 from lora_fast import calls
 from lora_fast.benchmarks import gpu_rows, peft_model
@@ -42,6 +51,13 @@ CONFIGURED = (
 )
 
 
+# (case, adapters): one for each token and many for each, with the kernel for few tokens among them
+GROUPED = (
+    (Case((64,), 11008, 4096, 16, bf16), 64),
+    (Case((64,), 4096, 4096, 64, bf16), 5),
+    (Case((2048,), 4096, 1024, 16, bf16), 8),
+    (Case((16,), 4096, 4096, 8, bf16), 16),
+)
 AUTOCAST = (Case((512,), 4096, 4096, 16, f32), Case((16,), 4096, 4096, 16, f32))  # to bfloat16
 
 
@@ -59,6 +75,11 @@ def of_case(case: Case) -> Iterator[partial[Any]]:
         yield partial(make, Call(T, case.N, case.K, case.R, *dtypes, axis, dropout_p))
 
 
+def of_grouped(case: Case, adapters: int) -> partial[Any]:
+    (T,) = case.leading
+    return partial(make_grouped_of, Call(T, case.N, case.K, case.R, case.dtype, case.dtype, case.dtype), adapters)
+
+
 def of_benchmark() -> Iterator[partial[Any]]:
     """What the rows of :mod:`lora_fast.benchmarks.gpu` call."""
     for row in gpu_rows.rows(0.0):
@@ -67,6 +88,9 @@ def of_benchmark() -> Iterator[partial[Any]]:
             yield partial(make_norm, Call(1, *arguments[:3]))
         elif name == "quantised_norm_row":
             yield partial(make_quantised_norm, Call(1, *arguments[1:4]))
+        elif name == "grouped_row":
+            size = arguments[0]
+            yield of_grouped(Case((size.T,), size.N, size.K, size.R, bf16), size.L)
         elif name == "compose_row":
             _, T, N, R, _ = arguments
             yield partial(make_compose, Call(T, N, 1, R))

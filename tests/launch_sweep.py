@@ -178,9 +178,40 @@ def make_compose(call: Call) -> None:
         run("lora_compose_bwd", calls.LoraComposeGrad(*given, *needs))
 
 
+def make_grouped(call: Call) -> None:
+    """Of few adapters, with factors that are transposed in memory, and of many, with ranks of their own."""
+    if call.axis == "output" and call.dropout_p == 0.0:
+        make_grouped_of(call, 2, transposed=True)
+        make_grouped_of(call, 64, has_ranks=True)
+
+
+def make_grouped_of(call: Call, adapters: int, *, transposed: bool = False, has_ranks: bool = False) -> None:
+    """The ops on rows of many adapters, with and without a gain, with all gradients."""
+    T, N, K, R = call.T, call.N, call.K, call.R
+    weight, factor = _weight(call), {"dtype": call.adapter}
+    lora_A, lora_B = torch.empty(adapters, R, K, **factor), torch.empty(adapters, N, R, **factor)
+    if transposed:
+        lora_A, lora_B = (torch.empty_like(stack.transpose(1, 2)).transpose(1, 2) for stack in (lora_A, lora_B))
+    ranks = torch.empty(adapters, dtype=torch.int64) if has_ranks else None
+    order, starts = torch.empty(T, dtype=torch.int64), torch.empty(adapters + 3, dtype=torch.int64)
+    x, grad_y, h = (torch.empty(T, size, dtype=call.x) for size in (K, N, R))
+    scaling, bias = torch.empty(adapters), torch.empty(N, dtype=call.x)
+    run("grouped_weight_norm_fwd", calls.GroupedWeightNorm(weight, (lora_A,), (lora_B,), scaling, ranks))
+    for gain, keep in ((None, False), (torch.empty(adapters, N), False), (torch.empty(adapters, N), True)):
+        factors = (lora_A,), (lora_B,), scaling, gain, order, starts, ranks
+        for some_bias in (bias, None):
+            run("grouped_lora_fwd", calls.GroupedLora(x, weight, None, some_bias, *factors, keep))
+        run("grouped_lora_fwd", calls.GroupedLora(x, None, grad_y, bias, *factors, keep))
+        for need_bias in (True, False):
+            needs = (True, True, True, True, keep, need_bias)
+            product = grad_y if keep else None
+            run("grouped_lora_bwd", calls.GroupedLoraGrad(grad_y, x, weight, *factors, product, h, *needs))
+
+
 @cache
 def launches(target: Target) -> list[aot.Launch]:
     with aot.recorded(target) as found, skipped_products():
         for call in sweep():
             make(call)
+            make_grouped(call)
     return aot.distinct(found)

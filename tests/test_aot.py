@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
-from launch_sweep import Call, launches, make, run, skipped_products
+from launch_sweep import Call, launches, make, make_grouped, run, skipped_products
 
 from lora_fast import calls
 from lora_fast.content_key import KEY_LENGTH
@@ -38,6 +38,10 @@ EACH_TARGET = pytest.mark.parametrize(
 KERNELS = sorted(name for module in aot.modules() for name, _ in aot.jit_functions(module) if name.endswith("_kernel"))
 # have products of at least 64 rows in 16 bits: their launches on thousands of tokens, or on W
 TILED = {
+    "grouped_compose_kernel",
+    "grouped_outer_kernel",
+    "grouped_project_kernel",
+    "grouped_weight_norm_kernel",
     "lora_A_grad_kernel",
     "lora_compose_fwd_kernel",
     "lora_compose_fwd_tma_kernel",
@@ -68,7 +72,7 @@ def test_compiles(target: Target, kernel: str) -> None:
 @pytest.mark.aot
 @pytest.mark.slow
 @GROUPS["sm_89"]
-@pytest.mark.parametrize("kernel", sorted(TILED | {"lora_linear_small_fwd_kernel"}))
+@pytest.mark.parametrize("kernel", sorted(TILED | {"grouped_linear_small_kernel", "lora_linear_small_fwd_kernel"}))
 def test_99_kb_of_shared_memory_are_enough(kernel: str) -> None:
     """What GPUs for graphics and for inference have; of each tile, the launch with the widest operands."""
     widest: dict[str, Launch] = {}
@@ -98,7 +102,9 @@ def test_sizes_that_the_sweep_has_not_choose_no_other_tile(target: Target) -> No
             T, N, K = (int(2 ** draw.uniform(0, most)) for most in (13.5, 13, 13))
             rounded = 16 if draw.random() < 0.7 else 1
             R = draw.choice([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 100, 128, 200, 256, 512, 768])
-            make(Call(T, max(N // rounded, 1) * rounded, max(K // rounded, 1) * rounded, R))
+            call = Call(T, max(N // rounded, 1) * rounded, max(K // rounded, 1) * rounded, R)
+            make(call)
+            make_grouped(call)
     assert tiles(made) - tiles(launches(target)) == set()
 
 
@@ -212,6 +218,21 @@ def test_few_tokens_with_a_known_gain_take_two_launches(tokens: int, R: int) -> 
         run("lora_linear_fwd", call)
     assert [launch.name for launch in made] == ["lora_project_kernel", "lora_linear_small_fwd_kernel"]
     assert [launch.options["launch_pdl"] for launch in made] == [False, True]
+
+
+@pytest.mark.parametrize(("tokens", "adapters"), [(1, 1), (16, 16), (16, 1000), (64, 64), (2048, 8)])
+def test_rows_of_many_adapters_take_two_launches_of_ours(tokens: int, adapters: int) -> None:
+    """Beside PyTorch's product where there are more than 16 tokens; a grid says no more than the sizes."""
+    bf16, call = torch.bfloat16, Call(tokens, 4096, 4096, 16)
+    x, weight = torch.empty(tokens, 4096, dtype=bf16), torch.empty(4096, 4096, dtype=bf16)
+    lora_A, lora_B = (torch.empty(adapters, *shape, dtype=bf16) for shape in ((call.R, 4096), (4096, call.R)))
+    groups = torch.empty(tokens, dtype=torch.int64), torch.empty(adapters + 3, dtype=torch.int64)
+    given = x, weight, None, None, (lora_A,), (lora_B,), torch.empty(adapters), torch.empty(adapters, 4096)
+    with aot.recorded(SM90) as made, skipped_products():
+        run("grouped_lora_fwd", calls.GroupedLora(*given, *groups, None, False))
+    last = "grouped_linear_small_kernel" if tokens <= 16 else "grouped_compose_kernel"
+    assert [launch.name for launch in made] == ["grouped_project_kernel", last]
+    assert [launch.options["launch_pdl"] for launch in made] == [False, tokens <= 16]
 
 
 @pytest.mark.aot

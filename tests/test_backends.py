@@ -185,8 +185,8 @@ def test_auto_on_a_gpu(
         for tokens, wanted in ((1, host_bound), (16, host_bound), (17, host_bound), (2048, host_bound), (2049, chosen)):
             for op, call in explain.example_calls(explain.Size(tokens, 4096, 4096, 4, dtype), "base").items():
                 name, _ = registry.plan_of(op, call)
-                has_none = op.startswith("group") or (op == "quantised_norm_fwd" and chosen == "cuda")
-                other = "torch" if has_none else chosen
+                has_none = op == "quantised_norm_fwd" or op.startswith("group")
+                other = "torch" if has_none and chosen == "cuda" else chosen
                 assert name == (wanted if "linear" in op else other), op
 
 

@@ -30,6 +30,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: dict.fromkeys(keys, 1.0) for name in steps}
 
     monkeypatch.setattr(gpu_rows, "measure", measure)
+    monkeypatch.setattr(gpu_rows, "captured", lambda step: step)
     monkeypatch.setattr(gpu_rows, "names_of_ours", lambda: ["torch"])
     monkeypatch.setattr(backends.default, "_process_default", "torch")
     monkeypatch.setattr(gpu_rows, "wall_ms", lambda step, calls=100: 1.0)
@@ -62,6 +63,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
             Case(INFERENCE, 48, 64, 4, torch.bfloat16, contenders[:3], c.dora().name, at_most=1.25), 0.0
         ),
         gpu_rows.eager_inference_row(2, 0.0, features=48),
+        gpu_rows.grouped_row(cost.Size(8, 48, 64, 4, L=3), 1.5, 0.0),
         *(gpu_rows.peft_row(case, peft_model.models, 0.0) for case in peft_model.CASES),
     ]
     for result in results:
@@ -81,9 +83,9 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_rows_and_their_budgets_are_those_that_the_docstring_counts() -> None:
     rows = gpu_rows.rows(1.0)
-    assert len(rows) == 3 + 2 + 4 + 3 + 4 + 2 + 2 + 3 + 2
+    assert len(rows) == 3 + 2 + 4 + 3 + 4 + 2 + 1 + 2 + 3 + 2
     models = [row for row in rows if row.func is gpu_rows.peft_row]
-    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 35
+    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 36
 
 
 def small(case: Case) -> Case:

@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def test_every_configuration_of_the_benchmark_is_tested(target: Target) -> None:
     calls = [call for case in gpu_cases.CONFIGURED for call in gpu_cases.of_case(case)]
     calls += [call for case in gpu_cases.AUTOCAST for call in gpu_cases.of_autocast(case)]
+    calls += [gpu_cases.of_grouped(*case) for case in gpu_cases.GROUPED]
     tested = gpu_cases.configurations(calls, target)
     measured = gpu_cases.configurations(gpu_cases.of_benchmark(), target)
     assert len(measured) > 50

@@ -57,13 +57,16 @@ def test_each_gradient_alone(case: Case, form: str, backend: str) -> None:
 @pytest.mark.parametrize("ids", IDS)
 @pytest.mark.parametrize("tokens", [19, 80])
 def test_any_ids(ids: str, form: str, tokens: int, backend: str) -> None:
-    """Empty groups, no adapter at all, one for all rows; whose gradients are zero that no row has."""
+    """Empty groups, no adapter at all, one for all rows; whose gradients are zero that no row has.
+
+    Sums of up to 80 products of order 1 in float32, in another order: how exact they are is tested above.
+    """
     batch = make_batch(make_inputs(Case((tokens,), 64, 96, 8)), IDS[ids])
     tensors = tensors_of(batch, form)
     with poisoned_memory():
         actual = run(fast(batch, backend), tensors, grad_of(batch), set(tensors))
     expected = run(specification(batch), tensors, grad_of(batch), set(tensors))
-    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for a in set(range(ADAPTERS)) - set(batch.adapter.tolist()):
         assert not actual["lora_A"][a].any()
         assert not actual["lora_B"][a].any()

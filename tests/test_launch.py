@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
-from launch_sweep import Call, make, skipped_products, sweep
+from launch_sweep import Call, make, make_grouped, skipped_products, sweep
 from torch.nn import Parameter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,9 +76,12 @@ def test_equal_keys_are_equal_for_triton_over_the_sweep() -> None:
     with keys() as known, skipped_products():
         for call in draw.sample(list(sweep()), 40):
             make(call)
+            make_grouped(call)
         for _ in range(20):  # odd ones
             T, N, K, R = (draw.randint(1, most) for most in (40, 300, 300, 40))
-            make(Call(T, N, K, R, weight_layout=draw.choice(["contiguous", "transposed", "sliced"])))
+            call = Call(T, N, K, R, weight_layout=draw.choice(["contiguous", "transposed", "sliced"]))
+            make(call)
+            make_grouped(call)
     assert len(known) > 1000
     assert all(key is not None for _, key, _ in known)
     assert one_each(known)
@@ -191,6 +194,7 @@ def test_every_launcher_is_given_the_arguments_in_the_kernels_order() -> None:
         for call in (Call(16, 768, 768, 16), Call(256, 768, 768, 64), Call(64, 97, 101, 16, axis="input")):
             for _ in range(2):
                 make(call)
+                make_grouped(call)
     assert made.tritons < len(made.given) / 2 > 50
     for given, arguments in zip(made.given, called, strict=True):
         assert all(one is other for one, other in zip(given[9:], arguments, strict=True))

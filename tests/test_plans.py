@@ -169,6 +169,9 @@ NORM = {"weight_norm_fwd_kernel", "weight_norm_fwd_tma_kernel"}
 LAUNCHES = {
     "lora_gain_bwd": {"lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel"},
     "lora_compose_fwd": {"lora_compose_fwd_kernel", "lora_compose_fwd_tma_kernel"},
+    "grouped_gain_bwd": {"grouped_gain_bwd_kernel", "grouped_gain_bwd_finish_kernel"},
+    "grouped_linear_small_fwd": {"grouped_project_kernel", "grouped_linear_small_kernel"},
+    "grouped_weight_norm_fwd": {"grouped_weight_norm_kernel", "grouped_weight_norm_finish_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},
     "quantised_norm_fwd": {"quantised_norm_fwd_kernel", "quantised_norm_finish_kernel"},
     "weight_norm_fwd": {*NORM, "weight_norm_finish_kernel"},
@@ -199,6 +202,38 @@ def test_what_the_triton_plan_names_is_what_is_launched() -> None:
             assert found <= ours | besides, (op, found - ours)
             seen |= kernels
     assert {"lora_project", "lora_linear_small_fwd", "lora_compose_fwd", "lora_input_grad", "addmm_"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "gain", "base", "expected"),
+    [
+        (16, 16, True, False, {"grouped_linear_small_fwd"}),
+        (16, 16, True, True, {"grouped_project", "grouped_compose"}),
+        (16, 16, False, False, {"grouped_project", "F.linear", "grouped_compose"}),
+        (16, 128, True, False, {"grouped_linear_small_fwd"}),
+        (16, 129, True, False, {"grouped_project", "F.linear", "grouped_compose"}),
+        (17, 16, True, False, {"grouped_project", "F.linear", "grouped_compose"}),
+    ],
+)
+def test_the_triton_plan_of_many_adapters_names_what_is_launched(
+    tokens: int, rank: int, gain: bool, base: bool, expected: set[str]
+) -> None:
+    target = pytest.importorskip("lora_fast.triton_kernels.target")
+    if target.interpreting():
+        pytest.skip("kernels decorated for the interpreter are not recorded")
+    K, N, L = 4096, 64, 3
+    x, y, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((tokens, K), (tokens, N), (N, K)))
+    factors = (torch.empty(L, rank, K),), (torch.empty(L, N, rank),)
+    groups = torch.empty(tokens, dtype=torch.int64), torch.empty(L + 3, dtype=torch.int64)
+    given = None if base else weight, y if base else None, None, *factors, torch.empty(L)
+    call = calls.GroupedLora(x, *given, torch.empty(L, N) if gain else None, *groups, None, False)
+    triton = backends.get("triton")
+    with target.pretended(target.SM90):
+        plan = registry.planned(triton, "grouped_lora_fwd", call)
+    assert {step.kernel for step in plan.steps.values()} == expected
+    wanted = set().union(*(LAUNCHES.get(kernel, {f"{kernel}_kernel"}) for kernel in expected - {"F.linear"}))
+    found = launched(lambda: triton.ops.grouped_lora_fwd(call, plan))
+    assert wanted <= found <= wanted | {"sum_partials_kernel"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from lora_fast.triton_kernels.target import Target, cdiv, current, has_vectors, 
 
 
 @triton.jit
-def _sum_of_rows(values, ROWS: tl.constexpr):
+def sum_of_rows(values, ROWS: tl.constexpr):
     """Of values [M, N] the sums [ROWS, N] of every ROWS-th row."""
     groups: tl.constexpr = values.shape[0] // ROWS
     return tl.sum(tl.reshape(values, (groups, ROWS, values.shape[1])), axis=0)
@@ -116,9 +116,9 @@ def lora_gain_bwd_kernel(
             product_ptrs = product_ptr + row * stride_product_m + column * stride_product_n
             product_ptrs += offs_m[:, None] * stride_product_m + offs_n[None, :] * stride_product_n
             product = tl.load(product_ptrs, mask=mask, other=0.0)
-            acc_gain += _sum_of_rows(grad_y.to(tl.float32) * product.to(tl.float32), SUM_ROWS)
+            acc_gain += sum_of_rows(grad_y.to(tl.float32) * product.to(tl.float32), SUM_ROWS)
         if NEED_BIAS:
-            acc_bias += _sum_of_rows(grad_y.to(tl.float32), SUM_ROWS)
+            acc_bias += sum_of_rows(grad_y.to(tl.float32), SUM_ROWS)
 
     if NEED_GAIN:
         tl.store(gain_sums_ptr + chunk * N + column + offs_n, tl.sum(acc_gain, axis=0), mask=mask_n)

@@ -169,7 +169,7 @@ def scaled_root(total, field):
 
 
 @triton.jit
-def _norm_of_sums(
+def norm_of_sums(
     sums_ptr, w_ptr, a_ref, b_ref,
     splits, n0,
     N, K, R, scaling,
@@ -224,7 +224,7 @@ def weight_norm_finish_kernel(
             kept = tl.load(kept_norm_ptr + offs_n, mask=mask_n, other=0.0)
             _store_with_gain(norm_ptr, gain_ptr, magnitude_ptr, kept, offs_n, mask_n, HAS_GAIN)
             return
-    norm = _norm_of_sums(
+    norm = norm_of_sums(
         sums_ptr, w_ptr, a_ref, b_ref, splits, n0, N, K, R, scaling,
         stride_w_n, stride_w_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
         BLOCK_S, PRECISION, DESCRIPTORS, TRANSPOSED, WIDE, ONE_STEP, BLOCK_N, BLOCK_K, BLOCK_R,

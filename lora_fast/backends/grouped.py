@@ -32,35 +32,35 @@ class Factors:
 
     Attributes:
         tensors: one [L, …] or L matrices. ranks: int64 [L], or None where the shapes say them.
+        rank_dim: of a matrix, the dimension that is the rank: 0 for lora_A, 1 for lora_B.
         transposed: whether the passes are to take the matrices the other way round.
     """
 
     def __init__(
         self, tensors: Sequence[Tensor], ranks: Tensor | None, rank_dim: int, *, transposed: bool = False
     ) -> None:
-        self.tensors, self.ranks, self.transposed = tensors, ranks, transposed
-        self._rank_dim = rank_dim
+        self.tensors, self.ranks, self.rank_dim, self.transposed = tensors, ranks, rank_dim, transposed
 
     @property
     def T(self) -> Factors:
         """Each matrix transposed."""
-        return Factors(self.tensors, self.ranks, self._rank_dim, transposed=not self.transposed)
+        return Factors(self.tensors, self.ranks, self.rank_dim, transposed=not self.transposed)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Factors:
         """The same of other tensors in their place."""
-        return Factors(tensors, self.ranks, self._rank_dim, transposed=self.transposed)
+        return Factors(tensors, self.ranks, self.rank_dim, transposed=self.transposed)
 
     @property
     def rank(self) -> int:
         """The largest that the shapes allow."""
-        return max(tensor.shape[self._rank_dim - 2] for tensor in self.tensors)
+        return max(tensor.shape[self.rank_dim - 2] for tensor in self.tensors)
 
     def matrices(self) -> list[Tensor]:
         """One of each adapter, of its own rank; ``ranks`` on another device than the CPU make the host wait."""
         tensors = self.tensors[0].unbind(0) if self.tensors[0].dim() == 3 else self.tensors
         if self.ranks is not None:
             ranks = self.ranks.tolist()
-            tensors = [tensor.narrow(self._rank_dim, 0, rank) for tensor, rank in zip(tensors, ranks, strict=True)]
+            tensors = [tensor.narrow(self.rank_dim, 0, rank) for tensor, rank in zip(tensors, ranks, strict=True)]
         return [tensor.T for tensor in tensors] if self.transposed else list(tensors)
 
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lora_fast import calls, stacked
 from lora_fast.backends import dora
+from lora_fast.backends.grouped import Gradients as GroupedGradients
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients, results_beside
 from lora_fast.backends.plan import Plan
+from lora_fast.backends.torch.grouped import group_rows as group_rows
+from lora_fast.backends.triton import grouped
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -178,6 +181,26 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
 
 def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
+
+
+def grouped_lora_fwd(call: calls.GroupedLora, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    with _on_device_of(call.x):
+        return grouped.grouped_lora_fwd(call, plan)
+
+
+def grouped_lora_bwd(call: calls.GroupedLoraGrad, plan: Plan) -> GroupedGradients:
+    with _on_device_of(call.grad_y):
+        return grouped.grouped_lora_bwd(call, plan)
+
+
+def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm, plan: Plan) -> Tensor:
+    with _on_device_of(call.weight):
+        return grouped.grouped_weight_norm_fwd(call, plan)
+
+
+def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+    with _on_device_of(call.weight):
+        return grouped.grouped_weight_norm_bwd(call, plan)
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

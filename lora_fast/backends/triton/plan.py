@@ -157,24 +157,40 @@ def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     return joined(weight_norm_bwd, linear) if call.through_norm else linear
 
 
-def group_rows(call: calls.GroupRows) -> Refusal:
-    return _GROUPED
+_SORT = "a stable sort of the ids: launches alone, the host does not wait"
+_FIND = (
+    "a block of rows of one adapter a program, which finds it from where the groups start: no copies of rows or factors"
+)
+_ONE_PRODUCT = "one product with W for all rows, whatever their adapters"
+_PROJECT = Step("grouped_project", _FIND)
+_COMPOSE = Step("grouped_compose", f"{_EPILOGUE}; {_FIND}")
+group_rows = Plan({"order, starts": Step("torch.sort", _SORT)})
+_GROUPED = Plan({"h": _PROJECT, "base": Step(LINEAR, _ONE_PRODUCT), "y": _COMPOSE})
+_GROUPED_FEW = Plan({"y": Step("grouped_linear_small_fwd", "W's bytes bound it: W is read once, by two launches")})
+_GROUPED_BASE_GIVEN = Plan({"h": _PROJECT, "y": _COMPOSE})
+grouped_lora_bwd = Plan(
+    {
+        "grad_v": Step("grouped_gain_bwd", "dv and the sums of the gains and the bias in one pass over dy"),
+        "grad_h": _PROJECT,
+        "grad_A, grad_B": Step("grouped_outer", "each adapter's rows in order, sums in registers, no atomics"),
+        "grad_base": Step(MATMUL, _ONE_PRODUCT),
+        "grad_x": Step("grouped_compose", f"dh lora_A, in place; {_FIND}"),
+    }
+)
+grouped_weight_norm_fwd = Plan(
+    {"norm": Step("grouped_weight_norm_fwd", "all adapters meet a block of W's rows while L2 has it: W is read once")}
+)
+grouped_weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", f"an adapter after the other; {_ONE_READ}")})
 
 
-def grouped_lora_fwd(call: calls.GroupedLora) -> Refusal:
-    return _GROUPED
+def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
+    """With a gain, and few tokens, W's bytes bind, which one kernel reads beside what each token reads of lora_B.
 
-
-def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Refusal:
-    return _GROUPED
-
-
-def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Refusal:
-    return _GROUPED
-
-
-def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> Refusal:
-    return _GROUPED
-
-
-_GROUPED = Refusal("it has no kernels for rows of many adapters")
+    Above 16 tokens every block of W's rows would read more of x from L2 than of W from memory, and where a token reads
+    half of W's bytes, adapters that several tokens share are read too often (predicted). Without a gain the rows of the
+    base are to be nn.Linear's to the bit.
+    """
+    if call.base is not None:
+        return _GROUPED_BASE_GIVEN
+    (T, K), R = call.x.shape, max(lora_A.shape[-2] for lora_A in call.lora_A)
+    return _GROUPED_FEW if call.gain is not None and T <= FEW_TOKENS and 2 * T * R <= K else _GROUPED
