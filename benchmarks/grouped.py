@@ -113,7 +113,7 @@ class Inputs:
     stack_B: Tensor
     scaling: Tensor
     gain: Tensor
-    ranks: Tensor
+    ranks: Tensor | None  # where they differ
     ids: Tensor
 
 
@@ -131,7 +131,8 @@ def inputs_of(case: Case) -> Inputs:
     x = torch.randn(len(case.ids), K).to(case.dtype)
     gain = 1 + 0.1 * torch.randn(L, N)
     scaling, ids = torch.ones(L), torch.tensor(case.ids)
-    return Inputs(x, weight, lora_A, lora_B, stack_A, stack_B, scaling, gain, torch.tensor(ranks), ids)
+    own = torch.tensor(ranks) if len(set(ranks)) > 1 else None
+    return Inputs(x, weight, lora_A, lora_B, stack_A, stack_B, scaling, gain, own, ids)
 
 
 def steps_of(case: Case, given: Inputs) -> dict[str, Step]:

@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("grouped_weight_norm_fwd", TORCH_BOX(&cpu::grouped_weight_norm_fwd));
   m.impl("grouped_project", TORCH_BOX(&cpu::grouped_project));
   m.impl("grouped_compose", TORCH_BOX(&cpu::grouped_compose));
+  m.impl("grouped_linear_small_fwd", TORCH_BOX(&cpu::grouped_linear_small_fwd));
   m.impl("grouped_gain_bwd", TORCH_BOX(&cpu::grouped_gain_bwd));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));

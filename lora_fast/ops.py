@@ -80,8 +80,11 @@ def _is_seen(call: calls.Call) -> bool:
     To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by tracers and the like, and by
     tensors of other classes or without memory.
     """
-    if is_watched() or not _PLAIN.issuperset(map(type, call)) or call[0].is_meta:
+    kinds = set(map(type, call))
+    if is_watched() or not _PLAIN.issuperset(kinds) or call[0].is_meta:
         return True
+    if tuple not in kinds:
+        return False
     return any(type(field) is tuple and not _PLAIN.issuperset(map(type, field)) for field in call)
 
 

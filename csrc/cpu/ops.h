@@ -95,6 +95,12 @@ void grouped_compose(Tensor base, Tensor h, std::vector<Tensor> factors, bool tr
                      Tensor order, Tensor starts, std::optional<Tensor> ranks, Tensor out,
                      std::optional<Tensor> product);
 
+// y, and product where it is given, are written; h is returned. Up to 32 tokens.
+Tensor grouped_linear_small_fwd(Tensor x, Tensor weight, std::vector<Tensor> lora_A,
+                                std::vector<Tensor> lora_B, Tensor scaling, std::optional<Tensor> gain,
+                                std::optional<Tensor> bias, Tensor order, Tensor starts,
+                                std::optional<Tensor> ranks, Tensor y, std::optional<Tensor> product);
+
 std::tuple<Tensor, Tensor, Tensor> grouped_gain_bwd(Tensor grad_y, std::optional<Tensor> product,
                                                     std::optional<Tensor> gain, Tensor order, Tensor starts,
                                                     bool need_scaled, bool need_gain, bool need_bias);

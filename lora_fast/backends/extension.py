@@ -58,6 +58,8 @@ _SCHEMAS = (
     "grouped_project(Tensor x, Tensor[] lora_A, Tensor order, Tensor starts, Tensor? ranks) -> Tensor",
     "grouped_compose(Tensor base, Tensor h, Tensor[] factors, bool transposed, Tensor? scaling, Tensor? gain, "
     "Tensor? bias, Tensor order, Tensor starts, Tensor? ranks, Tensor(a!) out, Tensor(b!)? product) -> ()",
+    "grouped_linear_small_fwd(Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? gain, "
+    "Tensor? bias, Tensor order, Tensor starts, Tensor? ranks, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
     "grouped_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, Tensor order, Tensor starts, bool need_scaled, "
     "bool need_gain, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",

@@ -55,6 +55,13 @@ class Factors:
         """The largest that the shapes allow."""
         return max(tensor.shape[self.rank_dim - 2] for tensor in self.tensors)
 
+    def matrix(self, adapter: int) -> Tensor:
+        """That of one adapter, as of :meth:`matrices`."""
+        tensor = self.tensors[0][adapter] if self.tensors[0].dim() == 3 else self.tensors[adapter]
+        if self.ranks is not None:
+            tensor = tensor.narrow(self.rank_dim, 0, int(self.ranks[adapter]))
+        return tensor.T if self.transposed else tensor
+
     def matrices(self) -> list[Tensor]:
         """One of each adapter, of its own rank; ``ranks`` on another device than the CPU make the host wait."""
         tensors = self.tensors[0].unbind(0) if self.tensors[0].dim() == 3 else self.tensors

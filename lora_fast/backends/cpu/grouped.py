@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import extension
-from lora_fast.backends.grouped import Factors, lora_A_of, lora_B_of, norm_factors
+from lora_fast.backends.grouped import Factors, Forward, lora_A_of, lora_B_of, norm_factors
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch import grouped
 from lora_fast.calls import RowGroups
@@ -66,7 +66,7 @@ def of_one_adapter(call: calls.GroupedLora) -> calls.LoraLinear | None:
     adapter = starts.index(rows) - 2 if rows in starts else -1
     if call.weight is None or adapter < 0 or starts[adapter + 1] != 0:
         return None
-    lora_A, lora_B = (factors.matrices()[adapter] for factors in (lora_A_of(call), lora_B_of(call)))
+    lora_A, lora_B = (factors.matrix(adapter) for factors in (lora_A_of(call), lora_B_of(call)))
     if lora_A.shape[0] == 0:
         return None
     gain = None if call.gain is None else call.gain[adapter]
@@ -76,20 +76,25 @@ def of_one_adapter(call: calls.GroupedLora) -> calls.LoraLinear | None:
 
 def widened(h: Tensor, call: calls.GroupedLora) -> Tensor:
     """h [T, R_a] of one adapter as [T, R]."""
-    wide = h.new_zeros(h.shape[0], lora_A_of(call).rank)
-    if wide.shape == h.shape:
+    rank = lora_A_of(call).rank
+    if h.shape[1] == rank:
         return h
+    wide = h.new_zeros(h.shape[0], rank)
     wide[:, : h.shape[1]] = h
     return wide
 
 
-def few_tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias by the kernel of lora_linear for few tokens, of rank 0."""
+def few_tokens_fwd(call: calls.GroupedLora) -> Forward:
+    """All of it in one C++ call."""
+    x, weight, _, bias, *factors, scaling, gain, order, starts, ranks, keep = call
+    assert weight is not None
     y = x.new_empty(x.shape[0], weight.shape[0])
-    A, B = x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0)
+    product = torch.empty_like(y) if keep else None
     bias = None if bias is None else bias.float()
-    _c.lora_linear_small_fwd(x, weight, A, B, 1.0, None, bias, y, None)
-    return y
+    h = _c.grouped_linear_small_fwd(
+        x.contiguous(), weight, *factors, scaling, gain, bias, order, starts, ranks, y, product
+    )
+    return y, y.new_empty(0) if product is None else product, h
 
 
 def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm, plan: Plan) -> Tensor:

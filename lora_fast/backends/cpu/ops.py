@@ -127,18 +127,16 @@ lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
 
-_grouped = grouped.Linears(
-    passes_of_groups.Passes(),
-    {onednn.KERNEL: onednn.linear, "lora_linear_small_fwd": passes_of_groups.few_tokens_linear},
-)
+_grouped = grouped.Linears(passes_of_groups.Passes(), {onednn.KERNEL: onednn.linear})
 group_rows = passes_of_groups.group_rows
 grouped_lora_bwd = _grouped.grouped_lora_bwd
 grouped_weight_norm_fwd = passes_of_groups.grouped_weight_norm_fwd
 
 
 def grouped_lora_fwd(call: calls.GroupedLora, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows that have all one adapter the linear of one adapter: the other way takes few tokens a tenth longer."""
-    single = passes_of_groups.of_one_adapter(call)
+    if plan.kernel("y") == "grouped_linear_small_fwd":
+        return passes_of_groups.few_tokens_fwd(call)
+    single = passes_of_groups.of_one_adapter(call) if "y, of one adapter" in plan.steps else None
     if single is None:
         return _grouped.grouped_lora_fwd(call, plan)
     y, product, h = lora_linear_fwd(single, cpu_plan.lora_linear_fwd(single))

@@ -82,7 +82,7 @@ _GROUPED_H_BY_TORCH = Step(LINEAR, "PyTorch's products, a group of rows after th
 _GROUPED_SUMS = Step(MATMUL, "PyTorch's products, a group of rows after the other")
 _GROUPED_Y = Step("grouped_compose", "update, gain and bias of all groups in one C++ pass after the product")
 _GROUPED_GAIN_BWD = Step("grouped_gain_bwd", "dv and the sums of all gains and the bias in one C++ pass")
-_GROUPED_FEW = Step("lora_linear_small_fwd", f"{_FEW}; of rank 0")
+_GROUPED_FEW = Plan({"y": Step("grouped_linear_small_fwd", f"{_FEW}; all of it in one C++ call")})
 grouped_weight_norm_fwd = Plan({"norm": Step("grouped_weight_norm_fwd", "one C++ pass over W for all adapters")})
 grouped_weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", "one C++ pass over W for each adapter")})
 
@@ -196,13 +196,17 @@ def _whole_tiles(weight: Tensor) -> bool:
 
 
 def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
+    x, weight = call.x, call.weight
     project = _GROUPED_H if _projects(call) else _GROUPED_H_BY_TORCH
-    if call.weight is None:
+    if weight is None:
         return Plan({"h": project, "y": _GROUPED_Y})
-    is_few = 0 < call.x.shape[0] <= _few_tokens(call.x.dtype) and call.x.dtype == call.weight.dtype in FEW_DTYPES
-    if is_few and _whole_tiles(call.weight):
-        return Plan({"h": project, "base": _GROUPED_FEW, "y": _GROUPED_Y})
-    return Plan({"h": project, "base": _ONEDNN if _is_onednns(call.x, call.weight) else _TORCH, "y": _GROUPED_Y})
+    is_whole = x.dtype == weight.dtype and _whole_tiles(weight)
+    if is_whole and project is _GROUPED_H and 0 < x.shape[0] <= _few_tokens(x.dtype):
+        return _GROUPED_FEW
+    steps = {"h": project, "base": _ONEDNN if _is_onednns(x, weight) else _TORCH, "y": _GROUPED_Y}
+    if is_whole and x.dtype == torch.bfloat16 and amx_enabled():
+        steps["y, of one adapter"] = _TILES_FWD.steps["y"]
+    return Plan(steps)
 
 
 def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Plan:
