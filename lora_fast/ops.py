@@ -80,8 +80,10 @@ def _is_seen(call: calls.Call) -> bool:
     To find a kernel that is written in Python takes PyTorch 5 µs. The op is seen by tracers and the like, and by
     tensors of other classes or without memory.
     """
+    if is_watched():
+        return True
     kinds = set(map(type, call))
-    if is_watched() or not _PLAIN.issuperset(kinds) or call[0].is_meta:
+    if not _PLAIN.issuperset(kinds) or call[0].is_meta:
         return True
     if tuple not in kinds:
         return False
