@@ -27,7 +27,7 @@ LIBRARY = {"autograd", "backends", "functional", "ops"}
 MAY_IMPORT = {
     "": {"adapters", "backends", "functional", "integrations", "nn"},
     "nn": {"backends", "bases", "functional", "parallel"},
-    "integrations": {"adapters", "backends", "bases", "functional", "nn", "parallel"},
+    "integrations": {"adapters", "backends", "bases", "functional", "nn", "ops", "parallel"},
     "parallel": set(),
     "bases": {"backends", "functional", "ops"},
     "adapters": {"bases", "functional", "nn", "parallel"},

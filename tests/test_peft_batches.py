@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft_helpers import EXACT, Perceptron, accelerated, adapted, move, perceptron, tokens, uses_lora_fast
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_fast
@@ -209,6 +210,50 @@ def test_checkpointing_computes_with_the_same_adapters_again(use_reentrant: bool
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, **EXACT)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("batches", [(NAMES, NAMES[::-1]), (NAMES, None), (None, NAMES)])
+def test_forwards_that_a_recomputation_cannot_tell_apart(batches: Any, use_reentrant: bool) -> None:
+    """Both wait for their backward, which raises; one after the other is right, and so is a list changed meanwhile."""
+    fast = train_all(accelerated(several("ldl", llama(), ("q_proj", "v_proj", "down_proj"))))
+    x = torch.randint(1, 40, (6, 5))
+
+    def loss(names: list[str] | None) -> Tensor:
+        return fast(input_ids=x, labels=x, **({} if names is None else {"adapter_names": names})).loss
+
+    wanted = []
+    for names in batches:
+        loss(names).backward()
+        wanted.append(gradients(fast))
+    fast.enable_input_require_grads()
+    fast.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    with pytest.raises(RuntimeError, match="call backward after each"):
+        sum(loss(names) for names in batches).backward()
+    fast.zero_grad(set_to_none=True)
+    fast.eval()
+    with torch.no_grad():
+        loss(batches[0])  # none that is computed again
+    fast.train()
+    for names, expected in zip(batches, wanted, strict=True):
+        given = None if names is None else list(names)
+        result = loss(given)
+        if given is not None:
+            given.reverse()
+        result.backward()
+        for name, gradient in gradients(fast).items():
+            torch.testing.assert_close(gradient, expected[name], **EXACT)
+
+
+def test_what_a_tracer_saw_is_not_kept() -> None:
+    fast = accelerated(several().eval())
+    x = tokens(6, 12)
+    wanted = fast(x, adapter_names=NAMES)
+    peft_batches._kept_groups.cache_clear()
+    peft_batches._kept_scaling.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fast(mode.from_tensor(x), adapter_names=NAMES)
+    torch.testing.assert_close(fast(x, adapter_names=NAMES), wanted, **EXACT)
 
 
 def test_the_loss_curves_of_four_adapters_together_are_those_of_four_runs() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lora_fast import functional
 from lora_fast.calls import RowGroups
 from lora_fast.integrations import peft_names
 from lora_fast.integrations.peft_names import Adapter
+from lora_fast.ops import is_traced
 
 
 def mixed_linear(layer: Any, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor | None:
@@ -71,7 +72,7 @@ def _gain_of(layer: Any, adapter: Adapter) -> Tensor:
 
 def _groups(names: tuple[str, ...], known: tuple[str, ...], leading: torch.Size, device: torch.device) -> RowGroups:
     """Of rows with ``leading`` sizes, the first of which is that of ``names``; a name that is not known is the base."""
-    if torch.compiler.is_compiling():
+    if is_traced():  # what is made would be a tracer's
         return _make_groups(names, known, leading, device)
     with torch.inference_mode(False):  # what is kept serves training too
         return _kept_groups(names, known, leading, device)
@@ -91,7 +92,7 @@ _kept_groups = functools.lru_cache(maxsize=16)(_make_groups)
 
 
 def _scaling(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_traced():
         return _make_scaling(numbers, device)
     with torch.inference_mode(False):
         return _kept_scaling(numbers, device)
@@ -104,19 +105,57 @@ def _make_scaling(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 _kept_scaling = functools.lru_cache(maxsize=64)(_make_scaling)
 
 
-def names_of_forward(state: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """``adapter_names`` of a layer's call; of what activation checkpointing computes again those of its last forward.
+class ForwardNames:
+    """The ``adapter_names`` of a layer's forwards, for what activation checkpointing computes again in backward.
 
     The hooks that hand them to the layers are gone by then. As with :class:`~lora_fast.backends.ForwardDefault`, a call
-    inside a task of autograd's engine is a recomputation, and taken to be that of the layer's last forward.
+    inside a task of autograd's engine is a recomputation. It is that of the layer's last forward, unless forwards with
+    other names wait for theirs too: then nothing tells which one it repeats.
     """
-    if torch.compiler.is_compiling():
-        return adapter_names
-    if torch._C._current_graph_task_id() == -1:
-        state.adapter_names = adapter_names
-    elif adapter_names is None:
-        return state.adapter_names
-    return adapter_names
+
+    def __init__(self) -> None:
+        self._last: tuple[str, ...] | None = None
+        self._waiting: set[tuple[str, ...] | None] = set()  # of forwards that may be computed again and were not yet
+        self._recomputed = False  # since the last forward
+        self._faults = ForwardNames._all_faults
+
+    _all_faults = 0  # after one, the other layers' forwards wait in vain
+
+    def of_call(self, names: Sequence[str] | None, *, training: bool) -> Sequence[str] | None:
+        """``names`` of a forward; of a recomputation, which is called without, those of the forward."""
+        if torch.compiler.is_compiling():
+            return names
+        if torch._C._current_graph_task_id() != _NO_BACKWARD:
+            return names if names is not None else self._of_recomputation()
+        if self._recomputed or self._faults != ForwardNames._all_faults:
+            self._waiting.clear()
+            self._recomputed, self._faults = False, ForwardNames._all_faults
+        self._last = None if names is None else tuple(names)
+        if _may_be_checkpointed(training):
+            self._waiting.add(self._last)
+        return names
+
+    def _of_recomputation(self) -> Sequence[str] | None:
+        self._recomputed = True
+        if len(self._waiting) > 1:
+            ForwardNames._all_faults += 1
+            raise RuntimeError(
+                "adapter_names: several forwards with activation checkpointing and other names (or, in training mode, "
+                "without gradients) were called before their backward, which cannot tell them apart; call backward "
+                "after each of them"
+            )
+        return self._last
+
+
+_NO_BACKWARD = -1
+
+
+def _may_be_checkpointed(training: bool) -> bool:
+    """Whether the forward is one that checkpointing would compute again: reentrant, it runs without gradients in a
+    model that trains, and else with hooks on what autograd saves."""
+    if not torch.is_grad_enabled():
+        return training
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def set_on(model: Any) -> None:

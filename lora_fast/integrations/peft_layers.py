@@ -24,6 +24,7 @@ from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import unrounded
 from lora_fast.integrations import peft_batches, peft_names
+from lora_fast.integrations.peft_batches import ForwardNames
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from lora_fast.norm_cache import NormCache
 from lora_fast.parallel import calling, fsdp2, whole
@@ -42,7 +43,7 @@ class State:
     stack_weights: bool = True
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
     kept: dict[str, NormCache] = field(default_factory=dict)  # by adapter
-    adapter_names: list[str] | None = None  # of the last forward's samples
+    forward_names: ForwardNames = field(default_factory=ForwardNames)
 
 
 class FastLayer(nn.Module, LoraLayer):
@@ -55,7 +56,7 @@ class FastLayer(nn.Module, LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self._lora_fast
         with state.forward_default.in_force():
-            names = peft_batches.names_of_forward(state, kwargs.get("adapter_names"))
+            names = state.forward_names.of_call(kwargs.get("adapter_names"), training=self.training)
             if names is not None:
                 kwargs["adapter_names"] = names
             return self._forward(x, *args, **kwargs)
