@@ -253,7 +253,7 @@ class GroupedLoraFunction(torch.autograd.Function):
         lora_A, lora_B = _halves(factors)
         need_x, _, need_base, need_bias, _, need_gain, *_ = ctx.needs_input_grad
         need_A, need_B = _halves(ctx.needs_input_grad[_GROUPED:])
-        needs = need_x, need_base, any(need_A), any(need_B), need_gain, need_bias
+        needs = need_x, need_base, need_A, need_B, need_gain, need_bias
         call = calls.GroupedLoraGrad(
             grad_y, x, weight, lora_A, lora_B, scaling, gain, order, starts, ranks, product, h, *needs
         )
@@ -315,8 +315,7 @@ class GroupedWeightNormFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * (4 + len(factors))
         need_A, need_B = _halves(ctx.needs_input_grad[4:])
-        needs = any(need_A), any(need_B)
-        call = calls.GroupedWeightNormGrad(grad, norm, weight, *_halves(factors), scaling, ranks, *needs)
+        call = calls.GroupedWeightNormGrad(grad, norm, weight, *_halves(factors), scaling, ranks, need_A, need_B)
         grad_A, grad_B = ops.grouped_weight_norm_bwd(call, ctx.backend)
         return *(None,) * 4, *_each_asked(grad_A, need_A), *_each_asked(grad_B, need_B)
 

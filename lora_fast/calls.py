@@ -297,8 +297,8 @@ class GroupedLoraGrad(NamedTuple):
     h: Tensor | None
     need_x: bool
     need_base: bool
-    need_A: bool
-    need_B: bool
+    need_A: Sequence[bool]  # of each of the tensors
+    need_B: Sequence[bool]
     need_gain: bool
     need_bias: bool
 
@@ -327,8 +327,8 @@ class GroupedWeightNormGrad(NamedTuple):
     lora_B: Sequence[Tensor]
     scaling: Tensor
     ranks: Tensor | None
-    need_A: bool
-    need_B: bool
+    need_A: Sequence[bool]  # of each of the tensors
+    need_B: Sequence[bool]
 
 
 Call = (

@@ -14,7 +14,8 @@ Sources: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; batches of many adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +195,11 @@ def _factors(
     elif isinstance(lora_A, Tensor) or isinstance(lora_B, Tensor):
         raise TypeError("lora_A, lora_B: got one stack and one sequence, expected both as stacks or as sequences")
     else:
-        factors_A, factors_B, count = tuple(lora_A), tuple(lora_B), len(lora_A)
+        for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not isinstance(factors, Iterable):
+                raise TypeError(f"{name}: got {type(factors).__name__}, expected a torch.Tensor or a sequence of them")
+        factors_A, factors_B = tuple(lora_A), tuple(lora_B)
+        count = len(factors_A)
         if count == 0 or len(factors_B) != count:
             raise ValueError(f"lora_A, lora_B: got {count} and {len(factors_B)} matrices, expected one of each adapter")
         if ranks is not None:
@@ -249,17 +254,18 @@ def _are_usual(lora_A: Any, lora_B: Any, scaling: Any, ranks: Any, N: int, K: in
 def _is_usual(A: Tensor, B: Tensor, first_A: Tensor, first_B: Tensor, N: int, K: int) -> bool:
     """Whether the matrices of an adapter pass :func:`_check_matrices`, given that the first adapter's do: a batch has
     many."""
-    shape = A.shape
     return (
         type(A) in _CLASSES
         and type(B) in _CLASSES
         and A.dtype is first_A.dtype
         and B.dtype is first_B.dtype
+        and A.layout is torch.strided
+        and B.layout is torch.strided
         and A is not first_A
-        and len(shape) == 2
-        and shape[1] == K
-        and shape[0] > 0
-        and B.shape == (N, shape[0])
+        and len(A.shape) == 2
+        and A.shape[1] == K
+        and A.shape[0] > 0
+        and B.shape == (N, A.shape[0])
     )
 
 
@@ -319,6 +325,8 @@ def _check_ints(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor of ints")
     if value.dtype not in _INTS:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
 
 
 def _groups(adapter: Tensor | RowGroups, x: Tensor, count: int, backend: str) -> RowGroups:
@@ -326,7 +334,7 @@ def _groups(adapter: Tensor | RowGroups, x: Tensor, count: int, backend: str) ->
     leading = x.shape[:-1]
     if isinstance(adapter, RowGroups):
         order, starts = adapter
-        rows = leading.numel()
+        rows = math.prod(leading)
         if order.shape != (rows,) or starts.shape != (count + 3,):
             raise ValueError(
                 f"adapter: got groups of {order.numel()} rows and {starts.numel() - 3} adapters, expected those of "

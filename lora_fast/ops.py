@@ -277,7 +277,9 @@ def merge_weight(call: calls.MergeWeight) -> None:
 @_define(calls.GroupRows, "group_rows(Tensor adapter, SymInt adapters, str backend) -> (Tensor order, Tensor starts)")
 def group_rows(call: calls.GroupRows) -> tuple[Tensor, Tensor]:
     adapter = call.adapter
-    return adapter.new_empty(len(adapter), dtype=torch.int64), adapter.new_empty(call.adapters + 3, dtype=torch.int64)
+    return adapter.new_empty(adapter.shape[0], dtype=torch.int64), adapter.new_empty(
+        call.adapters + 3, dtype=torch.int64
+    )
 
 
 @_define(
@@ -300,7 +302,7 @@ def grouped_lora_fwd(call: calls.GroupedLora) -> tuple[Tensor, Tensor, Tensor]:
     calls.GroupedLoraGrad,
     "grouped_lora_bwd(Tensor grad_y, Tensor? x, Tensor? weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, "
     "Tensor? gain, Tensor order, Tensor starts, Tensor? ranks, Tensor? product, Tensor? h, bool need_x, "
-    "bool need_base, bool need_A, bool need_B, bool need_gain, bool need_bias, str backend) "
+    "bool need_base, bool[] need_A, bool[] need_B, bool need_gain, bool need_bias, str backend) "
     "-> (Tensor grad_x, Tensor grad_base, Tensor[] grad_A, Tensor[] grad_B, Tensor grad_gain, Tensor grad_bias)",
     rows=("grad_y", "x"),
     row_outputs=2,
@@ -330,14 +332,14 @@ def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Tensor:
 @_define(
     calls.GroupedWeightNormGrad,
     "grouped_weight_norm_bwd(Tensor grad, Tensor norm, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, "
-    "Tensor scaling, Tensor? ranks, bool need_A, bool need_B, str backend) -> (Tensor[] grad_A, Tensor[] grad_B)",
+    "Tensor scaling, Tensor? ranks, bool[] need_A, bool[] need_B, str backend) -> (Tensor[] grad_A, Tensor[] grad_B)",
 )
 def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> tuple[list[Tensor], list[Tensor]]:
     return _likes(call.lora_A, call.need_A), _likes(call.lora_B, call.need_B)
 
 
-def _likes(tensors: Sequence[Tensor], needed: bool) -> list[Tensor]:
-    return [_like(tensor, True) for tensor in tensors] if needed else []
+def _likes(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return list(map(_like, tensors, needed))
 
 
 def _norm_like(call: calls.WeightNorm | calls.DoraLinear) -> Tensor:

@@ -203,7 +203,7 @@ def make_grouped_of(call: Call, adapters: int, *, transposed: bool = False, has_
             run("grouped_lora_fwd", calls.GroupedLora(x, weight, None, some_bias, *factors, keep))
         run("grouped_lora_fwd", calls.GroupedLora(x, None, grad_y, bias, *factors, keep))
         for need_bias in (True, False):
-            needs = (True, True, True, True, keep, need_bias)
+            needs = (True, True, (True,), (True,), keep, need_bias)
             product = grad_y if keep else None
             run("grouped_lora_bwd", calls.GroupedLoraGrad(grad_y, x, weight, *factors, product, h, *needs))
 

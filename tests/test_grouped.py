@@ -261,6 +261,36 @@ def _with_ids(batch: Batch, adapter: Tensor, backend: str):
     return fast(batch, backend)
 
 
+def test_one_graph_for_any_number_of_rows(backend: str) -> None:
+    """Compiled and exported; torch.export would say that a size became a constant."""
+    batch = make_batch(make_inputs(Case((18,), 48, 64, 8)))
+    inputs, given = batch.inputs, (batch.lora_A, batch.lora_B, batch.scaling, batch.gain)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, adapter: Tensor) -> Tensor:
+            return functional.grouped_lora_linear(x, inputs.weight, inputs.bias, *given, adapter, backend=backend)
+
+    dynamic = {"x": {0: torch.export.Dim("T")}, "adapter": {0: torch.export.Dim("T")}}
+    with torch.no_grad():
+        exported = torch.export.export(Layer(), (inputs.x, batch.adapter), dynamic_shapes=dynamic).module()
+        for rows in (18, 7):
+            x, adapter = inputs.x[:rows], batch.adapter[:rows]
+            torch.testing.assert_close(exported(x, adapter), Layer()(x, adapter))
+
+
+def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
+    """Of many matrices one trains: its gradient is made, and no other's."""
+    batch = make_batch(make_inputs(CASE))
+    tensors = tensors_of(batch, "lora")
+    order, starts = functional.group_rows(batch.adapter, ADAPTERS, backend=backend)
+    A, B = batch.matrices(batch.lora_A, batch.lora_B)
+    args = tensors["x"], None, A, B, batch.scaling, None, order, starts, None, None, None
+    needs = False, False, [False, True, False], [False] * 3, False, False
+    grad_A, grad_B = torch.ops.lora_fast.grouped_lora_bwd(grad_of(batch), *args, *needs, backend)[2:4]
+    assert [gradient.numel() for gradient in grad_A] == [0, A[1].numel(), 0]
+    assert not any(gradient.numel() for gradient in grad_B)
+
+
 def test_opcheck(backend: str) -> None:
     ops = torch.ops.lora_fast
     batch = make_batch(make_inputs(Case((7,), 20, 30, 4)))
@@ -278,13 +308,14 @@ def test_opcheck(backend: str) -> None:
             for weight, base in ((inputs.weight, None), (None, inputs.base)):
                 args = (inputs.x, weight, base, inputs.bias, *given, keep, backend)
                 torch.library.opcheck(forward, args)
-                needs = True, weight is None, True, True, keep, True
+                each = [True] * len(factors[0])
+                needs = True, weight is None, each, each, keep, True
                 args = (grad_y, inputs.x, weight, *given, product, h, *needs, backend)
                 torch.library.opcheck(ops.grouped_lora_bwd.default, args)
         norm_args = (inputs.weight, *factors, batch.scaling, own, backend)
         torch.library.opcheck(ops.grouped_weight_norm_fwd.default, norm_args)
         norm = ops.grouped_weight_norm_fwd(*norm_args)
-        args = (torch.randn_like(norm), norm, inputs.weight, *factors, batch.scaling, own, True, True, backend)
+        args = (torch.randn_like(norm), norm, inputs.weight, *factors, batch.scaling, own, each, each, backend)
         torch.library.opcheck(ops.grouped_weight_norm_bwd.default, args)
 
 

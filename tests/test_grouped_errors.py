@@ -99,6 +99,30 @@ def test_grouped_lora_linear(changed: dict, error: type[Exception], message: str
         functional.grouped_lora_linear(**arguments(**changed))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, r"lora_A\[1\]: got NoneType, expected a torch.Tensor"),
+        (torch.eye(3, K).to_sparse(), r"lora_A\[1\]: got layout torch.sparse_coo"),
+        (torch.ones(3, K, dtype=torch.int32), r"lora_A\[1\]: got dtype torch.int32"),
+    ],
+)
+def test_a_matrix_of_another_kind(wrong: Any, message: str) -> None:
+    given = matrices(2, 3, 1)
+    given["lora_A"][1] = wrong
+    with pytest.raises(TypeError, match=message):
+        functional.grouped_lora_linear(**arguments(**given))
+
+
+def test_sequences_of_any_kind() -> None:
+    given = matrices(2, 3, 1)
+    y = functional.grouped_lora_linear(**arguments(**given))
+    assert y.shape == (T, N)
+    functional.grouped_lora_linear(**arguments(**{name: iter(factors) for name, factors in given.items()}))
+    with pytest.raises(TypeError, match="lora_A: got float, expected a torch.Tensor or a sequence of them"):
+        functional.grouped_lora_linear(**arguments(**{**given, "lora_A": 1.0}))
+
+
 def test_matrices_of_several_dtypes() -> None:
     mixed = matrices(2, 3, 1)
     mixed["lora_A"][2] = mixed["lora_A"][2].double()

@@ -213,6 +213,39 @@ def test_checkpointing_computes_with_the_same_adapters_again(use_reentrant: bool
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_around_modules_that_are_saved(use_reentrant: bool) -> None:
+    """PEFT's wrappers of modules_to_save know the names again as well; and an evaluation between changes nothing."""
+    config = {"modules_to_save": ["up_proj"]}
+    fast = accelerated(several("ldl", llama(), ("q_proj", "down_proj"), **config))
+    for name, parameter in fast.named_parameters():
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    fast.train()
+    x = torch.randint(1, 40, (6, 5))
+
+    def run() -> dict[str, Tensor]:
+        loss = fast(input_ids=x, labels=x, adapter_names=NAMES).loss
+        fast.eval()
+        with torch.no_grad():
+            fast(input_ids=x, adapter_names=NAMES[::-1])
+        fast.train()
+        loss.backward()
+        return gradients(fast)
+
+    wanted = run()
+    fast.enable_input_require_grads()
+    fast.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = run()
+    assert found.keys() == wanted.keys()
+    assert any("modules_to_save" in name for name in found)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in fast.modules())
+    lora_fast.restore(fast)
+    kept = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in fast.modules())
+    assert kept < hooks
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("batches", [(NAMES, NAMES[::-1]), (NAMES, None), (None, NAMES)])
 def test_forwards_that_a_recomputation_cannot_tell_apart(batches: Any, use_reentrant: bool) -> None:
     """Both wait for their backward, which raises; one after the other is right, and so is a list changed meanwhile."""

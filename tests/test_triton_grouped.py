@@ -78,7 +78,7 @@ class Layer:
         product, h = self.base, self.forward(ids)[2]
         call = calls.GroupedLoraGrad(
             self.grad_y, self.x, self.weight, (self.A,), (self.B,), self.scaling, self.gain if with_gain else None,
-            *groups_of(ids), self.ranks, product, h, True, True, True, True, with_gain, True,
+            *groups_of(ids), self.ranks, product, h, True, True, (True,), (True,), with_gain, True,
         )  # fmt: skip
         return run("grouped_lora_bwd", call._replace(**changed))
 
@@ -190,7 +190,7 @@ def test_each_gradient_alone() -> None:
     names = ("need_x", "need_base", "need_A", "need_B", "need_gain", "need_bias")
     together = layer.backward(ids)
     for index, name in enumerate(names):
-        needs = {other: other == name for other in names}
+        needs = {o: (o == name,) if o in ("need_A", "need_B") else o == name for o in names}
         alone = layer.backward(ids, **needs)
         flat = alone[index][0] if index in (2, 3) else alone[index]
         torch.testing.assert_close(flat, together[index][0] if index in (2, 3) else together[index])
@@ -310,7 +310,7 @@ def launches_of(ids: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def norm_calls(layer: Layer) -> None:
     given = layer.weight, (layer.A,), (layer.B,), layer.scaling, layer.ranks
     norm = run("grouped_weight_norm_fwd", calls.GroupedWeightNorm(*given))
-    run("grouped_weight_norm_bwd", calls.GroupedWeightNormGrad(torch.ones_like(norm), norm, *given, True, True))
+    run("grouped_weight_norm_bwd", calls.GroupedWeightNormGrad(torch.ones_like(norm), norm, *given, (True,), (True,)))
 
 
 @pytest.mark.interpreter
@@ -361,7 +361,8 @@ def test_norm_s_gradients(separate: bool) -> None:
         given = factors_A, factors_B, layer.scaling, None
     norm = run("grouped_weight_norm_fwd", calls.GroupedWeightNorm(layer.weight, *given))
     grad_A, grad_B = run(
-        "grouped_weight_norm_bwd", calls.GroupedWeightNormGrad(weights, norm, layer.weight, *given, True, True)
+        "grouped_weight_norm_bwd",
+        calls.GroupedWeightNormGrad(weights, norm, layer.weight, *given, *((True,) * len(side) for side in given[:2])),
     )
     for a, rank in enumerate(RANKS):
         own_A, own_B = (grad_A[a], grad_B[a]) if separate else (grad_A[0][a], grad_B[0][a])
@@ -398,7 +399,7 @@ def test_more_adapters_than_a_step_looks_at_and_more_rows_than_a_block(tokens: i
     for name in ("triton", "torch"):
         forward = calls.GroupedLora(layer.x, layer.weight, None, layer.bias, *given, True)
         y, product, h = run("grouped_lora_fwd", forward, name)
-        needs = (True,) * 6
+        needs = True, True, (True,), (True,), True, True
         backward = calls.GroupedLoraGrad(layer.grad_y, layer.x, layer.weight, *given, product, h, *needs)
         grad_x, grad_base, (grad_A,), (grad_B,), *sums = run("grouped_lora_bwd", backward, name)
         results.append((y, product, h, grad_x, grad_base, grad_A, grad_B, *sums))

@@ -79,12 +79,13 @@ def _grouped_calls(size: Size, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, 
     order, starts = group.argsort(stable=True), torch.bincount(group, minlength=ADAPTERS + 2).cumsum(0)
     given = *factors, scaling, gain, order, torch.cat((starts.new_zeros(1), starts)), None
     norms = weight, *factors, scaling, None
+    needs = True, False, (True,), (True,), True, True  # x, base, lora_A, lora_B, gain, bias
     return {
         "group_rows": calls.GroupRows(adapter, ADAPTERS),
         "grouped_lora_fwd": calls.GroupedLora(x, weight, None, bias, *given, True),
-        "grouped_lora_bwd": calls.GroupedLoraGrad(y, x, weight, *given, y, h, True, False, True, True, True, True),
+        "grouped_lora_bwd": calls.GroupedLoraGrad(y, x, weight, *given, y, h, *needs),
         "grouped_weight_norm_fwd": calls.GroupedWeightNorm(*norms),
-        "grouped_weight_norm_bwd": calls.GroupedWeightNormGrad(gain, gain, *norms, True, True),
+        "grouped_weight_norm_bwd": calls.GroupedWeightNormGrad(gain, gain, *norms, (True,), (True,)),
     }
 
 

@@ -50,6 +50,10 @@ class Factors:
         """The same of other tensors in their place."""
         return Factors(tensors, self.ranks, self.rank_dim, transposed=self.transposed)
 
+    def of_adapter(self, values: Sequence[bool], adapter: int) -> bool:
+        """What ``values``, one for each of the tensors, say of an adapter."""
+        return values[0] if self.tensors[0].dim() == 3 else values[adapter]
+
     @property
     def rank(self) -> int:
         """The largest that the shapes allow."""
@@ -77,6 +81,19 @@ def lora_A_of(call: calls.GroupedLora | calls.GroupedLoraGrad) -> Factors:
 
 def lora_B_of(call: calls.GroupedLora | calls.GroupedLoraGrad) -> Factors:
     return Factors(call.lora_B, call.ranks, 1)
+
+
+def not_needed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In the place of gradients that nobody asked for."""
+    return [tensor.new_empty(0) for tensor in tensors]
+
+
+def zeros_where(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Zeros like the tensors, contiguous; empty for what is not needed."""
+    return [
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else tensor.new_empty(0)
+        for tensor, need in zip(tensors, needed, strict=True)
+    ]
 
 
 def segments(groups: RowGroups) -> Iterator[tuple[int, Tensor]]:
@@ -122,9 +139,18 @@ class Passes(Protocol):
         """(gain[a] ⊙ grad, Σ grad ⊙ product of each adapter [L, N], Σ_t grad), each only if asked for."""
 
     def outer(
-        self, left: Tensor, right: Tensor, like: Factors, scaling: Tensor | None, groups: RowGroups
+        self,
+        left: Tensor,
+        right: Tensor,
+        like: Factors,
+        scaling: Tensor | None,
+        groups: RowGroups,
+        needed: Sequence[bool],
     ) -> list[Tensor]:
-        """s[a] Σ left[t] right[t]ᵀ of each adapter, as the tensors of ``like``; 0 past an adapter's rank."""
+        """s[a] Σ left[t] right[t]ᵀ of each adapter, as the tensors of ``like``; 0 past an adapter's rank.
+
+        Those that are not ``needed`` are empty.
+        """
 
 
 class Linears:
@@ -152,29 +178,31 @@ class Linears:
 
     def grouped_lora_bwd(self, call: calls.GroupedLoraGrad, plan: Plan) -> Gradients:
         grad_y, gain, groups, scaling = call.grad_y.contiguous(), call.gain, call.groups, call.scaling
-        need_h = call.need_x or call.need_A
+        need_A, need_B = any(call.need_A), any(call.need_B)
+        need_h = call.need_x or need_A
         grad_v, grad_gain, grad_bias = self.passes.gain_bwd(
             grad_y,
             call.product,
             gain,
             groups,
-            need_scaled=gain is not None and (need_h or call.need_B or call.need_base),
+            need_scaled=gain is not None and (need_h or need_B or call.need_base),
             need_gain=call.need_gain,
             need_bias=call.need_bias,
         )
         grad_base = grad_v if call.need_base else grad_y.new_empty(0)
         if gain is None:
             grad_v = grad_y
-        grad_x, grad_A, grad_B, grad_h = grad_y.new_empty(0), [], [], grad_y
+        grad_x, grad_h = grad_y.new_empty(0), grad_y
+        grad_A, grad_B = not_needed(call.lora_A), not_needed(call.lora_B)
         lora_A, lora_B = lora_A_of(call), lora_B_of(call)
-        if call.need_B:
+        if need_B:
             assert call.h is not None
-            grad_B = self.passes.outer(grad_v, call.h.to(grad_v.dtype), lora_B, scaling, groups)
+            grad_B = self.passes.outer(grad_v, call.h.to(grad_v.dtype), lora_B, scaling, groups, call.need_B)
         if need_h:
             grad_h = self.passes.project(grad_v, lora_B.T, scaling, groups, plan.kernel("grad_h"))
-        if call.need_A:
+        if need_A:
             assert call.x is not None
-            grad_A = self.passes.outer(grad_h, call.x.contiguous().to(grad_h.dtype), lora_A, None, groups)
+            grad_A = self.passes.outer(grad_h, call.x.contiguous().to(grad_h.dtype), lora_A, None, groups, call.need_A)
         if call.need_x:
             if call.weight is None:
                 grad_x = grad_y.new_zeros(grad_y.shape[0], call.lora_A[0].shape[-1])
@@ -206,18 +234,17 @@ def norm_gradients(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """grouped_weight_norm_bwd by a backend's ``weight_norm_bwd``, an adapter after the other."""
     lora_A, lora_B = Factors(call.lora_A, call.ranks, 0), Factors(call.lora_B, call.ranks, 1)
-    grad_A = [torch.zeros_like(tensor) for tensor in call.lora_A] if call.need_A else []
-    grad_B = [torch.zeros_like(tensor) for tensor in call.lora_B] if call.need_B else []
-    into_A = lora_A.with_tensors(grad_A).matrices() if call.need_A else None
-    into_B = lora_B.with_tensors(grad_B).matrices() if call.need_B else None
+    grad_A, grad_B = zeros_where(call.lora_A, call.need_A), zeros_where(call.lora_B, call.need_B)
+    into_A, into_B = lora_A.with_tensors(grad_A), lora_B.with_tensors(grad_B)
     pairs = zip(lora_A.matrices(), lora_B.matrices(), call.scaling.tolist(), strict=True)
     for adapter, (A, B, scale) in enumerate(pairs):
         if A.shape[0] == 0:
             continue
         given = call.grad[adapter], call.norm[adapter], call.weight, A, B, scale
-        own_A, own_B = weight_norm_bwd(calls.WeightNormGrad(*given, "output", call.need_A, call.need_B), plan)
-        if into_A is not None:
-            into_A[adapter].copy_(own_A)
-        if into_B is not None:
-            into_B[adapter].copy_(own_B)
+        need_A, need_B = lora_A.of_adapter(call.need_A, adapter), lora_B.of_adapter(call.need_B, adapter)
+        own_A, own_B = weight_norm_bwd(calls.WeightNormGrad(*given, "output", need_A, need_B), plan)
+        if need_A:
+            into_A.matrix(adapter).copy_(own_A)
+        if need_B:
+            into_B.matrix(adapter).copy_(own_B)
     return grad_A, grad_B

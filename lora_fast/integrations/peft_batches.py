@@ -125,7 +125,7 @@ class ForwardNames:
         """``names`` of a forward; of a recomputation, which is called without, those of the forward."""
         if torch.compiler.is_compiling():
             return names
-        if torch._C._current_graph_task_id() != _NO_BACKWARD:
+        if _in_backward():
             return names if names is not None else self._of_recomputation()
         if self._recomputed or self._faults != ForwardNames._all_faults:
             self._waiting.clear()
@@ -144,7 +144,7 @@ class ForwardNames:
                 "without gradients) were called before their backward, which cannot tell them apart; call backward "
                 "after each of them"
             )
-        return self._last
+        return next(iter(self._waiting)) if self._waiting else self._last
 
 
 _NO_BACKWARD = -1
@@ -168,6 +168,41 @@ def take_off(model: nn.Module) -> None:
     """Undo :func:`set_on`."""
     if _is_set(model):
         del vars(model)[_METHOD]
+    if vars(model).pop(_NAMES, None) is not None:
+        for hooks, ours in ((model._forward_pre_hooks, _names_again), (model._forward_hooks, _names_seen)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                hooks.pop(key)
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_with_kwargs.pop(key, None)
+
+
+_NAMES = "_lora_fast_names"  # of a module that is trained beside the adapters: its ForwardNames
+
+
+def _remember_names(model: nn.Module) -> None:
+    """Let PEFT's wrappers of modules that are trained as they are (``modules_to_save``) know the names again too."""
+    for module in model.modules():
+        if isinstance(module, peft_names.AuxiliaryTrainingWrapper) and _NAMES not in vars(module):
+            vars(module)[_NAMES] = ForwardNames()
+            module.register_forward_pre_hook(_names_again, with_kwargs=True)
+            module.register_forward_hook(_names_seen, with_kwargs=True)
+
+
+def _names_again(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    if "adapter_names" in kwargs or torch.compiler.is_compiling() or not _in_backward():
+        return None
+    names = vars(module)[_NAMES].of_call(None, training=module.training)
+    return None if names is None else (args, kwargs | {"adapter_names": list(names)})
+
+
+def _names_seen(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """After the forward, when PEFT's hook has handed them in."""
+    if not _in_backward():
+        vars(module)[_NAMES].of_call(kwargs.get("adapter_names"), training=module.training)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != _NO_BACKWARD
 
 
 _METHOD = "_enable_peft_forward_hooks"
@@ -185,6 +220,8 @@ def enable_hooks(model: Any, /, *args: Any, **kwargs: Any) -> Iterator[None]:
     """
     before = _hooks(model)
     trains = model.training and peft_names.all_are_ours(model)
+    if trains:
+        _remember_names(model)
     try:
         with contextlib.ExitStack() as stack:
             try:

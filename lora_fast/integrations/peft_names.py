@@ -31,6 +31,7 @@ from peft.tuners.lora.layer import (
     MultiheadAttention,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,6 +66,7 @@ FACTORS, MAGNITUDES = ("lora_A", "lora_B"), "lora_magnitude_vector"  # of Module
 _ON_META = "the base weight is on the meta device (offloaded or not loaded yet)"
 
 __all__ = [
+    "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "Conv1d",
     "Conv2d",

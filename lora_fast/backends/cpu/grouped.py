@@ -20,6 +20,8 @@ def group_rows(call: calls.GroupRows, plan: Plan) -> tuple[Tensor, Tensor]:
     try:
         return _c.group_rows(adapter, call.adapters)
     except RuntimeError:
+        if not bool(((adapter < -1) | (adapter >= call.adapters)).any()):
+            raise  # of the memory for so many adapters
         raise grouped.unknown_id(adapter, call.adapters) from None
 
 

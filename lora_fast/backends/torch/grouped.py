@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends.grouped import Factors, norm_factors, segments
+from lora_fast.backends.grouped import Factors, norm_factors, segments, zeros_where
 from lora_fast.backends.passes import token_chunks
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch.rows import chunk_rows, norm_product_dtype, scaled_norm
@@ -111,17 +113,24 @@ class Passes:
         return scaled, grad_gain, grad_bias
 
     def outer(
-        self, left: Tensor, right: Tensor, like: Factors, scaling: Tensor | None, groups: RowGroups
+        self,
+        left: Tensor,
+        right: Tensor,
+        like: Factors,
+        scaling: Tensor | None,
+        groups: RowGroups,
+        needed: Sequence[bool],
     ) -> list[Tensor]:
-        gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in like.tensors]
-        matrices, scales = like.with_tensors(gradients).matrices(), _numbers(scaling)
+        gradients, scales = zeros_where(like.tensors, needed), _numbers(scaling)
+        into_tensors = like.with_tensors(gradients)
         for adapter, rows in segments(groups):
-            if 0 <= adapter < len(matrices):
-                into = matrices[adapter]
-                rows_left, rows_right = _rows(left, rows)[:, : into.shape[0]], _rows(right, rows)[:, : into.shape[1]]
-                product = left.new_empty(into.shape)
-                alpha = 1.0 if scales is None else scales[adapter]
-                into.copy_(product.addmm_(rows_left.T, rows_right, beta=0, alpha=alpha))
+            if not 0 <= adapter < groups.starts.shape[0] - 3 or not like.of_adapter(needed, adapter):
+                continue
+            into = into_tensors.matrix(adapter)
+            rows_left, rows_right = _rows(left, rows)[:, : into.shape[0]], _rows(right, rows)[:, : into.shape[1]]
+            product = left.new_empty(into.shape)
+            alpha = 1.0 if scales is None else scales[adapter]
+            into.copy_(product.addmm_(rows_left.T, rows_right, beta=0, alpha=alpha))
         return gradients
 
 

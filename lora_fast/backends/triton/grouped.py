@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends.grouped import Factors, Forward, Gradients, Linears
+from lora_fast.backends.grouped import Factors, Forward, Gradients, Linears, not_needed
 from lora_fast.backends.plan import Plan
 from lora_fast.calls import RowGroups
 from lora_fast.triton_kernels.grouped_compose import grouped_compose
@@ -78,13 +78,19 @@ class Passes:
         return grouped_gain_bwd(grad, product, gain, Groups(*groups), **needs)
 
     def outer(
-        self, left: Tensor, right: Tensor, like: Factors, scaling: Tensor | None, groups: RowGroups
+        self,
+        left: Tensor,
+        right: Tensor,
+        like: Factors,
+        scaling: Tensor | None,
+        groups: RowGroups,
+        needed: Sequence[bool],
     ) -> list[Tensor]:
         by_features = like.rank_dim == 1
         wide, narrow = (left, right) if by_features else (right, left)
         dtype = like.tensors[0].dtype
         stack = grouped_outer(wide, narrow, like.ranks, scaling, Groups(*groups), dtype, transposed=not by_features)
-        return _like(like.tensors, stack)
+        return _like(like.tensors, stack, needed)
 
 
 _LINEARS = Linears(Passes())
@@ -120,18 +126,19 @@ def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tu
         inside = torch.arange(A.rank, device=weight.device) < call.ranks[:, None, None]
         by_features_A, by_features_B = (torch.where(inside, tensor, 0) for tensor in (by_features_A, by_features_B))
     scaled_B = by_features_B.float() * scaling
-    needs = {"need_A": call.need_A, "need_B": call.need_B}
+    need_A, need_B = any(call.need_A), any(call.need_B)
+    needs = {"need_A": need_A, "need_B": need_B}
     grads = [
         weight_norm_bwd(grad, norm, weight, own_A.T, own_B, 1.0, "output", **needs)
         for grad, norm, own_A, own_B in zip(call.grad, call.norm, by_features_A, scaled_B, strict=True)
     ]
-    grad_A, grad_B = [], []
-    if call.need_A:
+    grad_A, grad_B = not_needed(call.lora_A), not_needed(call.lora_B)
+    if need_A:
         own = torch.stack([pair[0] for pair in grads])
-        grad_A = _like(call.lora_A, own if inside is None else torch.where(inside.transpose(1, 2), own, 0))
-    if call.need_B:
+        grad_A = _like(call.lora_A, own if inside is None else torch.where(inside.transpose(1, 2), own, 0), call.need_A)
+    if need_B:
         own = torch.stack([pair[1] for pair in grads]) * scaling
-        grad_B = _like(call.lora_B, own if inside is None else torch.where(inside, own, 0))
+        grad_B = _like(call.lora_B, own if inside is None else torch.where(inside, own, 0), call.need_B)
     return grad_A, grad_B
 
 
@@ -139,11 +146,13 @@ def _stacks(call: calls.GroupedLora | calls.GroupedWeightNorm | calls.GroupedWei
     return _stack(Factors(call.lora_A, call.ranks, 0)), _stack(Factors(call.lora_B, call.ranks, 1))
 
 
-def _like(tensors: Sequence[Tensor], stack: Tensor) -> list[Tensor]:
+def _like(tensors: Sequence[Tensor], stack: Tensor, needed: Sequence[bool]) -> list[Tensor]:
     """The stack as one tensor, or as matrices of the shapes of ``tensors``; an op's outputs may not share memory."""
     if tensors[0].dim() == 3:
         return [stack.to(tensors[0].dtype)]
     return [
         own[: tensor.shape[0], : tensor.shape[1]].to(tensor.dtype, memory_format=torch.contiguous_format, copy=True)
-        for own, tensor in zip(stack.unbind(0), tensors, strict=True)
+        if need
+        else tensor.new_empty(0)
+        for own, tensor, need in zip(stack.unbind(0), tensors, needed, strict=True)
     ]
