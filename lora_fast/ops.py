@@ -276,10 +276,8 @@ def merge_weight(call: calls.MergeWeight) -> None:
 
 @_define(calls.GroupRows, "group_rows(Tensor adapter, SymInt adapters, str backend) -> (Tensor order, Tensor starts)")
 def group_rows(call: calls.GroupRows) -> tuple[Tensor, Tensor]:
-    adapter = call.adapter
-    return adapter.new_empty(adapter.shape[0], dtype=torch.int64), adapter.new_empty(
-        call.adapters + 3, dtype=torch.int64
-    )
+    order = call.adapter.new_empty(call.adapter.shape[0], dtype=torch.int64)
+    return order, order.new_empty(call.adapters + 3)
 
 
 @_define(

@@ -264,7 +264,8 @@ def test_stacks_of_any_strides_and_separate_matrices_give_the_same() -> None:
     }  # fmt: skip
     assert torch.equal(layer.forward(ids, **separate)[0], layer.forward(ids)[0])
     grads = layer.backward(ids)
-    _, _, grad_A, grad_B, _, _ = layer.backward(ids, **separate)
+    each = (True,) * len(kept)
+    _, _, grad_A, grad_B, _, _ = layer.backward(ids, **separate, need_A=each, need_B=each)
     for own_A, own_B, a in zip(grad_A, grad_B, kept, strict=True):
         assert torch.equal(own_A, grads[2][0][a, : RANKS[a]])
         assert torch.equal(own_B, grads[3][0][a, :, : RANKS[a]])
