@@ -57,13 +57,9 @@ def filled(size: Size, kept: calls.Kept = "product") -> Iterator[tuple[str, Any]
     """A size's calls with finite contents, and variants: the other axis, dropout, the full gradient, lora_B = 0."""
     torch.manual_seed(0)
     for op, call in explain.example_calls(size, kept).items():
-        fields = [
-            torch.randn_like(field) if isinstance(field, Tensor) and field.is_floating_point() else field
-            for field in call
-        ]
-        call = type(call)(*fields)
+        call = type(call)(*map(_with_contents, call))
         yield op, call
-        if "lora_B" in call._fields and "need_B" not in call._fields:
+        if isinstance(getattr(call, "lora_B", None), Tensor) and "need_B" not in call._fields:
             yield op, call._replace(lora_B=torch.zeros_like(call.lora_B))
         if "dropout_p" in call._fields:
             yield op, call._replace(dropout_p=0.1, seed=torch.tensor(3))
@@ -80,9 +76,16 @@ def filled(size: Size, kept: calls.Kept = "product") -> Iterator[tuple[str, Any]
             yield op, call._replace(kept="base")
 
 
+def _with_contents(field: Any) -> Any:
+    if isinstance(field, tuple):
+        return tuple(map(_with_contents, field))
+    return torch.randn_like(field) if isinstance(field, Tensor) and field.is_floating_point() else field
+
+
 def named(plan: Plan, is_zero: bool) -> set[str]:
+    """The kernels of rows that have not all the same adapter."""
     steps = plan.where_B_is_zero.steps if is_zero and plan.where_B_is_zero is not None else plan.steps
-    return {step.kernel for step in steps.values()}
+    return {step.kernel for computed, step in steps.items() if computed != "y, of one adapter"}
 
 
 def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
@@ -90,7 +93,7 @@ def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
     for size in sizes():
         for op, call in filled(size):
             name, plan = registry.plan_of(op, call, "cpu")
-            is_zero = "lora_B" in call._fields and not call.lora_B.any()
+            is_zero = isinstance(getattr(call, "lora_B", None), Tensor) and not call.lora_B.any()
             with Recorded() as recorded:
                 registry.run(op, call, name)
             kernels = named(plan, is_zero)
@@ -98,14 +101,15 @@ def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
             # a dropout or an input's gain is a pass of its own besides
             besides = {"dropout"} if "dropout_p" in call._fields and call.dropout_p else set()
             besides |= {"lora_gain_bwd"} if getattr(call, "axis", "") == "input" else set()
-            besides |= {"lora_compose_fwd"} if "grad_x" in plan.steps else set()  # dx's update
+            besides |= {"lora_compose_fwd", "grouped_compose"} if "grad_x" in plan.steps else set()  # dx's update
             assert native <= recorded.native() <= native | besides, (op, size)
             products = kernels & {"F.linear", "torch.matmul"}
             if products:
                 assert PRODUCTS & set(recorded.names), (op, size)
             seen |= native
     expected = {"lora_compose_fwd", "lora_gain_bwd", "weight_norm_fwd", "weight_norm_bwd", "merge_weight", "dropout"}
-    expected |= {"quantised_norm_fwd"}
+    expected |= {"quantised_norm_fwd", "group_rows", "grouped_project", "grouped_compose", "grouped_gain_bwd"}
+    expected |= {"grouped_linear_small_fwd", "grouped_weight_norm_fwd"}
     expected |= {"lora_linear_small_fwd", "dora_linear_small_fwd", "lora_linear_small_bwd"}
     if isa == "amx":
         expected |= {"lora_linear_fwd", "dora_linear_fwd", "lora_linear_bwd"}

@@ -13,6 +13,7 @@ from lora_fast.backends.torch import grouped
 from lora_fast.calls import RowGroups
 
 _c = extension.operators()
+PART = 32  # tokens
 
 
 def group_rows(call: calls.GroupRows, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,16 @@ def few_tokens_fwd(call: calls.GroupedLora) -> Forward:
         x.contiguous(), weight, *factors, scaling, gain, bias, order, starts, ranks, y, product
     )
     return y, y.new_empty(0) if product is None else product, h
+
+
+def in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias by the kernel for few tokens, of rank 0, which reads W once for each part."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    A, B = x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0)
+    wide = None if bias is None else bias.float()
+    for rows, out in zip(x.split(PART), y.split(PART), strict=True):
+        _c.lora_linear_small_fwd(rows, weight, A, B, 1.0, None, wide, out, None)
+    return y
 
 
 def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm, plan: Plan) -> Tensor:

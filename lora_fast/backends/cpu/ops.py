@@ -127,7 +127,9 @@ lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
 
-_grouped = grouped.Linears(passes_of_groups.Passes(), {onednn.KERNEL: onednn.linear})
+_grouped = grouped.Linears(
+    passes_of_groups.Passes(), {onednn.KERNEL: onednn.linear, "lora_linear_small_fwd": passes_of_groups.in_parts}
+)
 group_rows = passes_of_groups.group_rows
 grouped_lora_bwd = _grouped.grouped_lora_bwd
 grouped_weight_norm_fwd = passes_of_groups.grouped_weight_norm_fwd

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends.cpu import onednn
-from lora_fast.backends.extension import amx_enabled, has_torchs_vectors
+from lora_fast.backends.extension import amx_enabled, cpu_family, has_torchs_vectors
 from lora_fast.backends.passes import LINEAR, MATMUL
 from lora_fast.backends.plan import Linear, LinearGrad, Plan, Step, joined, may_keep_norm
 
@@ -80,6 +80,8 @@ _GROUPED_H = Step(
 )
 _GROUPED_H_BY_TORCH = Step(LINEAR, "PyTorch's products, a group of rows after the other")
 _GROUPED_SUMS = Step(MATMUL, "PyTorch's products, a group of rows after the other")
+# AMD EPYC (Zen 4), 2 threads, float32, 64 tokens: 11008 × 4096 40 ms, MKL 65; 2048 × 2048 3.8 and 4.7.
+_GROUPED_PARTS = Step("lora_linear_small_fwd", "W is read twice, by vectors of 512 bits where MKL's product has 256")
 _GROUPED_Y = Step("grouped_compose", "update, gain and bias of all groups in one C++ pass after the product")
 _GROUPED_GAIN_BWD = Step("grouped_gain_bwd", "dv and the sums of all gains and the bias in one C++ pass")
 _GROUPED_FEW = Plan({"y": Step("grouped_linear_small_fwd", f"{_FEW}; all of it in one C++ call")})
@@ -203,10 +205,18 @@ def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
     is_whole = x.dtype == weight.dtype and _whole_tiles(weight)
     if is_whole and project is _GROUPED_H and 0 < x.shape[0] <= _few_tokens(x.dtype):
         return _GROUPED_FEW
-    steps = {"h": project, "base": _ONEDNN if _is_onednns(x, weight) else _TORCH, "y": _GROUPED_Y}
+    base = _ONEDNN if _is_onednns(x, weight) else _TORCH
+    if is_whole and base is _TORCH and x.dtype == torch.float32 and _takes_parts(x.shape[0]):
+        base = _GROUPED_PARTS
+    steps = {"h": project, "base": base, "y": _GROUPED_Y}
     if is_whole and x.dtype == torch.bfloat16 and amx_enabled():
         steps["y, of one adapter"] = _TILES_FWD.steps["y"]
     return Plan(steps)
+
+
+def _takes_parts(tokens: int) -> bool:
+    """Whether so many tokens of float32 are multiplied in two parts: where MKL takes narrow vectors."""
+    return SMALL_TOKENS < tokens <= 2 * SMALL_TOKENS and cpu_family()[0] == "AuthenticAMD" and has_torchs_vectors()
 
 
 def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Plan:
