@@ -102,11 +102,17 @@ def test_an_adapter_that_a_layer_lacks_is_the_base_there() -> None:
     torch.testing.assert_close(accelerated(peft)(x, adapter_names=NAMES), peft(x, adapter_names=NAMES), **EXACT)
 
 
-@pytest.mark.parametrize("names", [["__base__"] * 6, ["q"] * 6])
-def test_all_the_same(names: list[str]) -> None:
-    peft = several().eval()
-    x = tokens(6, 5, 12)
-    torch.testing.assert_close(accelerated(peft)(x, adapter_names=names), peft(x, adapter_names=names), **EXACT)
+@pytest.mark.parametrize("forms", ["lll", "ddd"])
+@pytest.mark.parametrize("name", ["__base__", "q"])
+def test_all_the_same(name: str, forms: str) -> None:
+    """As that adapter's layer, in one call."""
+    peft = several(forms).eval()
+    x, names = tokens(6, 5, 12), [name] * 6
+    fast = accelerated(peft)
+    torch.testing.assert_close(fast(x, adapter_names=names), alone(peft, x, names), **EXACT)
+    used = uses_lora_fast(fast, x, adapter_names=names)
+    assert not any(op.startswith("grouped") for op in used)
+    assert bool(used) == (name == "q")
 
 
 def test_embeddings_and_convolutions_keep_the_loop() -> None:

@@ -281,6 +281,8 @@ class OverLinear(FastLayer):
         return super()._adapted(x, adapters, result)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], adapters: dict[str, Adapter]) -> Tensor:
+        if len(names := set(adapter_names)) == 1:  # as most batches of a server are
+            return self._adapted(x, [adapters[name] for name in names if name in adapters])
         y = peft_batches.mixed_linear(self, x, adapter_names, adapters)
         return super()._mixed(x, adapter_names, adapters) if y is None else y
 
