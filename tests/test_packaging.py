@@ -45,7 +45,16 @@ SOURCE_TREE_ONLY = {
     *(
         f"lora_fast/benchmarks/{name}.py"
         for name in (
-            *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
+            *(
+                "against_bars",
+                "bench_grouped",
+                "bench_layer",
+                "bench_peft",
+                "bench_quantised",
+                "grid",
+                "test_ops",
+                "readme",
+            ),
             *("bench_distributed", "collectives", "distributed_engines", "distributed_model"),
             *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
         )
