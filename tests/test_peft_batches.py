@@ -166,6 +166,17 @@ def test_the_hooks_are_gone_after_an_error() -> None:
     torch.testing.assert_close(fast(x), accelerated(several().eval())(x), **EXACT)
 
 
+def test_a_forward_without_names_looks_for_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be a walk over all modules in each step."""
+    fast, looked = accelerated(several()).train(), []
+    found = peft_batches._hooks
+    monkeypatch.setattr(peft_batches, "_hooks", lambda model: looked.append(model) or found(model))
+    fast(tokens(6, 12))
+    assert not looked
+    fast(tokens(6, 12), adapter_names=NAMES)
+    assert looked
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -216,8 +216,14 @@ def _is_set(model: nn.Module) -> bool:
 def enable_hooks(model: Any, /, *args: Any, **kwargs: Any) -> Iterator[None]:
     """As PEFT's method of the tuner, whose hooks are gone afterwards whatever happened, and which also trains.
 
-    It trains where lora_fast runs every adapter layer, whose recomputation under checkpointing knows the names.
+    It trains where lora_fast runs every adapter layer, whose recomputation under checkpointing knows the names. Every
+    forward of the model comes through here, and most hand nothing to the layers.
     """
+    pefts_own = getattr(type(model), _METHOD)(model, *args, **kwargs)
+    if all(kwargs.get(name) is None for name in peft_names.HANDED_TO_LAYERS):
+        with pefts_own:
+            yield
+        return
     before = _hooks(model)
     trains = model.training and peft_names.all_are_ours(model)
     if trains:
@@ -227,7 +233,7 @@ def enable_hooks(model: Any, /, *args: Any, **kwargs: Any) -> Iterator[None]:
             try:
                 if trains:  # which PEFT looks at when the context is entered
                     model.training = False
-                stack.enter_context(getattr(type(model), _METHOD)(model, *args, **kwargs))
+                stack.enter_context(pefts_own)
             finally:
                 if trains:
                     model.training = True

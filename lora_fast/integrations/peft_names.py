@@ -55,7 +55,8 @@ READ_DIRECTLY = {Linear: (nn.Linear, Conv1D)}
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
 PLAIN = (nn.Parameter, Tensor)  # tensors that kernels read; subclasses are quantised, distributed and the like
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# the hooks that hand an argument of the model's call to its layers
+# the arguments of the model's call that hooks hand to its layers, and these hooks
+HANDED_TO_LAYERS = ("adapter_names", "alora_offsets")
 ARGUMENT_HOOKS = tuple(
     hook
     for name in ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")
