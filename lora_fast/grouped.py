@@ -222,7 +222,10 @@ def _factors(
         _check_ints("ranks", ranks)
         checks.check_shape("ranks", ranks, (count,), "[L]")
         checks.check_device("ranks", ranks, like.device, "the other tensors")
-        _check_ranks(ranks, factors_A[0].shape[1])
+        most = factors_A[0].shape[1]
+        if not _are_in_range(ranks, most):
+            found = f"values from {int(ranks.min())} to {int(ranks.max())}"
+            raise ValueError(f"ranks: got {found}, expected them in [0, R] = [0, {most}]")
         ranks = ranks.to(torch.int64).contiguous()
     return factors_A, factors_B, scaling, ranks
 
@@ -245,10 +248,7 @@ def _are_usual(lora_A: Any, lora_B: Any, scaling: Any, ranks: Any, N: int, K: in
     is_usual = type(ranks) is Tensor and ranks.dtype is torch.int64 and ranks.is_contiguous()
     if not is_usual or ranks.shape != shape[:1] or ranks.device != device:
         return False
-    if device.type != "cpu":
-        return True
-    values = ranks.tolist()
-    return bool(min(values) >= 0 and max(values) <= shape[1])
+    return _are_in_range(ranks, shape[1])
 
 
 def _is_usual(A: Tensor, B: Tensor, first_A: Tensor, first_B: Tensor, N: int, K: int) -> bool:
@@ -279,13 +279,12 @@ def _check_matrices(a: int, A: Tensor, B: Tensor, N: int, K: int) -> None:
     checks.check_shape(f"lora_B[{a}]", B, (N, A.shape[0]), "[N, R]")
 
 
-def _check_ranks(ranks: Tensor, most: int) -> None:
+def _are_in_range(ranks: Tensor, most: int) -> bool:
     """On a CPU; on a GPU, and where torch.compile traces, the kernels take what is between 0 and ``most`` of them."""
     if torch.compiler.is_compiling() or ranks.device.type != "cpu":
-        return
-    least, largest = (int(value) for value in ranks.aminmax())
-    if least < 0 or largest > most:
-        raise ValueError(f"ranks: got values from {least} to {largest}, expected them in [0, R] = [0, {most}]")
+        return True
+    values = ranks.tolist()
+    return min(values) >= 0 and max(values) <= most
 
 
 def _grouped_lora(

@@ -157,6 +157,19 @@ def spread(vector: Tensor) -> Tensor:
     return memory[::2]
 
 
+def captured(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The function as a CUDA graph, after three calls outside of it; and the output that each replay writes."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = function()
+    return graph, y
+
+
 def check_each_alone(function: Callable[..., Tensor], tensors: Tensors, grad_y: Tensor) -> None:
     """Each gradient asked for alone, and none, give what asking for all gives."""
     names = {name for name, tensor in tensors.items() if tensor is not None}

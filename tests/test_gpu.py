@@ -15,7 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import AUTOCAST, CONFIGURED
-from support import call, check as hold_to_reference, fast_and_specification, hold_to_budget, run, tensors_of
+from support import (
+    call,
+    captured,
+    check as hold_to_reference,
+    fast_and_specification,
+    hold_to_budget,
+    run,
+    tensors_of,
+)
 from torch import Tensor, nn
 
 import lora_fast
@@ -112,18 +120,6 @@ def test_inference_in_a_cuda_graph(kind: str, tokens: int, gpu_backend: str) -> 
         graph, y = captured(lambda: layer(x))
         graph.replay()
         hold(layer, kind, x, [y])
-
-
-def captured(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = function()
-    return graph, y
 
 
 @pytest.mark.parametrize("kind", KINDS)

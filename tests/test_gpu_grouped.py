@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import GROUPED
-from support import run
+from support import captured, run
 from torch import Tensor
 
 from lora_fast import functional, reference
 from lora_fast.testing import Case, budget_fault, make_inputs
 
 pytestmark = pytest.mark.gpu
-
-
-def captured(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = function()
-    return graph, y
 
 
 class ManyAdapters:

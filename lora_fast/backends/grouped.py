@@ -75,11 +75,14 @@ class Factors:
         return [tensor.T for tensor in tensors] if self.transposed else list(tensors)
 
 
-def lora_A_of(call: calls.GroupedLora | calls.GroupedLoraGrad) -> Factors:
+Grouped = calls.GroupedLora | calls.GroupedLoraGrad | calls.GroupedWeightNorm | calls.GroupedWeightNormGrad
+
+
+def lora_A_of(call: Grouped) -> Factors:
     return Factors(call.lora_A, call.ranks, 0)
 
 
-def lora_B_of(call: calls.GroupedLora | calls.GroupedLoraGrad) -> Factors:
+def lora_B_of(call: Grouped) -> Factors:
     return Factors(call.lora_B, call.ranks, 1)
 
 
@@ -220,7 +223,7 @@ class Linears:
 
 def norm_factors(call: calls.GroupedWeightNorm) -> tuple[list[Tensor], list[Tensor]]:
     """lora_A's and lora_B's matrix of each adapter, of its own rank; in the place of none one of rank 1, of zeros."""
-    lora_A, lora_B = Factors(call.lora_A, call.ranks, 0).matrices(), Factors(call.lora_B, call.ranks, 1).matrices()
+    lora_A, lora_B = lora_A_of(call).matrices(), lora_B_of(call).matrices()
     for a, A in enumerate(lora_A):
         if A.shape[0] == 0:
             lora_A[a], lora_B[a] = A.new_zeros(1, A.shape[1]), A.new_zeros(lora_B[a].shape[0], 1)
@@ -233,7 +236,7 @@ def norm_gradients(
     weight_norm_bwd: Callable[[calls.WeightNormGrad, Plan], tuple[Tensor, Tensor]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """grouped_weight_norm_bwd by a backend's ``weight_norm_bwd``, an adapter after the other."""
-    lora_A, lora_B = Factors(call.lora_A, call.ranks, 0), Factors(call.lora_B, call.ranks, 1)
+    lora_A, lora_B = lora_A_of(call), lora_B_of(call)
     grad_A, grad_B = zeros_where(call.lora_A, call.need_A), zeros_where(call.lora_B, call.need_B)
     into_A, into_B = lora_A.with_tensors(grad_A), lora_B.with_tensors(grad_B)
     pairs = zip(lora_A.matrices(), lora_B.matrices(), call.scaling.tolist(), strict=True)

@@ -1,7 +1,7 @@
 """What a backend answers before it runs a call: which kernels compute what, and why, or why it cannot.
 
-A backend's ``plan.py`` has, under each op's name, a :class:`Plan` where one serves every call, or else a function from
-the call (:mod:`lora_fast.calls`, with activations [T, features]) to a plan or a :class:`Refusal`. It is pure and cheap,
+A backend's ``plan.py`` has, under each op's name, a :class:`Plan` or a :class:`Refusal` where one serves every call, or
+else a function from the call (:mod:`lora_fast.calls`, with activations [T, features]) to one. It is pure and cheap,
 and the only place where sizes, dtypes, strides, alignment, the device or the instruction set decide anything:
 ``ops.py`` runs what the plan names. Which dtypes a backend computes in at all is said once, in its ``BACKEND``.
 

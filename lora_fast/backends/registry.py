@@ -142,7 +142,7 @@ def planned(backend: Backend, op: str, call: Call) -> Plan | Refusal:
     if (kept := getattr(call, "kept", None)) is not None and kept not in backend.reads:
         return Refusal(f"its backward does not read {kept!r}, which the forward kept")
     answer = getattr(backend.plan, op)
-    return answer if isinstance(answer, Plan) else answer(call)
+    return answer if isinstance(answer, (Plan, Refusal)) else answer(call)
 
 
 def kept_by(name: str, device_type: str, is_wide: bool) -> Kept:

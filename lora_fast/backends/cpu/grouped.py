@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_fast import calls
 from lora_fast.backends import extension
-from lora_fast.backends.grouped import Factors, Forward, lora_A_of, lora_B_of, norm_factors
+from lora_fast.backends.grouped import Factors, Forward, norm_factors
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch import grouped
 from lora_fast.calls import RowGroups
@@ -61,30 +61,6 @@ class Passes(grouped.Passes):
         need_bias: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _c.grouped_gain_bwd(grad, product, gain, *groups, need_scaled, need_gain, need_bias)
-
-
-def of_one_adapter(call: calls.GroupedLora) -> calls.LoraLinear | None:
-    """The same call as of one adapter where all rows are of one, and the product with W is ours to make."""
-    rows, starts = call.order.shape[0], call.starts.tolist()
-    adapter = starts.index(rows) - 2 if rows in starts else -1
-    if call.weight is None or adapter < 0 or starts[adapter + 1] != 0:
-        return None
-    lora_A, lora_B = (factors.matrix(adapter) for factors in (lora_A_of(call), lora_B_of(call)))
-    if lora_A.shape[0] == 0:
-        return None
-    gain = None if call.gain is None else call.gain[adapter]
-    factors = call.x, call.weight, call.bias, lora_A, lora_B, float(call.scaling[adapter]), gain
-    return calls.LoraLinear(*factors, "output", 0.0, None, "product" if call.keep else "nothing")
-
-
-def widened(h: Tensor, call: calls.GroupedLora) -> Tensor:
-    """h [T, R_a] of one adapter as [T, R]."""
-    rank = lora_A_of(call).rank
-    if h.shape[1] == rank:
-        return h
-    wide = h.new_zeros(h.shape[0], rank)
-    wide[:, : h.shape[1]] = h
-    return wide
 
 
 def few_tokens_fwd(call: calls.GroupedLora) -> Forward:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fast import calls, norm_cache
 from lora_fast.backends import dora, extension, grouped
-from lora_fast.backends.cpu import grouped as passes_of_groups, onednn, plan as cpu_plan
+from lora_fast.backends.cpu import grouped as passes_of_groups, onednn
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 from lora_fast.content_key import host_key
@@ -138,11 +138,7 @@ grouped_weight_norm_fwd = passes_of_groups.grouped_weight_norm_fwd
 def grouped_lora_fwd(call: calls.GroupedLora, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     if plan.kernel("y") == "grouped_linear_small_fwd":
         return passes_of_groups.few_tokens_fwd(call)
-    single = passes_of_groups.of_one_adapter(call) if "y, of one adapter" in plan.steps else None
-    if single is None:
-        return _grouped.grouped_lora_fwd(call, plan)
-    y, product, h = lora_linear_fwd(single, cpu_plan.lora_linear_fwd(single))
-    return y, product, passes_of_groups.widened(h, call)
+    return _grouped.grouped_lora_fwd(call, plan)
 
 
 def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:

@@ -78,8 +78,8 @@ group_rows = Plan({"order, starts": Step("group_rows", "one C++ pass over the id
 _GROUPED_H = Step(
     "grouped_project", "C++: each adapter's lora_A is read once for 32 of its rows, from x where they lie"
 )
-_GROUPED_H_BY_TORCH = Step(LINEAR, "PyTorch's products, a group of rows after the other")
-_GROUPED_SUMS = Step(MATMUL, "PyTorch's products, a group of rows after the other")
+_EACH_GROUP = "PyTorch's products, a group of rows after the other"
+_GROUPED_H_BY_TORCH, _GROUPED_SUMS = Step(LINEAR, _EACH_GROUP), Step(MATMUL, _EACH_GROUP)
 # AMD EPYC (Zen 4), 2 threads, float32, 64 tokens: 11008 × 4096 40 ms, MKL 65; 2048 × 2048 3.8 and 4.7.
 _GROUPED_PARTS = Step("lora_linear_small_fwd", "W is read twice, by vectors of 512 bits where MKL's product has 256")
 _GROUPED_Y = Step("grouped_compose", "update, gain and bias of all groups in one C++ pass after the product")
@@ -208,10 +208,7 @@ def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
     base = _ONEDNN if _is_onednns(x, weight) else _TORCH
     if is_whole and base is _TORCH and x.dtype == torch.float32 and _takes_parts(x.shape[0]):
         base = _GROUPED_PARTS
-    steps = {"h": project, "base": base, "y": _GROUPED_Y}
-    if is_whole and x.dtype == torch.bfloat16 and amx_enabled():
-        steps["y, of one adapter"] = _TILES_FWD.steps["y"]
-    return Plan(steps)
+    return Plan({"h": project, "base": base, "y": _GROUPED_Y})
 
 
 def _takes_parts(tokens: int) -> bool:

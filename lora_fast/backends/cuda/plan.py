@@ -46,37 +46,16 @@ lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)}, yields=True)
 lora_compose_bwd = Plan({"grad_v": Step("lora_gain_bwd", _EPILOGUE)}, yields=True)
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")}, yields=True)
 # A batch of many adapters is few launches on Triton as well, and under a captured graph the host's time is nothing.
-_GROUPED = Refusal("it has no kernels for rows of many adapters")
+group_rows = grouped_lora_fwd = grouped_lora_bwd = grouped_weight_norm_fwd = grouped_weight_norm_bwd = Refusal(
+    "it has no kernels for rows of many adapters"
+)
+quantised_norm_fwd = Refusal("it has no kernel for a quantised weight's norm")
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 
 
 def weight_norm_fwd(call: calls.WeightNorm) -> Plan:
     yields = constants_of(call.weight.device).norm_backend != "cuda"
     return _yielding(_NORM_KEPT if may_keep_norm(call) else _NORM, yields=yields)
-
-
-def quantised_norm_fwd(call: calls.QuantisedNorm) -> Refusal:
-    return Refusal("it has no kernel for a quantised weight's norm")
-
-
-def group_rows(call: calls.GroupRows) -> Refusal:
-    return _GROUPED
-
-
-def grouped_lora_fwd(call: calls.GroupedLora) -> Refusal:
-    return _GROUPED
-
-
-def grouped_lora_bwd(call: calls.GroupedLoraGrad) -> Refusal:
-    return _GROUPED
-
-
-def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Refusal:
-    return _GROUPED
-
-
-def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> Refusal:
-    return _GROUPED
 
 
 def lora_linear_fwd(call: Linear) -> Plan:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fast import calls
-from lora_fast.backends.grouped import Factors, Forward, Gradients, Linears, not_needed
+from lora_fast.backends.grouped import Factors, Forward, Gradients, Grouped, Linears, lora_A_of, lora_B_of, not_needed
 from lora_fast.backends.plan import Plan
 from lora_fast.calls import RowGroups
 from lora_fast.triton_kernels.grouped_compose import grouped_compose
@@ -142,8 +142,8 @@ def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tu
     return grad_A, grad_B
 
 
-def _stacks(call: calls.GroupedLora | calls.GroupedWeightNorm | calls.GroupedWeightNormGrad) -> tuple[Stack, Stack]:
-    return _stack(Factors(call.lora_A, call.ranks, 0)), _stack(Factors(call.lora_B, call.ranks, 1))
+def _stacks(call: Grouped) -> tuple[Stack, Stack]:
+    return _stack(lora_A_of(call)), _stack(lora_B_of(call))
 
 
 def _like(tensors: Sequence[Tensor], stack: Tensor, needed: Sequence[bool]) -> list[Tensor]:
