@@ -27,12 +27,6 @@ LORA_FAST_CLONES void copy_factor_line(const Factor& f, int64_t row, int64_t cou
   std::fill(out + count, out + length, T{});
 }
 
-// 16-bit elements as float32 in the order of strips; count is a multiple of a strip.
-template <class T>
-LORA_FAST_CLONES void widen_in_strips(const T* x, int64_t count, float* out) {
-  for (int64_t k = 0; k < count; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
-}
-
 template <class T>
 LORA_FAST_CLONES void store_rounded(const float* c, int64_t rows, int64_t R, const int64_t* order,
                                     int64_t tokens, T* h) {
@@ -124,7 +118,7 @@ class Worker {
     if constexpr (std::is_same_v<T, Element>) {
       std::copy_n(x, count, out);
     } else {
-      widen_in_strips(x, count, out);
+      widen_strips(x, count, out);
     }
   }
 

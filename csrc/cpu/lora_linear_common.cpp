@@ -121,6 +121,13 @@ Gradients::Gradients(const Tensor& grad_y, const Tensor& weight, const Tensor& l
       bias(empty_if(needs.bias, grad_y, {weight.size(0)}, ScalarType::Float)) {}
 
 template <class T>
+LORA_FAST_CLONES void widen_strips(const T* x, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
+}
+template void widen_strips(const bf16*, int64_t, float*);
+template void widen_strips(const f16*, int64_t, float*);
+
+template <class T>
 void round_line(const float* from, int64_t count, T* to) {
   round_row<float, T>(from, count, 1.0f, to, nullptr);
 }

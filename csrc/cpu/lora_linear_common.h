@@ -83,6 +83,10 @@ inline bool keeps_bf16(double scaling) {
 void round_rows(const AdapterMatrix& m, int64_t row, int64_t rows, float factor, bool split, int64_t width,
                 bf16* out);
 
+// 16-bit elements as float32 in the order of strips; count is a multiple of a strip.
+template <class T>
+void widen_strips(const T* x, int64_t count, float* out);
+
 // A line of float32, rounded to 16 bits.
 template <class T>
 void round_line(const float* from, int64_t count, T* to);

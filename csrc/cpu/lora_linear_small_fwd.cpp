@@ -12,12 +12,6 @@
 namespace lora_fast {
 namespace {
 
-// Elements as float32 in the order of 16-bit strips.
-template <class T>
-LORA_FAST_CLONES void widen_strips(const T* x, int64_t count, float* out) {
-  for (int64_t k = 0; k < count; k += kStrip) store_packed<float>(out + k, load_strip<float>(x + k));
-}
-
 LORA_FAST_CLONES void deal_strips(const float* x, int64_t count, float* out) {
   std::copy_n(x, count, out);
   deal(out, count);
