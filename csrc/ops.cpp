@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(lora_fast_c, CPU, m) {
   m.impl("grouped_compose", TORCH_BOX(&cpu::grouped_compose));
   m.impl("grouped_linear_small_fwd", TORCH_BOX(&cpu::grouped_linear_small_fwd));
   m.impl("grouped_gain_bwd", TORCH_BOX(&cpu::grouped_gain_bwd));
+  m.impl("lora_glu_fwd", TORCH_BOX(&cpu::lora_glu_fwd));
+  m.impl("lora_glu_bwd", TORCH_BOX(&cpu::lora_glu_bwd));
   m.impl("dropout", TORCH_BOX(&cpu::dropout));
   m.impl("merge_weight", TORCH_BOX(&cpu::merge_weight));
   m.impl("content_key", TORCH_BOX(&cpu::content_key));

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd.function import once_differentiable
@@ -271,6 +272,145 @@ class GroupedLoraFunction(torch.autograd.Function):
         )
 
 
+class AdaptedMlpFunction(torch.autograd.Function):
+    """y = down(drop(act(gate(x)) ⊙ up(x))) of adapted linears; kept are the base products of gate and up, or x alone.
+
+    Takes x, what is no tensor in :class:`~lora_fast.calls.AdaptedMlp` and the backend, and then, each for gate, up and
+    down or for the one of both and down: the weights, biases, lora_A, lora_B and gains.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        call, backend = mlp_call(inputs)
+        y, bases, product, h = ops.adapted_mlp_fwd(call, backend)
+        return y, product, *h, *bases
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        call, ctx.backend = mlp_call(inputs)
+        _, product, *kept = output
+        ctx.mark_non_differentiable(product, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.scaling, ctx.activation, ctx.dropout_p = call.scaling, call.activation, call.dropout_p
+        ctx.count, ctx.bases = len(call.weight), len(kept) - 2
+        ctx.vector_dtypes = [None if vector is None else vector.dtype for vector in (*call.gain, *call.bias)]
+        _, needs_bias, needs_A, needs_B, needs_gain = _in_fives(ctx.needs_input_grad[_MLP:])
+        wants_gated = any(any(needs[:-1]) for needs in (needs_bias, needs_A, needs_B, needs_gain))
+        beyond_down = ctx.needs_input_grad[0] or wants_gated or needs_A[-1]
+        reads_x = any(needs_A[:-1]) or (beyond_down and not ctx.bases)
+        ctx.save_for_backward(
+            call.x if reads_x else None,
+            call.mask,
+            product if call.keep_product else None,
+            *(kept if beyond_down else kept[:2]),
+            *inputs[_MLP:],
+        )
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple:
+        if grad_y is None:
+            return (None,) * (_MLP + 5 * ctx.count)
+        x, mask, product, *kept = ctx.saved_tensors
+        tensors = kept[-5 * ctx.count :]
+        h, bases = kept[:2], kept[2 : -5 * ctx.count]
+        weight, bias, lora_A, lora_B, gain = _in_fives(tensors)
+        _, needs_bias, needs_A, needs_B, needs_gain = _in_fives(ctx.needs_input_grad[_MLP:])
+        call = calls.AdaptedMlpGrad(
+            grad_y, x, weight, bias, lora_A, lora_B, ctx.scaling, gain, ctx.activation, mask, ctx.dropout_p,
+            tuple(bases), product, tuple(h), ctx.needs_input_grad[0], needs_A, needs_B, needs_gain, needs_bias,
+        )  # fmt: skip
+        grad_x, grad_A, grad_B, grad_gain, grad_bias = ops.adapted_mlp_bwd(call, ctx.backend)
+        of_gain, of_bias = ctx.vector_dtypes[: ctx.count], ctx.vector_dtypes[ctx.count :]
+        return (
+            _asked(grad_x, ctx.needs_input_grad[0]),
+            *(None,) * (_MLP - 1 + ctx.count),
+            *map(_asked, grad_bias, needs_bias, of_bias),
+            *map(_asked, grad_A, needs_A),
+            *map(_asked, grad_B, needs_B),
+            *map(_asked, grad_gain, needs_gain, of_gain),
+        )
+
+
+_MLP = 8  # inputs before the weights
+
+
+def mlp_call(inputs: tuple) -> tuple[calls.AdaptedMlp, str]:
+    """The call and the backend of what :class:`AdaptedMlpFunction` takes."""
+    x, scaling, activation, mask, dropout_p, keep_bases, keep_product, backend = inputs[:_MLP]
+    weight, bias, lora_A, lora_B, gain = _in_fives(inputs[_MLP:])
+    given = weight, bias, lora_A, lora_B, scaling, gain, activation, mask, dropout_p
+    return calls.AdaptedMlp(x, *given, keep_bases, keep_product), backend
+
+
+def _in_fives(values: Any) -> tuple[tuple, ...]:
+    """As many sequences, one after the other."""
+    count = len(values) // 5
+    return tuple(tuple(values[i * count : (i + 1) * count]) for i in range(5))
+
+
+class LoraGluFunction(torch.autograd.Function):
+    """(a, a lora_Aᵀ) with a = act(gate) ⊙ up, gate and up from their base products, and down's lora_A or none.
+
+    Takes the fields of :class:`~lora_fast.calls.LoraGlu`, lora_A and the backend. a is not kept but made again.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        *fields, lora_A, backend = inputs
+        a = ops.lora_glu_fwd(calls.LoraGlu(*fields), backend)
+        with ops.outside_autocast(a):
+            return a, a.new_empty(0) if lora_A is None else F.linear(a, lora_A.to(a.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *fields, lora_A, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        if lora_A is None:
+            ctx.mark_non_differentiable(output[1])
+        is_kept = [isinstance(field, Tensor) or field is None for field in fields]
+        ctx.others = [None if kept else field for field, kept in zip(fields, is_kept, strict=True)]
+        ctx.dtypes = [field.dtype if isinstance(field, Tensor) else None for field in fields]
+        tensors = [field if kept else None for field, kept in zip(fields, is_kept, strict=True)]
+        ctx.save_for_backward(lora_A, *tensors)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, grad_a: Tensor | None, grad_h: Tensor | None) -> tuple:
+        if grad_a is None and grad_h is None:
+            return (None,) * 15
+        lora_A, *tensors = ctx.saved_tensors
+        glu = calls.LoraGlu(*(t if other is None else other for t, other in zip(tensors, ctx.others, strict=True)))
+        needs: Any = calls.LoraGlu(*ctx.needs_input_grad[:13])  # of each field
+        need_A = ctx.needs_input_grad[13] and grad_h is not None
+        with ops.outside_autocast(glu.base_gate):
+            if grad_h is not None:
+                update = grad_h @ lora_A.to(grad_h.dtype)
+                grad_a = update if grad_a is None else grad_a + update
+            assert grad_a is not None
+            vectors = needs.gain_gate, needs.gain_up, needs.bias_gate, needs.bias_up
+            call = calls.LoraGluGrad(grad_a, *glu, need_A, *vectors, False)
+            grad_bases, a, *sums = ops.lora_glu_bwd(call, ctx.backend)
+            grad_gate, grad_up = grad_bases.unbind()
+            of_gate = _along_rank(
+                grad_gate, glu.h_gate, glu.lora_B_gate, glu.scaling_gate, needs.h_gate, needs.lora_B_gate
+            )
+            of_up = _along_rank(grad_up, glu.h_up, glu.lora_B_up, glu.scaling_up, needs.h_up, needs.lora_B_up)
+            grad_A = (grad_h.T @ a).to(lora_A.dtype) if need_A and grad_h is not None else None
+        grads = grad_gate, grad_up, of_gate[0], of_up[0], of_gate[1], of_up[1], None, None, *sums
+        return *map(_asked, grads, needs[:12], ctx.dtypes), None, grad_A, None
+
+
+def _along_rank(
+    grad_v: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, need_h: bool, need_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of h and lora_B in v = base + s h lora_Bᵀ."""
+    if h is None or lora_B is None:
+        return None, None
+    grad_h = (grad_v @ lora_B.to(grad_v.dtype)).mul_(scaling) if need_h else None
+    return grad_h, (grad_v.T @ h.to(grad_v.dtype)).mul_(scaling) if need_B else None
+
+
 _GROUPED = 11  # inputs before the factors
 
 
@@ -339,7 +479,7 @@ class DropoutFunction(torch.autograd.Function):
         return ops.dropout(calls.Dropout(grad_y, seed, ctx.p), ctx.backend), None, None, None
 
 
-def _asked(grad: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:
-    if not needed:
+def _asked(grad: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:
+    if not needed or grad is None:
         return None
     return grad if dtype is None else grad.to(dtype)

@@ -19,6 +19,8 @@ Axis = Literal["output", "input"]
 # What a forward keeps for the gain's gradient: nothing, the product before gain and bias, v = x Wᵀ + s h lora_Bᵀ, or
 # the base's part of it, x Wᵀ, from which d gain = Σ_t dy ⊙ base + s rowsum((dyᵀ h) ⊙ lora_B).
 Kept = Literal["nothing", "product", "base"]
+# z σ(z); z Φ(z), Φ the normal distribution's; and the latter by tanh, 0.5 z (1 + tanh(√(2/π) (z + 0.044715 z³))).
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 class WeightNorm(NamedTuple):
@@ -331,6 +333,104 @@ class GroupedWeightNormGrad(NamedTuple):
     need_B: Sequence[bool]
 
 
+class LoraGlu(NamedTuple):
+    """act(z_gate) ⊙ z_up of z_p = gain_p ⊙ (base_p + s_p h_p lora_B_pᵀ) + bias_p: what a gated MLP hands to its down.
+
+    base_p [T, I], h_p [T, R_p], lora_B_p [I, R_p], gain_p and bias_p [I]; h_p and lora_B_p are None without an adapter.
+    Rows of base_p and h_p may be any distance apart: those of gate and up may be halves of one matrix.
+    """
+
+    base_gate: Tensor
+    base_up: Tensor
+    h_gate: Tensor | None
+    h_up: Tensor | None
+    lora_B_gate: Tensor | None
+    lora_B_up: Tensor | None
+    scaling_gate: float
+    scaling_up: float
+    gain_gate: Tensor | None
+    gain_up: Tensor | None
+    bias_gate: Tensor | None
+    bias_up: Tensor | None
+    activation: Activation
+
+
+class LoraGluGrad(NamedTuple):
+    """The gradients of :class:`LoraGlu` to base_p, gain_p and bias_p, and its output, made again.
+
+    Those to the bases are one tensor: [2, T, I], or ``joined`` [T, 2I].
+    """
+
+    grad: Tensor
+    base_gate: Tensor
+    base_up: Tensor
+    h_gate: Tensor | None
+    h_up: Tensor | None
+    lora_B_gate: Tensor | None
+    lora_B_up: Tensor | None
+    scaling_gate: float
+    scaling_up: float
+    gain_gate: Tensor | None
+    gain_up: Tensor | None
+    bias_gate: Tensor | None
+    bias_up: Tensor | None
+    activation: Activation
+    need_output: bool
+    need_gain_gate: bool
+    need_gain_up: bool
+    need_bias_gate: bool
+    need_bias_up: bool
+    joined: bool
+
+
+class AdaptedMlp(NamedTuple):
+    """down(drop(act(gate(x)) ⊙ up(x))), each linear with LoRA, with DoRA (a gain) or without an adapter.
+
+    The sequences have an entry for gate, up and down, or for gate and up in one weight [2I, K] and down. ``mask``, bool
+    [T, I], says what of down's input stays, times 1 / (1 - dropout_p).
+    """
+
+    x: Tensor
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    lora_A: Sequence[Tensor | None]
+    lora_B: Sequence[Tensor | None]
+    scaling: Sequence[float]
+    gain: Sequence[Tensor | None]
+    activation: Activation
+    mask: Tensor | None
+    dropout_p: float
+    keep_bases: bool
+    keep_product: bool  # down's, before gain and bias
+
+
+class AdaptedMlpGrad(NamedTuple):
+    """The gradients of :class:`AdaptedMlp`; without ``bases`` they are made again from x.
+
+    ``h``: x lora_Aᵀ of gate's and up's lora_A below each other, and down's.
+    """
+
+    grad_y: Tensor
+    x: Tensor | None
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    lora_A: Sequence[Tensor | None]
+    lora_B: Sequence[Tensor | None]
+    scaling: Sequence[float]
+    gain: Sequence[Tensor | None]
+    activation: Activation
+    mask: Tensor | None
+    dropout_p: float
+    bases: Sequence[Tensor]
+    product: Tensor | None
+    h: Sequence[Tensor]
+    need_x: bool
+    need_A: Sequence[bool]
+    need_B: Sequence[bool]
+    need_gain: Sequence[bool]
+    need_bias: Sequence[bool]
+
+
 Call = (
     WeightNorm
     | QuantisedNorm
@@ -348,6 +448,10 @@ Call = (
     | GroupedLoraGrad
     | GroupedWeightNorm
     | GroupedWeightNormGrad
+    | LoraGlu
+    | LoraGluGrad
+    | AdaptedMlp
+    | AdaptedMlpGrad
 )
 
 

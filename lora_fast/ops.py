@@ -23,6 +23,15 @@ from lora_fast.backends import registry
 from lora_fast.dtypes import accumulate_dtype
 
 _library = torch.library.Library("lora_fast", "DEF")
+_GLU = (
+    "Tensor base_gate, Tensor base_up, Tensor? h_gate, Tensor? h_up, Tensor? lora_B_gate, Tensor? lora_B_up, "
+    "float scaling_gate, float scaling_up, Tensor? gain_gate, Tensor? gain_up, Tensor? bias_gate, Tensor? bias_up, "
+    "str activation"
+)
+_MLP = (
+    "Tensor[] weight, Tensor?[] bias, Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] gain, "
+    "str activation, Tensor? mask, float dropout_p"
+)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, bool, int, str, torch.dtype, tuple}  # of a call's fields
 
 
@@ -334,6 +343,74 @@ def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm) -> Tensor:
 )
 def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad) -> tuple[list[Tensor], list[Tensor]]:
     return _likes(call.lora_A, call.need_A), _likes(call.lora_B, call.need_B)
+
+
+@_define(
+    calls.LoraGlu,
+    f"lora_glu_fwd({_GLU}, str backend) -> Tensor output",
+)
+def lora_glu_fwd(call: calls.LoraGlu) -> Tensor:
+    return call.base_gate.new_empty(call.base_gate.shape)
+
+
+@_define(
+    calls.LoraGluGrad,
+    f"lora_glu_bwd(Tensor grad, {_GLU}, bool need_output, bool need_gain_gate, bool need_gain_up, "
+    "bool need_bias_gate, bool need_bias_up, bool joined, str backend) -> (Tensor grad_bases, Tensor output, "
+    "Tensor grad_gain_gate, Tensor grad_gain_up, Tensor grad_bias_gate, Tensor grad_bias_up)",
+)
+def lora_glu_bwd(call: calls.LoraGluGrad) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad, sums = call.grad, accumulate_dtype(call.grad)
+    T, N = grad.shape
+    needs = call.need_gain_gate, call.need_gain_up, call.need_bias_gate, call.need_bias_up
+    gain_gate, gain_up, bias_gate, bias_up = (grad.new_empty(N if need else 0, dtype=sums) for need in needs)
+    grad_bases = grad.new_empty((T, 2 * N) if call.joined else (2, T, N))
+    return grad_bases, _like(grad, call.need_output), gain_gate, gain_up, bias_gate, bias_up
+
+
+@_define(
+    calls.AdaptedMlp,
+    f"adapted_mlp_fwd(Tensor x, {_MLP}, bool keep_bases, bool keep_product, str backend) "
+    "-> (Tensor y, Tensor[] bases, Tensor product, Tensor[] h)",
+    rows=("x",),
+    row_outputs=1,
+)
+def adapted_mlp_fwd(call: calls.AdaptedMlp) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    x, *_, A_down = call.x, *call.lora_A
+    leading, *_, N = call.x.shape[:-1], call.weight[-1].shape[0]
+    tokens = math.prod(leading)
+    bases = [x.new_empty(tokens, weight.shape[0]) for weight in call.weight[:-1]] if call.keep_bases else []
+    product = x.new_empty((tokens, N) if call.keep_product else 0)
+    ranks = [lora_A.shape[0] for lora_A in call.lora_A[:-1] if lora_A is not None]
+    h = x.new_empty((tokens, sum(ranks)) if ranks else 0)
+    h_down = x.new_empty(0 if A_down is None else (tokens, A_down.shape[0]))
+    return x.new_empty((*leading, N)), bases, product, [h, h_down]
+
+
+@_define(
+    calls.AdaptedMlpGrad,
+    f"adapted_mlp_bwd(Tensor grad_y, Tensor? x, {_MLP}, Tensor[] bases, Tensor? product, Tensor[] h, bool need_x, "
+    "bool[] need_A, bool[] need_B, bool[] need_gain, bool[] need_bias, str backend) "
+    "-> (Tensor grad_x, Tensor[] grad_A, Tensor[] grad_B, Tensor[] grad_gain, Tensor[] grad_bias)",
+    rows=("grad_y", "x"),
+    row_outputs=1,
+)
+def adapted_mlp_bwd(
+    call: calls.AdaptedMlpGrad,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    grad_y, sums = call.grad_y, accumulate_dtype(call.grad_y)
+
+    def gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> list[Tensor]:
+        return [
+            grad_y.new_empty(0, dtype=dtype)
+            if tensor is None
+            else tensor.new_empty(tensor.shape if need else 0, dtype=dtype)
+            for tensor, need in zip(tensors, needs, strict=True)
+        ]
+
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], call.weight[0].shape[1]) if call.need_x else 0)
+    factors = gradients(call.lora_A, call.need_A, None), gradients(call.lora_B, call.need_B, None)
+    return grad_x, *factors, gradients(call.gain, call.need_gain, sums), gradients(call.bias, call.need_bias, sums)
 
 
 def _likes(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:

@@ -61,7 +61,7 @@ def filled(size: Size, kept: calls.Kept = "product") -> Iterator[tuple[str, Any]
         yield op, call
         if isinstance(getattr(call, "lora_B", None), Tensor) and "need_B" not in call._fields:
             yield op, call._replace(lora_B=torch.zeros_like(call.lora_B))
-        if "dropout_p" in call._fields:
+        if "seed" in call._fields:
             yield op, call._replace(dropout_p=0.1, seed=torch.tensor(3))
         if isinstance(call, calls.DoraLinearGrad):
             yield op, call._replace(detach_norm=False)
@@ -108,7 +108,7 @@ def test_what_the_cpu_plan_names_is_what_runs(isa: str) -> None:
             seen |= native
     expected = {"lora_compose_fwd", "lora_gain_bwd", "weight_norm_fwd", "weight_norm_bwd", "merge_weight", "dropout"}
     expected |= {"quantised_norm_fwd", "group_rows", "grouped_project", "grouped_compose", "grouped_gain_bwd"}
-    expected |= {"grouped_linear_small_fwd", "grouped_weight_norm_fwd"}
+    expected |= {"grouped_linear_small_fwd", "grouped_weight_norm_fwd", "lora_glu_fwd", "lora_glu_bwd"}
     expected |= {"lora_linear_small_fwd", "dora_linear_small_fwd", "lora_linear_small_bwd"}
     if isa == "amx":
         expected |= {"lora_linear_fwd", "dora_linear_fwd", "lora_linear_bwd"}

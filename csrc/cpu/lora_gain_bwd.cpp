@@ -6,38 +6,13 @@
 #include "ops.h"
 #include "packed.h"
 #include "parallel.h"
+#include "token_sums.h"
 
 namespace lora_fast {
 namespace {
 
-// Columns that one pass down the tokens takes; rows whose sum is made in registers.
+// Columns that one pass down the tokens takes.
 constexpr int64_t kPass = 512;
-constexpr int64_t kGroup = 4;
-// Sums over tokens in levels, so that their error does not grow with the number of tokens: a level holds the
-// sum of up to kFan sums of the level below it, the last of any number.
-constexpr int64_t kLevels = 4;
-constexpr int64_t kFan = 16;
-
-template <class F>
-struct Sums {
-  alignas(64) F level[kLevels][kPass] = {};
-
-  // After `groups` groups, each level that is full goes into the one above.
-  LORA_FAST_INLINE void carry(int64_t groups, int64_t cols) {
-    for (int64_t l = 0; l + 1 < kLevels && groups % kFan == 0; ++l, groups /= kFan) empty(l, cols);
-  }
-
-  LORA_FAST_INLINE const F* total(int64_t cols) {
-    for (int64_t l = 0; l + 1 < kLevels; ++l) empty(l, cols);
-    return level[kLevels - 1];
-  }
-
- private:
-  LORA_FAST_INLINE void empty(int64_t l, int64_t cols) {
-    for (int64_t j = 0; j < round_up(cols, kStrip); ++j) level[l + 1][j] += level[l][j];
-    std::fill_n(level[l], round_up(cols, kStrip), F{});
-  }
-};
 
 struct GainGrad {
   const void* grad;     // [tokens, width], rows adjacent
@@ -76,16 +51,10 @@ LORA_FAST_INLINE void group_strip(const GainGrad& op, int64_t t, int64_t rows, i
   store_packed<F>(bias_sum, {bias_old.even + bias_part.even, bias_old.odd + bias_part.odd});
 }
 
-template <class F>
-LORA_FAST_INLINE void write_sums(void* out, const F* sums, int64_t j0, int64_t cols, bool dealt) {
-  if (out == nullptr) return;
-  for (int64_t j = 0; j < cols; ++j) static_cast<F*>(out)[j0 + j] = sums[dealt ? dealt_position(j) : j];
-}
-
 // Rows [begin, end) of one adapter, or of none, of whose sums of four rows `done` went before.
 template <class F, class T>
 LORA_FAST_INLINE void rows_of(const GainGrad& op, int64_t begin, int64_t end, int64_t j0, int64_t cols,
-                              const F* gains, Sums<F>& gain, Sums<F>& bias, int64_t& done) {
+                              const F* gains, Sums<F, kPass>& gain, Sums<F, kPass>& bias, int64_t& done) {
   int64_t own = 0;
   for (int64_t t = begin; t < end; t += kGroup) {
     const int64_t rows = std::min(kGroup, end - t);
@@ -103,7 +72,7 @@ LORA_FAST_INLINE void gain_grad_of(const GainGrad& op, int64_t begin, int64_t en
   const int64_t adapters = op.groups != nullptr ? op.groups->adapters() : 1;
   for (int64_t j0 = begin; j0 < end; j0 += kPass) {
     const int64_t cols = std::min(kPass, end - j0);
-    Sums<F> bias;
+    Sums<F, kPass> bias;
     int64_t done = 0;
     for (int64_t a = op.groups != nullptr ? -1 : 0; a < adapters; ++a) {
       const int64_t from = op.groups != nullptr ? op.groups->begin(a) : 0;
@@ -114,7 +83,7 @@ LORA_FAST_INLINE void gain_grad_of(const GainGrad& op, int64_t begin, int64_t en
         std::fill(gains + cols, gains + round_up(cols, kStrip), F{});
         if (kDealt<T>) deal(gains, round_up(cols, kStrip));
       }
-      Sums<F> gain;
+      Sums<F, kPass> gain;
       rows_of<F, T>(op, from, to, j0, cols, scales ? gains : nullptr, gain, bias, done);
       if (op.grad_gain != nullptr && a >= 0)
         write_sums(static_cast<F*>(op.grad_gain) + a * op.width, gain.total(cols), j0, cols, kDealt<T>);

@@ -37,6 +37,21 @@ std::tuple<Tensor, Tensor, Tensor> lora_gain_bwd(Tensor grad_y, std::optional<Te
                                                  std::optional<Tensor> gain, bool need_scaled, bool need_gain,
                                                  bool need_bias);
 
+// What a gated MLP hands to its down linear, from the base products of gate and up, and the gradients: to
+// these, [2, tokens, width] or joined [tokens, 2 width], the output again, and to gate's and up's gain and
+// bias.
+Tensor lora_glu_fwd(Tensor base_gate, Tensor base_up, std::optional<Tensor> h_gate,
+                    std::optional<Tensor> h_up, std::optional<Tensor> lora_B_gate,
+                    std::optional<Tensor> lora_B_up, double scaling_gate, double scaling_up,
+                    std::optional<Tensor> gain_gate, std::optional<Tensor> gain_up,
+                    std::optional<Tensor> bias_gate, std::optional<Tensor> bias_up, int64_t activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_glu_bwd(
+    Tensor grad, Tensor base_gate, Tensor base_up, std::optional<Tensor> h_gate, std::optional<Tensor> h_up,
+    std::optional<Tensor> lora_B_gate, std::optional<Tensor> lora_B_up, double scaling_gate,
+    double scaling_up, std::optional<Tensor> gain_gate, std::optional<Tensor> gain_up,
+    std::optional<Tensor> bias_gate, std::optional<Tensor> bias_up, int64_t activation, bool need_output,
+    bool need_gain_gate, bool need_gain_up, bool need_bias_gate, bool need_bias_up, bool joined);
+
 Tensor dropout(Tensor x, Tensor seed, double p);
 
 void merge_weight(Tensor weight, Tensor lora_A, Tensor lora_B, double scaling, std::optional<Tensor> gain,

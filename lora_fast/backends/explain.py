@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def example_calls(size: Size, kept: Kept = "product") -> dict[str, Call]:
         "lora_compose_fwd": calls.LoraCompose(y, h, lora_B, 1.0, vector, bias, kept),
         "lora_compose_bwd": calls.LoraComposeGrad(y, h, lora_B, 1.0, vector, y, kept, *needed),
         **_grouped_calls(size, x, y, h, weight, bias),
+        **_mlp_calls(size),
         "dropout": calls.Dropout(x, seed, 0.1),
         "merge_weight": calls.MergeWeight(*factors, vector, axis),
     }
@@ -86,6 +88,29 @@ def _grouped_calls(size: Size, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, 
         "grouped_lora_bwd": calls.GroupedLoraGrad(y, x, weight, *given, y, h, *needs),
         "grouped_weight_norm_fwd": calls.GroupedWeightNorm(*norms),
         "grouped_weight_norm_bwd": calls.GroupedWeightNormGrad(gain, gain, *norms, (True,), (True,)),
+    }
+
+
+def _mlp_calls(size: Size) -> dict[str, Call]:
+    """A gated MLP of DoRA linears from K to N features and back."""
+    T, N, K, R = size.T, size.N, size.K, size.R
+    wide = torch.float64 if size.dtype == torch.float64 else torch.float32
+    x = torch.empty(T, K, dtype=size.dtype, device=size.device)
+    base, h, up, down = (x.new_empty(*shape) for shape in ((T, N), (T, R), (N, K), (K, N)))
+    A, A_down, B, B_down = (x.new_empty(*shape) for shape in ((R, K), (R, N), (N, R), (K, R)))
+    gain, gain_down = x.new_empty(N, dtype=wide), x.new_empty(K, dtype=wide)
+    glu = calls.LoraGlu(base, base, h, h, B, B, 1.0, 1.0, gain, gain, None, None, "silu")
+    factors = (A, A, A_down), (B, B, B_down), (1.0,) * 3, (gain, gain, gain_down)
+    given = (up, up, down), (None,) * 3, *factors, "silu", None, 0.0
+    needs = (True,) * 3, (True,) * 3, (True,) * 3, (False,) * 3  # of lora_A, lora_B, gain and bias
+    kept = (base, base), x, (x.new_empty(T, 2 * R), h)
+    forward: tuple[Any, ...] = (x, *given, True, True)
+    backward: tuple[Any, ...] = (x, x, *given, *kept, True, *needs)
+    return {
+        "lora_glu_fwd": glu,
+        "lora_glu_bwd": calls.LoraGluGrad(base, *glu, True, True, True, False, False, False),
+        "adapted_mlp_fwd": calls.AdaptedMlp(*forward),
+        "adapted_mlp_bwd": calls.AdaptedMlpGrad(*backward),
     }
 
 

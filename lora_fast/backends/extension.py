@@ -16,6 +16,11 @@ _LINEAR_FWD = (
     "Tensor? magnitude, bool keep_base, Tensor(a!)? kept_norm, Tensor(b!)? kept_key, int version) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+_GLU = (
+    "Tensor base_gate, Tensor base_up, Tensor? h_gate, Tensor? h_up, Tensor? lora_B_gate, Tensor? lora_B_up, "
+    "float scaling_gate, float scaling_up, Tensor? gain_gate, Tensor? gain_up, Tensor? bias_gate, Tensor? bias_up, "
+    "int activation"
+)
 _SCHEMAS = (
     "weight_norm_fwd(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output) -> Tensor",
     "weight_norm_kept(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, "
@@ -62,6 +67,9 @@ _SCHEMAS = (
     "Tensor? bias, Tensor order, Tensor starts, Tensor? ranks, Tensor(a!) y, Tensor(b!)? product) -> Tensor",
     "grouped_gain_bwd(Tensor grad_y, Tensor? product, Tensor? gain, Tensor order, Tensor starts, bool need_scaled, "
     "bool need_gain, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"lora_glu_fwd({_GLU}) -> Tensor",
+    f"lora_glu_bwd(Tensor grad, {_GLU}, bool need_output, bool need_gain_gate, bool need_gain_up, "
+    "bool need_bias_gate, bool need_bias_up, bool joined) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "merge_weight(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gain, bool per_output) -> ()",
     "content_key(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, bool per_output, int version) -> Tensor",

@@ -89,8 +89,8 @@ class Passes:
         x, weight, bias, gain = call.x, call.weight, call.bias, call.gain
         if call.axis == "input" and gain is not None:
             x, gain = self._scaled_input(x, gain), None
-        h = _linear(self._dropped(x, call), call.lora_A, None)
-        linear = self.products.get(plan.kernel("base"), _linear)
+        h = linear_of_torch(self._dropped(x, call), call.lora_A, None)
+        linear = self.products.get(plan.kernel("base"), linear_of_torch)
         if gain is None:
             y = linear(x, weight, None if bias is None else bias.to(x.dtype))
             self.compose(y, h, call.lora_B, call.scaling, None, None, y, None)
@@ -121,15 +121,15 @@ class Passes:
             grad_gain += _update_of_gain(call)
         if call.need_B:
             assert call.h is not None
-            grad_B = _scaled_product(grad_v.T, call.h, call.scaling).to(call.lora_B.dtype)
+            grad_B = scaled_product(grad_v.T, call.h, call.scaling).to(call.lora_B.dtype)
         if need_input or call.need_A:
-            grad_h = _scaled_product(grad_v, call.lora_B.to(dtype), call.scaling)
+            grad_h = scaled_product(grad_v, call.lora_B.to(dtype), call.scaling)
         if call.need_A:
             assert call.x is not None
             x = call.x if gain_in is None else self._scaled_input(call.x, gain_in)
             grad_A = (grad_h.T @ self._dropped(x, call)).to(call.lora_A.dtype)
         if need_input:
-            linear = self.products.get(plan.kernel("grad_x"), _linear)
+            linear = self.products.get(plan.kernel("grad_x"), linear_of_torch)
             grad_x = self._input_grad(call, linear(grad_v, call.weight.T, None), grad_h)
             if gain_in is not None:
                 grad_x, grad_gain, _ = self.gain_bwd(
@@ -157,11 +157,11 @@ class Passes:
         grad_v = grad_y if gain is None else grad_base
         grad_h, grad_B = (grad_y.new_empty(0) for _ in range(2))
         if call.need_h:
-            grad_h = _scaled_product(grad_v, call.lora_B.to(grad_v.dtype), call.scaling).to(call.h.dtype)
+            grad_h = scaled_product(grad_v, call.lora_B.to(grad_v.dtype), call.scaling).to(call.h.dtype)
         if call.kept == "base" and call.need_gain:
             grad_gain += _update_of_gain(call)
         if call.need_B:
-            grad_B = _scaled_product(grad_v.T, call.h.to(grad_v.dtype), call.scaling).to(call.lora_B.dtype)
+            grad_B = scaled_product(grad_v.T, call.h.to(grad_v.dtype), call.scaling).to(call.lora_B.dtype)
         if not call.need_base:
             grad_base = grad_y.new_empty(0)
         return grad_base, grad_h, grad_B, grad_gain, grad_bias
@@ -190,11 +190,11 @@ class Passes:
 def _update_of_gain(call: calls.LoraLinearGrad | calls.LoraComposeGrad) -> Tensor:
     """s rowsum((dyᵀ h) ⊙ B): what the sum over base lacks of the gain's gradient"""
     assert call.h is not None
-    sums = _contraction(call.grad_y, call.h)
+    sums = contraction(call.grad_y, call.h)
     return (sums * call.lora_B).sum(1).mul_(call.scaling).to(accumulate_dtype(call.grad_y))
 
 
-def _contraction(grad_y: Tensor, h: Tensor) -> Tensor:
+def contraction(grad_y: Tensor, h: Tensor) -> Tensor:
     """grad_yᵀ h [N, R], not rounded to 16 bits: its columns are summed further."""
     if grad_y.dtype.itemsize > 2:
         return grad_y.T @ h.to(grad_y.dtype)
@@ -206,11 +206,11 @@ def _contraction(grad_y: Tensor, h: Tensor) -> Tensor:
     return sums
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_of_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias).contiguous()
 
 
-def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """s (left right), rounded once."""
     product = left.new_empty(left.shape[0], right.shape[1])
     return product.addmm_(left, right, beta=0, alpha=scaling)

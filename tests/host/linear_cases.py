@@ -401,6 +401,7 @@ def test_errors_of_few_tokens_name_the_argument(change: dict[str, Any], message:
 # the ops of which cuda has none
 WITHOUT_KERNELS = {"quantised_norm_fwd", "group_rows", "grouped_lora_fwd", "grouped_lora_bwd"}
 WITHOUT_KERNELS |= {"grouped_weight_norm_fwd", "grouped_weight_norm_bwd"}
+WITHOUT_KERNELS |= {"lora_glu_fwd", "lora_glu_bwd", "adapted_mlp_fwd", "adapted_mlp_bwd"}
 
 
 def test_what_the_plan_names_is_what_runs() -> None:

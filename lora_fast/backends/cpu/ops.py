@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lora_fast import calls, norm_cache
 from lora_fast.backends import dora, extension, grouped
-from lora_fast.backends.cpu import grouped as passes_of_groups, onednn
+from lora_fast.backends.cpu import glu, grouped as passes_of_groups, onednn
+from lora_fast.backends.mlp import Mlps
 from lora_fast.backends.passes import Gradients, Passes
 from lora_fast.backends.plan import Plan, may_keep_norm
 from lora_fast.content_key import host_key
@@ -126,6 +127,12 @@ _passes = Passes(_c.lora_compose_fwd, _c.lora_gain_bwd, _c.dropout, {onednn.KERN
 lora_compose_fwd = _passes.lora_compose_fwd
 lora_compose_bwd = _passes.lora_compose_bwd
 dropout = _passes.dropout
+
+lora_glu_fwd = glu.lora_glu_fwd
+lora_glu_bwd = glu.lora_glu_bwd
+_mlps = Mlps(lora_glu_fwd, lora_glu_bwd, _c.lora_compose_fwd, _c.lora_gain_bwd, {onednn.KERNEL: onednn.linear})
+adapted_mlp_fwd = _mlps.adapted_mlp_fwd
+adapted_mlp_bwd = _mlps.adapted_mlp_bwd
 
 _grouped = grouped.Linears(
     passes_of_groups.Passes(), {onednn.KERNEL: onednn.linear, "lora_linear_small_fwd": passes_of_groups.in_parts}

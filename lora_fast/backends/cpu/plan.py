@@ -88,6 +88,10 @@ _GROUPED_FEW = Plan({"y": Step("grouped_linear_small_fwd", f"{_FEW}; all of it i
 grouped_weight_norm_fwd = Plan({"norm": Step("grouped_weight_norm_fwd", "one C++ pass over W for all adapters")})
 grouped_weight_norm_bwd = Plan({"grad_V": Step("weight_norm_bwd", "one C++ pass over W for each adapter")})
 
+_GLU = Step("lora_glu_fwd", "updates, gains, activation and product in one C++ pass")
+_GLU_BWD = Step("lora_glu_bwd", "these again, and all their gradients, in one C++ pass")
+lora_glu_fwd, lora_glu_bwd = Plan({"output": _GLU}), Plan({"grad_bases": _GLU_BWD})
+
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
     return _NORM_KEPT if may_keep_norm(call) else _NORM
@@ -195,6 +199,16 @@ def _is_plain(call: Linear | LinearGrad) -> bool:
 
 def _whole_tiles(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.shape[0] % TILE == 0 and weight.shape[1] % TILE == 0
+
+
+def adapted_mlp_fwd(call: calls.AdaptedMlp) -> Plan:
+    base = _ONEDNN if _is_onednns(call.x, call.weight[0]) else _TORCH
+    return Plan({"base": base, "output": _GLU, "y": _COMPOSE})
+
+
+def adapted_mlp_bwd(call: calls.AdaptedMlpGrad) -> Plan:
+    base = _ONEDNN if _is_onednns(call.grad_y, call.weight[0]) else _MATMUL
+    return Plan({"base": base, "grad_v": _GAIN_BWD, "grad_bases": _GLU_BWD, "grad_x": _COMPOSE})
 
 
 def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:

@@ -49,6 +49,7 @@ dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")}, yie
 group_rows = grouped_lora_fwd = grouped_lora_bwd = grouped_weight_norm_fwd = grouped_weight_norm_bwd = Refusal(
     "it has no kernels for rows of many adapters"
 )
+lora_glu_fwd = lora_glu_bwd = adapted_mlp_fwd = adapted_mlp_bwd = Refusal("it has no kernels for a gated MLP")
 quantised_norm_fwd = Refusal("it has no kernel for a quantised weight's norm")
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)}, yields=True)
 

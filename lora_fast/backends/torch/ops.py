@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lora_fast import calls, norm_cache
 from lora_fast.backends import dora, grouped
+from lora_fast.backends.mlp import Mlps
 from lora_fast.backends.passes import Gradients, Passes, token_chunks
 from lora_fast.backends.plan import Plan, may_keep_norm
-from lora_fast.backends.torch import grouped as grouped_passes
+from lora_fast.backends.torch import glu, grouped as grouped_passes
 from lora_fast.backends.torch.rows import chunk_rows, norm_product_dtype, scaled_norm
 from lora_fast.content_key import content_key
 from lora_fast.dtypes import accumulate_dtype
@@ -237,6 +238,12 @@ def dora_linear_fwd(call: calls.DoraLinear, plan: Plan) -> tuple[Tensor, Tensor,
 def dora_linear_bwd(call: calls.DoraLinearGrad, plan: Plan) -> Gradients:
     return dora.dora_linear_bwd(call, plan, weight_norm_bwd, lora_linear_bwd)
 
+
+lora_glu_fwd = glu.lora_glu_fwd
+lora_glu_bwd = glu.lora_glu_bwd
+_mlps = Mlps(lora_glu_fwd, lora_glu_bwd, compose, gain_bwd)
+adapted_mlp_fwd = _mlps.adapted_mlp_fwd
+adapted_mlp_bwd = _mlps.adapted_mlp_bwd
 
 _grouped = grouped.Linears(grouped_passes.Passes())
 group_rows = grouped_passes.group_rows

@@ -35,6 +35,15 @@ grouped_lora_bwd = Plan(
 grouped_weight_norm_fwd = Plan({"norm": Step(_ROWS.kernel, f"{_ROWS.why}, of all adapters in turn")}, yields=True)
 grouped_weight_norm_bwd = Plan({"grad_V": Step(_ROWS.kernel, "an adapter after the other")}, yields=True)
 
+_TOKENS = "gains, activation and their gradients in blocks of tokens"
+lora_glu_fwd = Plan({"output": Step("lora_glu_fwd", _TOKENS)}, yields=True)
+lora_glu_bwd = Plan({"grad_bases": Step("lora_glu_bwd", _TOKENS)}, yields=True)
+adapted_mlp_fwd = joined(Plan({"base": _PRODUCT, "output": lora_glu_fwd.steps["output"]}), lora_compose_fwd)
+adapted_mlp_bwd = Plan(
+    {"base": _PRODUCT, "grad_v": _GAIN_BWD, "grad_bases": lora_glu_bwd.steps["grad_bases"], "grad_x": _COMPOSE},
+    yields=True,
+)
+
 
 def dora_linear_bwd(call: calls.DoraLinearGrad) -> Plan:
     return joined(weight_norm_bwd, lora_linear_bwd) if call.through_norm else lora_linear_bwd

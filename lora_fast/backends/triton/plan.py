@@ -60,6 +60,7 @@ _SAME_PASS = Step("lora_gain_bwd", "in that pass, its sums over blocks of column
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
+lora_glu_fwd = lora_glu_bwd = adapted_mlp_fwd = adapted_mlp_bwd = Refusal("it has no kernels for a gated MLP yet")
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
