@@ -20,10 +20,13 @@ from __future__ import annotations
 from lora_fast.gain import dora_gain
 from lora_fast.grouped import group_rows, grouped_lora_compose, grouped_lora_linear, grouped_weight_norm
 from lora_fast.linears import dora_linear, draw_seed, dropout, lora_compose, lora_linear, merge_weight, weight_norm
-from lora_fast.mlp import Projection, adapted_mlp
+from lora_fast.mlp import RECOMPUTE, Product, Projection, Recompute, adapted_mlp, mlp_of_products
 
 __all__ = [
+    "RECOMPUTE",
+    "Product",
     "Projection",
+    "Recompute",
     "adapted_mlp",
     "dora_gain",
     "dora_linear",
@@ -36,5 +39,6 @@ __all__ = [
     "lora_compose",
     "lora_linear",
     "merge_weight",
+    "mlp_of_products",
     "weight_norm",
 ]

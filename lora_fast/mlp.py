@@ -186,6 +186,8 @@ def mlp_of_products(
 ) -> Tensor:
     """:func:`adapted_mlp` where the products are someone else's; of checked arguments, without dropout."""
     name = resolved(backend)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
 
     def to_down(x: Tensor) -> tuple[Tensor, Tensor]:
         return _glu_of_products(x, gate, up, down.lora_A, activation, name)

@@ -171,7 +171,7 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
         "lora_fast/__init__.py": "from . import functional\nfrom .nn import apply\nfrom .backends import use_backend",
         "lora_fast/nn/__init__.py": "from .linear import LinearWithDoRA",
         "lora_fast/nn/linear.py": "from lora_fast import functional\nfrom ..norm_cache import NormCache",
-        "lora_fast/functional.py": "import torch\nfrom lora_fast import autograd, backends, ops",
+        "lora_fast/linears.py": "import torch\nfrom lora_fast import autograd, backends, ops",
         "lora_fast/backends/__init__.py": "from . import cpu",
         "lora_fast/backends/cpu.py": "import torch\nimport lora_fast._C\ntorch.ops.lora_fast_c.dropout",
         "lora_fast/backends/triton.py": "def f():\n    from lora_fast.triton_kernels import norm",

@@ -61,7 +61,7 @@ def filled(size: Size, kept: calls.Kept = "product") -> Iterator[tuple[str, Any]
         yield op, call
         if isinstance(getattr(call, "lora_B", None), Tensor) and "need_B" not in call._fields:
             yield op, call._replace(lora_B=torch.zeros_like(call.lora_B))
-        if "seed" in call._fields:
+        if {"dropout_p", "seed"}.issubset(call._fields):
             yield op, call._replace(dropout_p=0.1, seed=torch.tensor(3))
         if isinstance(call, calls.DoraLinearGrad):
             yield op, call._replace(detach_norm=False)

@@ -31,6 +31,15 @@ MlpGradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tens
 BLOCKS, BLOCK, BLOCK_ON_GPU = 4, 256, 2048
 
 
+# Up to so many tokens the linears apart are faster, by kernels for few, and what they keep is little.
+TOKENS_APART = 32
+
+
+def runs_apart(x: Tensor) -> bool:
+    """Whether a module calls its linears one after the other, for this x [..., K]."""
+    return x.numel() <= TOKENS_APART * x.shape[-1]
+
+
 def blocks(tokens: int, device: torch.device) -> Iterator[slice]:
     size = max(-(-tokens // BLOCKS), BLOCK_ON_GPU if device.type == "cuda" else BLOCK)
     for start in range(0, tokens, size):

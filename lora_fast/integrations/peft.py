@@ -7,7 +7,6 @@ both import PEFT, and are imported when a function here is called.
 from __future__ import annotations
 
 import importlib
-import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,10 @@ import torch
 from torch import nn
 
 from lora_fast import bases, stacked
+from lora_fast.functional import Recompute
+from lora_fast.nn import mlp
+from lora_fast.nn.classes import forward_obstacle, set_class
+from lora_fast.nn.mlp import MlpReport
 from lora_fast.parallel import fsdp2
 from lora_fast.parallel.whole import rounded_to, tensor_of
 
@@ -47,6 +50,7 @@ class Report:
     peft_version: str
     compute_dtype: str
     note: str | None = None
+    mlps: tuple[MlpReport, ...] = ()
 
     @property
     def accelerated(self) -> list[str]:
@@ -63,11 +67,17 @@ class Report:
             f"lora_fast: {len(self.accelerated)} of {len(self.layers)} adapter layers accelerated "
             f"(peft {self.peft_version}, products in the {self.compute_dtype}'s dtype)"
         )
-        return "\n".join((head, *([self.note] if self.note else []), *(f"  {layer}" for layer in self.layers)))
+        lines = [*([self.note] if self.note else []), *(f"  {layer}" for layer in self.layers)]
+        return "\n".join((head, *lines, *(f"  {mlp}" for mlp in self.mlps)))
 
 
 def accelerate(
-    model: nn.Module, *, compute_dtype: str = "activation", norm_reuse: bool = True, stack_weights: bool = True
+    model: nn.Module,
+    *,
+    compute_dtype: str = "activation",
+    norm_reuse: bool = True,
+    stack_weights: bool = True,
+    recompute: Recompute | None = "outputs",
 ) -> Report:
     """Let lora_fast run the LoRA and DoRA layers that PEFT put into ``model``, in place.
 
@@ -85,6 +95,10 @@ def accelerate(
         stack_weights: on a GPU, keep the weights of DoRA's linears in memory that has rows for lora_A below them, so
             that backward takes one pass over x's gradient less (docs/modules.md). :func:`restore` undoes it.
 
+        recompute: for gated MLPs (Llama's, Phi-3's, T5's: told from their forward), whose linears then run as one and
+            keep less: what backward computes again, as in :func:`lora_fast.functional.adapted_mlp`. "outputs": all
+            but the products of gate and up; "all": these too; None leaves the modules alone.
+
     Returns:
         A :class:`Report`; ``print`` it.
 
@@ -95,6 +109,8 @@ def accelerate(
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers")
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected 'activation' or 'adapter'")
+    if recompute not in mlp.RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, expected 'outputs', 'all' or None")
     version, fault = _peft_version()
     if fault is not None:
         warnings.warn(fault, UserWarning, stacklevel=2)
@@ -132,7 +148,10 @@ def accelerate(
             state.compute_dtype, state.norm_reuse, state.stack_weights = compute_dtype, norm_reuse, stack_weights
             layer.prepare()
         reports.append(_describe(name, layer, reason, sharding))
-    return Report(tuple(reports), version, compute_dtype)
+    if recompute is None:
+        mlp.take_off(model)
+        return Report(tuple(reports), version, compute_dtype)
+    return Report(tuple(reports), version, compute_dtype, mlps=tuple(mlp.take(model, recompute)))
 
 
 def restore(model: nn.Module) -> None:
@@ -159,10 +178,11 @@ def restore(model: nn.Module) -> None:
             )
         originals.append(original)
     for (_, layer), original in zip(accelerated, originals, strict=True):
-        _set_class(layer, original)
+        set_class(layer, original)
         delattr(layer, peft_layers.STATE)
         if type(layer.base_layer) is nn.Linear and not bases.is_quantised(layer.base_layer):
             stacked.unstack(layer.base_layer.weight)
+    mlp.take_off(model)
     for module in model.modules():
         peft_saving.take_off(module)
         peft_batches.take_off(module)
@@ -208,22 +228,11 @@ def _take(layer: Any) -> str | None:
     from lora_fast.integrations import peft_layers
 
     before = type(layer)
-    _set_class(layer, peft_layers.fast_class(before) or before)
-    stored = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")
-    if stored is None or getattr(stored, "__func__", None) is type(layer).forward:
-        return None
-    if peft_layers.STATE not in vars(layer):
-        _set_class(layer, before)
-    return f"a forward that is stored on the instance runs instead: {stored!r:.80}"
-
-
-def _set_class(layer: Any, kind: type[nn.Module]) -> None:
-    """Set the class, and with it the bound forwards that hooks such as accelerate's keep on the instance."""
-    before = type(layer).forward
-    layer.__class__ = kind
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(layer).get(name), "__func__", None) is before:
-            vars(layer)[name] = types.MethodType(kind.forward, layer)
+    set_class(layer, peft_layers.fast_class(before) or before)
+    obstacle = forward_obstacle(layer)
+    if obstacle is not None and peft_layers.STATE not in vars(layer):
+        set_class(layer, before)
+    return obstacle
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from lora_fast import bases, functional, stacked
 from lora_fast.backends import ForwardDefault, default_backend, operators
 from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import unrounded
-from lora_fast.integrations import peft_batches, peft_names
+from lora_fast.integrations import peft_batches, peft_mlp, peft_names
 from lora_fast.integrations.peft_batches import ForwardNames
 from lora_fast.integrations.peft_names import Adapter, Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from lora_fast.nn.mlp import Part
 from lora_fast.norm_cache import NormCache
 from lora_fast.parallel import calling, fsdp2, whole
 from lora_fast.parallel.whole import tensor_of
@@ -231,6 +232,10 @@ class OverLinear(FastLayer):
         fast = operators.may_be_faster(like.device, like.dtype) and peft_names.is_direct(self)
         return fast and not self.lora_variant and default_backend() == "auto"
 
+    def mlp_part(self, x: Tensor) -> Part | None:
+        """Its part in a gated MLP that runs as one (:mod:`lora_fast.nn.mlp`); None where it has to be called itself."""
+        return peft_mlp.part(self, x)
+
     def _is_left_to_peft(self, x: Any) -> bool:
         """For LoRA where the time is the host's: PEFT's forward is PyTorch's operators, and little else.
 
@@ -293,7 +298,7 @@ class OverLinear(FastLayer):
         p = peft_names.dropout_p(self, adapter)
         seed = functional.draw_seed(x.device) if p > 0.0 else None
         if adapter.magnitude is None:
-            bias = _sum(bias, _scaled(adapter.lora_bias, scaling))
+            bias = peft_names.bias_with(bias, adapter)
             return functional.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=p, seed=seed)
         dropped = x if seed is None else functional.dropout(x, p, seed)
         if self._rounds(adapter):
@@ -311,7 +316,7 @@ class OverLinear(FastLayer):
         p = peft_names.dropout_p(self, adapter)
         dropped = functional.dropout(x, p, functional.draw_seed(x.device)) if p > 0.0 else x
         gain = self._gain(adapter)
-        bias = _sum(base.bias, _scaled(adapter.lora_bias, scaling))
+        bias = peft_names.bias_with(base.bias, adapter)
         dtype = self._product_dtype(x, adapter)
         if p == 0.0 and dtype == x.dtype:
             return bases.lora_linear(x, base, bias, lora_A, lora_B, scaling, gain, evaluation=not self.training)
@@ -348,7 +353,7 @@ class OverLinear(FastLayer):
         result = result.to(torch.promote_types(result.dtype, dtype))
         gain = self._gain(adapter)
         if gain is None:
-            return functional.lora_compose(result, h, lora_B, scaling, None, _scaled(adapter.lora_bias, scaling))
+            return functional.lora_compose(result, h, lora_B, scaling, None, peft_names.bias_with(None, adapter))
         if not peft_names.renews_product(self, adapter):
             bias = peft_names.base_bias(self)
             product = result if bias is None else result - bias.to(result.dtype)
@@ -463,11 +468,3 @@ def original_class(kind: type) -> type | None:
 def _derived(kind: type, base: type, found: type | None) -> type | None:
     """``found``, as FSDP would derive it where it derived ``kind`` from ``base``."""
     return found if found is None or base is kind else fsdp2.derive(kind, found)
-
-
-def _scaled(bias: Tensor | None, scaling: float) -> Tensor | None:
-    return None if bias is None else bias * scaling
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b

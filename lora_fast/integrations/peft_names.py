@@ -245,6 +245,14 @@ def base_bias(layer: Any) -> Tensor | None:
     return _frozen(layer, "bias")
 
 
+def bias_with(bias: Tensor | None, adapter: Adapter) -> Tensor | None:
+    """``bias``, of the base layer, and the adapter's own."""
+    if adapter.lora_bias is None:
+        return bias
+    own = adapter.lora_bias * adapter.scaling
+    return own if bias is None else bias + own
+
+
 def _frozen(layer: Any, name: str) -> Any:
     tensor = layer._modules["base_layer"]._parameters.get(name)
     if type(tensor) is nn.Parameter:

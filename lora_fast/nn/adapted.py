@@ -15,6 +15,7 @@ from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
 from lora_fast.nn import checks, compat, hooks
 from lora_fast.nn.merging import MergedUpdate, merge, unmerge
+from lora_fast.nn.mlp import Part
 from lora_fast.nn.tied import Sharer
 from lora_fast.parallel import fsdp1, whole, zero
 
@@ -108,6 +109,22 @@ class AdaptedLinear(nn.Module):
 
     def _adapted_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def mlp_part(self, x: Tensor) -> Part | None:
+        """Its part in a gated MLP that runs as one (:mod:`lora_fast.nn.mlp`); None where it has to be called itself."""
+        linear: Any = self._modules["linear"]
+        drops = self.training and self.dropout > 0
+        if self._merged is not None or drops or not hooks.is_plain(linear) or hooks.has_hooks(self):
+            return None
+        return Part(self._mlp_projection, is_adapted=True, backend=self.backend)
+
+    def _mlp_projection(self) -> functional.Projection | functional.Product:
+        """The linear with its adapter as they are now."""
+        base = self.base()
+        if base is None:
+            return functional.Projection(*self._factors(), self.alpha)
+        factors = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
+        return functional.Product(base.product, base.bias, *factors, self.alpha, None)
 
     def _gathered_weight(self) -> contextlib.AbstractContextManager[None]:
         """A block in which ZeRO-3 has W whole."""

@@ -16,7 +16,8 @@ from lora_fast import backends
 from lora_fast.backends import BackendName
 from lora_fast.calls import Axis
 from lora_fast.checks import check_axis
-from lora_fast.nn import checks, tied
+from lora_fast.functional import Recompute
+from lora_fast.nn import checks, mlp, tied
 from lora_fast.nn.adapted import AdaptedLinear
 from lora_fast.nn.linear import LinearWithDoRA, LinearWithLoRA
 from lora_fast.nn.names import Place, places, unwrapped
@@ -47,6 +48,7 @@ def apply(
     stack_weight: bool = True,
     adapter_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
+    recompute: Recompute | None = "outputs",
 ) -> nn.Module:
     """Replace the targeted linears of ``model`` in place by :class:`LinearWithDoRA`; ``dora=False``: LinearWithLoRA.
 
@@ -61,6 +63,9 @@ def apply(
             and the ``score`` or ``classifier`` of its sequence classification models). Names: each the whole name of a
             module, or its end after a dot. Another str: a regular expression that matches the whole name.
         exclude: names or a regular expression, in the same form, to leave alone.
+        recompute: for gated MLPs (Llama's, Phi-3's, T5's: told from their forward), whose linears then run as one and
+            keep less: what backward computes again, as in :func:`lora_fast.functional.adapted_mlp`. "outputs": all
+            but the products of gate and up; "all": these too; None leaves the modules alone.
         scaling: what multiplies the update: "alpha", "alpha/r" (LoRA's and PEFT's default) or "alpha/sqrt(r)" (rsLoRA).
 
     A linear that stands in several places is replaced by one module in all of them, if one of its names is a target and
@@ -83,6 +88,8 @@ def apply(
     checks.check_adapter_dtype(adapter_dtype)
     check_axis(norm_axis, "norm_axis")
     backends.check_name(backend)
+    if recompute not in mlp.RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, expected 'outputs', 'all' or None")
     if scaling not in SCALINGS:
         raise ValueError(f"scaling: got {scaling!r}, expected one of {', '.join(map(repr, SCALINGS))}")
     linears = _targeted(model, targets, exclude)
@@ -115,6 +122,8 @@ def apply(
                 layer = LinearWithLoRA(linear, rank, effective_alpha, dropout, adapter_dtype, backend)
             layers += [(place, layer) for place in standing]
     put_in_place(model, layers)
+    if recompute is not None:
+        list(mlp.take(model, recompute))
     return model
 
 

@@ -17,6 +17,7 @@ from lora_fast.dtypes import accumulate_dtype
 from lora_fast.gain import unrounded
 from lora_fast.nn import hooks
 from lora_fast.nn.adapted import AdaptedLinear
+from lora_fast.nn.mlp import Part
 from lora_fast.norm_cache import NormCache
 from lora_fast.parallel import fsdp1, whole
 
@@ -161,18 +162,43 @@ class LinearWithDoRA(AdaptedLinear):
         }
         if base is None:
             weight, bias, lora_A, lora_B = self._factors()
-            if magnitude.dtype.itemsize == 2 and whole.is_rounded(self, "magnitude", magnitude):
-                _warn_of_rounding(magnitude.dtype)
-                factors = (lora_A.detach(), lora_B.detach()) if self.detach_norm else (lora_A, lora_B)
-                norm = functional.weight_norm(
-                    weight, *factors, self.alpha, axis=self.norm_axis, kept=kept, backend=self.backend
-                )
-                magnitude, options["norm"] = unrounded(magnitude, norm), norm
+            magnitude, norm = self._unrounded(magnitude, weight, lora_A, lora_B, kept)
+            if norm is not None:
+                options["norm"] = norm
                 del options["kept"]
             return functional.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, self.alpha, **options)
         factors = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
         options["evaluation"] = not self.training
         return bases.dora_linear(x, base, base.bias, *factors, magnitude, self.alpha, **options)
+
+    def mlp_part(self, x: Tensor) -> Part | None:
+        return super().mlp_part(x) if self._frozen_gain is None and self.norm_axis == "output" else None
+
+    def _mlp_projection(self) -> functional.Projection | functional.Product:
+        magnitude, base, kept = hooks.parameter(self, "magnitude"), self.base(), self._kept()
+        if base is None:
+            weight, bias, lora_A, lora_B = self._factors()
+            magnitude, norm = self._unrounded(magnitude, weight, lora_A, lora_B, kept)
+            given = weight, bias, lora_A, lora_B, self.alpha, magnitude
+            return functional.Projection(*given, norm, self.detach_norm, kept if norm is None else None)
+        lora_A, lora_B = hooks.parameter(self, "lora_A"), hooks.parameter(self, "lora_B")
+        factors_of_norm = (lora_A.detach(), lora_B.detach()) if self.detach_norm else (lora_A, lora_B)
+        norm = bases.weight_norm(base, *factors_of_norm, self.alpha, kept=kept, backend=self.backend)
+        gain = functional.dora_gain(magnitude, norm)
+        return functional.Product(base.product, base.bias, lora_A, lora_B, self.alpha, gain)
+
+    def _unrounded(
+        self, magnitude: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, kept: NormCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The magnitude as it may have been before FSDP's mixed precision rounded it, and the norm that it took to say
+        so; the magnitude itself and None where it is not rounded."""
+        if magnitude.dtype.itemsize != 2 or not whole.is_rounded(self, "magnitude", magnitude):
+            return magnitude, None
+        _warn_of_rounding(magnitude.dtype)
+        factors = (lora_A.detach(), lora_B.detach()) if self.detach_norm else (lora_A, lora_B)
+        options: dict[str, Any] = {"axis": self.norm_axis, "kept": kept, "backend": self.backend}
+        norm = functional.weight_norm(weight, *factors, self.alpha, **options)
+        return unrounded(magnitude, norm), norm
 
     def unmerge_(self) -> None:
         super().unmerge_()
