@@ -16,8 +16,9 @@ from lora_fast.nn.mlp import Part
 
 def part(layer: Any, x: Tensor) -> Part | None:
     """Of a layer of lora_fast's with one active adapter; None for a call that is unusual in any way."""
-    state = layer._lora_fast
-    if state.forward_names.of_call(None, training=layer.training) is not None or peft_names.has_hooks(layer):
+    if peft_names.has_hooks(layer):  # names of samples come by a hook
+        return None
+    if layer._lora_fast.forward_names.of_call(None, training=layer.training) is not None:
         return None
     names = [] if peft_names.is_plain(layer) else peft_names.active(layer)
     if len(names) != 1 or peft_names.obstacle(layer, names) is not None or peft_names.gathering(layer, names):

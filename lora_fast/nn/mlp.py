@@ -80,13 +80,13 @@ class FastMlp(nn.Module):
         return _empty, (self.module_type,), *made[2:]
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
+def _empty(kind: Any) -> nn.Module:
     fast = _derived(kind)
     return fast.__new__(fast)
 
 
 @functools.cache
-def _derived(kind: type[nn.Module]) -> type[nn.Module]:
+def _derived(kind: Any) -> type[nn.Module]:
     names = {"module_type": kind, "__module__": kind.__module__}
     made: type[nn.Module] = type(f"Fast{kind.__name__}", (FastMlp, kind), names)
     return made
@@ -99,7 +99,7 @@ def take(model: nn.Module, recompute: Recompute) -> Iterator[MlpReport]:
         linears = [child for child in module.children() if is_linear(child)]
         if len(linears) not in (2, 3) or not any(map(is_adapted, linears)):
             continue
-        before = fsdp2.base_class(type(module))
+        before: Any = fsdp2.base_class(type(module))
         if issubclass(before, FastMlp):
             vars(module)[STATE].recompute = recompute
             yield _report(name, before.module_type, vars(module)[STATE])

@@ -83,9 +83,10 @@ def _has_sizes(linears: list[Any]) -> bool:
     """Of gate, up and down, or of one linear for gate and up, and down."""
     sizes = [(linear.out_features, linear.in_features) for linear in linears]
     if len(sizes) == 3:
-        (down,) = [size for size in sizes if sizes.count(size) == 1] or [None]
-        gated = [size for size in sizes if size != down]
-        return down is not None and len(gated) == 2 and gated[0][0] == down[1]
+        return any(
+            gate == up and gate[0] == down[1]
+            for down, gate, up in (sizes, (sizes[1], sizes[0], sizes[2]), (sizes[2], sizes[0], sizes[1]))
+        )
     return len(sizes) == 2 and (sizes[0][0] == 2 * sizes[1][1] or sizes[1][0] == 2 * sizes[0][1])
 
 
