@@ -14,7 +14,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised test-deepspeed test-interop bench-layer bench-peft bench-grouped bench-quantised bench-distributed clean
+	peft-oldest test-quantised test-deepspeed test-interop bench-layer bench-peft bench-mlp bench-grouped bench-quantised bench-distributed clean
 
 setup: $(VENV)/.installed
 
@@ -105,7 +105,7 @@ test-interop: $(VENV)/interop/.installed
 
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).
-bench-layer bench-peft bench-grouped: bench-%: setup
+bench-layer bench-peft bench-mlp bench-grouped: bench-%: setup
 	$(if $(WITHOUT_AMX),ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) $(BIN)/pytest benchmarks/bench_$*.py
 
 # PEFT models over quantised linears, against their bars.

@@ -39,7 +39,8 @@ Vector turned(Vector v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
 SOURCE_TREE_ONLY = {
     "lora_fast.benchmarks": {
         *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
-        *("bench_distributed", "bench_grouped", "collectives", "distributed_engines", "distributed_model"),
+        *("bench_distributed", "bench_grouped", "bench_mlp", "collectives"),
+        *("distributed_engines", "distributed_model", "readme_gpu", "tables"),
         *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
     },
     "lora_fast.triton_kernels": {"aot", "prewarm"},

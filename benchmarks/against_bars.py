@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from . import report, without_amx
-from .readme import bars_lines
+from .tables import bars_lines
 
 THREADS = 2
 RESULTS = Path(__file__).resolve().parent / "results"

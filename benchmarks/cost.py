@@ -178,6 +178,24 @@ def grouped_forward_paths(s: Size) -> dict[str, Path]:
     }
 
 
+def glu_forward_paths(s: Size) -> dict[str, Path]:
+    """act(gate) ⊙ up of DoRA's base products [T, N], in one pass or as eager makes it of composed outputs."""
+    tile, factors = s.e * s.T * s.N, 2 * s.e * s.R * (s.T + s.N)
+    one_pass = Cost(3 * tile + factors + 8 * s.N, 4 * s.T * s.N * s.R)
+    composed = lora_compose_fwd_paths(s)["one pass"]["compose"]
+    apart = {"compose gate": composed, "compose up": composed, "act": Cost(2 * tile), "product": Cost(3 * tile)}
+    return {"least": {"": one_pass}, "one pass": {"glu": one_pass}, "apart": apart}
+
+
+def glu_backward_paths(s: Size) -> dict[str, Path]:
+    """The gradients of the bases and the gains, and the output again for lora_A's gradient in down."""
+    tile, factors = s.e * s.T * s.N, 2 * s.e * s.R * (s.T + s.N)
+    one_pass = Cost(6 * tile + factors + 16 * s.N, 4 * s.T * s.N * s.R)
+    gain = Cost(3 * tile + 8 * s.N)
+    apart = {"product": Cost(5 * tile), "act": Cost(3 * tile), "gain of gate": gain, "gain of up": gain}
+    return {"least": {"": one_pass}, "one pass": {"glu": one_pass}, "apart": apart}
+
+
 PATHS: dict[str, Callable[[Size], dict[str, Path]]] = {
     "weight_norm": weight_norm_paths,
     "lora_linear forward": forward_paths,
@@ -186,6 +204,8 @@ PATHS: dict[str, Callable[[Size], dict[str, Path]]] = {
     "lora_compose backward": lora_compose_bwd_paths,
     "merge_weight": merge_weight_paths,
     "grouped_lora_linear forward": grouped_forward_paths,
+    "lora_glu forward": glu_forward_paths,
+    "lora_glu backward": glu_backward_paths,
 }
 
 

@@ -57,6 +57,21 @@ def bars(row: Row, bound_ms: float | None) -> bytes:
         return svg(figure)
 
 
+def peaks(row: Row) -> bytes:
+    """The most memory that each contender's call held, as bars."""
+    found = {name: record["peak_bytes"] / 2**20 for name, record in row["records"].items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * len(found)), layout="constrained")
+        axes = figure.subplots()
+        colours = [OURS if "DoRA" in name else FLOOR for name in found]
+        drawn = axes.barh(list(found), list(found.values()), color=colours, height=0.7)
+        axes.bar_label(drawn, [f" {value:.0f} MiB" for value in found.values()], fontsize=8.5)
+        axes.invert_yaxis()
+        axes.set(xlabel="peak memory of a call beyond the weights, MiB", xlim=(0, 1.18 * max(found.values())))
+        figure.suptitle(row["title"], x=0.01, ha="left", fontsize=10)
+        return svg(figure)
+
+
 def lines(rows: Iterable[Row], field: str) -> list[bytes]:
     """One picture for each subject, mode and size of which several ranks, or numbers of tokens, were measured."""
     pictures = []

@@ -17,6 +17,7 @@ from lora_fast.backends import BackendName, registry
 
 from . import contenders as c, cost, layer, norms, peft_model, report
 from .gate import WRONG, error_fault
+from .gpu_mlp import mlp_row
 from .gpu_timing import captured, measure, wall_ms
 from .registry import INFERENCE, STEP, Bar, Case
 from .runner import Step
@@ -352,12 +353,12 @@ def settings() -> list[Case]:
 def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, Any]]]:
     """Every row, to be run in turn; ``compiled`` with a contender that takes half a minute to compile.
 
-    Counted, not measured: 36 budgets are spent, two by each of the 7 training steps and of the 3 rows of a PEFT model
-    (half a one by each of its 4 contenders), one by each of the other 16. At 0.8 s that is 29 s. What else there is for
-    an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall times,
-    50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT models
-    and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30 TFLOP, a
-    second at half of the data sheet's rate. Together about 100 s.
+    Counted, not measured: 38 budgets are spent, two by each of the 7 training steps, the MLP and the 3 rows of a PEFT
+    model (half a one by each of its 4 contenders), one by each of the other 16. At 0.8 s that is 30 s. What else there
+    is for an H200 with a warm Triton cache: 30 s of torch.compile; 15 s to start, import and load kernels; 10 s of wall
+    times, 50 calls of each contender of a step at the host's milliseconds that were measured on one; 10 s for the PEFT
+    models and the calls that their budgets do not cover; 10 s for inputs and gates, whose float64 references are 30
+    TFLOP, a second at half of the data sheet's rate. Together about 100 s.
     """
     models = cache(peft_model.models)
     is_h200 = torch.cuda.is_available() and "H200" in torch.cuda.get_device_name()
@@ -397,6 +398,7 @@ def rows(budget_s: float, *, compiled: bool = True) -> list[partial[dict[str, An
         *(partial(layer_row, case, budget_s, graph=True) for case in graphs),
         # bytes alone are 1.37 times the base product's; predicted
         partial(grouped_row, cost.Size(64, 11008, 4096, 16, L=64), 1.50, budget_s),
+        partial(mlp_row, cost.Size(8192, 11008, 4096, 16), 2 * budget_s),
         *(partial(eager_inference_row, tokens, budget_s) for tokens in (16, 1)),
         *(partial(peft_row, case, models, budget_s / 2) for case in peft_cases),  # of each contender
         *(partial(chunk_row, cost.Size(8192, N, N, 16), budget_s) for N in (4096, 2048)),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import grid as grid_of_sizes
-from .report import bound, digits, traffic
+from . import grid as grid_of_sizes, readme_gpu
+from .report import digits, traffic
+from .tables import OURS, bars_lines, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-threads"
@@ -27,7 +27,6 @@ ZEN_5_AVX512, ZEN_5_AVX2 = (
 )
 ZEN_4 = ZEN_5.with_name("amd-epyc-family-25-model-17-2-threads")
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
-GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200"
 _DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "peft.md", "quantised.md", "serving.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 REGION = re.compile(
@@ -53,7 +52,6 @@ SUMMARY_WITHOUT_AMX = (
     ("layer.json", "training step, 512 tokens, 2048×2048 float32", "layer, ", _LAYER),
     SUMMARY[3],
 )
-OURS = re.compile(r"lora_fast (LoRA|DoRA)$")  # what auto takes; the backends by name are contenders of their own
 
 
 def render(page: str) -> str:
@@ -74,11 +72,6 @@ def for_each_processor(section: Callable[[Path], str], name: str) -> str:
     """The section of each kind of processor that has this result file, one after the other."""
     folders = (RESULTS, ZEN_5, ZEN_5_AVX512, ZEN_5_AVX2, WITHOUT_AMX)
     return "\n".join(section(folder) for folder in folders if (folder / name).exists())
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def origin(results: dict[str, Any], name: str, folder: Path | None = None) -> str:
@@ -152,22 +145,6 @@ def _layer(folder: Path) -> str:
     return f"{origin(results, 'layer.json', folder)}\n{first}\n{bars_lines(results['rows'])}"
 
 
-def bars_lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Every bar of the rows as a line: what was measured, and the target."""
-    return table(
-        ["case", "measured as", "", "target"],
-        (
-            [_subject(row) + row["title"], bar["what"], digits(bar["measured"]), _target(bar)]
-            for row in rows
-            for bar in row["bars"]
-        ),
-    )
-
-
-def _subject(row: dict[str, Any]) -> str:
-    return next((f"{name}, " for name in row["records"] if OURS.match(name)), "")
-
-
 def peft() -> str:
     """A PEFT model before and after acceleration: time and memory in units of PEFT's LoRA, then every target."""
     return for_each_processor(_peft, "peft.json")
@@ -187,6 +164,29 @@ def _peft(folder: Path) -> str:
         ([name, *(cell(row, name) for row in rows)] for name in rows[0]["records"]),
     )
     return f"{origin(results, 'peft.json', folder)}\n{first}\n{bars_lines(rows)}"
+
+
+def mlp() -> str:
+    """The memory of PEFT models whose MLPs run as one, on the processors that have measured it."""
+    folders = [folder for folder in (RESULTS, ZEN_5, ZEN_4) if (folder / "mlp.json").exists()]
+    return "\n".join(map(_mlp, folders))
+
+
+def _mlp(folder: Path) -> str:
+    results = read("mlp.json", folder)
+    (row,) = results["rows"]
+    baseline = row["records"][row["baseline"]]
+    lines = (
+        [
+            f"**{name}**" if "DoRA" in name else name,
+            f"{digits(record['peak_bytes'] / 2**20)} MiB",
+            digits(record["peak_bytes"] / baseline["peak_bytes"]),
+            f"{digits(record['median_ms'] / 1e3)} s",
+        ]
+        for name, record in row["records"].items()
+    )
+    first = table([row["title"], "peak memory beyond the weights", "× PEFT LoRA", "time"], lines)
+    return f"{origin(results, 'mlp.json', folder)}\n{first}\n{bars_lines(results['rows'])}"
 
 
 def quantised() -> str:
@@ -270,10 +270,6 @@ def _distributed(folder: Path) -> str:
 
 def _calls(record: dict[str, Any]) -> str:
     return ", ".join(f"{kind} {traffic(count)}" for kind, count in record["collectives"].items())
-
-
-def _target(bar: dict[str, Any]) -> str:
-    return bound(bar) if bar["met"] else f"{bound(bar)}, **missed**"
 
 
 def t0_3b() -> str:
@@ -367,132 +363,22 @@ def _ratio(measured: tuple[float, bool] | None) -> str:
     return f"**{ratio:.2f}**" if broken else f"{ratio:.2f}"
 
 
-def gpu_status() -> str:
-    """Two sentences for the README: one layer's step on the device, and a model called eagerly."""
-    results = _gpu_results()
-    step = next(row for row in results["rows"] if row["title"].startswith("training step"))
-    frozen, ours, theirs = (
-        step["records"][name]["median_ms"] for name in ("frozen linear", "lora_fast DoRA", "PEFT LoRA")
-    )
-    eager = [
-        record["median_ms"] / row["records"]["PEFT LoRA"]["median_ms"]
-        for row in results["rows"]
-        if row["title"].startswith("PEFT model")
-        for name, record in row["records"].items()
-        if name.startswith("accelerated")
-    ]
-    text = (
-        f"On the device, one DoRA layer ({step['title']}) took {ours / frozen:.2f} times as long as the frozen linear, "
-        f"and PEFT's LoRA {theirs / frozen:.2f} times. Called eagerly, lora_fast is slower than PEFT there: Python "
-        "launches its kernels one by one, and a PEFT model of four small layers took "
-        f"{min(eager):.1f} to {max(eager):.1f} times as long as PEFT's LoRA."
-    )
-    return textwrap.fill(text, 128) + "\n"
-
-
-def gpu() -> str:
-    """One layer on a GPU: each contender in units of the frozen linear."""
-    results = _gpu_results()
-    rows = [row for row in _layer_rows(results) if not row.get("setting")]
-    return f"{_gpu_origin(results)}\n{_frozen_units(rows, _size_column)}"
-
-
-def gpu_settings() -> str:
-    """The step as users train it, beside the bars' step, in the same units."""
-    results = _gpu_results()
-    rows = [row for row in _layer_rows(results) if row.get("setting")]
-    if not rows:
-        return "The committed results are from before these rows.\n"
-    return f"{_gpu_origin(results)}\n{_frozen_units(rows, _setting_column)}"
-
-
-def _layer_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in results["rows"] if row["title"].startswith(("training step", "inference"))]
-
-
-def _size_column(row: dict[str, Any]) -> str:
-    return row["title"].replace("4096×4096 bfloat16", "4096²").replace("8192×8192 bfloat16", "8192²")
-
-
-def _setting_column(row: dict[str, Any]) -> str:
-    """W's dtype, and what sets the row apart."""
-    return f"{row['dtype']} W, {row['setting']}"
-
-
-def _frozen_units(rows: list[dict[str, Any]], column: Callable[[dict[str, Any]], str]) -> str:
-    """A line for each contender, a column for each row: times the frozen linear, whose own time is given."""
-    names = dict.fromkeys(
-        name for row in rows for name in row["records"] if not re.search(", (torch|cuda|triton)$", name)
-    )
-
-    def cell(name: str, row: dict[str, Any]) -> str:
-        if name not in row["records"]:
-            return ""
-        record, frozen = row["records"][name], row["records"]["frozen linear"]
-        if name == "frozen linear":
-            return f"{1e3 * record['median_ms']:.0f} µs"
-        text = f"{record['median_ms'] / frozen['median_ms']:.2f}"
-        return f"**{text}**" if OURS.match(name) else text
-
-    return table(["", *map(column, rows)], ([name, *(cell(name, row) for row in rows)] for name in names))
-
-
-def gpu_bars() -> str:
-    """Every bar of the GPU benchmark."""
-    results = _gpu_results()
-    return f"{_gpu_origin(results)}\n{bars_lines(results['rows'])}"
-
-
-def gpu_kernels() -> str:
-    """Where the device's time of a DoRA step goes, by the profiler."""
-    results = _gpu_results()
-    name = "lora_fast DoRA, training step, 8192 tokens, 4096×4096 bfloat16, rank 16"
-    merged: dict[str, list[float]] = {}
-    for entry in results["profiles"][name]:
-        if "FillFunctor<float>" in entry["kernel"]:  # empties the cache between the steps
-            continue
-        total = merged.setdefault(_kernel(entry["kernel"]), [0.0, 0.0])
-        total[0] += entry["calls"]
-        total[1] += entry["us"]
-    rows = [[kernel, f"{calls:g}", f"{us:.1f}"] for kernel, (calls, us) in merged.items()]
-    return f"{_gpu_origin(results)}\n" + table(["kernel", "calls", "µs"], rows)
-
-
-def _kernel(name: str) -> str:
-    """The name without its types: cuBLAS's products and PyTorch's passes told from ours."""
-    if name.startswith("nvjet"):
-        return "cuBLAS, x Wᵀ" if name.endswith("TNT") else "cuBLAS, dv W"
-    if "multi_tensor_apply" in name:
-        return "PyTorch, AdamW"
-    return "PyTorch, gain and copies" if "at::native" in name or name.startswith("Mem") else f"`{name}`"
-
-
-def _gpu_results() -> dict[str, Any]:
-    return json.loads((GPU_RESULTS / "first.json").read_text(encoding="utf-8"))
-
-
-def _gpu_origin(results: dict[str, Any]) -> str:
-    versions = results["versions"]
-    packages = ", ".join(f"{package} {versions[package]}" for package in ("torch", "triton", "peft"))
-    link = f"benchmarks/results/{GPU_RESULTS.name}/first.json"
-    return f"{results['device']}, {packages}, {results['date'][:10]}: [{link}](../{link})\n"
-
-
 FIGURES: dict[str, Callable[[], str]] = {
     "summary": summary,
-    "gpu-status": gpu_status,
+    "gpu-status": readme_gpu.gpu_status,
     "layer": layer,
     "peft": peft,
     "quantised": quantised,
     "grouped": grouped,
+    "mlp": mlp,
     "distributed": distributed,
     "t0-3b": t0_3b,
     "losses": losses,
     "grid": grid,
-    "gpu": gpu,
-    "gpu-bars": gpu_bars,
-    "gpu-settings": gpu_settings,
-    "gpu-kernels": gpu_kernels,
+    "gpu": readme_gpu.gpu,
+    "gpu-bars": readme_gpu.gpu_bars,
+    "gpu-settings": readme_gpu.gpu_settings,
+    "gpu-kernels": readme_gpu.gpu_kernels,
 }
 
 if __name__ == "__main__":

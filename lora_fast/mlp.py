@@ -103,8 +103,8 @@ def adapted_mlp(
         *gains,
     )
     is_recorded = recorded(x, *tensors)
-    keep_bases = is_recorded and recompute == "outputs"
-    keep_product = is_recorded and wants_grad(gains[-1])
+    keep_bases = recompute == "outputs" and wants_grad(x, *tensors)
+    keep_product = wants_grad(gains[-1])
     scaling = tuple(float(part.scaling) for part in parts)
     mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
     inputs = x, scaling, activation, mask, float(dropout_p), keep_bases, keep_product, name, *tensors

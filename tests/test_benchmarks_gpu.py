@@ -16,7 +16,17 @@ import torch
 
 import lora_fast
 from lora_fast import backends, functional
-from lora_fast.benchmarks import contenders as c, cost, gpu, gpu_first, gpu_rows, layer, peft_model, readme, step_cost
+from lora_fast.benchmarks import (
+    contenders as c,
+    cost,
+    gpu,
+    gpu_first,
+    gpu_rows,
+    layer,
+    peft_model,
+    readme_gpu,
+    step_cost,
+)
 from lora_fast.benchmarks.registry import INFERENCE, STEP, Case
 from lora_fast.integrations import peft as integration
 
@@ -64,6 +74,7 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
         ),
         gpu_rows.eager_inference_row(2, 0.0, features=48),
         gpu_rows.grouped_row(cost.Size(8, 48, 64, 4, L=3), 1.5, 0.0),
+        gpu_rows.mlp_row(cost.Size(40, 48, 64, 4), 0.0),
         *(gpu_rows.peft_row(case, peft_model.models, 0.0) for case in peft_model.CASES),
     ]
     for result in results:
@@ -83,9 +94,9 @@ def test_rows_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
 def test_the_rows_and_their_budgets_are_those_that_the_docstring_counts() -> None:
     rows = gpu_rows.rows(1.0)
-    assert len(rows) == 3 + 2 + 4 + 3 + 4 + 2 + 1 + 2 + 3 + 2
+    assert len(rows) == 3 + 2 + 4 + 3 + 4 + 2 + 1 + 1 + 2 + 3 + 2
     models = [row for row in rows if row.func is gpu_rows.peft_row]
-    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 36
+    assert sum(row.args[-1] for row in rows if row not in models) + len(peft_model.CONTENDERS) * 0.5 * len(models) == 38
 
 
 def small(case: Case) -> Case:
@@ -302,11 +313,11 @@ def test_tests_that_are_cut_off_are_counted(xdist: bool, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("without_gpu")
 def test_the_pages_show_the_settings_beside_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    committed, page = readme._gpu_results(), readme.gpu()
+    committed, page = readme_gpu._gpu_results(), readme_gpu.gpu()
     rows = [gpu_rows.layer_row(small(case), 0.0) for case in gpu_rows.settings()]
-    monkeypatch.setattr(readme, "_gpu_results", lambda: committed | {"rows": committed["rows"] + rows})
-    assert readme.gpu() == page
-    settings = readme.gpu_settings()
+    monkeypatch.setattr(readme_gpu, "_gpu_results", lambda: committed | {"rows": committed["rows"] + rows})
+    assert readme_gpu.gpu() == page
+    settings = readme_gpu.gpu_settings()
     assert "|  | bfloat16 W, float32 adapters | bfloat16 W, float32 adapters, autocast to bfloat16 |" in settings
     assert "| **1.00** | **1.00** | **1.00** | **1.00** |" in settings
 

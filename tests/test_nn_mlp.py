@@ -108,6 +108,24 @@ def test_calls_of_other_kinds_run_the_linears_apart(change: Any) -> None:
     assert calls(model, tokens(*X)) == 0
 
 
+def test_linears_of_two_dtypes_run_apart() -> None:
+    """As T5's wo, which transformers keeps in float32; its forward casts between them."""
+
+    class Mixed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.dropout(F.gelu(self.gate(x)) * self.up(x))
+            if isinstance(self.down.weight, Tensor) and hidden.dtype != self.down.weight.dtype:
+                hidden = hidden.to(self.down.weight.dtype)
+            return self.down(hidden)
+
+    model = Mixed().float()
+    model.down.double()
+    lora_fast.apply(model, 4, 1.5)
+    assert type(model) is not Mixed
+    assert calls(model, tokens(*X).float()) == 0
+    assert model(tokens(*X).float()).dtype == torch.float64
+
+
 def test_the_other_axis_runs_the_linears_apart() -> None:
     assert calls(applied(norm_axis="input"), tokens(*X)) == 0
 

@@ -46,7 +46,8 @@ SOURCE_TREE_ONLY = {
         f"lora_fast/benchmarks/{name}.py"
         for name in (
             *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
-            *("bench_distributed", "bench_grouped", "collectives", "distributed_engines", "distributed_model"),
+            *("bench_distributed", "bench_grouped", "bench_mlp", "collectives"),
+            *("distributed_engines", "distributed_model", "readme_gpu", "tables"),
             *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
         )
     ),

@@ -224,6 +224,11 @@ class Conditional(LlamaMLP):
         return super().forward(x if x.mean() > 0 else -x)
 
 
+class Training(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
 class Relu(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.relu(self.gate_proj(x)) * self.up_proj(x))
@@ -248,6 +253,7 @@ class Interleaved(Phi3MLP):
         (Reused, "down is missing"),
         (Uneven, "gate and up are not of x"),
         (Conditional, "its forward cannot be traced"),
+        (Training, "down is missing"),
         (Relu, "one factor of the product has to be an activation"),
         (Swapped, "gate and up are not the first and the second half"),
         (Interleaved, ""),
@@ -286,6 +292,46 @@ def test_hooks_inside_are_called(part: str) -> None:
     assert_same(fast, peft, tokens(*X))
     handle.remove()
     assert calls(fast, tokens(*X)) == 1
+
+
+class Flagged(LlamaMLP):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.negated = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if self.negated else x)
+
+
+def test_what_changes_after_the_trace_runs_the_linears_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another activation, an attribute that forward reads, another forward of the class."""
+    fast = accelerated(model(lambda: Flagged(LlamaConfig(**SIZES)), use_dora=True))
+    inner = fast.base_model.model
+    assert calls(fast, tokens(*X)) == 1
+    before = inner.act_fn
+    inner.act_fn = nn.ReLU()
+    assert calls(fast, tokens(*X)) == 0
+    inner.act_fn = before
+    inner.negated = True
+    assert calls(fast, tokens(*X)) == 0
+    y = fast(tokens(*X))
+    inner.negated = False
+    torch.testing.assert_close(y, fast(-tokens(*X)), **EXACT)
+    assert calls(fast, tokens(*X)) == 1
+    monkeypatch.setattr(Flagged, "forward", lambda self, x: x)
+    assert torch.equal(fast(tokens(*X)), tokens(*X))
+
+
+def test_square_linears_of_another_kind_are_not_in_the_report() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+    assert not lora_fast.accelerate(model(Attention)).mlps
 
 
 def test_hooks_of_the_module_itself_are_called() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fast.benchmarks import readme
+from lora_fast.benchmarks import readme, readme_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,7 +160,7 @@ def test_the_grid_is_there_once_it_was_measured(without_amx: Path, monkeypatch: 
 
 
 def test_the_readme_states_the_figures_of_the_gpu() -> None:
-    status = " ".join(readme.gpu_status().split())
-    step = next(row for row in readme._gpu_results()["rows"] if row["title"].startswith("training step"))["records"]
+    status = " ".join(readme_gpu.gpu_status().split())
+    step = next(row for row in readme_gpu._gpu_results()["rows"] if row["title"].startswith("training step"))["records"]
     ratio = step["lora_fast DoRA"]["median_ms"] / step["frozen linear"]["median_ms"]
     assert f"took {ratio:.2f} times as long as the frozen linear," in status

@@ -21,7 +21,7 @@ from lora_fast.backends import BackendName, ForwardDefault
 from lora_fast.backends.mlp import runs_apart
 from lora_fast.functional import Product, Projection, Recompute
 from lora_fast.nn.classes import forward_obstacle, set_class
-from lora_fast.nn.mlp_structure import Structure, structure_of
+from lora_fast.nn.mlp_structure import Structure, activation_of, structure_of
 from lora_fast.parallel import fsdp2
 
 STATE = "_lora_fast_mlp"  # the attribute that marks a module
@@ -34,6 +34,7 @@ class State:
 
     structure: Structure
     recompute: Recompute
+    attributes: dict[str, Any]  # plain ones of the module when its forward was traced, which may have read them
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
 
 
@@ -62,6 +63,7 @@ class FastMlp(nn.Module):
     """The forward of a gated MLP as one; classes of modules are derived from it and their own."""
 
     module_type: type[nn.Module]
+    traced_forward: Callable[..., Any]  # of module_type, when its class was made
     _lora_fast_mlp: State
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +87,13 @@ def _empty(kind: Any) -> nn.Module:
     return fast.__new__(fast)
 
 
-@functools.cache
 def _derived(kind: Any) -> type[nn.Module]:
-    names = {"module_type": kind, "__module__": kind.__module__}
+    return _derived_of(kind, kind.forward)
+
+
+@functools.cache
+def _derived_of(kind: Any, forward: Any) -> type[nn.Module]:
+    names = {"module_type": kind, "traced_forward": staticmethod(forward), "__module__": kind.__module__}
     made: type[nn.Module] = type(f"Fast{kind.__name__}", (FastMlp, kind), names)
     return made
 
@@ -117,7 +123,7 @@ def take(model: nn.Module, recompute: Recompute) -> Iterator[MlpReport]:
                 set_class(module, original)
                 yield MlpReport(name, before.__name__, False, f"its linears one after the other: {obstacle}")
                 continue
-            vars(module)[STATE] = State(structure, recompute)
+            vars(module)[STATE] = State(structure, recompute, _attributes(module))
             yield _report(name, before, vars(module)[STATE])
 
 
@@ -139,6 +145,13 @@ def _report(name: str, kind: type, state: State) -> MlpReport:
         runs += f" and {structure.dropout}"
     kept = "the products of gate and up are kept" if state.recompute == "outputs" else "x alone is kept"
     return MlpReport(name, kind.__name__, True, f"adapted_mlp of {runs}; {kept}")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, names and flags of the module itself, but for its mode."""
+    plain = (bool, int, float, str, type(None))
+    own = vars(module).items()
+    return {name: value for name, value in own if type(value) in plain and name != "training" and name[0] != "_"}
 
 
 def _key(module: nn.Module) -> Any:
@@ -170,8 +183,10 @@ def _as_one(module: Any, state: State, x: Tensor) -> Tensor | None:
     structure, children = state.structure, module._modules
     if not (module.training or torch.is_grad_enabled()) or runs_apart(x) or x.dim() == 0:
         return None
+    if not _is_as_traced(module, state):
+        return None
     parts = [_part(children[name], x) for name in structure.linears]
-    if any(part is None for part in parts) or not _are_plain(children, structure):
+    if any(part is None for part in parts):
         return None
     present = [part for part in parts if part is not None]
     backends = {part.backend for part in present if part.is_adapted}
@@ -179,11 +194,15 @@ def _as_one(module: Any, state: State, x: Tensor) -> Tensor | None:
         return None
     dropout = None if structure.dropout is None else children[structure.dropout]
     p = dropout.p if dropout is not None and dropout.training else 0.0
+    is_cast = torch.is_autocast_enabled(x.device.type)
     options: dict[str, Any] = {"recompute": state.recompute, "backend": backends.pop()}
     made = [part.make() for part in present]
     projections = [value for value in made if isinstance(value, Projection)]
     if len(projections) == len(made):
         gate, *up, down = projections
+        dtypes = {part.weight.dtype for part in projections}
+        if len(dtypes) > 1 or (x.dtype not in dtypes and not is_cast):
+            return None
         mask = None if p == 0.0 else _drawn(x, down.weight.shape[1], p)
         options |= {"mask": mask, "dropout_p": p}
         return functional.adapted_mlp(x, gate, up[0] if up else None, down, structure.activation, **options)
@@ -224,9 +243,22 @@ def _as_product(part: Projection, backend: BackendName) -> Product:
     return Product(lambda x: F.linear(x, part.weight), part.bias, *factors_and_gain)
 
 
-def _are_plain(children: Any, structure: Structure) -> bool:
-    """Whether nothing was put on the activation and the dropout."""
-    return not any(_has_hooks(children[name]) for name in (structure.act, structure.dropout) if name is not None)
+def _is_as_traced(module: Any, state: State) -> bool:
+    """Whether forward, attributes, activation and dropout are those of the trace, and nothing was put on the two."""
+    structure, children, own = state.structure, module._modules, vars(module)
+    if module.module_type.forward is not module.traced_forward:
+        return False
+    for name, value in state.attributes.items():
+        if name not in own or own[name] != value:
+            return False
+    if structure.act is not None:
+        act = children[structure.act]
+        if _has_hooks(act) or activation_of(act) != structure.activation:
+            return False
+    if structure.dropout is not None:
+        dropout = children[structure.dropout]
+        return type(dropout) is nn.Dropout and not _has_hooks(dropout)
+    return True
 
 
 def _has_hooks(module: Any) -> bool:

@@ -58,17 +58,29 @@ def structure_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> S
 
     ``is_linear`` says which of its children are linears, adapted or not.
     """
-    linears = {name: child for name, child in module.named_children() if is_linear(child)}
-    if not _has_sizes(list(linears.values())):
+    linears: dict[str, Any] = {name: child for name, child in module.named_children() if is_linear(child)}
+    sizes = [(child.out_features, child.in_features) for child in linears.values()]
+    if not _are_of_an_mlp(sizes):
         return None
+    found = [_traced(module, set(linears), training) for training in (True, False)]
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    if reasons:  # three square linears may as well be attention's
+        return None if len(set(sizes)) == 1 else reasons[0]
+    return found[0] if found[0] == found[1] else "its forward is another one in training"
+
+
+def _traced(module: nn.Module, linears: set[str], training: bool) -> Structure | str:
+    """The structure in one mode of ``module`` itself, or why it is none."""
+    before = module.training
     try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # whatever the forward does with what stands for a tensor
-        return f"its forward cannot be traced ({type(error).__name__}: {error})".replace("\n", " ")[:300]
-    try:
-        return _read(module, graph, set(linears))
+        module.training = training
+        return _read(module, _Tracer().trace(module), linears)
     except _OtherFormError as reason:
         return f"its forward is not down(act(gate(x)) * up(x)): {reason}"
+    except Exception as error:  # whatever the forward does with what stands for a tensor
+        return f"its forward cannot be traced ({type(error).__name__}: {error})".replace("\n", " ")[:300]
+    finally:
+        module.training = before
 
 
 def activation_of(module: Any) -> Activation | None:
@@ -79,9 +91,8 @@ def activation_of(module: Any) -> Activation | None:
     return _ACTIVATION_CLASSES.get((kind.__module__, kind.__qualname__))
 
 
-def _has_sizes(linears: list[Any]) -> bool:
+def _are_of_an_mlp(sizes: list[tuple[int, int]]) -> bool:
     """Of gate, up and down, or of one linear for gate and up, and down."""
-    sizes = [(linear.out_features, linear.in_features) for linear in linears]
     if len(sizes) == 3:
         return any(
             gate == up and gate[0] == down[1]
