@@ -154,7 +154,7 @@ def test_the_tables_of_models_fit_a_terminal(capsys: pytest.CaptureFixture[str])
     """Every word and number is whole in 80 columns."""
     record = Record(123.4, 120.0, 130.0, 10, 12 * 2**20)
     case = next(case for case in models.CASES if case.only_linears)
-    names = (compare_models.PEFT, compare_models.ACCELERATED, compare_models.APPLIED)
+    names = (compare_models.PEFT, compare_models.ACCELERATED, compare_models.RECOMPUTED, compare_models.APPLIED)
     row = compare_models.ModelRow(case, {name: compare_models.Way(record, 26.2913, 7e-8, 3e-7, 36) for name in names})
     codes = (digits.FROM_SCRATCH, digits.PEFT, digits.ACCELERATED, digits.OURS)
     scores = [digits.Score(method, code, 0.458, [2.1155]) for method in _METHODS for code in codes]

@@ -16,17 +16,21 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 
 import lora_fast.demo
 from lora_fast import cli
+from lora_fast.backends import mlp
 from lora_fast.demo import compare_models, digits, models
 
 
 @pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.name)
-def test_all_ways_agree(case: models.ModelCase) -> None:
+def test_all_ways_agree(case: models.ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "TOKENS_APART", 0)  # these batches are of few tokens
     missing = [name for name in case.requires if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
     row = compare_models.compare(case, small=True, timed=False)
     ways = row.ways
     names = {compare_models.PEFT, compare_models.ACCELERATED, compare_models.APPLIED}
+    if case.name.startswith(("T0-3B", "Llama", "Qwen3")):
+        names.add(compare_models.RECOMPUTED)
     assert set(ways) == (names if case.only_linears else names - {compare_models.APPLIED})
     assert len({way.layers for way in ways.values()}) == 1
     assert ways[compare_models.PEFT].layers >= 4

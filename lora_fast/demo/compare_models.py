@@ -22,6 +22,7 @@ from lora_fast.benchmarks.runner import Record, measure
 from .models import Batch, ModelCase
 
 PEFT, ACCELERATED, APPLIED = "PEFT", "PEFT + accelerate", "lora_fast.apply"
+RECOMPUTED = 'recompute="all"'  # with accelerate, of models with gated MLPs
 # Relative: of the loss, and of the adapters' gradient taken as one vector. On a bfloat16 base PEFT computes its float32
 # adapters in float32, lora_fast in bfloat16 with float32 accumulation.
 BARS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
@@ -99,6 +100,9 @@ def adapt(case: ModelCase, base: nn.Module) -> dict[str, nn.Module]:
     report = lora_fast.accelerate(models[ACCELERATED])
     if not report.accelerated:
         raise RuntimeError(f"{case.name}: nothing was accelerated:\n{report}")
+    if any(mlp.as_one for mlp in report.mlps):
+        models[RECOMPUTED] = _with_shared_weights(theirs)
+        lora_fast.accelerate(models[RECOMPUTED], recompute="all")
     if case.only_linears:
         models[APPLIED] = _applied(case, base, theirs)
     return models
@@ -177,4 +181,4 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-__all__ = ["ACCELERATED", "APPLIED", "PEFT", "ModelRow", "Way", "adapt", "compare"]
+__all__ = ["ACCELERATED", "APPLIED", "PEFT", "RECOMPUTED", "ModelRow", "Way", "adapt", "compare"]
