@@ -14,8 +14,7 @@ import copy
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +26,12 @@ from lora_fast import backends, calls, functional, ops, reference
 from lora_fast.backends import BackendName, registry
 from lora_fast.backends.plan import Refusal
 from lora_fast.calls import Axis
+from lora_fast.checking import Item, Result as Result, checked, draw, hold, hold_all, same, with_gradients
 from lora_fast.dtypes import FLOATS, UP_TO_FLOAT32, name_of
+from lora_fast.mlp import RECOMPUTE
 from lora_fast.nn import LinearWithDoRA
 from lora_fast.norm_cache import NormCache
-from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, poisoned_memory, scaled_dropout_mask, thread_count
+from lora_fast.testing import EAGER, Case, ErrorBudget, dropout_mask, scaled_dropout_mask, thread_count
 
 FORMS = ("lora", "output", "output-full", "input")  # dora_linear by its axis; "-full": the gradient through the norm
 DTYPES = {"cpu": FLOATS, "cuda": UP_TO_FLOAT32}
@@ -52,30 +53,6 @@ REPEATS = {"cpu": 10, "cuda": 200}
 MOST_DRAWS = 32  # until a result has given numbers enough for the budget
 # dropout_mask of this seed for [8, 8] and p = 0.3, True as 1: the mask is the same on every machine
 MASK_SEED, MASK_BITS = 12345678901234, 0x7DDBBA7BD76B6D73
-
-
-@dataclass
-class Result:
-    """One item; ``errors``: the largest RMS of a draw against float64 in units of eager's, by tensor."""
-
-    name: str
-    backend: BackendName
-    dtype: str
-    size: str
-    seconds: float = 0.0
-    faults: list[str] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.budget = ErrorBudget(torch.float32)  # of the item's dtype while it runs
-        self.threads = 1  # for what is checked
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.backend}, {self.dtype}, {self.size}"
-
-
-Item = Callable[[str, BackendName, Case, Result], None]  # device, backend, case, where the errors and faults go
 
 
 def run(device: str, *, real: bool = True) -> Iterator[Result]:
@@ -115,6 +92,7 @@ def items() -> dict[str, Item]:
         "merge_weight": _merge,
         "grouped_lora_linear": _grouped,
         "grouped_weight_norm": _grouped_norm,
+        "adapted_mlp": _mlp,
     }
 
 
@@ -160,63 +138,14 @@ def result_of(name: str, device: str, backend: BackendName, case: Case, item: It
     return result
 
 
-@contextmanager
-def _checked(result: Result) -> Iterator[None]:
-    """What is checked runs in here; an element that nobody wrote is NaN."""
-    with thread_count(result.threads), poisoned_memory():
-        yield
-
-
-def draw(device: str, case: Case) -> dict[str, Tensor]:
-    """A trained layer's scales: x ~ N(0, 1), W and lora_A ~ N(0, 1/K), lora_B ~ N(0, 1/R)."""
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    (T,), N, K, R = case.leading, case.N, case.K, case.R
-
-    def normal(*shape: int, scale: float = 1.0, to: torch.dtype = case.dtype) -> Tensor:
-        return (torch.randn(shape, device=device, dtype=wide) * scale).to(to)
-
-    return {
-        "x": normal(T, K),
-        "weight": normal(N, K, scale=K**-0.5),
-        "bias": normal(N),
-        "lora_A": normal(R, K, scale=K**-0.5, to=case.adapter_dtype or case.dtype),
-        "lora_B": normal(N, R, scale=R**-0.5, to=case.adapter_dtype or case.dtype),
-        "grad_y": normal(T, N),
-        "base": normal(T, N),
-        "h": normal(T, R),
-        "output": normal(N, to=wide).abs() + 0.5,  # magnitudes, by axis
-        "input": normal(K, to=wide).abs() + 0.5,
-    }
-
-
-def _hold(result: Result, name: str, actual: Tensor, eagers: Sequence[Tensor], truth: Tensor) -> None:
-    """A float64 result is held to a thousand ulp, any other to the budget."""
-    actual, truth = actual.detach(), truth.detach().double()
-    if actual.dtype == torch.float64:
-        error = float((actual - truth).abs().max()) / max(float(truth.abs().max()), 1e-300)
-        if not error <= 1e-12:
-            result.faults.append(f"{name} has a relative error of {error:.3g} in float64")
-    else:
-        eagers = [eager.detach().to(actual.dtype) for eager in eagers]
-        rms = [float((value.double() - truth).square().mean().sqrt()) for value in (actual, *eagers)]
-        error = rms[0] / max(*rms[1:], 1e-300)
-        result.budget.add({name: actual}, [{name: eager} for eager in eagers], {name: truth})
-    result.errors[name] = max(error, result.errors.get(name, 0.0))
-
-
-def _same(result: Result, name: str, once: Tensor, again: Tensor) -> None:
-    if not torch.equal(once, again):
-        result.faults.append(f"{name} differs between two runs, by up to {float((once - again).abs().max()):.3g}")
-
-
 def _norm(device: str, backend: BackendName, case: Case, result: Result, axis: Axis) -> None:
     t = draw(device, case)
     factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
-    with _checked(result):
+    with checked(result):
         once, again = (functional.weight_norm(*factors, axis=axis, backend=backend) for _ in range(2))
     truth, eager = _norms(*factors, axis)
-    _hold(result, "norm", once, [eager], truth)
-    _same(result, "norm", once, again)
+    hold(result, "norm", once, [eager], truth)
+    same(result, "norm", once, again)
 
 
 def _norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -236,12 +165,12 @@ def _quantised_norm(device: str, backend: BackendName, case: Case, result: Resul
     call = calls.QuantisedNorm(codes, scale, levels, dtype, t["lora_A"], t["lora_B"], case.scaling)
     if isinstance(registry.planned(registry.get(backend), "quantised_norm_fwd", call), Refusal):
         return
-    with _checked(result):
+    with checked(result):
         once, again = (ops.quantised_norm(call, backend) for _ in range(2))
     weight = reference.dequantised_weight(codes, scale, levels, dtype).to(case.dtype)
     truth, eager = _norms(weight, t["lora_A"], t["lora_B"], case.scaling, "output")
-    _hold(result, "norm", once, [eager], truth)
-    _same(result, "norm", once, again)
+    hold(result, "norm", once, [eager], truth)
+    same(result, "norm", once, again)
 
 
 def _changes(t: Mapping[str, Tensor]) -> Iterator[str]:
@@ -260,10 +189,10 @@ def _kept_norm(device: str, backend: BackendName, case: Case, result: Result) ->
     t, kept = draw(device, case), NormCache()
     factors = (t["weight"], t["lora_A"], t["lora_B"], case.scaling)
     for name in _changes(t):
-        with _checked(result):
+        with checked(result):
             norm = functional.weight_norm(*factors, kept=kept, backend=backend)
         truth, eager = _norms(*factors, "output")
-        _hold(result, name, norm, [eager], truth)
+        hold(result, name, norm, [eager], truth)
 
 
 @torch.no_grad()
@@ -274,11 +203,11 @@ def _kept_linear(device: str, backend: BackendName, case: Case, result: Result) 
     inputs: tuple[Any, ...] = (*tensors, case.scaling)
     eager = partial(reference.dora_linear, compute_dtype=case.dtype)
     for name in _changes(t):
-        with _checked(result):
+        with checked(result):
             y = functional.dora_linear(*inputs, kept=kept, backend=backend)
         wide: tuple[Any, ...] = (*(tensor.double() for tensor in tensors), case.scaling)
         eagers = [eager(*inputs, dense=formula["dense"]) for formula in EAGER]
-        _hold(result, f"y, {name}", y, eagers, reference.dora_linear(*wide))
+        hold(result, f"y, {name}", y, eagers, reference.dora_linear(*wide))
 
 
 def _linear(device: str, backend: BackendName, case: Case, result: Result, form: str, dropout_p: float = 0.0) -> None:
@@ -298,46 +227,21 @@ def _linear(device: str, backend: BackendName, case: Case, result: Result, form:
         return getattr(module, function)(*factors, *magnitude, case.scaling, **options, **more)
 
     def results(module: Any, wide: bool, **more: Any) -> dict[str, Tensor]:
-        return _with_gradients(lambda tensors: called(module, tensors, **more), leaves, t["grad_y"], wide)
+        return with_gradients(lambda tensors: called(module, tensors, **more), leaves, t["grad_y"], wide)
 
-    with _checked(result):
+    with checked(result):
         once, again = (results(functional, False, dropout_p=dropout_p, seed=seed, backend=backend) for _ in range(2))
     truth = results(reference, True, dropout_mask=mask)
     narrow = {"dropout_mask": None if mask is None else mask.to(case.dtype), "compute_dtype": case.dtype}
     eagers = [results(reference, False, **narrow, **formula) for formula in EAGER]
-    _hold_all(result, once, again, eagers, truth)
-
-
-def _with_gradients(
-    function: Callable[[dict[str, Tensor]], Tensor], leaves: Mapping[str, Tensor], grad_y: Tensor, wide: bool
-) -> dict[str, Tensor]:
-    """{"y": what ``function`` of copies of ``leaves`` gives, name: the gradient of each}; ``wide``: in float64."""
-    tensors = {
-        name: tensor.detach().to(torch.float64 if wide else tensor.dtype, copy=True).requires_grad_()
-        for name, tensor in leaves.items()
-    }
-    y = function(tensors)
-    gradients = torch.autograd.grad(y, list(tensors.values()), grad_y.to(y.dtype))
-    return {"y": y.detach()} | dict(zip(tensors, gradients, strict=True))
-
-
-def _hold_all(
-    result: Result,
-    once: Mapping[str, Tensor],
-    again: Mapping[str, Tensor],
-    eagers: Sequence[Mapping[str, Tensor]],
-    truth: Mapping[str, Tensor],
-) -> None:
-    for name, value in once.items():
-        _hold(result, name, value, [eager[name] for eager in eagers], truth[name])
-        _same(result, name, value, again[name])
+    hold_all(result, once, again, eagers, truth)
 
 
 def _mask(device: str, backend: BackendName, case: Case, result: Result) -> None:
     """A drawn seed's mask is that of every backend, a known seed's that of every machine."""
 
     def kept(seed: Tensor, *shape: int) -> Tensor:
-        with _checked(result):
+        with checked(result):
             return (
                 functional.dropout(torch.ones(shape, device=device, dtype=case.dtype), 0.3, seed, backend=backend) != 0
             )
@@ -359,13 +263,13 @@ def _compose(device: str, backend: BackendName, case: Case, result: Result) -> N
             base, h, lora_B, gain = (tensors[name] for name in ("base", "h", "lora_B", "output"))
             return function(base, h, lora_B, case.scaling, gain, tensors.get("bias"))
 
-        return _with_gradients(called, leaves, t["grad_y"], wide)
+        return with_gradients(called, leaves, t["grad_y"], wide)
 
-    with _checked(result):
+    with checked(result):
         once, again = (results(partial(functional.lora_compose, backend=backend), False) for _ in range(2))
     truth = results(reference.lora_compose, True)
     eager = results(partial(reference.lora_compose, compute_dtype=case.dtype), False)
-    _hold_all(result, once, again, [eager], truth)
+    hold_all(result, once, again, [eager], truth)
 
 
 def draw_stacks(device: str, case: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -375,7 +279,14 @@ def draw_stacks(device: str, case: Case, t: dict[str, Tensor]) -> dict[str, Tens
     return t | stacks | {"adapter": torch.arange(t["x"].shape[0], device=device) % 4 - 1}
 
 
+def _lacks(backend: BackendName, op: str) -> bool:
+    """Whether the backend refuses every call of ``op``."""
+    return isinstance(getattr(registry.get(backend).plan, op), Refusal)
+
+
 def _grouped(device: str, backend: BackendName, case: Case, result: Result) -> None:
+    if _lacks(backend, "grouped_lora_fwd"):
+        return
     t = draw_stacks(device, case, draw(device, case))
     leaves = {name: t[name] for name in ["x", "lora_A", "lora_B", "output"] + ["bias"] * case.bias}
     scaling = torch.tensor([case.scaling, 1.0, -0.5], dtype=t["output"].dtype, device=device)
@@ -385,26 +296,58 @@ def _grouped(device: str, backend: BackendName, case: Case, result: Result) -> N
             x, A, B, gain = (tensors[name] for name in ("x", "lora_A", "lora_B", "output"))
             return function(x, t["weight"], tensors.get("bias"), A, B, scaling, gain, t["adapter"])
 
-        return _with_gradients(called, leaves, t["grad_y"], wide)
+        return with_gradients(called, leaves, t["grad_y"], wide)
 
-    with _checked(result):
+    with checked(result):
         ours = partial(functional.grouped_lora_linear, backend=backend)
         once, again = (results(ours, False, scaling) for _ in range(2))
     truth = results(reference.grouped_lora_linear, True, scaling.tolist())
     plain = partial(reference.grouped_lora_linear, compute_dtype=case.dtype)
-    _hold_all(result, once, again, [results(plain, False, scaling.tolist())], truth)
+    hold_all(result, once, again, [results(plain, False, scaling.tolist())], truth)
 
 
 def _grouped_norm(device: str, backend: BackendName, case: Case, result: Result) -> None:
+    if _lacks(backend, "grouped_weight_norm_fwd"):
+        return
     t = draw_stacks(device, case, draw(device, case))
     W, A, B = t["weight"], t["lora_A"], t["lora_B"]
     scaling = torch.tensor([case.scaling, 1.0, -0.5], dtype=t["output"].dtype, device=device)
-    with _checked(result):
+    with checked(result):
         once, again = (functional.grouped_weight_norm(W, A, B, scaling, backend=backend) for _ in range(2))
     truth = reference.grouped_weight_norm(W.double(), list(A.double()), list(B.double()), scaling.tolist())
     eager = reference.grouped_weight_norm(W, list(A), list(B), scaling.tolist(), compute_dtype=case.dtype)
-    _hold(result, "norm", once, [eager], truth)
-    _same(result, "norm", once, again)
+    hold(result, "norm", once, [eager], truth)
+    same(result, "norm", once, again)
+
+
+def _mlp(device: str, backend: BackendName, case: Case, result: Result) -> None:
+    """Of DoRA linears from K to N features and back, with what backward needs kept and made again."""
+    if _lacks(backend, "adapted_mlp_fwd"):
+        return
+    back = replace(case, N=case.K, K=case.N)
+    drawn = {"gate": draw(device, case), "up": draw(device, case), "down": draw(device, back)}
+    names = {"lora_A": "lora_A", "lora_B": "lora_B", "magnitude": "output"} | ({"bias": "bias"} if case.bias else {})
+    leaves = {f"{part}.{name}": t[key] for part, t in drawn.items() for name, key in names.items()}
+    leaves["x"] = drawn["gate"]["x"]
+
+    def results(function: Callable[..., Tensor], wide: bool, linear: Callable[..., Any]) -> dict[str, Tensor]:
+        def called(tensors: dict[str, Tensor]) -> Tensor:
+            def part_of(part: str) -> Any:
+                trained = {name: tensors[f"{part}.{name}"] for name in names}
+                return linear(weight=drawn[part]["weight"].to(tensors["x"].dtype), scaling=case.scaling, **trained)
+
+            return function(tensors["x"], part_of("gate"), part_of("up"), part_of("down"))
+
+        return with_gradients(called, leaves, drawn["down"]["grad_y"], wide)
+
+    truth = results(reference.adapted_mlp, True, dict)
+    plain = partial(reference.adapted_mlp, compute_dtype=case.dtype)
+    eagers = [results(partial(plain, **formula), False, dict) for formula in EAGER]
+    for recompute in RECOMPUTE:
+        ours = partial(functional.adapted_mlp, recompute=recompute, backend=backend)
+        with checked(result):
+            once, again = (results(ours, False, functional.Projection) for _ in range(2))
+        hold_all(result, once, again, eagers, truth)
 
 
 def _merge(device: str, backend: BackendName, case: Case, result: Result) -> None:
@@ -412,13 +355,13 @@ def _merge(device: str, backend: BackendName, case: Case, result: Result) -> Non
     W, A, B = t["weight"], t["lora_A"], t["lora_B"]
     for axis in ("output", "input"):
         once, again = W.clone(), W.clone()
-        with _checked(result):
+        with checked(result):
             for merged in (once, again):
                 functional.merge_weight(merged, A, B, case.scaling, t[axis], axis=axis, backend=backend)
         truth = reference.merge_weight(W.double(), A.double(), B.double(), case.scaling, t[axis].double(), axis=axis)
         eager = reference.merge_weight(W, A, B, case.scaling, t[axis], axis=axis, compute_dtype=case.dtype)
-        _hold(result, f"merged, axis {axis}", once, [eager], truth)
-        _same(result, f"merged, axis {axis}", once, again)
+        hold(result, f"merged, axis {axis}", once, [eager], truth)
+        same(result, f"merged, axis {axis}", once, again)
 
 
 @torch.no_grad()
@@ -430,7 +373,7 @@ def _few_tokens(device: str, backend: BackendName, case: Case, result: Result) -
     with thread_count(result.threads):
         results = [functional.lora_linear(x, W, bias, A, B, case.scaling, gain, backend=backend) for x in many]
     index, eagers, truth = worst_of(results, many, W, bias, A, B, case.scaling, gain)
-    _hold(result, f"the worst y of {repeats}", results[index], eagers, truth)
+    hold(result, f"the worst y of {repeats}", results[index], eagers, truth)
 
 
 def worst_of(
@@ -473,7 +416,7 @@ def _graph(device: str, backend: BackendName, case: Case, result: Result) -> Non
             x.normal_()
             expected = copy.deepcopy(layer)(x)
         graph.replay()
-        _same(result, f"replay {replay}", y, expected)
+        same(result, f"replay {replay}", y, expected)
     plain = F.linear(x, linear.weight, linear.bias)
     if torch.equal(y, plain):
         result.faults.append("the adapter has no effect")

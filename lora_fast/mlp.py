@@ -89,9 +89,9 @@ def adapted_mlp(
     names = ("gate", "down") if up is None else ("gate", "up", "down")
     _check(x, dict(zip(names, parts, strict=True)), activation, mask, dropout_p, recompute)
     name = resolved(backend)
+    x = cast(x, gate.weight)
     if any(part.dropout_p > 0.0 for part in parts):
         return _one_by_one(x, parts, activation, mask, dropout_p, backend)
-    x = cast(x, gate.weight)
     gains = [_gain(part, backend) for part in parts]
     gains = [None if gain is None else to_gain_dtype(gain, x.dtype).contiguous() for gain in gains]
     biases = [as_bias(part.bias, x.dtype) for part in parts]
@@ -136,7 +136,7 @@ def _one_by_one(
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
     a = activated(gate, activation) * up
     if mask is not None:
-        a = a * mask / (1.0 - dropout_p) if dropout_p < 1.0 else torch.zeros_like(a)
+        a = a * mask / (1.0 - dropout_p) if dropout_p < 1.0 else a * 0.0
     return _linear(a, down, backend)
 
 

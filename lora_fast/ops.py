@@ -402,7 +402,7 @@ def adapted_mlp_bwd(
 
     def gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool], dtype: torch.dtype | None) -> list[Tensor]:
         return [
-            grad_y.new_empty(0, dtype=dtype)
+            grad_y.new_empty(0, dtype=sums)
             if tensor is None
             else tensor.new_empty(tensor.shape if need else 0, dtype=dtype)
             for tensor, need in zip(tensors, needs, strict=True)

@@ -15,7 +15,7 @@ Source: LoRA, arXiv 2106.09685, eq. 3; DoRA, arXiv 2402.09353, eq. 5 and section
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -227,6 +227,51 @@ def grouped_weight_norm(
     """[L, N]: :func:`weight_norm` of each adapter."""
     each = zip(lora_A, lora_B, scaling, strict=True)
     return torch.stack([weight_norm(weight, A, B, s, compute_dtype=compute_dtype) for A, B, s in each])
+
+
+def adapted_mlp(
+    x: Tensor,
+    gate: Mapping[str, Any],
+    up: Mapping[str, Any] | None,
+    down: Mapping[str, Any],
+    activation: str = "silu",
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    dense: bool = True,
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))``; a ``mask``, bool [..., I], times 1 / (1 - dropout_p), scales down's input.
+
+    Each linear has the arguments of :func:`dora_linear` by name; without a magnitude it is :func:`lora_linear`, without
+    lora_A ``F.linear``. With ``up=None`` gate's output has up's behind its own. ``activation`` is
+    "silu", "gelu" or "gelu_tanh".
+    """
+    dtype, linears = x.dtype, [gate, down] if up is None else [gate, up, down]
+    tensors = [value for linear in linears for value in linear.values() if isinstance(value, Tensor)]
+    x = _upcast(compute_dtype, x, *tensors)[0]
+    outputs = [_adapted_linear(x, linear, dense) for linear in linears[:-1]]
+    z_gate, z_up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+    if activation == "silu":
+        a = F.silu(z_gate) * z_up
+    else:
+        a = F.gelu(z_gate, approximate="none" if activation == "gelu" else "tanh") * z_up
+    if mask is not None:
+        a = a * mask / (1.0 - dropout_p) if dropout_p < 1.0 else a * 0.0
+    return _adapted_linear(a, down, dense).to(dtype)
+
+
+def _adapted_linear(x: Tensor, linear: Mapping[str, Any], dense: bool) -> Tensor:
+    """Computed in x's dtype."""
+    given = {name: value for name, value in linear.items() if value is not None}
+    if "lora_A" not in given:
+        weight, bias = _upcast(x.dtype, given["weight"], given.get("bias"))
+        return F.linear(x, weight, bias)
+    options: dict[str, Any] = {"bias": None, "dense": dense, "compute_dtype": x.dtype} | given
+    if "magnitude" in given:
+        return dora_linear(x, **options)
+    options.pop("detach_norm", None)
+    return lora_linear(x, **options)
 
 
 def merge_weight(

@@ -99,14 +99,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+# of the ops of which cuda's plan refuses every call
+WITHOUT_CUDA = ("test_adapted_mlp", "test_grouped", "test_mlp_memory", "test_mlp_products", "test_quantised_norm")
+
+
 def _has_no_meaning(item: pytest.Item) -> bool:
     """A backend refuses the dtypes that it does not compute in, and the interpreter takes only what is quick."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     name, case = parameters.get("backend"), parameters.get("case")
     if name not in backends.NAMES:
         return False
-    if name == "cuda" and item.module.__name__ in ("test_quantised_norm", "test_grouped"):
-        return True  # its plan refuses every call
+    if name == "cuda" and item.module.__name__ in WITHOUT_CUDA:
+        return True
     dtypes = backends.get(name).dtypes
     if case is not None and dtypes is not None and case.dtype not in dtypes:
         return True
@@ -147,11 +151,14 @@ DEVICE = (
 )
 # The tests of the ops; those of the modules, which are written with the ops, stay on the CPU.
 ON_EVERY_DEVICE = (
+    "test_adapted_mlp",
     "test_grouped",
     "test_kept",
     "test_lora_compose",
     "test_lora_linear",
     "test_merge_weight",
+    "test_mlp_memory",
+    "test_mlp_products",
     "test_quantised_norm",
     "test_weight_norm",
 )

@@ -28,7 +28,7 @@ LINEARS = {
 }
 QUANTISED = {"quantised_norm, 4 bits", "quantised_norm, 8 bits"}
 GROUPED = {"grouped_lora_linear", "grouped_weight_norm"}
-NAMES = {*NORMS, *LINEARS, *QUANTISED, *GROUPED} | {
+NAMES = {*NORMS, *LINEARS, *QUANTISED, *GROUPED, "adapted_mlp"} | {
     *("weight_norm, kept", "dora_linear, kept norm", "dropout", "lora_compose", "merge_weight", "few tokens")
 }
 
@@ -106,6 +106,7 @@ class TestFound:
         ("lora_compose_fwd", {"lora_compose"}),
         ("grouped_lora_fwd", {"grouped_lora_linear"}),
         ("grouped_weight_norm_fwd", {"grouped_weight_norm"}),
+        ("adapted_mlp_fwd", {"adapted_mlp"}),
     ])  # fmt: skip
     def test_a_wrong_output(self, monkeypatch: pytest.MonkeyPatch, name: str, items: set[str]) -> None:
         broken(monkeypatch, name, lambda y: y[0, 0].add_(1e-3))
@@ -127,6 +128,12 @@ class TestFound:
     def test_a_wrong_gradient_of_an_adapter(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
         broken(monkeypatch, "grouped_lora_bwd", lambda gradients: gradients[0][1].mul_(1 + 1e-5), place)
         assert faults().keys() == {"grouped_lora_linear"}
+
+    @pytest.mark.parametrize("place", range(5), ids=("x", "lora_A", "lora_B", "gain", "bias"))
+    def test_a_wrong_gradient_of_an_mlp(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+        """Of the list of a parameter's, down's."""
+        broken(monkeypatch, "adapted_mlp_bwd", lambda given: (given if place == 0 else given[-1]).mul_(1 + 1e-5), place)
+        assert faults().keys() == {"adapted_mlp"}
 
     @pytest.mark.parametrize("place", range(5), ids=("base", "h", "lora_B", "gain", "bias"))
     def test_a_wrong_gradient_of_the_composition(self, monkeypatch: pytest.MonkeyPatch, place: int) -> None:

@@ -182,7 +182,7 @@ class _Backward:
             assert call.x is not None
             products = (self.grad_h.T @ call.x).split(self.gated.ranks)
             self.grad_A[:-1] = [
-                product if need else grad
+                product.clone() if need else grad  # what an op gives is no view of another of its results
                 for product, need, grad in zip(products, call.need_A, self.grad_A, strict=False)
             ]
         return (

@@ -95,5 +95,7 @@ def slope_of(z: Tensor, activation: Activation) -> Tensor:
         return (1 - sigmoid).mul_(z).add_(1).mul_(sigmoid)
     scale, near = 2 * math.sqrt(2 / math.pi), z.clamp(-30, 30)
     squares = near.square()
-    sigmoid = torch.sigmoid(near * squares.mul(0.044715).add_(1).mul_(scale))
-    return (1 - sigmoid).mul_(near).mul_(squares.mul_(3 * 0.044715).add_(1).mul_(scale)).add_(1).mul_(sigmoid)
+    argument = near * squares.mul(0.044715).add_(1).mul_(scale)
+    rest = torch.sigmoid(-argument)  # 1 - σ, whose rounding would grow with the factor behind it
+    factor = near.mul_(squares.mul_(3 * 0.044715).add_(1).mul_(scale))
+    return rest.mul_(factor).add_(1).mul_(torch.sigmoid(argument))
