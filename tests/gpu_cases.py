@@ -13,6 +13,7 @@ from launch_sweep import (
     Call,
     make,
     make_compose,
+    make_glu,
     make_grouped_of,
     make_norm,
     make_quantised_norm,
@@ -58,6 +59,15 @@ GROUPED = (
     (Case((2048,), 4096, 1024, 16, bf16), 8),
     (Case((16,), 4096, 4096, 8, bf16), 16),
 )
+# of gated linear units, of which K says nothing; ragged rows among them
+GLU = (
+    Case((8192,), 4096, 1, 16, bf16),
+    Case((512,), 14336, 1, 64, bf16),
+    Case((2048,), 4096, 1, 384, bf16),
+    Case((16,), 4096, 1, 16, bf16),
+    Case((300,), 1001, 1, 48, bf16),
+    Case((256,), 2048, 1, 16, f32),
+)
 AUTOCAST = (Case((512,), 4096, 4096, 16, f32), Case((16,), 4096, 4096, 16, f32))  # to bfloat16
 
 
@@ -78,6 +88,11 @@ def of_case(case: Case) -> Iterator[partial[Any]]:
 def of_grouped(case: Case, adapters: int) -> partial[Any]:
     (T,) = case.leading
     return partial(make_grouped_of, Call(T, case.N, case.K, case.R, case.dtype, case.dtype, case.dtype), adapters)
+
+
+def of_glu(case: Case) -> partial[Any]:
+    (T,) = case.leading
+    return partial(make_glu, Call(T, case.N, case.K, case.R, case.dtype, case.dtype, case.dtype))
 
 
 def of_benchmark() -> Iterator[partial[Any]]:

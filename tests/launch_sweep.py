@@ -208,10 +208,42 @@ def make_grouped_of(call: Call, adapters: int, *, transposed: bool = False, has_
             run("grouped_lora_bwd", calls.GroupedLoraGrad(grad_y, x, weight, *factors, product, h, *needs))
 
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def make_glu(call: Call) -> None:
+    """Of two sides with adapters, gains and biases, of halves of one matrix; of one with, without; and of none."""
+    if call.axis == "input" or call.dropout_p > 0.0:
+        return
+    gain, bias, lora_B = torch.empty(call.N), torch.empty(call.N, dtype=call.x), torch.empty(call.N, call.R)
+    lora_B = lora_B.to(call.adapter)
+    h = torch.empty(call.T, 2 * call.R, dtype=call.x).chunk(2, dim=1)
+    for activation in ACTIVATIONS:
+        make_glu_of(call, activation, h, (lora_B, lora_B), (gain, gain), (bias, bias), all_needed=True)
+        make_glu_of(call, activation, h, (lora_B, lora_B), (None, None), (None, None))
+        make_glu_of(call, activation, (h[0], None), (lora_B, None), (gain, None), (None, bias))
+        make_glu_of(call, activation, (None, None), (None, None), (None, None), (None, None))
+
+
+Sides = tuple[Tensor | None, Tensor | None]
+
+
+def make_glu_of(
+    call: Call, activation: str, h: Sides, lora_B: Sides, gain: Sides, bias: Sides, *, all_needed: bool = False
+) -> None:
+    base = torch.empty(call.T, 2 * call.N, dtype=call.x).chunk(2, dim=1)
+    given = (*base, *h, *lora_B, S, S, *gain, *bias, activation)
+    run("lora_glu_fwd", calls.LoraGlu(*given))
+    grad = torch.empty(call.T, call.N, dtype=call.x)
+    needs = [all_needed, *(all_needed or side is not None for side in (*gain, *bias))]
+    run("lora_glu_bwd", calls.LoraGluGrad(grad, *given, *needs, joined=True))
+
+
 @cache
 def launches(target: Target) -> list[aot.Launch]:
     with aot.recorded(target) as found, skipped_products():
         for call in sweep():
             make(call)
             make_grouped(call)
+            make_glu(call)
     return aot.distinct(found)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
-from launch_sweep import Call, launches, make, make_grouped, run, skipped_products
+from launch_sweep import Call, launches, make, make_glu, make_grouped, run, skipped_products
 
 from lora_fast import calls
 from lora_fast.content_key import KEY_LENGTH
@@ -46,6 +46,8 @@ TILED = {
     "lora_compose_fwd_kernel",
     "lora_compose_fwd_tma_kernel",
     "lora_gain_bwd_kernel",
+    "lora_glu_bwd_kernel",
+    "lora_glu_fwd_kernel",
     "lora_input_grad_kernel",
     "lora_project_kernel",
     "merge_weight_kernel",
@@ -105,6 +107,7 @@ def test_sizes_that_the_sweep_has_not_choose_no_other_tile(target: Target) -> No
             call = Call(T, max(N // rounded, 1) * rounded, max(K // rounded, 1) * rounded, R)
             make(call)
             make_grouped(call)
+            make_glu(call)
     assert tiles(made) - tiles(launches(target)) == set()
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
-from launch_sweep import Call, make, make_grouped, skipped_products, sweep
+from launch_sweep import Call, make, make_glu, make_grouped, skipped_products, sweep
 from torch.nn import Parameter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -77,11 +77,13 @@ def test_equal_keys_are_equal_for_triton_over_the_sweep() -> None:
         for call in draw.sample(list(sweep()), 40):
             make(call)
             make_grouped(call)
+            make_glu(call)
         for _ in range(20):  # odd ones
             T, N, K, R = (draw.randint(1, most) for most in (40, 300, 300, 40))
             call = Call(T, N, K, R, weight_layout=draw.choice(["contiguous", "transposed", "sliced"]))
             make(call)
             make_grouped(call)
+            make_glu(call)
     assert len(known) > 1000
     assert all(key is not None for _, key, _ in known)
     assert one_each(known)
@@ -195,6 +197,7 @@ def test_every_launcher_is_given_the_arguments_in_the_kernels_order() -> None:
             for _ in range(2):
                 make(call)
                 make_grouped(call)
+                make_glu(call)
     assert made.tritons < len(made.given) / 2 > 50
     for given, arguments in zip(made.given, called, strict=True):
         assert all(one is other for one, other in zip(given[9:], arguments, strict=True))

@@ -76,7 +76,7 @@ def grouped_gain_bwd_kernel(
 
 
 @triton.jit
-def _sum_of_blocks(sums_ptr, first, end, offs_n, N, AT_ONCE: tl.constexpr):
+def sum_of_blocks(sums_ptr, first, end, offs_n, N, AT_ONCE: tl.constexpr):
     acc = tl.zeros((AT_ONCE, offs_n.shape[0]), tl.float32)
     for block in range(first, end, AT_ONCE):
         offs_b = block + tl.arange(0, AT_ONCE)
@@ -98,12 +98,12 @@ def grouped_gain_bwd_finish_kernel(
     if NEED_GAIN:  # noqa: SIM102 (known to the compiler)
         if line < L:
             first, end = blocks_of_group(starts_ptr, line + 1, L + 2, rows_per_block, BLOCK_G)
-            sums = _sum_of_blocks(gain_sums_ptr, first, end, offs_n, N, AT_ONCE)
+            sums = sum_of_blocks(gain_sums_ptr, first, end, offs_n, N, AT_ONCE)
             tl.store(grad_gain_ptr + line.to(tl.int64) * N + offs_n, sums, mask=offs_n < N)
     if NEED_BIAS:  # noqa: SIM102
         if line == tl.num_programs(1) - 1:
             first, end = blocks_of_group(starts_ptr, L + 2, L + 2, rows_per_block, BLOCK_G)
-            sums = _sum_of_blocks(bias_sums_ptr, first, end, offs_n, N, AT_ONCE)
+            sums = sum_of_blocks(bias_sums_ptr, first, end, offs_n, N, AT_ONCE)
             tl.store(grad_bias_ptr + offs_n, sums, mask=offs_n < N)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from lora_fast import calls, stacked
 from lora_fast.backends import dora
 from lora_fast.backends.grouped import Gradients as GroupedGradients
+from lora_fast.backends.mlp import MlpGradients, Mlps
 from lora_fast.backends.passes import LINEAR, MATMUL, STACKED, Gradients, results_beside
 from lora_fast.backends.plan import Plan
 from lora_fast.backends.torch.grouped import group_rows as group_rows
-from lora_fast.backends.triton import grouped
+from lora_fast.backends.triton import glu, grouped
 from lora_fast.content_key import host_key
 from lora_fast.triton_kernels import (
     dropout as drop,
@@ -201,6 +202,36 @@ def grouped_weight_norm_fwd(call: calls.GroupedWeightNorm, plan: Plan) -> Tensor
 def grouped_weight_norm_bwd(call: calls.GroupedWeightNormGrad, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
     with _on_device_of(call.weight):
         return grouped.grouped_weight_norm_bwd(call, plan)
+
+
+def lora_glu_fwd(call: calls.LoraGlu, plan: Plan) -> Tensor:
+    with _on_device_of(call.base_gate):
+        return glu.lora_glu_fwd(call, plan)
+
+
+def lora_glu_bwd(call: calls.LoraGluGrad, plan: Plan) -> tuple[Tensor, ...]:
+    with _on_device_of(call.grad):
+        return glu.lora_glu_bwd(call, plan)
+
+
+def _gain_bwd(
+    grad: Tensor, product: Tensor | None, gain: Tensor | None, *, need_scaled: bool, need_gain: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = {"need_v": need_scaled, "need_gain": need_gain, "need_bias": need_bias}
+    return lora_gain_bwd.lora_gain_bwd(grad, product, gain, None, None, 1.0, **needs)[:3]
+
+
+_mlps = Mlps(glu.lora_glu_fwd, glu.lora_glu_bwd, compose.lora_compose_fwd, _gain_bwd)
+
+
+def adapted_mlp_fwd(call: calls.AdaptedMlp, plan: Plan) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    with _on_device_of(call.x):
+        return _mlps.adapted_mlp_fwd(call, plan)
+
+
+def adapted_mlp_bwd(call: calls.AdaptedMlpGrad, plan: Plan) -> MlpGradients:
+    with _on_device_of(call.grad_y):
+        return _mlps.adapted_mlp_bwd(call, plan)
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -60,7 +60,6 @@ _SAME_PASS = Step("lora_gain_bwd", "in that pass, its sums over blocks of column
 lora_compose_fwd = Plan({"y": Step("lora_compose_fwd", _EPILOGUE)})
 dropout = Plan({"y": Step("dropout", "one pass, the mask never in memory")})
 merge_weight = Plan({"weight": Step("merge_weight", _ONE_READ)})
-lora_glu_fwd = lora_glu_bwd = adapted_mlp_fwd = adapted_mlp_bwd = Refusal("it has no kernels for a gated MLP yet")
 
 
 def weight_norm_fwd(call: calls.WeightNorm | calls.DoraLinear) -> Plan:
@@ -195,3 +194,19 @@ def grouped_lora_fwd(call: calls.GroupedLora) -> Plan:
         return _GROUPED_BASE_GIVEN
     (T, K), R = call.x.shape, max(lora_A.shape[-2] for lora_A in call.lora_A)
     return _GROUPED_FEW if call.gain is not None and T <= FEW_TOKENS and 2 * T * R <= K else _GROUPED
+
+
+_GLU = "both updates, gains and biases, the activation and the product of both sides in one pass over the base products"
+_GLU_BWD = "both sides made again from the base products, with both gradients, the output and all sums in one pass"
+lora_glu_fwd = Plan({"output": Step("lora_glu_fwd", _GLU)})
+lora_glu_bwd = Plan({"grad_bases": Step("lora_glu_bwd", _GLU_BWD)})
+_BLOCKS = "cuBLAS's products, for a block of tokens after the other where nothing of them is kept"
+adapted_mlp_fwd = Plan({"base": Step(LINEAR, _BLOCKS), **lora_glu_fwd.steps, **lora_compose_fwd.steps})
+adapted_mlp_bwd = Plan(
+    {
+        "base": Step(MATMUL, _BLOCKS),
+        "grad_v": Step("lora_gain_bwd", "dv of down and the sums of its gain and bias in one pass over dy"),
+        **lora_glu_bwd.steps,
+        "grad_x": Step("lora_compose_fwd", _EPILOGUE),
+    }
+)
