@@ -16,6 +16,7 @@ from lora_fast.functional import Projection
 
 from . import contenders as c, cost
 from .gate import WRONG, error_fault
+from .gpu_record import row
 from .gpu_timing import measure, wall_ms
 from .registry import Bar
 from .runner import Step
@@ -52,8 +53,6 @@ def _linear(x: Tensor, part: Projection) -> Tensor:
 
 def mlp_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
     """Forward and backward. Bars (predicted): no slower than the linears apart, and at most 0.6 of their memory."""
-    from .gpu_rows import row
-
     x, (gate, up, down) = projections(size)
     grad_y = torch.randn(size.T, size.K).to(x.dtype)
 
@@ -70,10 +69,10 @@ def mlp_row(size: cost.Size, budget_s: float) -> dict[str, Any]:
         ALL: partial(functional.adapted_mlp, x, gate, up, down, recompute="all"),
     }
     with torch.no_grad():
-        arguments = [
+        arguments: list[Any] = [
             {name: value for name, value in part._asdict().items() if name in ARGUMENTS} for part in (gate, up, down)
         ]
-        wide = [
+        wide: list[Any] = [
             {name: value.double() if isinstance(value, Tensor) else value for name, value in part.items()}
             for part in arguments
         ]

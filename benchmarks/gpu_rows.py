@@ -15,9 +15,10 @@ import lora_fast
 from lora_fast import backends, calls, check, functional, reference
 from lora_fast.backends import BackendName, registry
 
-from . import contenders as c, cost, layer, norms, peft_model, report
+from . import contenders as c, cost, layer, norms, peft_model
 from .gate import WRONG, error_fault
 from .gpu_mlp import mlp_row
+from .gpu_record import row
 from .gpu_timing import captured, measure, wall_ms
 from .registry import INFERENCE, STEP, Bar, Case
 from .runner import Step
@@ -41,23 +42,6 @@ BARS = {
 # Of a layer's records: the median in units of the first of these contenders that the row has.
 RATIOS = {"frozen_ratio": (c.FROZEN.name,), "peft_lora_ratio": (c.PEFT_LORA.name, c.PEFT_LORA_FP32.name)}
 DROPOUT = 0.05
-
-
-def row(
-    title: str, size: cost.Size, ops: tuple[str, ...], records: dict, bars: list[Bar], left_out: dict[str, str]
-) -> dict[str, Any]:
-    """``ops`` are those of cost.py that the row's subject does."""
-    least = sum((cost.least(op, size) for op in ops), cost.Cost(0))
-    return {
-        "title": title,
-        "ops": " + ".join(ops),
-        "tokens": size.T, "out_features": size.N, "in_features": size.K, "rank": size.R,
-        "least_bytes": least.bytes,
-        "least_flops": least.flops,
-        "records": records,
-        "left_out": left_out,
-        "bars": [report.bar_as_dict(bar) for bar in bars],
-    }  # fmt: skip
 
 
 def names_of_ours() -> list[BackendName]:

@@ -15,6 +15,7 @@ from launch_sweep import (
     make_compose,
     make_glu,
     make_grouped_of,
+    make_mlp,
     make_norm,
     make_quantised_norm,
     run,
@@ -43,6 +44,7 @@ CONFIGURED = (
     Case((2048,), 8192, 1024, 384, bf16),
     Case((2048,), 4096, 4096, 64, bf16),
     Case((512,), 4096, 4096, 16, bf16),
+    Case((512,), 11008, 4096, 16, bf16),
     Case((16,), 4096, 4096, 16, bf16),
     Case((1,), 4096, 4096, 16, bf16),
     Case((256,), 2048, 2048, 16, f32),
@@ -68,6 +70,8 @@ GLU = (
     Case((300,), 1001, 1, 48, bf16),
     Case((256,), 2048, 1, 16, f32),
 )
+# of gated MLPs, from K to N features and back, whose blocks are of 2048 tokens or fewer
+MLPS = (Case((4096,), 4096, 1024, 16, bf16), Case((300,), 1024, 1024, 64, bf16), Case((256,), 2048, 1024, 16, f32))
 AUTOCAST = (Case((512,), 4096, 4096, 16, f32), Case((16,), 4096, 4096, 16, f32))  # to bfloat16
 
 
@@ -95,6 +99,11 @@ def of_glu(case: Case) -> partial[Any]:
     return partial(make_glu, Call(T, case.N, case.K, case.R, case.dtype, case.dtype, case.dtype))
 
 
+def of_mlp(case: Case) -> partial[Any]:
+    (T,) = case.leading
+    return partial(make_mlp, Call(T, case.N, case.K, case.R, case.dtype, case.dtype, case.dtype))
+
+
 def of_benchmark() -> Iterator[partial[Any]]:
     """What the rows of :mod:`lora_fast.benchmarks.gpu` call."""
     for row in gpu_rows.rows(0.0):
@@ -106,6 +115,11 @@ def of_benchmark() -> Iterator[partial[Any]]:
         elif name == "grouped_row":
             size = arguments[0]
             yield of_grouped(Case((size.T,), size.N, size.K, size.R, bf16), size.L)
+        elif name == "mlp_row":
+            size = arguments[0]
+            yield of_mlp(Case((size.T,), size.N, size.K, size.R, bf16))
+            for N, K in ((size.N, size.K), (size.K, size.N)):  # its linears one after the other
+                yield partial(make, Call(size.T, N, K, size.R))
         elif name == "compose_row":
             _, T, N, R, _ = arguments
             yield partial(make_compose, Call(T, N, 1, R))

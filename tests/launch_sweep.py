@@ -239,6 +239,20 @@ def make_glu_of(
     run("lora_glu_bwd", calls.LoraGluGrad(grad, *given, *needs, joined=True))
 
 
+def make_mlp(call: Call) -> None:
+    """DoRA on gate, up and down, with the products kept and made again."""
+    x, y = torch.empty(call.T, call.K, dtype=call.x), torch.empty(call.T, call.K, dtype=call.x)
+    up, down = torch.empty(call.N, call.K, dtype=call.weight), torch.empty(call.K, call.N, dtype=call.weight)
+    A, A_down = (torch.empty(call.R, size, dtype=call.adapter) for size in (call.K, call.N))
+    B, B_down = (torch.empty(size, call.R, dtype=call.adapter) for size in (call.N, call.K))
+    gains = torch.empty(call.N), torch.empty(call.N), torch.empty(call.K)
+    given = (up, up, down), (None,) * 3, (A, A, A_down), (B, B, B_down), (S,) * 3, gains, "silu", None, 0.0
+    _, bases, product, h = run("adapted_mlp_fwd", calls.AdaptedMlp(x, *given, True, True))
+    needs = (True, *((True,) * 3,) * 3, (False,) * 3)
+    for kept in (tuple(bases), ()):
+        run("adapted_mlp_bwd", calls.AdaptedMlpGrad(y, x, *given, kept, product, tuple(h), *needs))
+
+
 @cache
 def launches(target: Target) -> list[aot.Launch]:
     with aot.recorded(target) as found, skipped_products():

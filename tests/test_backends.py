@@ -185,7 +185,7 @@ def test_auto_on_a_gpu(
         for tokens, wanted in ((1, host_bound), (16, host_bound), (17, host_bound), (2048, host_bound), (2049, chosen)):
             for op, call in explain.example_calls(explain.Size(tokens, 4096, 4096, 4, dtype), "base").items():
                 name, _ = registry.plan_of(op, call)
-                has_none = op == "quantised_norm_fwd" or op.startswith("group")
+                has_none = op == "quantised_norm_fwd" or op.startswith(("group", "lora_glu", "adapted_mlp"))
                 other = "torch" if has_none and chosen == "cuda" else chosen
                 if op == "group_rows":  # whose ids have no dtype to be refused
                     other = "triton" if triton else "torch"
@@ -293,7 +293,11 @@ def every_op(backend: str, K: int = 12, axis: str = "output") -> None:
         if axis == "output":
             stacks, scaling, ids = (A[None], B[None]), torch.tensor([0.7]), torch.arange(7) % 2 - 1
             grouped = functional.grouped_lora_linear(x, W, bias, *stacks, scaling, None, ids, backend=name)
-            composed = composed + grouped
+            gate, down = functional.Projection(W, bias, A, B, 0.7), functional.Projection(W.T, None, B.T, A.T, 0.7)
+            composed = composed + grouped + 0.01 * functional.adapted_mlp(x, gate, gate, down, backend=name).sum()
+            first = functional.Product(lambda x: x @ W.T, bias, A, B, 0.7, None)
+            last = functional.Product(lambda x: x @ W, None, B.T, A.T, 0.7, None)
+            composed = composed + 0.01 * functional.mlp_of_products(x, first, first, last, "silu", backend=name).sum()
             norm = norm + functional.grouped_weight_norm(W, *stacks, scaling, backend=name)[0]
         quantised = QuantisedNorm(codes, scale, None, W.dtype, inputs.lora_A, inputs.lora_B, 0.7)
         outputs = (lora, dora, norm, composed, dropped)

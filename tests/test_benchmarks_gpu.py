@@ -21,6 +21,7 @@ from lora_fast.benchmarks import (
     cost,
     gpu,
     gpu_first,
+    gpu_mlp,
     gpu_rows,
     layer,
     peft_model,
@@ -39,11 +40,12 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             step()
         return {name: dict.fromkeys(keys, 1.0) for name in steps}
 
-    monkeypatch.setattr(gpu_rows, "measure", measure)
+    for module in (gpu_rows, gpu_mlp):
+        monkeypatch.setattr(module, "measure", measure)
+        monkeypatch.setattr(module, "wall_ms", lambda step, calls=100: 1.0)
     monkeypatch.setattr(gpu_rows, "captured", lambda step: step)
     monkeypatch.setattr(gpu_rows, "names_of_ours", lambda: ["torch"])
     monkeypatch.setattr(backends.default, "_process_default", "torch")
-    monkeypatch.setattr(gpu_rows, "wall_ms", lambda step, calls=100: 1.0)
     monkeypatch.setattr(peft_model, "WIDTH", 64)
     monkeypatch.setattr(peft_model, "FEED_FORWARD", 96)
 

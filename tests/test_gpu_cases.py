@@ -23,6 +23,7 @@ def test_every_configuration_of_the_benchmark_is_tested(target: Target) -> None:
     calls += [call for case in gpu_cases.AUTOCAST for call in gpu_cases.of_autocast(case)]
     calls += [gpu_cases.of_grouped(*case) for case in gpu_cases.GROUPED]
     calls += [gpu_cases.of_glu(case) for case in gpu_cases.GLU]
+    calls += [gpu_cases.of_mlp(case) for case in gpu_cases.MLPS]
     tested = gpu_cases.configurations(calls, target)
     measured = gpu_cases.configurations(gpu_cases.of_benchmark(), target)
     assert len(measured) > 50

@@ -173,6 +173,7 @@ LAUNCHES = {
     "lora_gain_bwd": {"lora_gain_bwd_kernel", "lora_gain_bwd_finish_kernel"},
     "lora_compose_fwd": {"lora_compose_fwd_kernel", "lora_compose_fwd_tma_kernel"},
     "grouped_gain_bwd": {"grouped_gain_bwd_kernel", "grouped_gain_bwd_finish_kernel"},
+    "lora_glu_bwd": {"lora_glu_bwd_kernel", "lora_glu_bwd_finish_kernel"},
     "grouped_linear_small_fwd": {"grouped_project_kernel", "grouped_linear_small_kernel"},
     "grouped_weight_norm_fwd": {"grouped_weight_norm_kernel", "grouped_weight_norm_finish_kernel"},
     "lora_linear_small_fwd": {"lora_project_kernel", "lora_linear_small_fwd_kernel"},

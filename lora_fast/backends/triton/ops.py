@@ -217,8 +217,9 @@ def lora_glu_bwd(call: calls.LoraGluGrad, plan: Plan) -> tuple[Tensor, ...]:
 def _gain_bwd(
     grad: Tensor, product: Tensor | None, gain: Tensor | None, *, need_scaled: bool, need_gain: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = {"need_v": need_scaled, "need_gain": need_gain, "need_bias": need_bias}
-    return lora_gain_bwd.lora_gain_bwd(grad, product, gain, None, None, 1.0, **needs)[:3]
+    return lora_gain_bwd.lora_gain_bwd(
+        grad, product, gain, None, None, 1.0, need_v=need_scaled, need_gain=need_gain, need_bias=need_bias
+    )[:3]
 
 
 _mlps = Mlps(glu.lora_glu_fwd, glu.lora_glu_bwd, compose.lora_compose_fwd, _gain_bwd)
