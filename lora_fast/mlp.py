@@ -216,6 +216,8 @@ def _glu_of_products(
     if present:
         of_each = iter(_rows(F.linear(x.to(dtype), torch.cat(present))).split([len(A) for A in present], dim=1))
         h = [None if part.lora_A is None else next(of_each) for part in parts]
+    if up is None:
+        h.append(None if h[0] is None else h[0].view_as(h[0]))  # torch.compile takes no tensor twice
 
     def both(values: list[Any], dim: int = 0) -> Any:
         if up is not None:
@@ -224,7 +226,7 @@ def _glu_of_products(
 
     fields: tuple[Any, ...] = (
         *both(bases, 1),
-        *(h if up is not None else h * 2),
+        *h,
         *both([part.lora_B for part in parts]),
         *(float(part.scaling) for part in (gate, up or gate)),
         *both([None if part.gain is None else to_gain_dtype(part.gain, dtype).contiguous() for part in parts]),

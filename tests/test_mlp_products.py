@@ -131,3 +131,24 @@ def test_what_is_kept_for_backward(form: str, backend: str) -> None:
     for recompute, bound in bounds.items():
         assert kept_bytes(mlp, of_products(mlp, backend, recompute=recompute)) <= bound, recompute
     assert kept_bytes(mlp, composed(mlp, backend)) > bounds["outputs"]
+
+
+def test_compiles_without_a_break(backend: str) -> None:
+    mlp = make_mlp(Case((6, 5), 20, 24, 4), "joined")
+    function = of_products(mlp, backend)
+    compiled = torch.compile(lambda **tensors: function(**tensors) * 2, fullgraph=True, backend="aot_eager")
+    ours, expected = results(mlp, compiled), results(mlp, lambda **tensors: function(**tensors) * 2)
+    torch.testing.assert_close(ours, expected)
+
+
+@each_recompute
+def test_twice_backward_is_the_same_to_the_bit(recompute: str, backend: str) -> None:
+    """Nothing that is kept is written."""
+    mlp = make_mlp(Case((40,), 20, 24, 4), "dora-full")
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in mlp.tensors().items()}
+    y = of_products(mlp, backend, recompute=recompute)(**leaves)
+    once = torch.autograd.grad(y, list(leaves.values()), mlp.grad_y, retain_graph=True)
+    with torch.no_grad():
+        y.mul_(0)
+    for one, again in zip(once, torch.autograd.grad(y, list(leaves.values()), mlp.grad_y), strict=True):
+        assert torch.equal(one, again)
