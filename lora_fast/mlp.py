@@ -270,6 +270,8 @@ def _check(x: Any, parts: dict[str, Projection], activation: Any, mask: Any, dro
     checks.check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1]")
+    if mask is None and dropout_p > 0.0:
+        raise ValueError(f"mask: got None, expected a bool tensor [..., I] with dropout_p={dropout_p}")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: got {type(mask).__name__}, expected a bool tensor")
