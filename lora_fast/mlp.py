@@ -102,6 +102,7 @@ def adapted_mlp(
         *(part.lora_B for part in parts),
         *gains,
     )
+    tensors = _each_once(tensors)
     is_recorded = recorded(x, *tensors)
     keep_bases = recompute == "outputs" and wants_grad(x, *tensors)
     keep_product = wants_grad(gains[-1])
@@ -110,6 +111,17 @@ def adapted_mlp(
     inputs = x, scaling, activation, mask, float(dropout_p), keep_bases, keep_product, name, *tensors
     y: Tensor = (apply(AdaptedMlpFunction, *inputs) if is_recorded else ops.adapted_mlp_fwd(*mlp_call(inputs)))[0]
     return y
+
+
+def _each_once(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Where torch.compile traces, which takes no tensor twice in a Function's inputs, others in their place."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
+    return tuple(found)
 
 
 def _gain(part: Projection, backend: BackendName) -> Tensor | None:

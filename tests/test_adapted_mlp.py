@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_fast import functional
 from lora_fast.backends import mlp as blocked
-from lora_fast.functional import draw_seed
+from lora_fast.functional import Projection, draw_seed
 from lora_fast.testing import CASES, EAGER, Case, poisoned_memory
 
 # one ragged, one of whole tiles
@@ -269,6 +269,21 @@ def test_compiles_without_a_break(form: str, recompute: str, backend: str) -> No
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(results(mlp, compiled), results(mlp, function))
+
+
+def test_compiles_where_linears_share_tensors(backend: str) -> None:
+    """Which torch.compile takes once among the inputs of a Function."""
+    mlp = make_mlp(Case((6, 5), 20, 24, 4), "dora")
+    gate, down = (Projection(**mlp.parts(mlp.tensors())[name]) for name in ("gate", "down"))
+    x = mlp.x.clone().requires_grad_()
+
+    def function() -> Tensor:
+        return functional.adapted_mlp(x, gate, gate, down, backend=backend)
+
+    y, compiled = function(), torch.compile(function, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(compiled, y)
+    grad_y = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x, grad_y), torch.autograd.grad(y, x, grad_y))
 
 
 @each_recompute
