@@ -1,7 +1,8 @@
-"""FSDP2 in two processes around gated MLPs that run as one: what they learn is what they do in one process."""
+"""FSDP2 and FSDP1 in two processes around gated MLPs that run as one: they learn what they do in one process."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from parallel_helpers import INNER, WIDTH, assert_equal, fill, in_every_order, move, together, trained, trained_together
+from parallel_helpers import (
+    INNER,
+    WIDTH,
+    assert_equal,
+    fill,
+    in_every_order,
+    move,
+    no_gradients,
+    together,
+    trained,
+    trained_together,
+)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 import lora_fast
 from lora_fast import functional
@@ -106,7 +119,7 @@ def check(way: str, first: str) -> None:
             shard(model)
             if way.startswith("PEFT"):
                 report = lora_fast.accelerate(model, recompute=recompute)
-                assert [line.as_one for line in report.mlps] == [True, True], str(report)
+                assert [line.as_one for line in report.mlps] == [shard is not per_linear] * 2, str(report)
             with mock.patch.object(functional, "adapted_mlp", wraps=functional.adapted_mlp) as function:
                 found = trained_together(model)
             calls = 0 if shard is per_linear else 2 * 3 * (2 if shard is checkpointed else 1)
@@ -120,9 +133,29 @@ def check(way: str, first: str) -> None:
         assert not any("Fast" in type(block).__name__ for block in blocks_of(model))
 
 
+def check_fsdp1(way: str, first: str) -> None:
+    """FSDP1, whose views of frozen weights require gradients: the outputs of three steps and of an evaluation."""
+    alone = trained(adapted(way, recompute=None))
+    wanted = {name: value for name, value in alone.items() if name.startswith(("y ", "evaluation "))}
+    for units in ((), (Gated,)):
+        model = adapted(way, fast=first == "accelerate")
+        wrap = functools.partial(
+            lambda_auto_wrap_policy, lambda_fn=lambda module, units=units: isinstance(module, units)
+        )
+        options = {"auto_wrap_policy": wrap, "use_orig_params": True, "device_id": torch.device("cpu")}
+        model = FullyShardedDataParallel(model, **options)
+        if way.startswith("PEFT"):
+            lora_fast.accelerate(model)
+        with mock.patch.object(functional, "adapted_mlp", wraps=functional.adapted_mlp) as function:
+            found = trained_together(model, gradients=no_gradients)
+        assert function.call_count == 2 * 3, (way, first, units)
+        assert_equal(found, wanted)
+
+
 def checked(ways: tuple[str, ...]) -> None:
     backend.TOKENS_APART = 0  # these batches are of few tokens
     in_every_order(check, ways)
+    in_every_order(check_fsdp1, ways)
 
 
 @pytest.mark.slow

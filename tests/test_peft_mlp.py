@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
 from peft import LoraConfig
+from peft.tuners import lora
 from peft_helpers import EXACT, accelerated, adapted, assert_same, move, results, same_masks, tokens, uses_lora_fast
 from transformers import (
     Gemma2Config,
@@ -287,11 +288,31 @@ def test_hooks_inside_are_called(part: str) -> None:
     fast = accelerated(peft)
     seen: list[str] = []
     handle = fast.base_model.model.get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+    (line,) = lora_fast.accelerate(fast).mlps
+    assert not line.as_one
+    assert "one after the other until this changes" in line.runs
     assert calls(fast, tokens(*X)) == 0
     assert seen
     assert_same(fast, peft, tokens(*X))
     handle.remove()
     assert calls(fast, tokens(*X)) == 1
+    assert lora_fast.accelerate(fast).mlps[0].as_one
+
+
+def test_a_linear_that_runs_pefts_forward_is_called() -> None:
+    """And said, though its class is none of ours."""
+
+    class Own(lora.Linear):
+        pass
+
+    peft = model(use_dora=True)
+    peft.base_model.model.up_proj.__class__ = Own
+    fast = copy.deepcopy(peft)
+    (line,) = lora_fast.accelerate(fast).mlps
+    assert not line.as_one
+    assert "up_proj is" in line.runs
+    assert calls(fast, tokens(*X)) == 0
+    assert_same(fast, peft, tokens(*X))
 
 
 class Flagged(LlamaMLP):

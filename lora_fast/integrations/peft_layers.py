@@ -236,6 +236,10 @@ class OverLinear(FastLayer):
         """Its part in a gated MLP that runs as one (:mod:`lora_fast.nn.mlp`); None where it has to be called itself."""
         return peft_mlp.part(self, x)
 
+    def mlp_obstacle(self) -> str | None:
+        """What keeps :meth:`mlp_part` at None, whatever the call; None if nothing."""
+        return peft_mlp.obstacle(self)
+
     def _is_left_to_peft(self, x: Any) -> bool:
         """For LoRA where the time is the host's: PEFT's forward is PyTorch's operators, and little else.
 

@@ -33,6 +33,18 @@ def part(layer: Any, x: Tensor) -> Part | None:
     return Part(lambda: _made(layer, adapter), is_adapted=True)
 
 
+def obstacle(layer: Any) -> str | None:
+    """What keeps ``layer`` out, whatever the call; what FSDP has not gathered yet does not."""
+    names = [name for name in peft_names.active(layer) if name in peft_names.available(layer)]
+    reasons = [
+        peft_names.layer_obstacle(layer, gathers=True),
+        *(peft_names.adapter_obstacle(layer, name, gathers=True) for name in names),
+        "its own call gathers its weights" if peft_names.gathering(layer, names) else None,
+        "its base layer has to be called" if peft_names.calls_base(layer) else None,
+    ]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def _made(layer: Any, adapter: Adapter) -> Projection | Product:
     _, lora_A, lora_B, scaling, *_, magnitude, _, _ = adapter
     if (base := peft_names.quantised_base(layer)) is not None:

@@ -108,7 +108,7 @@ def take(model: nn.Module, recompute: Recompute) -> Iterator[MlpReport]:
         before: Any = fsdp2.base_class(type(module))
         if issubclass(before, FastMlp):
             vars(module)[STATE].recompute = recompute
-            yield _report(name, before.module_type, vars(module)[STATE])
+            yield _report(name, module, before.module_type)
             continue
         key = _key(module)
         if key not in structures:
@@ -124,7 +124,7 @@ def take(model: nn.Module, recompute: Recompute) -> Iterator[MlpReport]:
                 yield MlpReport(name, before.__name__, False, f"its linears one after the other: {obstacle}")
                 continue
             vars(module)[STATE] = State(structure, recompute, _attributes(module))
-            yield _report(name, before, vars(module)[STATE])
+            yield _report(name, module, before)
 
 
 def take_off(model: nn.Module) -> None:
@@ -138,13 +138,32 @@ def take_off(model: nn.Module) -> None:
             vars(module).pop(STATE, None)
 
 
-def _report(name: str, kind: type, state: State) -> MlpReport:
+def _report(name: str, module: nn.Module, kind: type) -> MlpReport:
+    state: State = vars(module)[STATE]
     structure = state.structure
+    if obstacle := _obstacle(module._modules, structure):
+        text = f"its linears one after the other until this changes: {obstacle}"
+        return MlpReport(name, kind.__name__, False, text)
     runs = f"{', '.join(structure.linears)} with {structure.activation}"
     if structure.dropout is not None:
         runs += f" and {structure.dropout}"
     kept = "the products of gate and up are kept" if state.recompute == "outputs" else "x alone is kept"
     return MlpReport(name, kind.__name__, True, f"adapted_mlp of {runs}; {kept}")
+
+
+def _obstacle(children: Any, structure: Structure) -> str | None:
+    """What of an MLP keeps its linears apart, whatever the call; None if nothing."""
+    for name in (*structure.linears, structure.act, structure.dropout):
+        if name is not None and _has_hooks(children[name]):
+            return f"{name} has hooks or a forward of its own"
+    for name in structure.linears:
+        layer = children[name]
+        if not is_adapted(layer) and type(layer) is not nn.Linear and not bases.is_quantised(layer):
+            return f"{name} is {type(layer).__module__}.{type(layer).__qualname__}, which has to be called"
+        reason = layer.mlp_obstacle() if hasattr(layer, "mlp_obstacle") else None
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -162,8 +181,10 @@ def _key(module: nn.Module) -> Any:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear, adapted or not: what its class says of its part in an MLP, or nn.Linear itself."""
-    return hasattr(type(module), "mlp_part") or type(module) is nn.Linear or bases.is_quantised(module)
+    """Whether it is a linear, adapted or not: nn.Linear itself, a quantised one, ours, or a layer of PEFT's."""
+    is_pefts = any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
+    is_known = is_adapted(module) or type(module) is nn.Linear or bases.is_quantised(module)
+    return is_known or (is_pefts and hasattr(module, "out_features"))
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -219,8 +240,9 @@ def _part(layer: Any, x: Tensor) -> Part | None:
         return part
     if _has_hooks(layer) or (layer._modules and not bases.is_quantised(layer)):
         return None
-    if type(layer) is nn.Linear and type(layer._parameters["weight"]) is nn.Parameter:
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight = layer._parameters.get("weight")
+    if type(layer) is nn.Linear and type(weight) is nn.Parameter:
+        bias = layer._parameters["bias"]
         if weight.requires_grad or weight.dtype != x.dtype or weight.device != x.device:
             return None
         return Part(lambda: Projection(weight, bias), is_adapted=False)
