@@ -456,6 +456,32 @@ def test_samples_with_adapters_of_their_own() -> None:
     torch.testing.assert_close(actual, results(fast, tokens(*X), adapter_names=names), **EXACT)
 
 
+def test_q_k_and_v_keep_their_x_once() -> None:
+    """Linears of their own, whose Functions keep the one tensor that all three were given."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+    fast = accelerated(model(Attention, use_dora=True))
+    x = tokens(*X).requires_grad_()
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == x.shape and torch.equal(tensor, x):
+            kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fast(x)
+    assert len(kept) == 3
+    assert set(kept) == {x.untyped_storage().data_ptr()}
+
+
 def test_compute_in_the_adapters_dtype_runs_the_linears_apart() -> None:
     peft = adapted(MLPS["Llama"](), torch.bfloat16, target_modules="all-linear", use_dora=True)
     x = tokens(*X, dtype=torch.bfloat16)
