@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_fast import checks, ops
 from lora_fast.autograd import AdaptedMlpFunction, LoraGluFunction, apply, mlp_call
 from lora_fast.backends import BackendName, resolved
+from lora_fast.backends.torch.glu import activated
 from lora_fast.calls import Activation, LoraGlu
 from lora_fast.gain import dora_gain, to_gain_dtype
 from lora_fast.linears import dora_linear, dropout, lora_compose, lora_linear, weight_norm
@@ -162,13 +163,6 @@ def _linear(x: Tensor, part: Projection, backend: BackendName) -> Tensor:
     options: dict[str, Any] = {"norm": norm, "detach_norm": detach_norm, "kept": kept, "backend": backend}
     y = dora_linear(dropped, weight, bias, lora_A, lora_B, magnitude, scaling, **options)
     return y if p == 0.0 else y + F.linear(x - dropped, weight)
-
-
-def activated(z: Tensor, activation: Activation) -> Tensor:
-    """act(z) by PyTorch."""
-    if activation == "silu":
-        return F.silu(z)
-    return F.gelu(z, approximate="none" if activation == "gelu" else "tanh")
 
 
 class Product(NamedTuple):
