@@ -77,7 +77,7 @@ def test_a_backward_holds_a_block_of_tokens(recompute: str, form: str, backend: 
     for least in ("BLOCK_ON_GPU", "WIDE_BLOCK"):
         monkeypatch.setattr(blocked, least, blocked.BLOCK)
     monkeypatch.setattr(blocked, "BLOCKS", 16)
-    block = next(blocked.blocks(mlp.x))
+    block = next(blocked.blocks(mlp.x, []))
     assert block.stop == tokens // 16
     narrow = 2 * tokens * (LONG.N + LONG.K + 3 * LONG.R) * element
     bound = 9 * block.stop * WIDER * element + narrow

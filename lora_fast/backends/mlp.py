@@ -42,11 +42,11 @@ def runs_apart(x: Tensor) -> bool:
     return x.numel() <= TOKENS_APART * x.shape[-1]
 
 
-def blocks(x: Tensor) -> Iterator[slice]:
-    """Of the tokens of x [T, features]."""
+def blocks(x: Tensor, weight: Sequence[Tensor]) -> Iterator[slice]:
+    """Of the tokens of x [T, features]; one where products with ``weight`` cast it, which each block would do again."""
     least = BLOCK_ON_GPU if x.is_cuda else BLOCK if x.dtype.itemsize == 2 else WIDE_BLOCK
     tokens = x.shape[0]
-    size = max(-(-tokens // BLOCKS), least)
+    size = max(-(-tokens // BLOCKS), least) if all(each.dtype == x.dtype for each in weight) else max(tokens, 1)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
@@ -81,7 +81,7 @@ class Mlps:
         y = x.new_empty(x.shape[0], call.weight[-1].shape[0])
         product = torch.empty_like(y) if call.keep_product else y.new_empty(0)
         kept = [linear(x, weight, None) for weight in gated.weight] if call.keep_bases else []
-        for some in blocks(x):
+        for some in blocks(x, call.weight):
             bases = [base[some] for base in kept] or [linear(x[some], weight, None) for weight in gated.weight]
             a = self.glu_fwd(gated.glu(bases, None if A is None else h[some]), plan)
             _drop(a, call, some)
@@ -181,7 +181,7 @@ class _Backward:
         beyond_down = call.need_x or any(map(any, needs))
         grad_v, grad_h = self._down(beyond_down)
         if beyond_down or call.need_A[-1]:
-            for some in blocks(call.grad_y):
+            for some in blocks(call.grad_y, call.weight):
                 self._block(some, grad_v, grad_h)
         if any(call.need_A[:-1]):
             assert call.x is not None
