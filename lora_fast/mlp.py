@@ -195,7 +195,18 @@ def mlp_of_products(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
 
+    parts = (gate, down) if up is None else (gate, up, down)
+    read = [tensor for part in parts for tensor in part[1:] if isinstance(tensor, Tensor)]
+    versions: list[tuple[int, ...]] = []
+
     def to_down(x: Tensor) -> tuple[Tensor, Tensor]:
+        if recompute == "all":  # which reads the tensors as they are then, and autograd does not look
+            versions.append(tuple(tensor._version for tensor in read if not tensor.is_inference()))
+            if versions[-1] != versions[0]:
+                raise RuntimeError(
+                    "adapted_mlp: a tensor of an adapter was modified by an inplace operation between forward and "
+                    'backward, which computes with it again (recompute="all")'
+                )
         return _glu_of_products(x, gate, up, down.lora_A, activation, name)
 
     if recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling():

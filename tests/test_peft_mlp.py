@@ -12,97 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
+from mlp_models import FORMS, MLPS, T5_SIZES, Block, Other, X, calls, model
 from peft import LoraConfig
 from peft.tuners import lora
 from peft_helpers import EXACT, accelerated, adapted, assert_same, move, results, same_masks, tokens, uses_lora_fast
-from transformers import (
-    Gemma2Config,
-    GemmaConfig,
-    GlmConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    T5Config,
-)
-from transformers.models.gemma.modeling_gemma import GemmaMLP
-from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
-from transformers.models.glm.modeling_glm import GlmMLP
+from transformers import T5Config
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.mistral.modeling_mistral import MistralMLP
-from transformers.models.phi3.modeling_phi3 import Phi3MLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 import lora_fast
-from lora_fast import functional
 from lora_fast.nn import mlp
 
 __all__ = ["same_masks"]
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 28, "num_attention_heads": 4, "num_key_value_heads": 4}
-T5_SIZES: dict[str, Any] = {"d_model": 16, "d_ff": 28, "feed_forward_proj": "gated-gelu"}
-MLPS: dict[str, Callable[[], nn.Module]] = {
-    "Llama": lambda: LlamaMLP(LlamaConfig(**SIZES)),
-    "Llama with biases": lambda: LlamaMLP(LlamaConfig(**SIZES, mlp_bias=True)),
-    "Mistral": lambda: MistralMLP(MistralConfig(**SIZES)),
-    "Qwen2": lambda: Qwen2MLP(Qwen2Config(**SIZES)),
-    "Qwen3": lambda: Qwen3MLP(Qwen3Config(**SIZES)),
-    "Gemma": lambda: GemmaMLP(GemmaConfig(**SIZES)),
-    "Gemma 2": lambda: Gemma2MLP(Gemma2Config(**SIZES)),
-    "Gemma with the exact GELU": lambda: GemmaMLP(GemmaConfig(**SIZES, hidden_act="gelu")),
-    "Phi-3": lambda: Phi3MLP(Phi3Config(**SIZES, pad_token_id=0)),
-    "GLM": lambda: GlmMLP(GlmConfig(**SIZES)),
-    "T5": lambda: T5DenseGatedActDense(T5Config(**T5_SIZES)),
-}
-FORMS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-X = (3, 20, 16)  # more tokens than those for which the linears run apart
-
-
-class Other(nn.Module):
-    """The same linears in another module, around a block of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w1, self.w2, self.w3 = nn.Linear(16, 28), nn.Linear(28, 16), nn.Linear(16, 28, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Block(nn.Module):
-    """An MLP in a model, checkpointed where that is asked for."""
-
-    use_reentrant: bool | None = None
-
-    def __init__(self, make: Callable[[], nn.Module] = MLPS["Llama"]) -> None:
-        super().__init__()
-        self.first, self.mlp = nn.Linear(16, 16), make()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.first(x))
-        if self.use_reentrant is None:
-            return x + self.mlp(x)
-        return x + checkpoint(self.mlp, x, use_reentrant=self.use_reentrant)
-
-
-def model(make: Callable[[], nn.Module] = MLPS["Llama"], **config: Any) -> Any:
-    return adapted(make(), torch.float64, target_modules="all-linear", **config)
-
-
-def calls(fast: nn.Module, x: Tensor) -> int:
-    """How often one forward runs an MLP as one, or would on the way of products."""
-    with (
-        mock.patch.object(functional, "adapted_mlp", wraps=functional.adapted_mlp) as adapted_mlp,
-        mock.patch.object(functional, "mlp_of_products", wraps=functional.mlp_of_products) as of_products,
-    ):
-        fast(x)
-    return adapted_mlp.call_count + of_products.call_count
 
 
 @FORMS
@@ -204,74 +128,6 @@ def test_few_tokens_and_inference_run_the_linears_apart() -> None:
         assert calls(fast.eval(), tokens(*X)) == 0
 
 
-class Doubled(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Reused(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x)) + gate.mean()
-
-
-class Uneven(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x + 1))
-
-
-class Conditional(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.mean() > 0 else -x)
-
-
-class Training(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2 if self.training else 1)
-
-
-class Relu(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Swapped(Phi3MLP):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        up, gate = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(up * self.activation_fn(gate))
-
-
-class Interleaved(Phi3MLP):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        both = self.gate_up_proj(hidden_states)
-        return self.down_proj(self.activation_fn(both[..., ::2]) * both[..., 1::2])
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (Doubled, "down is"),
-        (Reused, "down is missing"),
-        (Uneven, "gate and up are not of x"),
-        (Conditional, "its forward cannot be traced"),
-        (Training, "down is missing"),
-        (Relu, "one factor of the product has to be an activation"),
-        (Swapped, "gate and up are not the first and the second half"),
-        (Interleaved, ""),
-    ],
-)
-def test_another_forward_is_left_alone(kind: type[nn.Module], reason: str) -> None:
-    config = Phi3Config(**SIZES, pad_token_id=0) if issubclass(kind, Phi3MLP) else LlamaConfig(**SIZES)
-    peft = model(lambda: kind(config), use_dora=True)
-    fast = copy.deepcopy(peft)
-    report = lora_fast.accelerate(fast)
-    (line,) = report.mlps
-    assert not line.as_one
-    assert reason in line.runs
-    assert type(fast.base_model.model) is kind
-    assert_same(fast, peft, tokens(*X))
-
-
 def test_a_forward_on_the_instance_is_left_alone() -> None:
     fast = model(Block, use_dora=True)
     inner = fast.base_model.model.mlp
@@ -313,46 +169,6 @@ def test_a_linear_that_runs_pefts_forward_is_called() -> None:
     assert "up_proj is" in line.runs
     assert calls(fast, tokens(*X)) == 0
     assert_same(fast, peft, tokens(*X))
-
-
-class Flagged(LlamaMLP):
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.negated = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(-x if self.negated else x)
-
-
-def test_what_changes_after_the_trace_runs_the_linears_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another activation, an attribute that forward reads, another forward of the class."""
-    fast = accelerated(model(lambda: Flagged(LlamaConfig(**SIZES)), use_dora=True))
-    inner = fast.base_model.model
-    assert calls(fast, tokens(*X)) == 1
-    before = inner.act_fn
-    inner.act_fn = nn.ReLU()
-    assert calls(fast, tokens(*X)) == 0
-    inner.act_fn = before
-    inner.negated = True
-    assert calls(fast, tokens(*X)) == 0
-    y = fast(tokens(*X))
-    inner.negated = False
-    torch.testing.assert_close(y, fast(-tokens(*X)), **EXACT)
-    assert calls(fast, tokens(*X)) == 1
-    monkeypatch.setattr(Flagged, "forward", lambda self, x: x)
-    assert torch.equal(fast(tokens(*X)), tokens(*X))
-
-
-def test_square_linears_of_another_kind_are_not_in_the_report() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
-
-    assert not lora_fast.accelerate(model(Attention)).mlps
 
 
 def test_hooks_of_the_module_itself_are_called() -> None:

@@ -113,6 +113,19 @@ def test_applied_models(form: Format, options: dict[str, Any]) -> None:
     assert_close(found[1], found[2], rtol=1e-4, atol=1e-4)
 
 
+@formats((BY_NAME["nf4-float32"],))
+@pytest.mark.parametrize("recompute", ["outputs", "all"])
+def test_an_adapter_that_changes_before_backward_is_seen(form: Format, recompute: Any) -> None:
+    """As by autograd where the linears run apart."""
+    model = peft_model(form, False)
+    lora_fast.accelerate(model, recompute=recompute)
+    y = model(tokens(*X, WIDTH, dtype=form.dtype))
+    with torch.no_grad():
+        model.base_model.model.mlp.gate.lora_B["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def kept(model: nn.Module, x: Tensor) -> int:
     """Elements of the activations that one forward keeps for backward, each once."""
     sizes: dict[int, int] = {}

@@ -162,7 +162,9 @@ def restore(model: nn.Module) -> None:
     Raises RuntimeError, before anything is changed, when another library changed a layer's class since.
     """
     accelerated = [(name, layer) for name, layer in model.named_modules() if "_lora_fast" in vars(layer)]
-    if not accelerated:
+    mlp.check_classes(model)
+    if not accelerated:  # as after PEFT has taken its layers off
+        mlp.take_off(model)
         return
 
     from lora_fast.integrations import peft_batches, peft_layers, peft_saving

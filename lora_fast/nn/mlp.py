@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_fast import bases, functional
 from lora_fast.backends import BackendName, ForwardDefault
@@ -34,7 +35,6 @@ class State:
 
     structure: Structure
     recompute: Recompute
-    attributes: dict[str, Any]  # plain ones of the module when its forward was traced, which may have read them
     forward_default: ForwardDefault = field(default_factory=ForwardDefault)
 
 
@@ -63,13 +63,18 @@ class FastMlp(nn.Module):
     """The forward of a gated MLP as one; classes of modules are derived from it and their own."""
 
     module_type: type[nn.Module]
-    traced_forward: Callable[..., Any]  # of module_type, when its class was made
+    read_forward: Callable[..., Any]  # module_type's, when this class was made
     _lora_fast_mlp: State
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = _only_input(self, args, kwargs)
+        state = vars(self).get(STATE)
+        if (
+            state is None
+        ):  # of another module of the class, or called by what was kept of a module that has its own again
+            kind = type(self)
+            return (self.module_type if isinstance(self, FastMlp) else kind).forward(self, *args, **kwargs)
+        x = _only_input(state.structure, args, kwargs)
         if isinstance(x, Tensor):
-            state = self._lora_fast_mlp
             with state.forward_default.in_force():
                 y = _as_one(self, state, x)
             if y is not None:
@@ -77,14 +82,18 @@ class FastMlp(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class that was made here has no name to be found by: copies and pickles make it again."""
-        made = super().__reduce_ex__(protocol)
-        return _empty, (self.module_type,), *made[2:]
+        """A class that was made here has no name to be found by: copies and pickles make it anew, if they need it."""
+        made: Any = super().__reduce_ex__(protocol)
+        if any(map(is_adapted, self.children())):
+            return _empty, (self.module_type, True), *made[2:]
+        state = {name: value for name, value in made[2].items() if name != STATE}
+        return _empty, (self.module_type, False), state, *made[3:]
 
 
-def _empty(kind: Any) -> nn.Module:
-    fast = _derived(kind)
-    return fast.__new__(fast)
+def _empty(kind: Any, is_fast: bool) -> nn.Module:
+    kind = _derived(kind) if is_fast else kind
+    module: nn.Module = kind.__new__(kind)
+    return module
 
 
 def _derived(kind: Any) -> type[nn.Module]:
@@ -92,50 +101,73 @@ def _derived(kind: Any) -> type[nn.Module]:
 
 
 @functools.cache
-def _derived_of(kind: Any, forward: Any) -> type[nn.Module]:
-    names = {"module_type": kind, "traced_forward": staticmethod(forward), "__module__": kind.__module__}
-    made: type[nn.Module] = type(f"Fast{kind.__name__}", (FastMlp, kind), names)
+def _derived_of(kind: Any, read_forward: Any) -> type[nn.Module]:
+    @functools.wraps(read_forward)  # whose signature torch.export asks for
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FastMlp.forward(self, *args, **kwargs)
+
+    names = {"module_type": kind, "read_forward": staticmethod(read_forward), "forward": forward}
+    made: type[nn.Module] = type(f"Fast{kind.__name__}", (FastMlp, kind), names | {"__module__": kind.__module__})
     return made
+
+
+def original_class(module: nn.Module) -> Any:
+    """What the class of a fast module was before; None for another module. RuntimeError where it was changed since."""
+    kind: Any = type(module)
+    before = fsdp2.base_class(kind)
+    if not issubclass(before, FastMlp):
+        return None
+    if FastMlp not in before.__bases__:
+        raise RuntimeError(
+            f"restore: the class of an MLP is {kind.__module__}.{kind.__qualname__}; another library changed it after "
+            "lora_fast. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return before.module_type if before is kind else fsdp2.derive(kind, before.module_type)
 
 
 def take(model: nn.Module, recompute: Recompute) -> Iterator[MlpReport]:
     """Let the gated MLPs of ``model`` that have an adapted linear run as one, and say what is done with each."""
-    structures: dict[Any, Structure | str | None] = {}
     for name, module in model.named_modules():
         linears = [child for child in module.children() if is_linear(child)]
         if len(linears) not in (2, 3) or not any(map(is_adapted, linears)):
             continue
-        before: Any = fsdp2.base_class(type(module))
-        if issubclass(before, FastMlp):
-            vars(module)[STATE].recompute = recompute
-            yield _report(name, module, before.module_type)
+        take_off_one(module)
+        original = type(module)
+        before: Any = fsdp2.base_class(original)
+        structure = structure_of(module, is_linear)
+        if structure is None:
             continue
-        key = _key(module)
-        if key not in structures:
-            structures[key] = structure_of(module, is_linear)
-        structure = structures[key]
         if isinstance(structure, str):
             yield MlpReport(name, before.__name__, False, f"its linears one after the other: {structure}")
-        elif structure is not None:
-            original, fast = type(module), _derived(before)
-            set_class(module, fast if original is before else fsdp2.derive(original, fast))
-            if obstacle := forward_obstacle(module):
-                set_class(module, original)
-                yield MlpReport(name, before.__name__, False, f"its linears one after the other: {obstacle}")
-                continue
-            vars(module)[STATE] = State(structure, recompute, _attributes(module))
-            yield _report(name, module, before)
+            continue
+        fast = _derived(before)
+        set_class(module, fast if original is before else fsdp2.derive(original, fast))
+        if obstacle := forward_obstacle(module):
+            set_class(module, original)
+            yield MlpReport(name, before.__name__, False, f"its linears one after the other: {obstacle}")
+            continue
+        vars(module)[STATE] = State(structure, recompute)
+        yield _report(name, module, before)
 
 
 def take_off(model: nn.Module) -> None:
     """Undo :func:`take`."""
+    check_classes(model)
     for module in model.modules():
-        kind = type(module)
-        before = fsdp2.base_class(kind)
-        if issubclass(before, FastMlp):
-            original = before.module_type
-            set_class(module, original if before is kind else fsdp2.derive(kind, original))
-            vars(module).pop(STATE, None)
+        take_off_one(module)
+
+
+def check_classes(model: nn.Module) -> None:
+    """RuntimeError where another library changed the class of an MLP since."""
+    for module in model.modules():
+        original_class(module)
+
+
+def take_off_one(module: nn.Module) -> None:
+    original = original_class(module)
+    if original is not None:
+        set_class(module, original)
+        vars(module).pop(STATE, None)
 
 
 def _report(name: str, module: nn.Module, kind: type) -> MlpReport:
@@ -166,20 +198,6 @@ def _obstacle(children: Any, structure: Structure) -> str | None:
     return None
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers, names and flags of the module itself, but for its mode."""
-    plain = (bool, int, float, str, type(None))
-    own = vars(module).items()
-    return {name: value for name, value in own if type(value) in plain and name != "training" and name[0] != "_"}
-
-
-def _key(module: nn.Module) -> Any:
-    """The same for modules of one class that differ in their parameters alone."""
-    children = tuple((name, type(child)) for name, child in module.named_children())
-    others = frozenset((name, id(value)) for name, value in vars(module).items() if not name.startswith("_"))
-    return type(module), children, others
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear, adapted or not: nn.Linear itself, a quantised one, ours, or a layer of PEFT's."""
     is_pefts = any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
@@ -191,20 +209,22 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(type(module), "mlp_part")
 
 
-def _only_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _only_input(structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) == 1 and not kwargs:
         return args[0]
     if not args and len(kwargs) == 1:
-        return kwargs.get(module._lora_fast_mlp.structure.argument)
+        return kwargs.get(structure.argument)
     return None
 
 
 def _as_one(module: Any, state: State, x: Tensor) -> Tensor | None:
     """The result; None where the linears have to be called."""
     structure, children = state.structure, module._modules
-    if not (module.training or torch.is_grad_enabled()) or runs_apart(x) or x.dim() == 0:
+    if not (module.training or torch.is_grad_enabled()) or x.dim() == 0 or runs_apart(x):
         return None
-    if not _is_as_traced(module, state):
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():  # torch.jit's, which takes no such op
+        return None
+    if not _is_as_read(module, structure) or _has_any_global_hook():
         return None
     parts = [_part(children[name], x) for name in structure.linears]
     if any(part is None for part in parts):
@@ -222,12 +242,12 @@ def _as_one(module: Any, state: State, x: Tensor) -> Tensor | None:
     if len(projections) == len(made):
         gate, *up, down = projections
         dtypes = {part.weight.dtype for part in projections}
-        if len(dtypes) > 1 or (x.dtype not in dtypes and not is_cast):
+        if len(dtypes) > 1 or (x.dtype not in dtypes and not is_cast) or gate.weight.shape[1] != x.shape[-1]:
             return None
         mask = None if p == 0.0 else _drawn(x, down.weight.shape[1], p)
         options |= {"mask": mask, "dropout_p": p}
         return functional.adapted_mlp(x, gate, up[0] if up else None, down, structure.activation, **options)
-    if p > 0.0:
+    if p > 0.0 or structure.casts:
         return None
     products = [value if isinstance(value, Product) else _as_product(value, options["backend"]) for value in made]
     first, *second, last = products
@@ -265,20 +285,19 @@ def _as_product(part: Projection, backend: BackendName) -> Product:
     return Product(lambda x: F.linear(x, part.weight), part.bias, *factors_and_gain)
 
 
-def _is_as_traced(module: Any, state: State) -> bool:
-    """Whether forward, attributes, activation and dropout are those of the trace, and nothing was put on the two."""
-    structure, children, own = state.structure, module._modules, vars(module)
-    if module.module_type.forward is not module.traced_forward:
+def _is_as_read(module: Any, structure: Structure) -> bool:
+    """Whether forward, activation and dropout are those that were read, and nothing was put on the two."""
+    children = module._modules
+    if module.module_type.forward is not module.read_forward:
         return False
-    for name, value in state.attributes.items():
-        if name not in own or own[name] != value:
-            return False
+    if any(children.get(name) is None for name in structure.linears):
+        return False
     if structure.act is not None:
-        act = children[structure.act]
-        if _has_hooks(act) or activation_of(act) != structure.activation:
+        act = children.get(structure.act)
+        if act is None or _has_hooks(act) or activation_of(act) != structure.activation:
             return False
     if structure.dropout is not None:
-        dropout = children[structure.dropout]
+        dropout = children.get(structure.dropout)
         return type(dropout) is nn.Dropout and not _has_hooks(dropout)
     return True
 

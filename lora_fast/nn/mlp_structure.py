@@ -1,18 +1,25 @@
-"""Whether a module is a gated MLP, down(act(gate(x)) * up(x)), told from what its forward does with its children.
+"""Whether a module is a gated MLP, down(act(gate(x)) * up(x)), told from the source of its forward.
 
-The forward of its class is traced by torch.fx, whose graph must be of exactly that form: three linears, or two of which
-the first makes gate and up, one activation, one product, and between them and down at most a dropout.
+The forward of its class is read, not run. It has to be made of assignments, calls of children, one activation and one
+product, and nothing else: three linears, or two of which the first makes gate and up, and between them and down at most
+a dropout. What is read is sure to be what runs: compiled, it gives the very code of the function.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
+import inspect
 import operator
+import types
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from lora_fast.calls import Activation
 
@@ -25,7 +32,7 @@ _ACTIVATION_CLASSES: dict[tuple[str, str], Activation] = {
     ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",
     ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
 }
-_PRODUCTS = (operator.mul, torch.mul)
+_GELUS: dict[Any, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 class Structure(NamedTuple):
@@ -38,23 +45,29 @@ class Structure(NamedTuple):
     dropout: str | None
     activation: Activation
     argument: str  # the name of forward's x
+    casts: bool  # to the dtype of down's weight, where that is another
 
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+class OtherFormError(Exception):
+    """Why a forward is no gated MLP's."""
 
 
-class _OtherFormError(Exception):
-    pass
+@dataclass(eq=False)
+class _Value:
+    """What a forward computes: "x"; "child" or "function", by name, of one other; the "product" of two; the "chunk" of
+    one into two halves of its features, and a "half" of that."""
+
+    kind: str
+    of: tuple[_Value, ...] = ()
+    name: Any = None
 
 
 def structure_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> Structure | str | None:
-    """The structure of ``module``; why it is none, where its linears have the sizes of one; else None.
+    """The structure of ``module``; why it is none, where it looks like one; else None.
 
     ``is_linear`` says which of its children are linears, adapted or not.
     """
@@ -62,32 +75,21 @@ def structure_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> S
     sizes = [(child.out_features, child.in_features) for child in linears.values()]
     if not _are_of_an_mlp(sizes):
         return None
-    found = [_traced(module, set(linears), training) for training in (True, False)]
-    reasons = [reason for reason in found if isinstance(reason, str)]
-    if reasons:  # three square linears may as well be attention's
-        return None if len(set(sizes)) == 1 else reasons[0]
-    return found[0] if found[0] == found[1] else "its forward is another one in training"
-
-
-def _traced(module: nn.Module, linears: set[str], training: bool) -> Structure | str:
-    """The structure in one mode of ``module`` itself, or why it is none."""
-    before = module.training
     try:
-        module.training = training
-        return _read(module, _Tracer().trace(module), linears)
-    except _OtherFormError as reason:
-        return f"its forward is not down(act(gate(x)) * up(x)): {reason}"
-    except Exception as error:  # whatever the forward does with what stands for a tensor
-        return f"its forward cannot be traced ({type(error).__name__}: {error})".replace("\n", " ")[:300]
-    finally:
-        module.training = before
+        _check_class(type(module))
+        return _matched(module, set(linears), _reading_of(type(module).forward))
+    except OtherFormError as reason:
+        # two linears of such sizes, or three square ones, may as well be attention's
+        is_clear = len(sizes) == 3 and len(set(sizes)) == 2
+        has_act = any(activation_of(child) is not None for child in module.children())
+        return f"its forward is not down(act(gate(x)) * up(x)): {reason}" if is_clear or has_act else None
 
 
 def activation_of(module: Any) -> Activation | None:
     """What an activation's module computes; None where that is another function."""
     kind = type(module)
     if kind is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
+        return _GELUS.get(module.approximate)
     return _ACTIVATION_CLASSES.get((kind.__module__, kind.__qualname__))
 
 
@@ -101,97 +103,278 @@ def _are_of_an_mlp(sizes: list[tuple[int, int]]) -> bool:
     return len(sizes) == 2 and (sizes[0][0] == 2 * sizes[1][1] or sizes[1][0] == 2 * sizes[0][1])
 
 
-def _read(module: nn.Module, graph: fx.Graph, linears: set[str]) -> Structure:
-    *inputs, output = (node for node in graph.nodes if node.op in ("placeholder", "output"))
-    used = [node for node in inputs if node.users]
-    if len(used) != 1 or used[0] is not inputs[0] or any(node.args == () for node in inputs[1:]):
-        raise _OtherFormError("it has other arguments than x")
-    x, seen = used[0], []
+def _check_class(kind: Any) -> None:
+    """Whether ``self.child(x)`` calls the child, and whether a class may be derived from this one and copied."""
+    own = ("__getattr__", "__getattribute__", "__call__", "_call_impl", "__reduce__", "__reduce_ex__")
+    for name in own:
+        if getattr(kind, name) is not getattr(nn.Module, name):
+            raise OtherFormError(f"its class has {name} of its own")
+    if type(kind) is not type or any("__init_subclass__" in vars(each) for each in kind.__mro__[:-1]):
+        raise OtherFormError("its class has a metaclass or an __init_subclass__")
 
-    def only(node: Any, op: str, what: str, users: int = 1) -> Any:
-        if not isinstance(node, fx.Node) or node.op != op:
-            raise _OtherFormError(f"{what} is missing")
-        if len(node.users) != users:
-            raise _OtherFormError(f"{what} is used elsewhere too")
-        seen.append(node)
-        return node
 
-    def linear(node: Any, what: str, users: int = 1) -> Any:
-        only(node, "call_module", what, users)
-        if node.target not in linears or len(node.args) != 1 or node.kwargs:
-            raise _OtherFormError(f"{what} is {node.target}, no call of a linear with one argument")
-        return node
+class _Reading(NamedTuple):
+    """A forward, whichever module's: what it returns, the name of its argument, and which child's dtype it casts to."""
 
-    down = linear(output.args[0], "down")
-    before, dropout = down.args[0], None
-    if isinstance(before, fx.Node) and before.op == "call_module":
-        dropout = only(before, "call_module", "the dropout")
-        if type(module.get_submodule(dropout.target)) is not nn.Dropout:
-            raise _OtherFormError(f"{dropout.target} stands before {down.target}")
-        before = dropout.args[0]
-    product = only(before, "call_function", "the product")
-    if product.target not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
-        raise _OtherFormError(f"{product.target} is not the product of two")
-    acts = [
-        (value, other) for value, other in (product.args, product.args[::-1]) if _is_activation(module, value, linears)
+    returned: _Value
+    argument: str
+    casts_to: str | None
+
+
+_readings: weakref.WeakKeyDictionary[Any, _Reading | str] = weakref.WeakKeyDictionary()
+
+
+def _reading_of(forward: Any) -> _Reading:
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        raise OtherFormError("it is no plain function")
+    found = _readings.get(forward)
+    if found is None:
+        try:
+            found = _Reader(forward).read()
+        except OtherFormError as reason:
+            found = str(reason)
+        _readings[forward] = found
+    if isinstance(found, str):
+        raise OtherFormError(found)
+    return found
+
+
+def _definition_of(forward: types.FunctionType) -> ast.FunctionDef:
+    """Its syntax, if that is what ``forward`` was compiled from."""
+    try:
+        source = inspect.getsource(forward)
+        tree = ast.parse(f"class _:\n{source}" if source[:1].isspace() else source)
+    except (OSError, TypeError, SyntaxError):
+        raise OtherFormError("its source cannot be read") from None
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    # Python compiles a call of what a module imports to other code than a call of what it assigns
+    modules = [
+        name for name in forward.__code__.co_names if isinstance(forward.__globals__.get(name), types.ModuleType)
     ]
+    imports = ast.parse("".join(f"import {name}\n" for name in modules)).body
+    codes = [_functions_in(compile(ast.Module([*before, *tree.body], []), "_", "exec")) for before in (imports, [])]
+    is_same = any(len(code) == 1 and _is_same(code[0], forward.__code__) for code in codes)
+    if len(found) != 1 or found[0].decorator_list or not is_same:
+        raise OtherFormError("its source is not that of a plain function")
+    return found[0]
+
+
+def _functions_in(code: types.CodeType) -> list[types.CodeType]:
+    """Of a module, or of a class in it whose name is one underscore."""
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return [found for each in inner for found in (_functions_in(each) if each.co_name == "_" else [each])]
+
+
+def _is_same(one: types.CodeType, other: types.CodeType) -> bool:
+    names = ("co_code", "co_names", "co_varnames", "co_consts", "co_argcount", "co_kwonlyargcount", "co_freevars")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+class _Reader:
+    """The values of one forward by the names of its variables."""
+
+    def __init__(self, forward: types.FunctionType) -> None:
+        self.globals = forward.__globals__
+        self.definition = _definition_of(forward)
+        arguments = self.definition.args
+        names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+        others = arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.defaults
+        if len(names) != 2 or others:
+            raise OtherFormError("it has other arguments than x")
+        self.itself, self.argument = names
+        self.values = {self.argument: _Value("x")}
+        self.made: list[_Value] = []
+        self.casts_to: str | None = None
+
+    def read(self) -> _Reading:
+        *body, last = self.definition.body
+        for statement in body:
+            self._statement(statement)
+        if not isinstance(last, ast.Return) or last.value is None:
+            raise OtherFormError("it does not end by returning a value")
+        returned = self._value(last.value)
+        reached, waiting = set[_Value](), [returned]
+        while waiting:
+            value = waiting.pop()
+            if value not in reached:
+                reached.add(value)
+                waiting.extend(value.of)
+        if not reached.issuperset(self.made):
+            raise OtherFormError("it computes something that it does not return")
+        return _Reading(returned, self.argument, self.casts_to)
+
+    def _statement(self, statement: ast.stmt) -> None:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            return  # a docstring
+        if isinstance(statement, ast.If):
+            self._cast(statement)
+            return
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            raise OtherFormError(f"{ast.unparse(statement)!r:.60} is no assignment")
+        (target,), value = statement.targets, self._value(statement.value)
+        if isinstance(target, ast.Name):
+            self.values[target.id] = value
+        elif isinstance(target, ast.Tuple) and len(target.elts) == 2 and value.kind == "chunk":
+            for index, name in enumerate(target.elts):
+                if not isinstance(name, ast.Name):
+                    raise OtherFormError(f"it assigns to {ast.unparse(name)}")
+                self.values[name.id] = self._made("half", (value,), index)
+        else:
+            raise OtherFormError(f"it assigns to {ast.unparse(target)}")
+
+    def _made(self, kind: str, of: tuple[_Value, ...], name: Any = None) -> _Value:
+        value = _Value(kind, of, name)
+        self.made.append(value)
+        return value
+
+    def _value(self, node: ast.expr) -> _Value:
+        if isinstance(node, ast.Name) and node.id in self.values:
+            return self.values[node.id]
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._made("product", (self._value(node.left), self._value(node.right)))
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            value = self._value(node.value)
+            if value.kind == "chunk" and node.slice.value in (0, 1):
+                return self._made("half", (value,), node.slice.value)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        raise OtherFormError(f"{ast.unparse(node)!r:.60} is no part of one")
+
+    def _call(self, node: ast.Call) -> _Value:
+        function = node.func
+        if isinstance(function, ast.Attribute) and self._is_itself(function.value):
+            if len(node.args) != 1 or node.keywords:
+                raise OtherFormError(f"{ast.unparse(node)!r:.60} has other arguments than one")
+            return self._made("child", (self._value(node.args[0]),), function.attr)
+        if isinstance(function, ast.Attribute) and function.attr == "chunk" and self._is_value(function.value):
+            return self._chunk(function.value, node.args, node.keywords)
+        known, (first, *others) = self._global(function), node.args or [ast.Constant(None)]
+        if known is torch.chunk:
+            return self._chunk(first, others, node.keywords)
+        if known is torch.mul and len(others) == 1 and not node.keywords:
+            return self._made("product", (self._value(first), self._value(others[0])))
+        options = {keyword.arg: _constant(keyword.value) for keyword in node.keywords}
+        if known is F.silu and not others and not options:
+            return self._made("function", (self._value(first),), "silu")
+        if known is F.gelu and not others and options.keys() <= {"approximate"}:
+            activation = _GELUS.get(options.get("approximate", "none"))
+            if activation is not None:
+                return self._made("function", (self._value(first),), activation)
+        raise OtherFormError(f"{ast.unparse(node)!r:.60} is no call of a child, an activation or chunk")
+
+    def _chunk(self, value: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> _Value:
+        """``value`` in two halves of its features."""
+        given = dict(zip(("chunks", "dim"), map(_constant, args), strict=False))
+        given |= {keyword.arg: _constant(keyword.value) for keyword in keywords if keyword.arg is not None}
+        if len(args) + len(keywords) != 2 or given != {"chunks": 2, "dim": -1}:
+            raise OtherFormError(f"{given} is not a chunk into two halves of the features")
+        return self._made("chunk", (self._value(value),))
+
+    def _cast(self, statement: ast.If) -> None:
+        """``if …: y = y.to(self.child.weight.dtype)``, as T5 has it: no change where the dtypes are the same."""
+        body = statement.body
+        if (
+            len(body) == 1
+            and not statement.orelse
+            and isinstance(body[0], ast.Assign)
+            and self._is_free(statement.test)
+        ):
+            text = ast.unparse(body[0]).replace(" ", "")
+            name = text.partition("=")[0]
+            child = text.removeprefix(f"{name}={name}.to({self.itself}.").removesuffix(".weight.dtype)")
+            if name in self.values and child.isidentifier() and self.casts_to in (None, child):
+                self.casts_to = child
+                return
+        raise OtherFormError(f"it depends on {ast.unparse(statement.test)!r:.60}")
+
+    def _is_free(self, test: ast.expr) -> bool:
+        """Whether the condition only looks: attributes, comparisons and isinstance."""
+        looks = (
+            ast.BoolOp,
+            ast.boolop,
+            ast.Compare,
+            ast.cmpop,
+            ast.UnaryOp,
+            ast.Not,
+            ast.Attribute,
+            ast.Name,
+            ast.Load,
+        )
+        for node in ast.walk(test):
+            if isinstance(node, ast.Call):
+                if node.keywords or self._global(node.func) is not isinstance:
+                    return False
+            elif not isinstance(node, looks):
+                return False
+        return True
+
+    def _is_itself(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.itself and self.itself not in self.values
+
+    def _is_value(self, node: ast.expr) -> bool:
+        """Whether it is no module or function that the name stands for."""
+        return not isinstance(node, ast.Name) or node.id in self.values
+
+    def _global(self, node: ast.expr) -> Any:
+        """What a dotted name outside of the function stands for; None if it is none."""
+        if isinstance(node, ast.Attribute):
+            owner = self._global(node.value)
+            return getattr(owner, node.attr, None) if isinstance(owner, types.ModuleType) else None
+        if not isinstance(node, ast.Name) or node.id in self.values or node.id == self.itself:
+            return None
+        return self.globals.get(node.id, getattr(builtins, node.id, None))
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return operator  # equal to no constant
+
+
+def _matched(module: nn.Module, linears: set[str], reading: _Reading) -> Structure:
+    def child(value: _Value, what: str) -> tuple[str, _Value]:
+        if value.kind != "child" or value.name not in linears:
+            raise OtherFormError(f"{what} is no linear")
+        return value.name, value.of[0]
+
+    down, before = child(reading.returned, "down")
+    dropout = None
+    if before.kind == "child":
+        dropout, before = before.name, before.of[0]
+        if type(module._modules.get(dropout)) is not nn.Dropout:
+            raise OtherFormError(f"{dropout} stands before {down}")
+    if before.kind != "product":
+        raise OtherFormError("the product is missing")
+    acts = [(one, other) for one, other in (before.of, before.of[::-1]) if _activation(module, one) is not None]
     if len(acts) != 1:
-        raise _OtherFormError("one factor of the product has to be an activation")
+        raise OtherFormError("one factor of the product has to be an activation")
     ((act, second),) = acts
-    only(act, act.op, "the activation")
-    gate = act.args[0]
-    if isinstance(gate, fx.Node) and gate.op == "call_module":
-        gate, up = linear(gate, "gate"), linear(second, "up")
+    first, up = act.of[0], None
+    if first.kind == "half":
+        if second.kind != "half" or (first.name, second.name) != (0, 1) or first.of[0] is not second.of[0]:
+            raise OtherFormError("gate and up are not the first and the second half of one")
+        gate, x = child(first.of[0].of[0], "gate")
+        inputs = {x}
     else:
-        gate, up = _halves(gate, second, only, linear), None
-    if not all(node.args[0] is x for node in (gate, up) if node is not None):
-        raise _OtherFormError("gate and up are not of x")
-    others = [
-        node for node in graph.nodes if node not in seen and node.op not in ("placeholder", "output") and node.users
-    ]
-    if others:
-        raise _OtherFormError(f"{others[0].target} is there too")
-    return Structure(
-        gate.target,
-        None if up is None else up.target,
-        down.target,
-        act.target if act.op == "call_module" else None,
-        None if dropout is None else dropout.target,
-        _activation(module, act),
-        x.target,
-    )
+        (gate, x), (up, other) = child(first, "gate"), child(second, "up")
+        inputs = {x, other}
+    if {value.kind for value in inputs} != {"x"}:
+        raise OtherFormError("gate and up are not of x")
+    if (up is None) != (len(linears) == 2) or reading.casts_to not in (None, down):
+        raise OtherFormError("it has other linears too")
+    names = [name for name in (gate, up, down, dropout) if name is not None]
+    act_name = act.name if act.kind == "child" else None
+    for name in (*names, *([act_name] if act_name else [])):
+        if name in vars(module) or hasattr(type(module), name):
+            raise OtherFormError(f"{name} is not the child of that name")
+    activation = _activation(module, act)
+    casts = reading.casts_to is not None
+    return Structure(gate, up, down, act_name, dropout, activation, reading.argument, casts)  # type: ignore[arg-type]
 
 
-def _halves(gate: Any, up: Any, only: Callable[..., Any], linear: Callable[..., Any]) -> Any:
-    """The linear that makes both, whose output is taken apart into the first half of its features and the second."""
-    for node, index in ((gate, 0), (up, 1)):
-        only(node, "call_function", "gate")
-        if node.target is not operator.getitem or node.args[1] != index:
-            raise _OtherFormError("gate and up are not the first and the second half")
-    chunk = gate.args[0]
-    if chunk is not up.args[0] or not isinstance(chunk, fx.Node):
-        raise _OtherFormError("gate and up are not halves of one")
-    only(chunk, chunk.op, "the chunk", users=2)
-    if chunk.target not in ("chunk", torch.chunk):
-        raise _OtherFormError(f"{chunk.target} is not chunk")
-    arguments = (*chunk.args[1:], *chunk.kwargs.values())
-    if arguments != (2, -1):
-        raise _OtherFormError(f"chunk{arguments} is not that into two halves of the features")
-    return linear(chunk.args[0], "gate")
-
-
-def _is_activation(module: nn.Module, node: Any, linears: set[str]) -> bool:
-    return isinstance(node, fx.Node) and _activation(module, node) is not None
-
-
-def _activation(module: nn.Module, node: Any) -> Any:
-    if len(node.args) != 1:
-        return None
-    if node.op == "call_module":
-        return activation_of(module.get_submodule(node.target))
-    if node.op == "call_function" and node.target is F.silu and not node.kwargs.get("inplace"):
-        return "silu"
-    if node.op == "call_function" and node.target is F.gelu:
-        approximate = node.kwargs.get("approximate", "none")
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-    return None
+def _activation(module: nn.Module, value: _Value) -> Activation | None:
+    if value.kind == "function":
+        found: Activation = value.name
+        return found
+    return activation_of(module._modules.get(value.name)) if value.kind == "child" else None
