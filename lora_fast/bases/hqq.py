@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hqq.core.quantize import HQQLinear as Layer, HQQMatmulNoCacheMul
+from hqq.core.quantize import HQQLinear as Layer
 from torch import Tensor
 
 from lora_fast.bases.base import Base, Form
@@ -61,7 +61,7 @@ class HQQLinear(Base):
         return device
 
     def product(self, x: Tensor) -> Tensor:
-        product: Tensor = HQQMatmulNoCacheMul.apply(x, self.layer.matmul, None)
+        product: Tensor = ProductFunction.apply(x, self.layer.matmul)
         return product
 
     def prepare(self) -> None:
@@ -69,6 +69,22 @@ class HQQLinear(Base):
         meta = self.layer.meta
         with torch.inference_mode(False):
             meta.update({name: meta[name].clone() for name in ("scale", "zero") if meta[name].is_inference()})
+
+
+class ProductFunction(torch.autograd.Function):
+    """x Wᵀ by the layer's own product. HQQ's Function keeps x for it besides, which nothing reads where W is frozen."""
+
+    @staticmethod
+    def forward(x, matmul):  # type: ignore[no-untyped-def]
+        return matmul(x, transpose=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, ctx.matmul = inputs
+
+    @staticmethod
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        return ctx.matmul(grad_y, transpose=False), None
 
 
 @dataclass(frozen=True)
