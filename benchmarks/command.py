@@ -98,16 +98,16 @@ def _bench(args: argparse.Namespace) -> int:
         workloads = bench.selected(suite.quick_cases() if args.quick else suite.cases(), args.only)
         print("\n".join(workload.key for workload in workloads))
         return 0
-    torch.set_default_device(args.device)
-    return bench.run(
-        args.json or Path("bench-quick.json" if args.quick else "bench.json"),
-        quick=args.quick,
-        only=args.only,
-        csv_path=args.csv,
-        against=args.against,
-        threads=args.threads,
-        budget_s=args.budget,
-    )
+    with torch.device(args.device):
+        return bench.run(
+            args.json or Path("bench-quick.json" if args.quick else "bench.json"),
+            quick=args.quick,
+            only=args.only,
+            csv_path=args.csv,
+            against=args.against,
+            threads=args.threads,
+            budget_s=args.budget,
+        )
 
 
 def _t0_3b(args: argparse.Namespace) -> int:

@@ -260,6 +260,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture(autouse=True)
+def _no_mode_stays(device: torch.device) -> Iterator[None]:
+    """What every later test of the process would run under: a default device, or another mode of functions."""
+    before = torch._C._len_torch_function_stack()
+    yield
+    assert torch._C._len_torch_function_stack() == before, "the test leaves a TorchFunctionMode, or a default device"
+
+
+@pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     """accelerate has one state a process, which the first Accelerator, or Trainer, decides."""
     yield

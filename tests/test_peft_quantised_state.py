@@ -198,7 +198,17 @@ def test_checkpointing(form: Format, dora: bool, use_reentrant: bool, dropout: f
 @formats(USUAL)
 @FORMS
 def test_compiled_without_a_break(form: Format, dora: bool) -> None:
-    fast = fast_of(form, use_dora=dora)
+    assert_compiles(form, fast_of(form, use_dora=dora))
+
+
+@formats(USUAL)
+@FORMS
+def test_compiled_under_a_default_device(form: Format, dora: bool) -> None:
+    with torch.device("cpu"):  # a mode, under which dynamo asks each tensor's __torch_function__
+        assert_compiles(form, fast_of(form, use_dora=dora))
+
+
+def assert_compiles(form: Format, fast: Any) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     wanted = results(fast, x_of(form))

@@ -33,7 +33,7 @@ class Linear4bit(Base):
         N, K = state.shape
         if (layer.out_features, layer.in_features) != (N, K):
             return f"bitsandbytes' Linear4bit was quantised from {[N, K]}, expected [out, in]"
-        if layer.weight.device.type == "cpu" and (K % 64 or K % state.blocksize):
+        if _device(layer).type == "cpu" and (K % 64 or K % state.blocksize):
             return (
                 "bitsandbytes computes wrongly on a CPU where in_features is no multiple of 64 and of the block size, "
                 f"and these are {K} and {state.blocksize}; leave the layer out, or unquantised"
@@ -68,8 +68,7 @@ class Linear4bit(Base):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.layer.weight.device
-        return device
+        return _device(self.layer)
 
     def product(self, x: Tensor) -> Tensor:
         """In ``compute_dtype``, as the layer does; one that is not set is not latched to the first x's dtype."""
@@ -157,6 +156,13 @@ def _state(layer: Any) -> Any:
     return layer.quant_state if state is None else state
 
 
+def _device(layer: Any) -> torch.device:
+    # dynamo does not come to an end with the weight's own __torch_function__ under a mode, and a default device is one
+    with torch._C.DisableTorchFunction():
+        device: torch.device = layer.weight.device
+        return device
+
+
 def _is_packed(state: Any) -> bool:
     return getattr(state, "packing_format_for_cpu", False)
 
@@ -241,7 +247,9 @@ class Linear8bit(Base):
                 "bitsandbytes' Linear8bitLt has has_fp16_weights=True: it trains its weight and quantises it anew at "
                 "each call; make it with has_fp16_weights=False"
             )
-        if layer.weight.dtype != torch.int8:
+        with torch._C.DisableTorchFunction():  # as in _device
+            dtype = layer.weight.dtype
+        if dtype != torch.int8:
             return "bitsandbytes' Linear8bitLt is not quantised yet; move it to its device first: layer.to(device)"
         return "bitsandbytes' Linear8bitLt has lost its scale" if _scale(layer) is None else None
 
@@ -263,8 +271,7 @@ class Linear8bit(Base):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.layer.weight.device
-        return device
+        return _device(self.layer)
 
     def product(self, x: Tensor) -> Tensor:
         """As the layer: in evaluation, and always on a GPU, of x rounded to int8."""

@@ -371,7 +371,7 @@ def layer_obstacle(layer: Any, *, gathers: bool = False) -> str | None:
         return "the base layer is adapted itself"
     weight = tensor_of(module, "weight")
     if not (of_linear and type(weight) in PLAIN) and is_linear(layer) and bases.is_quantised(module):
-        return bases.refusal(module) or (_ON_META if weight is not None and weight.device.type == "meta" else None)
+        return bases.refusal(module) or (_ON_META if weight is not None and _device(layer).type == "meta" else None)
     if not _is_readable(weight, base_module(layer), gathers):
         found = type(getattr(module, "weight", None)).__name__
         return f"the base weight is no plain parameter but {found} (quantised, distributed or computed)"
