@@ -86,9 +86,10 @@ bench-results: setup
 	$(BIN)/lora-fast report $$results/bench.json --output report.html --pictures docs/pictures && \
 	$(BIN)/python -m lora_fast.benchmarks.readme
 
-# The oldest PEFT that lora_fast.accelerate takes; `make test` has the newest.
+# The oldest PEFT that lora_fast.accelerate takes, and a torchao of its time: it fails where a later one is installed.
+# `make test` has the newest.
 peft-oldest: setup
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/peft-oldest peft==0.18.0 torchao==0.16.0
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/pytest $(wildcard tests/test_peft_*.py)
 
 # Quantised linears of HQQ; those of the other libraries are in `make test`.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from isas import ISAS, limited_to
+from packaging.version import Version
 
 from lora_fast import backends
 from lora_fast.backends import extension
@@ -67,6 +69,14 @@ def _not_installed(library: str, target: str = "test-quantised") -> str | None:
     return None if importlib.util.find_spec(library) else f"{library} is not installed (make {target} has all)"
 
 
+def _no_torchao() -> str | None:
+    """An older one comes with the oldest PEFT, which cannot be imported beside a newer."""
+    if missing := _not_installed("torchao"):
+        return missing
+    found = importlib.metadata.version("torchao")
+    return None if Version(found) >= Version("0.18") else f"torchao is {found}, lora_fast takes 0.18 or later"
+
+
 def _no_nvcc() -> str | None:
     there = os.path.isfile(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
     return None if there else "no nvcc was found (neither CUDA_HOME nor PATH has one)"
@@ -81,7 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "interp": _no_triton(),
         "interpreter": None if INTERPRETING else "tests Triton's interpreter itself (make interp)",
         "gpu": None if torch.cuda.is_available() else "no GPU",
-        **{library: _not_installed(library) for library in ("bitsandbytes", "torchao", "hqq")},
+        **{library: _not_installed(library) for library in ("bitsandbytes", "hqq")},
+        "torchao": _no_torchao(),
         "deepspeed": _not_installed("deepspeed", "test-deepspeed"),
         "interop": _not_installed("lycoris", "test-interop"),
         "nvcc": _no_nvcc(),

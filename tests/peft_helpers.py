@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +18,7 @@ import lora_fast
 from lora_fast import functional, testing
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+PEFT_0_18 = peft.__version__.startswith("0.18.")  # make peft-oldest
 
 
 class Perceptron(nn.Module):
