@@ -167,12 +167,12 @@ def test_blocks_of_tokens_are_one_block(
     mlp = make_mlp(Case((tokens,), 24, 20, 4), form)
     mask = mlp.mask(0.3)
     function = fast(mlp, backend, recompute=recompute, mask=mask, dropout_p=0.3)
-    for least in ("BLOCK_ON_GPU", "WIDE_BLOCK"):
-        monkeypatch.setattr(blocked, least, blocked.BLOCK)
-    assert len(list(blocked.blocks(mlp.x, []))) > 1
+    for least in ("BLOCK_ON_GPU", "BLOCK"):
+        monkeypatch.setattr(blocked, least, blocked.SMALL_BLOCK)
+    assert len(list(blocked.blocks(mlp.x, [], []))) > 1
     ours = results(mlp, function)
     monkeypatch.setattr(blocked, "BLOCKS", 1)
-    assert len(list(blocked.blocks(mlp.x, []))) == 1
+    assert len(list(blocked.blocks(mlp.x, [], []))) == 1
     for name, value in results(mlp, function).items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 

@@ -74,10 +74,10 @@ def test_a_backward_holds_a_block_of_tokens(recompute: str, form: str, backend: 
     """
     mlp = make_mlp(LONG, form, width=WIDER)
     tokens, element = LONG.leading[0], mlp.x.element_size()
-    for least in ("BLOCK_ON_GPU", "WIDE_BLOCK"):
-        monkeypatch.setattr(blocked, least, blocked.BLOCK)
+    for least in ("BLOCK_ON_GPU", "BLOCK"):
+        monkeypatch.setattr(blocked, least, blocked.SMALL_BLOCK)
     monkeypatch.setattr(blocked, "BLOCKS", 16)
-    block = next(blocked.blocks(mlp.x, []))
+    block = next(blocked.blocks(mlp.x, [], []))
     assert block.stop == tokens // 16
     narrow = 2 * tokens * (LONG.N + LONG.K + 3 * LONG.R) * element
     bound = 9 * block.stop * WIDER * element + narrow
@@ -89,8 +89,8 @@ def test_a_backward_holds_a_block_of_tokens(recompute: str, form: str, backend: 
 def test_a_forward_without_gradients_holds_a_block_of_tokens(form: str, backend: str, monkeypatch) -> None:
     mlp = make_mlp(LONG, form, width=WIDER)
     tokens, element, tensors = LONG.leading[0], mlp.x.element_size(), mlp.tensors()
-    for least in ("BLOCK_ON_GPU", "WIDE_BLOCK"):
-        monkeypatch.setattr(blocked, least, blocked.BLOCK)
+    for least in ("BLOCK_ON_GPU", "BLOCK"):
+        monkeypatch.setattr(blocked, least, blocked.SMALL_BLOCK)
     monkeypatch.setattr(blocked, "BLOCKS", 16)
 
     def peak(function: Callable[..., Tensor]) -> int:

@@ -27,10 +27,11 @@ from lora_fast.dtypes import accumulate_dtype
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 MlpGradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 # Tokens of a block: at most BLOCKS blocks, and none so small that a product takes longer for each of its tokens. AMD
-# EPYC (Zen 4), 2 threads, 2048 × 5632, a product of 1024 tokens in blocks of 128, 256 and 512: 1.09, 1.01 and 0.99
-# times as long in bfloat16, 1.38, 1.13 and 0.99 in float32. On a GPU (predicted) 2048 tokens by 4096 features are four
-# tiles of 128 × 128 for each multiprocessor.
-BLOCKS, BLOCK, WIDE_BLOCK, BLOCK_ON_GPU = 4, 256, 512, 2048
+# EPYC (Zen 4), 2 threads, 2048 × 5632, a product of 1024 tokens in blocks of 128, 256 and 512: 1.09, 1.03 and 1.01
+# times as long in bfloat16, 1.38, 1.13 and 0.99 in float32. Where the base products are made again, a block holds half
+# as much more, and blocks of 256 tokens keep a step of four Llama-like layers in bfloat16 3 MiB lower. On a GPU
+# (predicted) 2048 tokens by 4096 features are four tiles of 128 × 128 for each multiprocessor.
+BLOCKS, BLOCK, SMALL_BLOCK, BLOCK_ON_GPU = 4, 512, 256, 2048
 # Up to so many tokens a module calls its linears one after the other, which have kernels for few, and keep little. On
 # that processor a step of four Llama-like layers in bfloat16 took 1.31, 1.23 and 1.16 times as long as one at 8, 16 and
 # 32 tokens, and 0.97 times at 40.
@@ -42,9 +43,12 @@ def runs_apart(x: Tensor) -> bool:
     return x.numel() <= TOKENS_APART * x.shape[-1]
 
 
-def blocks(x: Tensor, weight: Sequence[Tensor]) -> Iterator[slice]:
-    """Of the tokens of x [T, features]; one where products with ``weight`` cast it, which each block would do again."""
-    least = BLOCK_ON_GPU if x.is_cuda else BLOCK if x.dtype.itemsize == 2 else WIDE_BLOCK
+def blocks(x: Tensor, weight: Sequence[Tensor], bases: Sequence[Tensor]) -> Iterator[slice]:
+    """Of the tokens of x [T, features]; one where products with ``weight`` cast it, which each block would do again.
+
+    bases: the base products that are kept; none where each block makes its own.
+    """
+    least = BLOCK_ON_GPU if x.is_cuda else BLOCK if bases or x.dtype.itemsize > 2 else SMALL_BLOCK
     tokens = x.shape[0]
     size = max(-(-tokens // BLOCKS), least) if all(each.dtype == x.dtype for each in weight) else max(tokens, 1)
     for start in range(0, tokens, size):
@@ -81,7 +85,7 @@ class Mlps:
         y = x.new_empty(x.shape[0], call.weight[-1].shape[0])
         product = torch.empty_like(y) if call.keep_product else y.new_empty(0)
         kept = [linear(x, weight, None) for weight in gated.weight] if call.keep_bases else []
-        for some in blocks(x, call.weight):
+        for some in blocks(x, call.weight, kept):
             bases = [base[some] for base in kept] or [linear(x[some], weight, None) for weight in gated.weight]
             a = self.glu_fwd(gated.glu(bases, None if A is None else h[some]), plan)
             _drop(a, call, some)
@@ -181,7 +185,7 @@ class _Backward:
         beyond_down = call.need_x or any(map(any, needs))
         grad_v, grad_h = self._down(beyond_down)
         if beyond_down or call.need_A[-1]:
-            for some in blocks(call.grad_y, call.weight):
+            for some in blocks(call.grad_y, call.weight, call.bases):
                 self._block(some, grad_v, grad_h)
         if any(call.need_A[:-1]):
             assert call.x is not None
