@@ -113,11 +113,13 @@ def base_model() -> nn.Module:
     return model.to(torch.bfloat16)
 
 
-def adapted(dora: bool) -> nn.Module:
+def adapted(dora: bool, base: nn.Module | None = None) -> nn.Module:
+    """The model with PEFT's adapters; over the parameters of ``base`` themselves where it is given."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=RANK, lora_alpha=RANK, use_dora=dora, target_modules="all-linear")
-    model: nn.Module = get_peft_model(base_model(), lora)
+    own = base_model() if base is None else copy.deepcopy(base, memo={id(each): each for each in base.parameters()})
+    model: nn.Module = get_peft_model(own, lora)
     move(model)
     return model
 
