@@ -114,14 +114,19 @@ def base_model() -> nn.Module:
 
 
 def adapted(dora: bool, base: nn.Module | None = None) -> nn.Module:
-    """The model with PEFT's adapters; over the parameters of ``base`` themselves where it is given."""
+    """``base``, else a new one, with PEFT's adapters."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=RANK, lora_alpha=RANK, use_dora=dora, target_modules="all-linear")
-    own = base_model() if base is None else copy.deepcopy(base, memo={id(each): each for each in base.parameters()})
-    model: nn.Module = get_peft_model(own, lora)
+    model: nn.Module = get_peft_model(base_model() if base is None else base, lora)
     move(model)
     return model
+
+
+def with_shared_weights(model: nn.Module) -> nn.Module:
+    """A copy with adapters and buffers of its own, and the same frozen parameters."""
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, memo=dict(frozen))
 
 
 def move(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ mode, since each has dropout masks of its own; a training step is timed with dro
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fast
+from lora_fast.benchmarks.peft_model import with_shared_weights
 from lora_fast.benchmarks.runner import Record, measure
 
 from .models import Batch, ModelCase
@@ -91,17 +91,17 @@ def adapt(case: ModelCase, base: nn.Module) -> dict[str, nn.Module]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that tied embeddings are adapted: none is merged here
-        theirs = get_peft_model(_with_shared_weights(base), LoraConfig(**case.lora))
+        theirs = get_peft_model(with_shared_weights(base), LoraConfig(**case.lora))
     with torch.no_grad():
         for name, parameter in adapters(theirs).items():
             if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=0.02)
-    models = {PEFT: theirs, ACCELERATED: _with_shared_weights(theirs)}
+    models = {PEFT: theirs, ACCELERATED: with_shared_weights(theirs)}
     report = lora_fast.accelerate(models[ACCELERATED])
     if not report.accelerated:
         raise RuntimeError(f"{case.name}: nothing was accelerated:\n{report}")
     if any(mlp.as_one for mlp in report.mlps):
-        models[RECOMPUTED] = _with_shared_weights(theirs)
+        models[RECOMPUTED] = with_shared_weights(theirs)
         lora_fast.accelerate(models[RECOMPUTED], recompute="all")
     if case.only_linears:
         models[APPLIED] = _applied(case, base, theirs)
@@ -112,7 +112,7 @@ def _applied(case: ModelCase, base: nn.Module, theirs: nn.Module) -> nn.Module:
     values = adapters(theirs)
     names = [name.removesuffix(".lora_A") for name in values if name.endswith(".lora_A")]
     model = lora_fast.apply(
-        _with_shared_weights(base),
+        with_shared_weights(base),
         case.lora["r"],
         case.lora["lora_alpha"],
         dora=case.dora,
@@ -127,12 +127,6 @@ def _applied(case: ModelCase, base: nn.Module, theirs: nn.Module) -> nn.Module:
         for name, parameter in own.items():
             parameter.copy_(values[name])
     return model
-
-
-def _with_shared_weights(model: nn.Module) -> nn.Module:
-    """A copy with adapters and buffers of its own, and the same frozen parameters."""
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, memo=dict(frozen))
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
