@@ -14,7 +14,7 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised test-deepspeed test-interop bench-layer bench-peft bench-mlp bench-grouped bench-quantised bench-distributed clean
+	peft-oldest test-quantised test-deepspeed test-interop test-litgpt test-trl test-axolotl bench-layer bench-peft bench-mlp bench-grouped bench-quantised bench-distributed clean
 
 setup: $(VENV)/.installed
 
@@ -104,6 +104,10 @@ test-deepspeed: $(VENV)/deepspeed/.installed
 test-interop: $(VENV)/interop/.installed
 	PYTHONPATH=$(VENV)/interop $(BIN)/pytest -m interop -n $(JOBS) $(wildcard tests/test_interop_*.py)
 
+# litgpt's models and its own scripts.
+test-litgpt: $(VENV)/litgpt/.installed
+	PYTHONPATH=$(abspath $(VENV)/litgpt) $(BIN)/pytest -m litgpt -n $(JOBS) $(wildcard tests/test_litgpt*.py)
+
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).
 bench-layer bench-peft bench-mlp bench-grouped: bench-%: setup
@@ -136,6 +140,13 @@ $(VENV)/interop/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/interop lycoris-lora==4.1.3 einops toml \
 		diffusers==0.42.1 importlib_metadata zipp requests urllib3 idna charset_normalizer certifi pillow \
 		mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+	touch $@
+
+# Beside the others, which are newer than its pins allow: huggingface-hub below 1.4.
+$(VENV)/litgpt/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/litgpt litgpt==0.5.13 lightning==2.6.6 \
+		lightning-utilities pytorch-lightning torchmetrics jsonargparse==4.41.0 docstring-parser typeshed-client \
+		importlib-resources requests urllib3 idna charset_normalizer certifi
 	touch $@
 
 # torch first and alone: the extension is compiled against it.

@@ -94,6 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         **{library: _not_installed(library) for library in ("bitsandbytes", "hqq")},
         "torchao": _no_torchao(),
         "deepspeed": _not_installed("deepspeed", "test-deepspeed"),
+        **{library: _not_installed(library, f"test-{library}") for library in ("litgpt", "trl", "axolotl")},
         "interop": _not_installed("lycoris", "test-interop"),
         "nvcc": _no_nvcc(),
         "clang": None if shutil.which("clang++") else "no clang++ (clang)",

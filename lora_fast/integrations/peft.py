@@ -17,9 +17,9 @@ from torch import nn
 
 from lora_fast import bases, stacked
 from lora_fast.functional import Recompute
+from lora_fast.integrations.report import LayerReport, Report
 from lora_fast.nn import mlp
 from lora_fast.nn.classes import forward_obstacle, set_class
-from lora_fast.nn.mlp import MlpReport
 from lora_fast.parallel import fsdp2
 from lora_fast.parallel.whole import rounded_to, tensor_of
 
@@ -27,48 +27,6 @@ from lora_fast.parallel.whole import rounded_to, tensor_of
 OLDEST, NEWEST = (0, 18), (0, 21)
 COMPUTE_DTYPES = ("activation", "adapter")
 INSTALL = 'pip install "lora_fast[peft]"'
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What runs in one adapter layer."""
-
-    name: str
-    kind: str
-    accelerated: bool
-    runs: str
-
-    def __str__(self) -> str:
-        return f"{'fast' if self.accelerated else 'PEFT'}  {self.name} ({self.kind}): {self.runs}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`accelerate` did, layer by layer; ``print`` it."""
-
-    layers: tuple[LayerReport, ...]
-    peft_version: str
-    compute_dtype: str
-    note: str | None = None
-    mlps: tuple[MlpReport, ...] = ()
-
-    @property
-    def accelerated(self) -> list[str]:
-        """The names of the layers that lora_fast runs."""
-        return [layer.name for layer in self.layers if layer.accelerated]
-
-    @property
-    def left_alone(self) -> list[str]:
-        """The names of the layers that PEFT's own code runs; why is in their ``runs``."""
-        return [layer.name for layer in self.layers if not layer.accelerated]
-
-    def __str__(self) -> str:
-        head = (
-            f"lora_fast: {len(self.accelerated)} of {len(self.layers)} adapter layers accelerated "
-            f"(peft {self.peft_version}, products in the {self.compute_dtype}'s dtype)"
-        )
-        lines = [*([self.note] if self.note else []), *(f"  {layer}" for layer in self.layers)]
-        return "\n".join((head, *lines, *(f"  {mlp}" for mlp in self.mlps)))
 
 
 def accelerate(
@@ -94,27 +52,24 @@ def accelerate(
         norm_reuse: keep DoRA's norm until something that it depends on changed (:func:`lora_fast.invalidate_norms`).
         stack_weights: on a GPU, keep the weights of DoRA's linears in memory that has rows for lora_A below them, so
             that backward takes one pass over x's gradient less (docs/modules.md). :func:`restore` undoes it.
-
         recompute: for gated MLPs (Llama's, Phi-3's, T5's: told from their forward), whose linears then run as one and
             keep less: what backward computes again, as in :func:`lora_fast.functional.adapted_mlp`. "outputs": all
             but the products of gate and up; "all": these too; None leaves the modules alone.
 
     Returns:
-        A :class:`Report`; ``print`` it.
+        A :class:`Report`; ``print`` it, or its ``summary()``.
 
     Raises ImportError without PEFT, TypeError or ValueError for wrong arguments and for a model without PEFT's layers.
     A release of PEFT that is not known is left alone, with a UserWarning and a note in the report.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers")
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected 'activation' or 'adapter'")
-    if recompute not in mlp.RECOMPUTE:
-        raise ValueError(f"recompute: got {recompute!r}, expected 'outputs', 'all' or None")
+    check_options(compute_dtype, recompute)
     version, fault = _peft_version()
+    library = f"peft {version}"
     if fault is not None:
         warnings.warn(fault, UserWarning, stacklevel=2)
-        return Report((), version, compute_dtype, fault)
+        return Report((), library, compute_dtype, fault)
 
     from lora_fast.integrations import peft_batches, peft_layers, peft_names, peft_saving
 
@@ -123,7 +78,10 @@ def accelerate(
         (name, module) for name, module in model.named_modules() if isinstance(module, peft_names.BaseTunerLayer)
     ]
     if not tuned:
-        raise ValueError("model: it has no PEFT layer; call get_peft_model (or load an adapter) first")
+        raise ValueError(
+            "model: it has no PEFT layer; call get_peft_model (or load an adapter) first. For litgpt's own layers "
+            "there is lora_fast.integrations.litgpt.accelerate, for others lora_fast.apply"
+        )
     uncalled = {
         id(inner)
         for _, layer in tuned
@@ -150,8 +108,8 @@ def accelerate(
         reports.append(_describe(name, layer, reason, sharding))
     if recompute is None:
         mlp.take_off(model)
-        return Report(tuple(reports), version, compute_dtype)
-    return Report(tuple(reports), version, compute_dtype, mlps=tuple(mlp.take(model, recompute)))
+        return Report(tuple(reports), library, compute_dtype)
+    return Report(tuple(reports), library, compute_dtype, mlps=tuple(mlp.take(model, recompute)))
 
 
 def restore(model: nn.Module) -> None:
@@ -188,6 +146,24 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         peft_saving.take_off(module)
         peft_batches.take_off(module)
+
+
+def check_options(compute_dtype: str, recompute: Recompute | None) -> None:
+    """ValueError for a value that :func:`accelerate` does not take."""
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype: got {compute_dtype!r}, expected 'activation' or 'adapter'")
+    check_recompute(recompute)
+
+
+def check_recompute(recompute: Recompute | None) -> None:
+    if recompute not in mlp.RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, expected 'outputs', 'all' or None")
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into ``model``: without PEFT none has."""
+    names = (kind.__name__ for module in model.modules() for kind in type(module).__mro__)
+    return "BaseTunerLayer" in names
 
 
 def _peft_version() -> tuple[str, str | None]:
