@@ -108,6 +108,14 @@ test-interop: $(VENV)/interop/.installed
 test-litgpt: $(VENV)/litgpt/.installed
 	PYTHONPATH=$(abspath $(VENV)/litgpt) $(BIN)/pytest -m litgpt -n $(JOBS) $(wildcard tests/test_litgpt*.py)
 
+# TRL's trainers; transformers' own is in `make test`.
+test-trl: $(VENV)/trl/.installed
+	PYTHONPATH=$(abspath $(VENV)/trl) $(BIN)/pytest -m trl -n $(JOBS) $(wildcard tests/test_trl*.py)
+
+# Axolotl's command line. It is told not to report home.
+test-axolotl: $(VENV)/axolotl/.installed
+	PYTHONPATH=$(abspath $(VENV)/axolotl) AXOLOTL_DO_NOT_TRACK=1 $(BIN)/pytest -m axolotl -n $(JOBS) $(wildcard tests/test_axolotl*.py)
+
 # One layer, and one PEFT model before and after acceleration, against their bars. WITHOUT_AMX=1: as on the same processor
 # without AMX, with results of its own (benchmarks/without_amx.py).
 bench-layer bench-peft bench-mlp bench-grouped: bench-%: setup
@@ -147,6 +155,16 @@ $(VENV)/litgpt/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/litgpt litgpt==0.5.13 lightning==2.6.6 \
 		lightning-utilities pytorch-lightning torchmetrics jsonargparse==4.41.0 docstring-parser typeshed-client \
 		importlib-resources requests urllib3 idna charset_normalizer certifi
+	touch $@
+
+$(VENV)/trl/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/trl trl==1.16.0 datasets==5.2.0 pyarrow pandas \
+		dill==0.4.1 multiprocess==0.70.19 xxhash requests urllib3 idna charset_normalizer certifi
+	touch $@
+
+$(VENV)/axolotl/.installed: $(VENV)/.installed .ci/axolotl.txt
+	rm -rf $(VENV)/axolotl
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/axolotl -r .ci/axolotl.txt
 	touch $@
 
 # torch first and alone: the extension is compiled against it.

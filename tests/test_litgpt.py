@@ -183,6 +183,16 @@ def test_restore(make: Any) -> None:
     integration.restore(model)  # which does nothing
 
 
+def test_a_forward_that_was_kept_outlives_restore(make: Any) -> None:
+    model, x = make(), torch.randn(3, 32, dtype=torch.float64)
+    layer = model.lm_head
+    wanted = layer(x)
+    integration.accelerate(model)
+    kept = layer.forward
+    integration.restore(model)
+    assert torch.equal(kept(x), wanted)
+
+
 def test_restore_refuses_a_class_that_was_changed_since(make: Any) -> None:
     model = make()
     integration.accelerate(model)

@@ -56,6 +56,25 @@ def test_parameters_and_state_dict_stay_and_restore_is_exact(dora: bool) -> None
     lora_fast.restore(model)
 
 
+def test_a_forward_that_was_kept_outlives_restore() -> None:
+    """As diffusers' hooks keep it."""
+    model = perceptron(use_dora=True)
+    layer, wanted = up(model), up(model)(X)
+    lora_fast.accelerate(model)
+    kept = layer.forward
+    lora_fast.restore(model)
+    assert torch.equal(kept(X), wanted)
+
+
+def test_the_summary_counts_layers_that_run_the_same() -> None:
+    model = perceptron(use_dora=True)
+    report = lora_fast.accelerate(model)
+    head, *lines = report.summary().splitlines()
+    assert head == str(report).splitlines()[0]
+    assert sum(int(line.split()[1]) for line in lines if " × Linear: " in line) == len(report.layers) > len(lines)
+    assert all(line.startswith("  fast  ") for line in lines)
+
+
 def test_only_the_given_model_is_touched() -> None:
     ours, other = perceptron(use_dora=True), perceptron(use_dora=True)
     forward = type(up(other)).forward

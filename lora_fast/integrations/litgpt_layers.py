@@ -47,11 +47,15 @@ class FastLayer(nn.Module):
     merged: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        state = vars(self).get(STATE)
+        if state is None:  # called by what was kept of a layer that is litgpt's again
+            kind: Any = type(self)
+            return (self.litgpt_type if isinstance(self, FastLayer) else kind).forward(self, x)
         p = dropout_p(self)
         if self.merged or p is None or not self._takes(x):
             y: Tensor = super().forward(x)
             return y
-        with self._lora_fast.forward_default.in_force():
+        with state.forward_default.in_force():
             seed = functional.draw_seed(x.device) if p > 0.0 else None
             if obstacle(self.linear) is None:
                 weight, bias = self.linear.weight, self.linear.bias

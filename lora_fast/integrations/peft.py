@@ -30,7 +30,7 @@ INSTALL = 'pip install "lora_fast[peft]"'
 
 
 def accelerate(
-    model: nn.Module,
+    model: Any,
     *,
     compute_dtype: str = "activation",
     norm_reuse: bool = True,
@@ -46,7 +46,7 @@ def accelerate(
     model that is sharded, ``save_pretrained`` gathers what it writes: every process has to call it.
 
     Args:
-        model: a PeftModel, or any module with PEFT's layers in it.
+        model: a PeftModel, or any module with PEFT's layers in it; or one of diffusers' pipelines, for all its models.
         compute_dtype: of the adapters' products: "activation", that of x, with float32 accumulation, while parameters,
             gradients and the norm keep the adapter's dtype; or "adapter", as PEFT computes.
         norm_reuse: keep DoRA's norm until something that it depends on changed (:func:`lora_fast.invalidate_norms`).
@@ -62,8 +62,7 @@ def accelerate(
     Raises ImportError without PEFT, TypeError or ValueError for wrong arguments and for a model without PEFT's layers.
     A release of PEFT that is not known is left alone, with a UserWarning and a note in the report.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers")
+    model = _module(model)
     check_options(compute_dtype, recompute)
     version, fault = _peft_version()
     library = f"peft {version}"
@@ -112,13 +111,15 @@ def accelerate(
     return Report(tuple(reports), library, compute_dtype, mlps=tuple(mlp.take(model, recompute)))
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: Any) -> None:
     """Undo :func:`accelerate`: every layer is PEFT's again, exactly as it was. Does nothing to other layers.
 
     A layer that ``fully_shard`` was applied to stays FSDP's, and is the layer that it would make of PEFT's.
 
-    Raises RuntimeError, before anything is changed, when another library changed a layer's class since.
+    Raises TypeError for what :func:`accelerate` does not take, and RuntimeError, before anything is changed, when
+    another library changed a layer's class since.
     """
+    model = _module(model)
     accelerated = [(name, layer) for name, layer in model.named_modules() if "_lora_fast" in vars(layer)]
     mlp.check_classes(model)
     if not accelerated:  # as after PEFT has taken its layers off
@@ -146,6 +147,18 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         peft_saving.take_off(module)
         peft_batches.take_off(module)
+
+
+def _module(model: Any) -> nn.Module:
+    """``model``, or the models of a pipeline of diffusers, under their names there."""
+    if isinstance(model, nn.Module):
+        return model
+    components = getattr(model, "components", None)
+    if isinstance(components, dict):
+        return nn.ModuleDict({name: part for name, part in components.items() if isinstance(part, nn.Module)})
+    raise TypeError(
+        f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers, or a pipeline of diffusers"
+    )
 
 
 def check_options(compute_dtype: str, recompute: Recompute | None) -> None:

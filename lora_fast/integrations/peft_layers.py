@@ -55,7 +55,10 @@ class FastLayer(nn.Module, LoraLayer):
     base_layer: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = self._lora_fast
+        state = vars(self).get(STATE)
+        if state is None:  # called by what was kept of a layer that is PEFT's again, as diffusers' hooks keep it
+            kind: Any = type(self)
+            return (self.peft_type if isinstance(self, FastLayer) else kind).forward(self, x, *args, **kwargs)
         with state.forward_default.in_force():
             names = state.forward_names.of_call(kwargs.get("adapter_names"), training=self.training)
             if names is not None:
@@ -197,9 +200,10 @@ class FastLayer(nn.Module, LoraLayer):
         self._lora_fast.kept.clear()
         self.prepare()
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, by whose signature diffusers asks what it takes."""
         peft_names.check_whole(self, "merge")
-        super().merge(*args, **kwargs)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         peft_names.check_whole(self, "unmerge")

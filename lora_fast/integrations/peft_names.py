@@ -7,6 +7,7 @@ Here they become an :class:`Adapter`, or an obstacle: the reason why PEFT's own 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -402,8 +403,11 @@ def adapter_obstacle(layer: Any, name: str, *, gathers: bool = False) -> str | N
     if variant is not None and type(variant) is not dora_variant:
         return f"its variant is {type(variant).__name__}"
     scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):  # not shown: that would take its value from a GPU, in every forward
+        return "its scaling is a tensor, as diffusers' enable_lora_hotswap makes it"
     # math.isfinite takes no number that torch.compile holds symbolic
-    if type(scaling) not in (float, int) or not -math.inf < scaling < math.inf:
+    is_number = type(scaling) in (float, int) or isinstance(scaling, numbers.Real)
+    if not is_number or not -math.inf < scaling < math.inf:
         return f"its scaling is {scaling!r}, no finite number"
     if layer_kind is Embedding:
         modules: list[Any] = [None, None]  # the layer's own

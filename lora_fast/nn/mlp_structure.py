@@ -79,8 +79,8 @@ def structure_of(module: nn.Module, is_linear: Callable[[nn.Module], bool]) -> S
         _check_class(type(module))
         return _matched(module, set(linears), _reading_of(type(module).forward))
     except OtherFormError as reason:
-        # two linears of such sizes, or three square ones, may as well be attention's
-        is_clear = len(sizes) == 3 and len(set(sizes)) == 2
+        # two linears of such sizes, three square ones, or q, k and v of another width may as well be attention's
+        is_clear = len(sizes) == 3 and len(set(sizes)) == 2 and {N for N, _ in sizes} == {K for _, K in sizes}
         has_act = any(activation_of(child) is not None for child in module.children())
         return f"its forward is not down(act(gate(x)) * up(x)): {reason}" if is_clear or has_act else None
 
