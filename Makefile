@@ -14,7 +14,8 @@ NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csr
 export LORA_FAST_BUILD ?= cpu
 
 .PHONY: setup demo test portable arm builds lint interp aot gpu gpu-first gpu-tune gpu-prewarm gpu-rehearse gpu-sanitize bench bench-results \
-	peft-oldest test-quantised test-deepspeed test-interop test-litgpt test-trl test-axolotl bench-layer bench-peft bench-mlp bench-grouped bench-quantised bench-distributed clean
+	peft-oldest test-quantised test-deepspeed test-interop test-litgpt test-trl test-axolotl bench-layer bench-peft bench-mlp bench-grouped bench-quantised bench-distributed \
+	bench-trainers clean
 
 setup: $(VENV)/.installed
 
@@ -100,7 +101,7 @@ test-quantised: $(VENV)/hqq/.installed
 test-deepspeed: $(VENV)/deepspeed/.installed
 	$(DEEPSPEED) $(BIN)/pytest tests/test_deepspeed.py
 
-# Adapters' files that LyCORIS, diffusers and MLX-LM write and read themselves.
+# Adapters' files that LyCORIS, diffusers and MLX-LM write and read themselves, and diffusers' pipelines.
 test-interop: $(VENV)/interop/.installed
 	PYTHONPATH=$(VENV)/interop $(BIN)/pytest -m interop -n $(JOBS) $(wildcard tests/test_interop_*.py)
 
@@ -124,6 +125,10 @@ bench-layer bench-peft bench-mlp bench-grouped: bench-%: setup
 # PEFT models over quantised linears, against their bars.
 bench-quantised: $(VENV)/hqq/.installed
 	PYTHONPATH=$(VENV)/hqq $(BIN)/pytest benchmarks/bench_quantised.py
+
+# A step of each trainer before and after acceleration. It needs an idle machine.
+bench-trainers: $(addprefix $(VENV)/,$(addsuffix /.installed,trl litgpt axolotl interop))
+	$(BIN)/pytest benchmarks/bench_trainers.py
 
 # PEFT models trained by two processes, by engine, against their bars. It needs an idle machine.
 bench-distributed: $(VENV)/deepspeed/.installed

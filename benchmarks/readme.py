@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import grid as grid_of_sizes, readme_gpu
+from .alternation import AFTER, BEFORE
 from .report import digits, traffic
 from .tables import OURS, bars_lines, table
 
@@ -28,7 +29,7 @@ ZEN_5_AVX512, ZEN_5_AVX2 = (
 )
 ZEN_4 = ZEN_5.with_name("amd-epyc-family-25-model-17-2-threads")
 WITHOUT_AMX = ROOT / "benchmarks" / "results" / "intel-xeon-processor-without-amx-2-threads"
-_DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "peft.md", "quantised.md", "serving.md")
+_DOCS = ("benchmarks.md", "distributed.md", "gpu.md", "integrations.md", "peft.md", "quantised.md", "serving.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in _DOCS))
 REGION = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of figures -->)", re.S
@@ -208,6 +209,24 @@ def _mlp(folder: Path) -> str:
     )
     first = table([row["title"], "peak memory beyond the weights", "× PEFT LoRA", "time"], lines)
     return f"{origin(results, 'mlp.json', folder)}\n{first}\n{bars_lines(results['rows'])}"
+
+
+def trainers() -> str:
+    """A step of each trainer, before and after acceleration, on the processors that have measured it."""
+    folders = [folder for folder in (RESULTS, ZEN_5, ZEN_4) if (folder / "trainers.json").exists()]
+    return "\n".join(map(_trainers, folders))
+
+
+def _trainers(folder: Path) -> str:
+    results = read("trainers.json", folder)
+
+    def line(row: dict[str, Any]) -> list[str]:
+        before, after = (row["records"][name]["median_ms"] for name in (BEFORE, AFTER))
+        return [row["title"], f"{digits(before)} ms", f"{digits(after)} ms", f"{before / after:.2f} ×"]
+
+    lines = map(line, results["rows"])
+    heads = ["training step", "before", "accelerated", "faster"]
+    return f"{origin(results, 'trainers.json', folder)}\n{table(heads, lines)}"
 
 
 def quantised() -> str:
@@ -398,6 +417,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "quantised": quantised,
     "grouped": grouped,
     "mlp": mlp,
+    "trainers": trainers,
     "mlp-peaks": mlp_peaks,
     "distributed": distributed,
     "t0-3b": t0_3b,

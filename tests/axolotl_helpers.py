@@ -49,7 +49,9 @@ TRAIN = "import sys; from axolotl.cli.train import do_cli\nfor config in sys.arg
 
 
 def write_model(folder: Path) -> None:
-    from trainer_helpers import tokenizer, write_base
+    from trainer_helpers import write_base
+
+    from lora_fast.benchmarks.trainers_child import tokenizer
 
     write_base(folder, 64, 128)  # which bitsandbytes computes right on a CPU
     made = tokenizer()

@@ -43,8 +43,10 @@ def settings(tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 def sft(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: Any = None, **options: Any) -> Any:
     from datasets import Dataset
-    from trainer_helpers import base, tokenizer
+    from trainer_helpers import base
     from trl import SFTConfig, SFTTrainer
+
+    from lora_fast.benchmarks.trainers_child import tokenizer
 
     texts = Dataset.from_dict({"text": [f"number {count} is {count * count} squared" for count in range(12)]})
     torch.manual_seed(1)
@@ -61,8 +63,10 @@ def sft(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: 
 
 def dpo(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: Any = None, **options: Any) -> Any:
     from datasets import Dataset
-    from trainer_helpers import base, tokenizer
+    from trainer_helpers import base
     from trl import DPOConfig, DPOTrainer
+
+    from lora_fast.benchmarks.trainers_child import tokenizer
 
     counts = range(12)
     pairs = {

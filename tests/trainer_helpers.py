@@ -12,9 +12,8 @@ from unittest import mock
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_helpers import move
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_fast import functional
 
@@ -46,15 +45,6 @@ def write_base(folder: Path, width: int = 32, inner: int = 48) -> None:
 
 def base(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Of bytes."""
-    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(vocabulary)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def config(**options: Any) -> LoraConfig:

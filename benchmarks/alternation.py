@@ -1,0 +1,54 @@
+"""Times of one training whose model is accelerated in every second block of steps, and restored in the others."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BEFORE, AFTER = "before", "accelerated"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of the steps of one kind, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+
+class Alternation:
+    """``begin`` and ``end`` stand around each step. The first of a block is not counted: norms are made anew in it."""
+
+    def __init__(self, accelerate: Callable[[], Any], restore: Callable[[], Any], block: int, blocks: int) -> None:
+        self.switches = {BEFORE: restore, AFTER: accelerate}
+        self.block, self.steps = block, block * blocks
+        self.seconds: dict[str, list[float]] = {BEFORE: [], AFTER: []}
+        self._step = 0
+        self._began = 0.0
+
+    @property
+    def kind(self) -> str:
+        return (BEFORE, AFTER)[self._step // self.block % 2]
+
+    def begin(self) -> None:
+        if self._step % self.block == 0:
+            self.switches[self.kind]()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        took = time.perf_counter() - self._began
+        if self._step >= 2 * self.block and self._step % self.block:  # the first two blocks warm up
+            self.seconds[self.kind].append(took)
+        self._step += 1
+
+    def records(self) -> dict[str, dict[str, float | int]]:
+        found = {}
+        for kind, seconds in self.seconds.items():
+            deciles = statistics.quantiles([1e3 * value for value in seconds], n=10, method="inclusive")
+            found[kind] = asdict(Times(deciles[4], deciles[1], deciles[7], len(seconds)))
+        return found
