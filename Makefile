@@ -8,6 +8,9 @@ PYTHON312 ?= python3.12
 BIN    := $(VENV)/bin
 DEEPSPEED := DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(VENV)/deepspeed/built) \
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) PATH="$(abspath $(BIN)):$$PATH"
+# "if" the Python is new enough, which "fi" ends: on an older one nothing is installed, and the tests are skipped
+since_3_11 = if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	echo "$(1) needs Python 3.11 or newer"; else
 NATIVE := setup.py pyproject.toml triton_kernels/constants.json $(shell find csrc -type f 2>/dev/null)
 
 # A development install demands the extension: a failed build is an error here, not a quiet fall-back (none: pure Python).
@@ -163,14 +166,15 @@ $(VENV)/litgpt/.installed: $(VENV)/.installed
 	touch $@
 
 $(VENV)/trl/.installed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/trl trl==1.16.0 datasets==5.2.0 pyarrow pandas \
-		dill==0.4.1 multiprocess==0.70.19 xxhash requests urllib3 idna charset_normalizer certifi
-	touch $@
+	$(call since_3_11,TRL) $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/trl trl==1.16.0 \
+		datasets==5.2.0 pyarrow pandas dill==0.4.1 multiprocess==0.70.19 xxhash requests urllib3 idna charset_normalizer certifi; fi
+	mkdir -p $(VENV)/trl && touch $@
 
 $(VENV)/axolotl/.installed: $(VENV)/.installed .ci/axolotl.txt
 	rm -rf $(VENV)/axolotl
-	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/axolotl -r .ci/axolotl.txt
-	touch $@
+	$(call since_3_11,Axolotl) $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python \
+		--target $(VENV)/axolotl -r .ci/axolotl.txt; fi
+	mkdir -p $(VENV)/axolotl && touch $@
 
 # torch first and alone: the extension is compiled against it.
 $(VENV)/.torch:

@@ -72,7 +72,8 @@ def llama(sizes: Sizes) -> Any:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
 
 
 def tokenizer() -> Any:

@@ -69,6 +69,12 @@ def _not_installed(library: str, target: str = "test-quantised") -> str | None:
     return None if importlib.util.find_spec(library) else f"{library} is not installed (make {target} has all)"
 
 
+def _since_3_11(library: str) -> str | None:
+    if sys.version_info < (3, 11) and not importlib.util.find_spec(library):
+        return f"{library} needs Python 3.11 or newer"
+    return _not_installed(library, f"test-{library}")
+
+
 def _no_torchao() -> str | None:
     """An older one comes with the oldest PEFT, which cannot be imported beside a newer."""
     if missing := _not_installed("torchao"):
@@ -94,7 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         **{library: _not_installed(library) for library in ("bitsandbytes", "hqq")},
         "torchao": _no_torchao(),
         "deepspeed": _not_installed("deepspeed", "test-deepspeed"),
-        **{library: _not_installed(library, f"test-{library}") for library in ("litgpt", "trl", "axolotl")},
+        "litgpt": _not_installed("litgpt", "test-litgpt"),
+        **{library: _since_3_11(library) for library in ("trl", "axolotl")},
         "interop": _not_installed("lycoris", "test-interop"),
         "nvcc": _no_nvcc(),
         "clang": None if shutil.which("clang++") else "no clang++ (clang)",

@@ -12,12 +12,14 @@ from axolotl_helpers import PLUGIN, STEPS, TRAIN, WITHOUT_KERNELS, losses, run, 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
+NF4 = {"adapter": "qlora", "load_in_4bit": True}
 # by name: what differs from LoRA, what the report says, and how many layers of 14 it says it of
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({}, "fast  14 × Linear: default: LoRA, lora_linear"),
     "DoRA": ({"peft_use_dora": True}, "fast  14 × Linear: default: DoRA, weight_norm, lora_linear"),
     "DPO": ({"rl": "dpo", "peft_use_dora": True}, "fast  14 × Linear: default: DoRA, weight_norm, lora_linear"),
-    "QLoRA": ({"adapter": "qlora", "load_in_4bit": True}, "fast  14 × Linear4bit: default: LoRA, the product of"),
+    "QLoRA": ({**NF4}, "fast  14 × Linear4bit: default: LoRA, the product of"),
+    "QDoRA": ({**NF4, "peft_use_dora": True}, "fast  14 × Linear4bit: default: DoRA, weight_norm, the product of"),
 }
 
 
@@ -27,7 +29,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("case", ["LoRA", "DoRA", "DPO", pytest.param("QLoRA", marks=pytest.mark.bitsandbytes)])
+@pytest.mark.parametrize(
+    "case",
+    ["LoRA", "DoRA", "DPO", *(pytest.param(case, marks=pytest.mark.bitsandbytes) for case in ("QLoRA", "QDoRA"))],
+)
 def test_trained_as_by_axolotl_itself(folder: Path, case: str) -> None:
     """In the second configuration nothing is said of the kernels, which Axolotl would turn on; they need a GPU."""
     from safetensors.torch import load_file
@@ -43,11 +48,11 @@ def test_trained_as_by_axolotl_itself(folder: Path, case: str) -> None:
     assert "Auto-enabling LoRA kernel" not in done.stdout
     wanted = losses(folder, "plain")
     assert len(set(wanted)) == STEPS
-    rounded = {"rtol": 1e-4, "atol": 1e-4} if case == "QLoRA" else EXACT
+    rounded = {"rtol": 1e-4, "atol": 1e-4} if case in ("QLoRA", "QDoRA") else EXACT
     torch.testing.assert_close(torch.tensor(losses(folder, "fast")), torch.tensor(wanted), **rounded)
     files = [load_file(folder / name / "adapter_model.safetensors") for name in ("fast", "plain")]
     # each step moves a parameter by up to the learning rate, 1e-2
-    torch.testing.assert_close(*files, rtol=1e-3, atol=1e-3 if case == "QLoRA" else 1e-5)
+    torch.testing.assert_close(*files, rtol=1e-3, atol=1e-3 if case in ("QLoRA", "QDoRA") else 1e-5)
 
 
 def test_its_command_line_and_merging(folder: Path) -> None:
