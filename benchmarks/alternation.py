@@ -13,12 +13,13 @@ BEFORE, AFTER = "before", "accelerated"
 
 @dataclass(frozen=True)
 class Times:
-    """Of the steps of one kind, in milliseconds."""
+    """Of the steps of one kind, in milliseconds; and the most memory that forward and backward hold at once."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     rounds: int
+    peak_bytes: int
 
 
 class Alternation:
@@ -28,6 +29,7 @@ class Alternation:
         self.switches = {BEFORE: restore, AFTER: accelerate}
         self.block, self.steps = block, block * blocks
         self.seconds: dict[str, list[float]] = {BEFORE: [], AFTER: []}
+        self.peaks = {BEFORE: 0, AFTER: 0}  # bytes, which whoever has the model measures
         self._step = 0
         self._began = 0.0
 
@@ -50,5 +52,5 @@ class Alternation:
         found = {}
         for kind, seconds in self.seconds.items():
             deciles = statistics.quantiles([1e3 * value for value in seconds], n=10, method="inclusive")
-            found[kind] = asdict(Times(deciles[4], deciles[1], deciles[7], len(seconds)))
+            found[kind] = asdict(Times(deciles[4], deciles[1], deciles[7], len(seconds), self.peaks[kind]))
         return found

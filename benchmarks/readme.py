@@ -221,8 +221,10 @@ def _trainers(folder: Path) -> str:
     results = read("trainers.json", folder)
 
     def line(row: dict[str, Any]) -> list[str]:
-        before, after = (row["records"][name]["median_ms"] for name in (BEFORE, AFTER))
-        return [row["title"], f"{digits(before)} ms", f"{digits(after)} ms", f"{before / after:.2f} ×"]
+        before, after = (row["records"][name] for name in (BEFORE, AFTER))
+        times = [record["median_ms"] for record in (before, after)]
+        cells = [f"{digits(r['median_ms'])} ms ({digits(r['peak_bytes'] / 2**20)} MiB)" for r in (before, after)]
+        return [row["title"], *cells, f"{times[0] / times[1]:.2f} ×"]
 
     lines = map(line, results["rows"])
     heads = ["training step", "before", "accelerated", "faster"]

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import lora_fast
+from lora_fast.testing import peak_bytes
 
 from .alternation import Alternation
 
@@ -126,11 +127,14 @@ def timing(alternation: Alternation) -> Any:
     return Timing()
 
 
-def check(alternation: Alternation, loss: Callable[[], float]) -> None:
-    """RuntimeError where acceleration changes the loss by more than rounding."""
+def check(alternation: Alternation, model: nn.Module, loss: Callable[[], Any]) -> None:
+    """Measure the peaks of forward and backward; RuntimeError where acceleration changes the loss beyond rounding."""
     found = []
-    for switch in alternation.switches.values():
+    model.train()
+    for kind, switch in alternation.switches.items():
         switch()
+        alternation.peaks[kind] = peak_bytes(lambda: loss().backward())
+        model.zero_grad()
         with torch.no_grad():
             found.append(float(loss()))
     if not abs(found[1] - found[0]) <= SLACK * abs(found[0]):
@@ -139,7 +143,7 @@ def check(alternation: Alternation, loss: Callable[[], float]) -> None:
 
 def check_trainer(trainer: Any, alternation: Alternation) -> None:
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    check(alternation, lambda: trainer.compute_loss(trainer.model, dict(batch)))
+    check(alternation, trainer.model, lambda: trainer.compute_loss(trainer.model, dict(batch)))
 
 
 def train(trainer: Any, alternation: Alternation) -> None:
@@ -322,7 +326,7 @@ def diffusers(adapter: str, sizes: Sizes, folder: Path) -> Alternation:
 
 
 def _steps(model: nn.Module, loss: Callable[[], Any], alternation: Alternation) -> None:
-    check(alternation, loss)
+    check(alternation, model, loss)
     optimizer = torch.optim.AdamW(_trained(model), lr=1e-5)
     for _ in range(alternation.steps):
         alternation.begin()

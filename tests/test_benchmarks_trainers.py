@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("peft", reason="the peft extra is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -34,10 +36,16 @@ def test_blocks_take_turns_and_warm_up_is_not_counted() -> None:
 
 
 def test_a_loss_that_acceleration_changes() -> None:
-    losses = iter([2.0, 2.1])
+    model, scale = torch.nn.Linear(1, 1, bias=False), [1.0]
+    torch.nn.init.constant_(model.weight, 2.0)
+
+    def check(factor: float) -> None:
+        switches = [functools.partial(scale.__setitem__, 0, value) for value in (factor, 1.0)]
+        trainers_child.check(Alternation(*switches, 2, 2), model, lambda: scale[0] * model.weight.sum())
+
+    check(1.0)
     with pytest.raises(RuntimeError, match="the loss is 2 before, and 2.1 accelerated"):
-        trainers_child.check(Alternation(lambda: None, lambda: None, 2, 2), lambda: next(losses))
-    trainers_child.check(Alternation(lambda: None, lambda: None, 2, 2), lambda: 3.0)
+        check(1.05)
 
 
 @pytest.mark.slow
@@ -47,6 +55,7 @@ def test_a_row() -> None:
     assert row["records"].keys() == {BEFORE, AFTER}
     for record in row["records"].values():
         assert record["rounds"] == 2
+        assert record["peak_bytes"] > 0
         assert 0 < record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
 
 
