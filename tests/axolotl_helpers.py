@@ -44,7 +44,7 @@ DPO: dict[str, Any] = {
         **{f"{name}_format": f"{{{name}}}" for name in ("prompt", "chosen", "rejected")},
     },
 }
-# in one process, whose later trainings have the plugins of the earlier: those with lora_fast's come last
+# in one process
 TRAIN = "import sys; from axolotl.cli.train import do_cli\nfor config in sys.argv[1:]: do_cli(config)"
 
 

@@ -98,6 +98,20 @@ def test_configurations_that_are_refused(folder: Path, options: dict[str, Any], 
     assert not (folder / "fast").exists()
 
 
+def test_a_later_run_without_the_plugin_is_axolotl_s_own(folder: Path) -> None:
+    """Axolotl keeps plugins for the runs that a process does after the one that named them: here a full fine-tuning."""
+    fast = write_config(folder, "fast", plugins=[PLUGIN.replace(".LoraFast", ":LoraFast")])
+    others = [
+        write_config(folder, "plain", **WITHOUT_KERNELS),
+        write_config(folder, "full", adapter=None, lora_r=None, lora_alpha=None, lora_target_linear=None),
+    ]
+    done = run("-c", TRAIN, str(fast), *map(str, others))
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.stdout.count("adapter layers accelerated") == 1
+    torch.testing.assert_close(losses(folder, "fast"), losses(folder, "plain"), **EXACT)
+    assert losses(folder, "full")
+
+
 def test_the_hooks() -> None:
     """What no configuration of Axolotl's comes to."""
     from axolotl.utils.dict import DictDefault
@@ -107,8 +121,9 @@ def test_the_hooks() -> None:
 
     plugin = LoraFastPlugin()
     with pytest.raises(ValueError, match="lora_o_kernel: it is on, and lora_fast's layers would not be called"):
-        plugin.pre_model_load(DictDefault({"lora_o_kernel": True, "adapter": "lora"}))
-    plugin.post_model_load(DictDefault({}), nn.Linear(2, 2))  # to which the trainer may add the adapter
+        plugin.pre_model_load(DictDefault({"lora_o_kernel": True, "plugins": [PLUGIN]}))
+    plugin.pre_model_load(DictDefault({"lora_o_kernel": True}))
+    plugin.post_model_load(DictDefault({"plugins": [PLUGIN]}), nn.Linear(2, 2))  # to which the trainer may add it
     trainer = type("Trainer", (), {"model": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="model: it has no PEFT layer"):
-        plugin.post_trainer_create(DictDefault({}), trainer)
+        plugin.post_trainer_create(DictDefault({"plugins": [PLUGIN]}), trainer)

@@ -271,7 +271,9 @@ def content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def test_copies(kind: Any, files: dict[str, Path]) -> None:
     pipes = pair(kind, {"lora": files["lora"]})
-    setattr(pipes[0], kind.part, copy.deepcopy(part(kind, pipes[0])))
+    copied = copy.deepcopy(part(kind, pipes[0]))
+    assert [type(module) for module in copied.modules()] == [type(module) for module in part(kind, pipes[0]).modules()]
+    setattr(pipes[0], kind.part, copied)
     check(kind, pipes, lambda pipe: None)
 
 
@@ -321,7 +323,7 @@ def test_a_kohya_dora_through_conversion(tmp_path: Path) -> None:
     torch.testing.assert_close(kind.run(pipe), kind.run(truth), **EXACT)
 
 
-def test_what_is_no_pipeline(kind: Any) -> None:
+def test_a_pipeline_without_adapters_and_what_is_none(kind: Any) -> None:
     pipe = kind.make()
     with pytest.raises(ValueError, match="model: it has no PEFT layer"):
         lora_fast.accelerate(pipe)

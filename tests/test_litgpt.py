@@ -85,7 +85,9 @@ def test_outputs_and_gradients_are_litgpt_s(make: Any, form: str, recompute: Any
     assert sum(mlp.as_one for mlp in report.mlps) == wanted
     with mock.patch.object(functional, "lora_linear", wraps=functional.lora_linear) as lora_linear:
         check_same(model, other, **EXACT)
-    assert lora_linear.call_count >= 1
+    if "n_expert" not in config:  # of which some may have few tokens, or none
+        assert lora_linear.call_count == count - 3 * wanted
+    assert lora_linear.call_count > 0
 
 
 @pytest.mark.parametrize("form", ["everywhere", "q and v"])
@@ -175,10 +177,10 @@ def test_restore(make: Any) -> None:
     integration.accelerate(model)
     integration.accelerate(model, recompute="all")  # a second time
     assert classes(model) != before
-    assert all("_lora_fast" in vars(module) for module in model.modules() if hasattr(module, "lora_A"))
+    assert all(integration.STATE in vars(module) for module in model.modules() if hasattr(module, "lora_A"))
     integration.restore(model)
     assert classes(model) == before
-    assert not any("_lora_fast" in vars(module) for module in model.modules())
+    assert not any(integration.STATE in vars(module) for module in model.modules())
     assert torch.equal(model(tokens()), y)
     integration.restore(model)  # which does nothing
 
@@ -238,7 +240,7 @@ def test_what_stands_in_the_dropout_s_place_is_called(make: Any) -> None:
         one.transformer.h[0].attn.proj.lora_dropout = lambda x: 2 * x
     report = integration.accelerate(model)
     assert report.left_alone == ["lm_head", "transformer.h.0.attn.proj"]
-    assert "litgpt  lm_head (LoRALinear): litgpt's own forward until this changes: lora_dropout is a Tanh" in str(
+    assert "litgpt  lm_head (LoRALinear): litgpt's own forward until this changes: its lora_dropout is a Tanh" in str(
         report
     )
     check_same(model, other, **EXACT)
@@ -258,6 +260,53 @@ def test_an_adapter_of_another_dtype_is_litgpt_s_error(make: Any) -> None:
     model.lm_head.lora_A.data = model.lm_head.lora_A.data.float()
     with pytest.raises(RuntimeError, match="dtype"):
         model(tokens())
+
+
+def test_attributes_are_read_in_each_call(make: Any) -> None:
+    """As litgpt's own forward reads them."""
+    changes: dict[str, Callable[[Any], None]] = {
+        "r": lambda model: vars(model.lm_head).update(r=0),
+        "enable_lora": lambda model: vars(model.transformer.h[0].attn.qkv).update(enable_lora=[False] * 3),
+        "scaling": lambda model: vars(model.lm_head).update(scaling=0.25),
+        "scaling, a tensor": lambda model: vars(model.lm_head).update(scaling=torch.tensor(0.25, dtype=torch.float64)),
+        "mlp": lambda model: vars(model.transformer.h[1].mlp.proj).update(r=0),
+    }
+    for name, change in changes.items():
+        model, other = make(), make()
+        integration.accelerate(model)
+        before = model(tokens())
+        change(model)
+        change(other)
+        check_same(model, other, **EXACT)
+        assert not torch.allclose(model(tokens()), before)
+        report = integration.accelerate(model)
+        assert len(report.left_alone) == (0 if name == "scaling" else 1)
+        if report.left_alone:
+            assert "litgpt's own forward until this changes: its " in str(report)
+
+
+def test_beside_peft_s_layers(make: Any) -> None:
+    """Each restore does its own, in one model too."""
+    from peft import LoraConfig, get_peft_model
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt, self.head = make(), nn.Linear(258, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gpt(x))
+
+    model = get_peft_model(Both(), LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
+    before, y = classes(model), model(tokens())
+    assert len(integration.accelerate(model).accelerated) == 11
+    assert lora_fast.accelerate(model).accelerated == ["base_model.model.head"]
+    torch.testing.assert_close(model(tokens()), y, **EXACT)
+    lora_fast.restore(model)
+    assert sum(integration.STATE in vars(module) for module in model.modules()) == 11
+    integration.restore(model)
+    assert classes(model) == before
+    torch.testing.assert_close(model(tokens()), y, rtol=0, atol=0)
 
 
 def test_subclasses_and_stored_forwards_are_left_alone(make: Any) -> None:

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.litgpt, pytest.mark.slow]
 ROUNDED = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def finetune(program: str, tmp_path: Path) -> tuple[str, Path]:
+def finetune(program: str, tmp_path: Path, **more: Any) -> tuple[str, Path]:
     """What the command wrote to the terminal, and the folder with what it made."""
     out = tmp_path / program
     arguments = {
@@ -44,6 +44,7 @@ def finetune(program: str, tmp_path: Path) -> tuple[str, Path]:
         "train.lr_warmup_steps": 1,
         "train.save_interval": 3,
         "eval.max_new_tokens": 4,
+        **more,
     }
     options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
@@ -79,6 +80,17 @@ def test_fine_tuning_by_litgpt_s_command(tmp_path: Path) -> None:
     for file in ("step-000003/lit_model.pth.lora", "final/lit_model.pth.lora", "final/lit_model.pth"):
         found, its = (torch.load(out / file, weights_only=True) for out in (fast, own))
         torch.testing.assert_close(found.get("model", found), its.get("model", its), **ROUNDED)
+
+
+def test_two_processes_by_litgpt_s_command(tmp_path: Path) -> None:
+    """It shards the model; the first says what ran."""
+    from litgpt_helpers import write_checkpoint, write_data
+
+    write_checkpoint(tmp_path / "checkpoint")
+    write_data(tmp_path / "data.json")
+    text, out = finetune("lora_fast.integrations.litgpt", tmp_path, devices=2)
+    assert text.count("lora_fast: 10 of 10 adapter layers accelerated (litgpt") == 1
+    assert torch.load(out / "final" / "lit_model.pth.lora", weights_only=True)["model"]
 
 
 def test_the_command_says_what_it_needs() -> None:

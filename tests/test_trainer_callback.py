@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trainer_helpers import EXACT, LAYERS, OPTIMIZER, adapted, base, config, cou
 from transformers import Trainer, TrainingArguments
 
 import lora_fast
-from lora_fast.integrations import LoraFastCallback
+from lora_fast.integrations import LoraFastCallback, peft as peft_integration
 
 STEPS, SAVED = 6, 2
 MOVED = {"rtol": 1e-3, "atol": 1e-5}  # of parameters, which each step moves by up to the learning rate, 1e-2
@@ -183,6 +185,28 @@ def test_only_the_first_process_prints(folder: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
+def test_a_wrapper_of_the_model_is_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As FSDP1's, which the Trainer hands to on_train_begin; and a copy has no memory of the model."""
+    from transformers import TrainerState
+
+    callback, state, model = LoraFastCallback(), TrainerState(), adapted(folder)
+    callback.on_init_end(None, state, None, model=model)
+    callback.on_train_begin(None, state, None, model=nn.Sequential(model))
+    assert capsys.readouterr().out.count("lora_fast: ") == 1
+    for made in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert made.options == callback.options
+        made.on_train_begin(None, state, None, model=model)
+        assert capsys.readouterr().out.count("lora_fast: ") == 1
+
+
+def test_prompt_tuning_is_refused(folder: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig
+
+    model = get_peft_model(base(folder), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="model: PEFT has put no layers into it, as for prompt tuning"):
+        trainer(tmp_path, model, LoraFastCallback()).train()
+
+
 def test_restored_afterwards(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder)
     before = [type(module) for module in model.modules()]
@@ -205,5 +229,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = integrations.LoraFastCallbacks
 
 
-def test_the_model_may_be_any_module() -> None:
-    assert not lora_fast.integrations.peft.has_layers(nn.Linear(2, 2))
+def test_has_layers(folder: Path) -> None:
+    assert not peft_integration.has_layers(base(folder))
+    assert peft_integration.has_layers(adapted(folder))
+    assert peft_integration.has_layers(nn.Sequential(adapted(folder)))

@@ -11,15 +11,15 @@ and, where they are to differ, the arguments of :func:`lora_fast.accelerate`::
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Literal
 
 from torch import nn
 
 from lora_fast.integrations import peft
+from lora_fast.integrations.trainer import LastModel
 
 try:
-    from axolotl.integrations.base import BasePlugin
+    from axolotl.integrations.base import BasePlugin, normalize_plugin_name
     from axolotl.utils.logging import get_logger
     from pydantic import BaseModel, ConfigDict
 except ImportError as error:
@@ -32,7 +32,7 @@ LOG = get_logger("axolotl.integrations.lora_fast")  # of what is below its own n
 class LoraFastOptions(BaseModel):
     """``lora_fast:`` in the configuration; what :func:`lora_fast.accelerate` says of each.
 
-    ``recompute: none`` is its None, which Axolotl would drop from a configuration.
+    ``recompute: none`` is its None: what is null Axolotl drops from a configuration.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,13 +63,15 @@ class LoraFastPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._accelerated: weakref.ref[nn.Module] | None = None
+        self._last = LastModel()
 
     def register(self, cfg: Any) -> None:
         """Before the configuration is validated, which would turn the kernels on where nothing is said of them.
 
         In ``pre_model_load`` it would be too late: a forward of attention that calls them is in place by then.
         """
+        if not self._is_of(cfg):
+            return
         if not cfg.get("adapter"):
             raise ValueError(
                 "adapter: the configuration has none, and lora_fast.integrations.axolotl.LoraFastPlugin is for LoRA "
@@ -85,21 +87,27 @@ class LoraFastPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Raises ValueError for kernels that something has turned on after all."""
-        if found := [kernel for kernel in KERNELS if cfg.get(kernel)]:
+        found = [kernel for kernel in KERNELS if cfg.get(kernel)]
+        if found and self._is_of(cfg):
             raise ValueError(f"{found[0]}: it is on, and lora_fast's layers would not be called; set it to false")
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
-        if peft.has_layers(model):
+        if self._is_of(cfg) and peft.has_layers(model):
             self._accelerate(cfg, model)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if self._accelerated is None or self._accelerated() is not trainer.model:
+        if self._is_of(cfg) and not self._last.is_in(trainer.model):
             self._accelerate(cfg, trainer.model)
+
+    def _is_of(self, cfg: Any) -> bool:
+        """Whether the configuration names the plugin: Axolotl keeps plugins for all further runs of a process."""
+        own = f"{type(self).__module__}.{type(self).__qualname__}"
+        return own in map(normalize_plugin_name, cfg.get("plugins") or [])
 
     def _accelerate(self, cfg: Any, model: nn.Module) -> None:
         options = dict(cfg.get("lora_fast") or {})
         if options.get("recompute") == "none":
             options["recompute"] = None
         report = peft.accelerate(model, **options)
-        self._accelerated = weakref.ref(model)
+        self._last.set(model)
         LOG.info(report.summary())

@@ -13,6 +13,7 @@ import importlib.metadata
 import sys
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from lora_fast.functional import Recompute
@@ -23,14 +24,16 @@ from lora_fast.nn.classes import forward_obstacle, set_class
 from lora_fast.parallel import fsdp2
 
 INSTALL = "pip install litgpt"
+STATE = "_lora_fast_litgpt"  # the attribute that marks an accelerated layer
 
 
 def accelerate(model: nn.Module, *, recompute: Recompute | None = "outputs") -> Report:
     """Let lora_fast run the LoRA layers of a litgpt model, in place: ``LoRALinear`` and ``LoRAQKVLinear``.
 
     Parameters, their names, ``state_dict``, merging and saved files stay as they are, and so does the function, but for
-    the dropout's generator. Linears that are quantised, hooked or sharded by themselves are called, and the adapter is
-    added to what they return. May be called before or after ``fabric.setup``, and again.
+    the dropout's generator and derivatives of second order, which raise. Linears that are quantised, hooked or sharded
+    by themselves are called, and the adapter is added to what they return. May be called before or after
+    ``fabric.setup``, and again.
 
     Args:
         model: a ``litgpt.lora.GPT``, also as Fabric has wrapped it, or any module with such layers.
@@ -73,11 +76,9 @@ def restore(model: nn.Module) -> None:
 
     Raises RuntimeError, before anything is changed, when another library changed a layer's class since.
     """
-    accelerated = [(name, layer) for name, layer in model.named_modules() if "_lora_fast" in vars(layer)]
+    accelerated = [(name, layer) for name, layer in model.named_modules() if STATE in vars(layer)]
     mlp.check_classes(model)
     if accelerated:
-        from lora_fast.integrations import litgpt_layers
-
         originals = []
         for name, layer in accelerated:
             original = vars(fsdp2.base_class(type(layer))).get("litgpt_type")
@@ -89,7 +90,7 @@ def restore(model: nn.Module) -> None:
             originals.append(_derived(layer, original))
         for (_, layer), original in zip(accelerated, originals, strict=True):
             set_class(layer, original)
-            delattr(layer, litgpt_layers.STATE)
+            delattr(layer, STATE)
     mlp.take_off(model)
 
 
@@ -111,10 +112,9 @@ def _take(name: str, layer: Any) -> LayerReport:
     if stored := forward_obstacle(layer):
         set_class(layer, before)
         return left_alone(f": {stored}")
-    vars(layer).setdefault(litgpt_layers.STATE, litgpt_layers.State())
-    if litgpt_layers.dropout_p(layer) is None:
-        dropout = f"lora_dropout is a {type(layer.lora_dropout).__name__}, or has hooks, and has to be called"
-        return left_alone(f" until this changes: {dropout}")
+    vars(layer).setdefault(STATE, litgpt_layers.State())
+    if reason := layer.obstacle():
+        return left_alone(f" until this changes: {reason}")
     called = litgpt_layers.obstacle(layer.linear)
     how = "lora_linear" if called is None else f"linear(x), lora_compose: {called}"
     return LayerReport(name, kind.__name__, True, f"LoRA, {how}", "litgpt")
@@ -135,7 +135,7 @@ def _litgpt_version() -> str:
 
 
 def main() -> None:
-    """litgpt's command line, with its arguments, in which the models that LoRA is trained in are accelerated."""
+    """litgpt's command line, with its arguments; the model that ``finetune_lora`` trains is accelerated."""
     try:
         _litgpt_version()
     except ImportError as error:
@@ -151,7 +151,9 @@ def _accelerate_in(script: Any) -> None:
     @functools.wraps(freeze)
     def freeze_and_accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         freeze(model, *args, **kwargs)
-        print(accelerate(model).summary(), file=sys.stderr)
+        report = accelerate(model)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(report.summary(), file=sys.stderr)
 
     script.mark_only_lora_as_trainable = freeze_and_accelerate
 

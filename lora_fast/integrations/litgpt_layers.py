@@ -9,6 +9,7 @@ Parameters, merging and whatever else a layer does are litgpt's own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,10 @@ from torch import Tensor, nn
 from lora_fast import functional
 from lora_fast.backends import ForwardDefault
 from lora_fast.functional import Projection
+from lora_fast.integrations.litgpt import STATE
 from lora_fast.nn import hooks
 from lora_fast.nn.mlp import Part
 from lora_fast.parallel import fsdp1, whole, zero
-
-STATE = "_lora_fast"  # the attribute that marks an accelerated layer
 
 
 @dataclass
@@ -38,24 +38,24 @@ class FastLayer(nn.Module):
     """What the subclasses share."""
 
     litgpt_type: type[nn.Module]
-    _lora_fast: State
     linear: Any  # frozen; wrapped where FSDP1 has it as a unit
     lora_A: nn.Parameter  # [R, in]; of q, k and v [parts·R, in]
     lora_B: nn.Parameter  # [out, R]; of q, k and v without the rows of those that have no adapter
     lora_dropout: Any
-    scaling: float
+    scaling: Any
     merged: bool
+    r: int
 
     def forward(self, x: Tensor) -> Tensor:
         state = vars(self).get(STATE)
         if state is None:  # called by what was kept of a layer that is litgpt's again
             kind: Any = type(self)
             return (self.litgpt_type if isinstance(self, FastLayer) else kind).forward(self, x)
-        p = dropout_p(self)
-        if self.merged or p is None or not self._takes(x):
+        if self.obstacle() is not None or not self._takes(x):
             y: Tensor = super().forward(x)
             return y
         with state.forward_default.in_force():
+            p = _dropout_p(self) or 0.0
             seed = functional.draw_seed(x.device) if p > 0.0 else None
             if obstacle(self.linear) is None:
                 weight, bias = self.linear.weight, self.linear.bias
@@ -77,13 +77,26 @@ class FastLayer(nn.Module):
 
     def mlp_part(self, x: Tensor) -> Part | None:
         """Its part in a gated MLP that runs as one (:mod:`lora_fast.nn.mlp`); None where it has to be called itself."""
-        if self.merged or dropout_p(self) != 0.0 or self.mlp_obstacle() is not None or not self._takes(x):
+        if self.mlp_obstacle() is not None or _dropout_p(self) != 0.0 or not self._takes(x):
             return None
         return Part(self._projection, is_adapted=True)
 
     def mlp_obstacle(self) -> str | None:
         """What keeps :meth:`mlp_part` at None, whatever the call; None if nothing."""
-        return obstacle(self.linear)
+        return self.obstacle() or obstacle(self.linear)
+
+    def obstacle(self) -> str | None:
+        """Why litgpt's own forward has to run, whatever x is; None if it need not. As litgpt does, each call asks."""
+        if self.merged:
+            return "it is merged"
+        if self.r <= 0 or not self._is_whole():
+            return "its r or enable_lora says that it has another adapter than lora_A and lora_B, or none"
+        # math.isfinite takes no number that torch.compile holds symbolic
+        if type(self.scaling) not in (float, int) or not -math.inf < self.scaling < math.inf:
+            return "its scaling is no finite number of Python's"
+        if _dropout_p(self) is None:
+            return f"its lora_dropout is a {type(self.lora_dropout).__name__}, or has hooks, and has to be called"
+        return None
 
     def _projection(self) -> Projection:
         return Projection(self.linear.weight, self.linear.bias, self.lora_A, self._whole_lora_B(), self.scaling)
@@ -103,6 +116,10 @@ class FastLayer(nn.Module):
         weight = self.linear.weight
         return weight.device == x.device and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 
+    def _is_whole(self) -> bool:
+        """Whether lora_A and lora_B have the parts that the layer's attributes say."""
+        return True
+
     def _whole_lora_B(self) -> Tensor:
         """lora_B with a row for each row of W, and a column for each row of lora_A."""
         return self.lora_B
@@ -120,9 +137,21 @@ class FastLoRAQKVLinear(FastLayer, LoRAQKVLinear):
     n_query_groups: int
     enable_lora: Any  # of q, k and v
 
-    def _whole_lora_B(self) -> Tensor:
+    def _parts(self) -> list[tuple[int, bool]]:
+        """How many rows of W are q's, k's and v's, and whether they are adapted."""
         sizes = self.head_size * self.n_head, *(self.head_size * self.n_query_groups,) * 2
-        adapted = list(zip(sizes, self.enable_lora, strict=True))
+        return list(zip(sizes, map(bool, self.enable_lora), strict=True))
+
+    def _is_whole(self) -> bool:
+        sizes = [size for size, enabled in self._parts() if enabled]
+        lora_A, lora_B = (whole.tensor_of(self, name) for name in ("lora_A", "lora_B"))
+        if not sizes or lora_A is None or lora_B is None:
+            return False
+        N, rank = lora_B.shape if lora_B.dim() == 2 else (0, 0)
+        return sum(sizes) == N and lora_A.shape[0] == rank * len(sizes)
+
+    def _whole_lora_B(self) -> Tensor:
+        adapted = self._parts()
         given = iter(self.lora_B.split([size for size, enabled in adapted if enabled]))
         blocks = [next(given) if enabled else self.lora_B.new_empty(size, 0) for size, enabled in adapted]
         return torch.block_diag(*blocks)
@@ -142,7 +171,7 @@ def obstacle(linear: Any) -> str | None:
     return "the linear is sharded" if linear.weight.dim() != 2 or zero.is_partitioned(linear.weight) else None
 
 
-def dropout_p(layer: Any) -> float | None:
+def _dropout_p(layer: Any) -> float | None:
     """That of the next call; None where something else stands in the dropout's place, which has to be called."""
     dropout = layer.lora_dropout
     if type(dropout) is nn.Dropout:

@@ -76,6 +76,10 @@ def accelerate(
     tuned: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, peft_names.BaseTunerLayer)
     ]
+    if not tuned and hasattr(model, "peft_config"):
+        raise ValueError(
+            "model: PEFT has put no layers into it, as for prompt tuning, and so there is nothing for lora_fast to run"
+        )
     if not tuned:
         raise ValueError(
             "model: it has no PEFT layer; call get_peft_model (or load an adapter) first. For litgpt's own layers "
@@ -155,7 +159,11 @@ def _module(model: Any) -> nn.Module:
         return model
     components = getattr(model, "components", None)
     if isinstance(components, dict):
-        return nn.ModuleDict({name: part for name, part in components.items() if isinstance(part, nn.Module)})
+        parts = nn.Module()
+        for name, part in components.items():
+            if isinstance(part, nn.Module):
+                parts.add_module(name, part)
+        return parts
     raise TypeError(
         f"model: got {type(model).__name__}, expected a torch.nn.Module with PEFT layers, or a pipeline of diffusers"
     )

@@ -17,6 +17,24 @@ except ImportError as error:
     raise ImportError(f"LoraFastCallback needs transformers: pip install transformers ({error})") from error
 
 
+class LastModel:
+    """Which model was accelerated last, without holding it. Copies and pickles do not carry it."""
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def set(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether it is ``model``, or within it, as in the wrapper that FSDP makes."""
+        last = None if self._model is None else self._model()
+        return last is not None and any(module is last for module in model.modules())
+
+    def __reduce__(self) -> tuple[type[LastModel], tuple[()]]:
+        return LastModel, ()
+
+
 class LoraFastCallback(TrainerCallback):
     """:func:`lora_fast.accelerate` for the model that a trainer makes, where no line can be put in between::
 
@@ -52,7 +70,7 @@ class LoraFastCallback(TrainerCallback):
             "recompute": recompute,
         }
         self.report: Report | None = None
-        self._accelerated: weakref.ref[nn.Module] | None = None
+        self._last = LastModel()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -61,11 +79,11 @@ class LoraFastCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if self._accelerated is None or self._accelerated() is not model:
+        if not self._last.is_in(model):
             self._accelerate(model, state)
 
     def _accelerate(self, model: nn.Module, state: Any) -> None:
         self.report = peft.accelerate(model, **self.options)
-        self._accelerated = weakref.ref(model)
+        self._last.set(model)
         if state.is_world_process_zero:
             print(self.report.summary())
