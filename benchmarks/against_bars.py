@@ -16,8 +16,13 @@ THREADS = 2
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def measure(run: Callable[[], Iterable[dict[str, Any]]], name: str, pytestconfig: Any) -> list[dict[str, Any]]:
-    """The rows of ``run``, which are in the file ``name`` of this device's results too."""
+def measure(
+    run: Callable[[], Iterable[dict[str, Any]]],
+    name: str,
+    pytestconfig: Any,
+    show: Callable[[Iterable[dict[str, Any]]], str] = bars_lines,
+) -> list[dict[str, Any]]:
+    """The rows of ``run``, printed as ``show`` does, which are in the file ``name`` of this device's results too."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     without_amx.follow()
@@ -27,5 +32,5 @@ def measure(run: Callable[[], Iterable[dict[str, Any]]], name: str, pytestconfig
     torch.set_num_threads(before)
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        Console(width=140).print(f"\n{bars_lines(rows)}written to {path}")
+        Console(width=140).print(f"\n{show(rows)}written to {path}")
     return rows

@@ -8,4 +8,4 @@ from lora_fast.benchmarks import against_bars, trainers
 
 
 def test_trainers(pytestconfig: pytest.Config) -> None:
-    assert against_bars.measure(trainers.run, "trainers.json", pytestconfig)
+    assert against_bars.measure(trainers.run, "trainers.json", pytestconfig, trainers.as_table)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import grid as grid_of_sizes, readme_gpu
-from .alternation import AFTER, BEFORE
+from . import grid as grid_of_sizes, readme_gpu, trainers as of_trainers
 from .report import digits, traffic
 from .tables import OURS, bars_lines, table
 
@@ -219,16 +218,7 @@ def trainers() -> str:
 
 def _trainers(folder: Path) -> str:
     results = read("trainers.json", folder)
-
-    def line(row: dict[str, Any]) -> list[str]:
-        before, after = (row["records"][name] for name in (BEFORE, AFTER))
-        times = [record["median_ms"] for record in (before, after)]
-        cells = [f"{digits(r['median_ms'])} ms ({digits(r['peak_bytes'] / 2**20)} MiB)" for r in (before, after)]
-        return [row["title"], *cells, f"{times[0] / times[1]:.2f} ×"]
-
-    lines = map(line, results["rows"])
-    heads = ["training step", "before", "accelerated", "faster"]
-    return f"{origin(results, 'trainers.json', folder)}\n{table(heads, lines)}"
+    return f"{origin(results, 'trainers.json', folder)}\n{of_trainers.as_table(results['rows'])}"
 
 
 def quantised() -> str:

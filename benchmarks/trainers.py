@@ -10,10 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .alternation import AFTER, BEFORE
+from .report import digits
+from .tables import table
 from .trainers_child import KINDS, Sizes
 
 VENV = Path(sys.prefix)
@@ -25,6 +28,17 @@ def run(sizes: Sizes | None = None, kinds: tuple[tuple[str, str], ...] = KINDS) 
     """The rows, as a result file holds them. RuntimeError where a process fails, with what it wrote."""
     for kind, adapter in kinds:
         yield row(kind, adapter, sizes or Sizes())
+
+
+def as_table(rows: Iterable[dict[str, Any]]) -> str:
+    """The times, with the peaks in brackets."""
+
+    def line(row: dict[str, Any]) -> list[str]:
+        before, after = (row["records"][name] for name in (BEFORE, AFTER))
+        cells = [f"{digits(r['median_ms'])} ms ({digits(r['peak_bytes'] / 2**20)} MiB)" for r in (before, after)]
+        return [row["title"], *cells, f"{before['median_ms'] / after['median_ms']:.2f} ×"]
+
+    return table(["training step", "before", "accelerated", "faster"], map(line, rows))
 
 
 def row(kind: str, adapter: str, sizes: Sizes) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_a_row() -> None:
     row = trainers.row("Trainer", "DoRA", TINY)
     assert row["title"] == "Trainer, DoRA"
     assert row["records"].keys() == {BEFORE, AFTER}
+    assert trainers.as_table([row]).splitlines()[2].startswith("| Trainer, DoRA | ")
     for record in row["records"].values():
         assert record["rounds"] == 2
         assert record["peak_bytes"] > 0
