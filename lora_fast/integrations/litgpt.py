@@ -115,7 +115,7 @@ def _take(name: str, layer: Any) -> LayerReport:
     vars(layer).setdefault(STATE, litgpt_layers.State())
     if reason := layer.obstacle():
         return left_alone(f" until this changes: {reason}")
-    called = litgpt_layers.obstacle(layer.linear)
+    called = litgpt_layers.linear_obstacle(layer.linear)
     how = "lora_linear" if called is None else f"linear(x), lora_compose: {called}"
     return LayerReport(name, kind.__name__, True, f"LoRA, {how}", "litgpt")
 

@@ -57,7 +57,7 @@ class FastLayer(nn.Module):
         with state.forward_default.in_force():
             p = _dropout_p(self) or 0.0
             seed = functional.draw_seed(x.device) if p > 0.0 else None
-            if obstacle(self.linear) is None:
+            if linear_obstacle(self.linear) is None:
                 weight, bias = self.linear.weight, self.linear.bias
                 factors = weight, bias, self.lora_A, self._whole_lora_B(), self.scaling
                 return functional.lora_linear(x, *factors, dropout_p=p, seed=seed)
@@ -83,7 +83,7 @@ class FastLayer(nn.Module):
 
     def mlp_obstacle(self) -> str | None:
         """What keeps :meth:`mlp_part` at None, whatever the call; None if nothing."""
-        return self.obstacle() or obstacle(self.linear)
+        return self.obstacle() or linear_obstacle(self.linear)
 
     def obstacle(self) -> str | None:
         """Why litgpt's own forward has to run, whatever x is; None if it need not. As litgpt does, each call asks."""
@@ -111,7 +111,7 @@ class FastLayer(nn.Module):
                 return False
             if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
                 return False
-        if obstacle(self.linear) is not None:
+        if linear_obstacle(self.linear) is not None:
             return True
         weight = self.linear.weight
         return weight.device == x.device and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
@@ -160,7 +160,7 @@ class FastLoRAQKVLinear(FastLayer, LoRAQKVLinear):
 FAST: dict[type[nn.Module], type[nn.Module]] = {fast.litgpt_type: fast for fast in (FastLoRALinear, FastLoRAQKVLinear)}
 
 
-def obstacle(linear: Any) -> str | None:
+def linear_obstacle(linear: Any) -> str | None:
     """Why the linear has to be called; None where its parameters may be read instead, which is all that calls for."""
     if type(linear) is not nn.Linear or type(linear._parameters.get("weight")) is not nn.Parameter:
         return f"the linear is a {type(linear).__name__}"
