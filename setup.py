@@ -41,6 +41,7 @@ SOURCE_TREE_ONLY = {
         *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
         *("bench_distributed", "bench_grouped", "bench_mlp", "collectives"),
         *("distributed_engines", "distributed_model", "readme_gpu", "tables"),
+        *("alternation", "bench_trainers", "trainers", "trainers_axolotl", "trainers_child"),
         *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
     },
     "lora_fast.triton_kernels": {"aot", "prewarm"},

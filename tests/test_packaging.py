@@ -48,6 +48,7 @@ SOURCE_TREE_ONLY = {
             *("against_bars", "bench_layer", "bench_peft", "bench_quantised", "grid", "test_ops", "readme"),
             *("bench_distributed", "bench_grouped", "bench_mlp", "collectives"),
             *("distributed_engines", "distributed_model", "readme_gpu", "tables"),
+            *("alternation", "bench_trainers", "trainers", "trainers_axolotl", "trainers_child"),
             *("gpu_constants", "gpu_first", "gpu_sweeps", "gpu_tune", "gpu_verdict"),
         )
     ),
@@ -70,7 +71,8 @@ for module in pkgutil.walk_packages(lora_fast.__path__, "lora_fast."):
         try:
             importlib.import_module(module.name)
         except ImportError:
-            assert module.name.endswith("hqq"), module.name  # a library that the test extra does not bring
+            # of libraries that the test extra does not bring
+            assert module.name.endswith(("hqq", "litgpt_layers", "axolotl")), module.name
 for command in ("check", "demo", "bench", "report", "merge"):
     try:
         cli.main([command, "--help"])
