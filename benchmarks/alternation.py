@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
+from .runner import summarise
+
 BEFORE, AFTER = "before", "accelerated"
-
-
-@dataclass(frozen=True)
-class Times:
-    """Of the steps of one kind, in milliseconds; and the most memory that forward and backward hold at once."""
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    peak_bytes: int
 
 
 class Alternation:
@@ -49,8 +38,4 @@ class Alternation:
         self._step += 1
 
     def records(self) -> dict[str, dict[str, float | int]]:
-        found = {}
-        for kind, seconds in self.seconds.items():
-            deciles = statistics.quantiles([1e3 * value for value in seconds], n=10, method="inclusive")
-            found[kind] = asdict(Times(deciles[4], deciles[1], deciles[7], len(seconds), self.peaks[kind]))
-        return found
+        return {kind: summarise(seconds, self.peaks[kind]).as_dict() for kind, seconds in self.seconds.items()}

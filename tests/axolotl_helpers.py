@@ -37,12 +37,9 @@ SETTINGS: dict[str, Any] = {
     "save_steps": STEPS,
     "seed": 42,
 }
-DPO: dict[str, Any] = {
-    "rl": "dpo",
-    "type": {
-        **{f"field_{name}": name for name in ("prompt", "chosen", "rejected")},
-        **{f"{name}_format": f"{{{name}}}" for name in ("prompt", "chosen", "rejected")},
-    },
+PAIRS = {  # of DPO's data
+    **{f"field_{name}": name for name in ("prompt", "chosen", "rejected")},
+    **{f"{name}_format": f"{{{name}}}" for name in ("prompt", "chosen", "rejected")},
 }
 # in one process
 TRAIN = "import sys; from axolotl.cli.train import do_cli\nfor config in sys.argv[1:]: do_cli(config)"
@@ -71,7 +68,7 @@ def write_config(tmp_path: Path, name: str, **options: Any) -> Path:
     ]
     texts = [{"text": f"number {n} is {n * n} squared"} for n in counts]
     data.write_text("\n".join(map(json.dumps, pairs if is_dpo else texts)))
-    kind = {"split": "train", "type": DPO["type"]} if is_dpo else {"type": "completion", "field": "text"}
+    kind = {"split": "train", "type": PAIRS} if is_dpo else {"type": "completion", "field": "text"}
     config = {
         **SETTINGS,
         "base_model": str(tmp_path / "model"),

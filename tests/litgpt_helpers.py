@@ -11,8 +11,9 @@ from litgpt.config import Config as BaseConfig
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 from litgpt.model import GPT as BaseGPT  # noqa: N811
 from litgpt.utils import save_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+
+from lora_fast.benchmarks.trainers_child import tokenizer
 
 VOCABULARY = 258  # every byte, and where a text begins and ends
 SIZES: dict[str, Any] = {
@@ -54,11 +55,7 @@ def fill(model: nn.Module) -> None:
 def write_checkpoint(folder: Path) -> None:
     """A model, without adapters, and a tokenizer of bytes, as litgpt's commands want them."""
     folder.mkdir()
-    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = BaseConfig(**SIZES)

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from trainer_helpers import EXACT, LAYERS, OPTIMIZER, adapted, base, config, counted, losses, trained, write_base
+from trainer_helpers import EXACT, LAYERS, adapted, base, config, counted, losses, settings, trained, write_base
 from transformers import Trainer, TrainingArguments
 
 import lora_fast
@@ -40,22 +40,14 @@ def data(rows: int, seed: int) -> list[dict[str, Any]]:
 
 
 def trainer(tmp_path: Path, model: Any, *callbacks: Any, **options: Any) -> Trainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 2,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-        **OPTIMIZER,
-        **options,
-    }
     given = {"model": model} if isinstance(model, nn.Module) else {"model_init": model}
     sets = {"train_dataset": data(8, 0), "eval_dataset": data(4, 1)}
-    return Trainer(**given, args=TrainingArguments(**settings), callbacks=list(callbacks), **sets)
+    return Trainer(
+        **given,
+        args=TrainingArguments(**settings(tmp_path, max_steps=STEPS, **options)),
+        callbacks=list(callbacks),
+        **sets,
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,28 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def settings(tmp_path: Path, **options: Any) -> dict[str, Any]:
-    from trainer_helpers import OPTIMIZER
-
-    return {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 2,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "seed": 0,
-        **OPTIMIZER,
-        **options,
-    }
-
-
 def sft(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: Any = None, **options: Any) -> Any:
     from datasets import Dataset
-    from trainer_helpers import base
+    from trainer_helpers import base, settings
     from trl import SFTConfig, SFTTrainer
 
     from lora_fast.benchmarks.trainers_child import tokenizer
@@ -52,7 +33,7 @@ def sft(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: 
     torch.manual_seed(1)
     return SFTTrainer(
         model=model or base(folder),
-        args=SFTConfig(**settings(tmp_path, **options)),
+        args=SFTConfig(**settings(tmp_path, max_steps=STEPS, bf16=False, **options)),
         train_dataset=texts,
         eval_dataset=texts.select(range(4)),
         processing_class=tokenizer(),
@@ -63,7 +44,7 @@ def sft(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: 
 
 def dpo(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: Any = None, **options: Any) -> Any:
     from datasets import Dataset
-    from trainer_helpers import base
+    from trainer_helpers import base, settings
     from trl import DPOConfig, DPOTrainer
 
     from lora_fast.benchmarks.trainers_child import tokenizer
@@ -77,7 +58,7 @@ def dpo(folder: Path, tmp_path: Path, peft_config: Any, *callbacks: Any, model: 
     torch.manual_seed(1)
     return DPOTrainer(
         model=model or base(folder),
-        args=DPOConfig(**settings(tmp_path, **options)),
+        args=DPOConfig(**settings(tmp_path, max_steps=STEPS, bf16=False, **options)),
         train_dataset=Dataset.from_dict(pairs),
         eval_dataset=Dataset.from_dict(pairs).select(range(4)),
         processing_class=tokenizer(),

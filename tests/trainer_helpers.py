@@ -76,6 +76,22 @@ def counted() -> Iterator[Counter[str]]:
         yield counts
 
 
+def settings(folder: Path, **options: Any) -> dict[str, Any]:
+    """Of a trainer's arguments: a step is logged, and nothing saved if ``options`` does not say so."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        **OPTIMIZER,
+        **options,
+    }
+
+
 def losses(trainer: Any, *names: str) -> list[float]:
     """What the trainer logged, step by step."""
     return [entry[name] for entry in trainer.state.log_history for name in names or ("loss",) if name in entry]
